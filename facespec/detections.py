@@ -1,0 +1,116 @@
+"""The result of a detector for one frame, and what a detector is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from facespec.align import aligned_crops
+from facespec.errors import MissingPackageError
+from facespec.letterbox import Frame
+
+LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
+"""Order of the landmarks; left and right as seen in the image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """Faces of one frame, sorted by score. Arrays are the caller's own: no later call changes them.
+
+    Attributes:
+        boxes: (n, 4) float32 x1, y1, x2, y2 in pixels of the frame; a box may reach past its edges.
+        scores: (n,) float32 face probability.
+        landmarks: (n, 5, 2) float32 x, y in pixels of the frame, in the order of `LANDMARK_NAMES`.
+        frame_hw: Height and width of the frame in pixels.
+        truncated: More candidates or faces than the model's limits allow: some may be missing.
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    landmarks: NDArray[np.float32]
+    frame_hw: tuple[int, int]
+    truncated: bool = False
+
+    def __post_init__(self) -> None:
+        count = len(self.scores)
+        shapes = self.boxes.shape, self.scores.shape, self.landmarks.shape
+        if shapes != ((count, 4), (count,), (count, 5, 2)):
+            raise ValueError(f"Detections: boxes, scores and landmarks have shapes {shapes}")
+
+    @classmethod
+    def empty(cls, frame_hw: tuple[int, int]) -> Detections:
+        """Return the result for a frame without faces."""
+        return cls(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2), np.float32), frame_hw)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, index: Any) -> Detections:
+        """Return the chosen faces: by slice, by boolean mask, by list of indices, or one by an integer."""
+        if isinstance(index, (int, np.integer)):
+            index = [index]
+        return Detections(
+            self.boxes[index].copy(),
+            self.scores[index].copy(),
+            self.landmarks[index].copy(),
+            self.frame_hw,
+            self.truncated,
+        )
+
+    def with_min_score(self, score: float) -> Detections:
+        """Return the faces with at least this score."""
+        return self[self.scores >= score]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python values, ready for JSON: pixels to 1/100, scores to 1e-6."""
+        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.landmarks.tolist(), strict=True)
+        return {
+            "width": self.frame_hw[1],
+            "height": self.frame_hw[0],
+            "truncated": self.truncated,
+            "faces": [
+                {
+                    "box": [round(value, 2) for value in box],
+                    "score": round(score, 6),
+                    "landmarks": [[round(x, 2), round(y, 2)] for x, y in points],
+                }
+                for box, score, points in rows
+            ],
+        }
+
+    def to_supervision(self) -> Any:
+        """Return a `supervision.Detections` (class 0 named "face"); the landmarks are in `.data["landmarks"]`.
+
+        Raises:
+            MissingPackageError: supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise MissingPackageError("to_supervision() needs the package supervision: pip install supervision") from error
+        return supervision.Detections(
+            xyxy=self.boxes.copy(),
+            confidence=self.scores.copy(),
+            class_id=np.zeros(len(self), int),
+            data={"class_name": np.full(len(self), "face"), "landmarks": self.landmarks.copy()},
+        )
+
+    def aligned_crops(self, frame: Frame, size: int = 112) -> NDArray[np.uint8]:
+        """Return (n, size, size, 3) uint8 crops for face recognition; see `facespec.align.aligned_crops`."""
+        return aligned_crops(frame, self.landmarks, size)
+
+
+class Detector(Protocol):
+    """What every backend offers."""
+
+    def detect(self, frame: Frame) -> Detections:
+        """Return the faces of one frame, uint8 (H, W, 3) BGR, in its own pixels."""
+        ...
+
+    def detect_batch(self, frames: Sequence[Frame]) -> list[Detections]:
+        """Return the faces of several frames, which may differ in size, in their order."""
+        ...

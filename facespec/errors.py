@@ -1,0 +1,45 @@
+"""Errors a user can mend: each message is one line that says what was expected, what was found and what to do."""
+
+
+class RetinaFaceError(Exception):
+    """Base of every error that ends a command in one line and exit code 1."""
+
+
+class SpecError(RetinaFaceError, ValueError):
+    """A ModelSpec, or a part of it, holds an impossible value or cannot be read."""
+
+
+class FrameError(RetinaFaceError, ValueError):
+    """A frame is not what a detector takes: uint8, HWC, BGR."""
+
+
+class ImageError(RetinaFaceError):
+    """An image file is missing, damaged, too large or of an unsupported format."""
+
+
+class VideoError(RetinaFaceError):
+    """A video or camera cannot be opened, holds no frames or cannot be written."""
+
+
+class ModelFileError(RetinaFaceError):
+    """A model file is missing, damaged, unsafe or not a detector of this toolkit."""
+
+
+class WeightsError(ModelFileError):
+    """A checkpoint is missing, unsafe, or does not hold the weights of a known architecture."""
+
+
+class NonFiniteError(RetinaFaceError, ArithmeticError):
+    """The network gave NaN or infinity for an image: that is never reported as "no faces"."""
+
+
+class ParityError(RetinaFaceError):
+    """An exported model does not give the outputs of the model it was exported from."""
+
+
+class DataError(RetinaFaceError):
+    """A data set, prediction file or ground-truth file is missing or malformed."""
+
+
+class MissingPackageError(RetinaFaceError, ImportError):
+    """An optional package is not installed; the message names the command that installs it."""

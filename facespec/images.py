@@ -1,0 +1,215 @@
+"""Reading image files that nobody has vouched for.
+
+The size is read from the header before anything is decoded, so that a small file cannot demand gigabytes; a file that
+ends early is refused, where cv2 would fill the rest with grey and say nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from facespec.errors import ImageError
+from facespec.files import atomic_path
+from facespec.letterbox import Frame
+
+MAX_PIXELS = 64_000_000
+"""Images with more pixels are refused."""
+
+MAX_FILE_BYTES = 256 << 20
+"""Larger files are refused before they are read."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+
+
+class _Truncated(Exception):
+    """The data ends before the image does."""
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    size, position = None, 2
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
+            raise _Truncated
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # no payload
+            position += 2
+        elif marker == 0xDA:  # start of scan: pixels follow, the end-of-image marker must come after them
+            if size is None or data.rfind(b"\xff\xd9") < position:
+                raise _Truncated
+            return size
+        else:
+            length = int.from_bytes(data[position + 2 : position + 4], "big")
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+                height, width = struct.unpack_from(">HH", data, position + 5)
+                size = width, height
+            position += 2 + length
+    raise _Truncated
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    width, height = struct.unpack_from(">II", data, 16)
+    position = 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        if data[position + 4 : position + 8] == b"IEND":
+            return width, height
+        position += 12 + length
+    raise _Truncated
+
+
+def _bmp_size(data: bytes) -> tuple[int, int]:
+    start, header = struct.unpack_from("<II", data, 10)
+    if header == 12:
+        width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
+        compression = 0
+    else:
+        width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
+    if compression in (0, 3) and len(data) < start + (width * bits + 31) // 32 * 4 * abs(height):
+        raise _Truncated
+    return width, abs(height)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    if len(data) < 8 + struct.unpack_from("<I", data, 4)[0]:
+        raise _Truncated
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack_from("<HH", data, 26)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _tiff_size(data: bytes) -> tuple[int, int]:
+    order = "<" if data[:2] == b"II" else ">"
+    (offset,) = struct.unpack_from(order + "I", data, 4)
+    (entries,) = struct.unpack_from(order + "H", data, offset)
+    tags: dict[int, int] = {}
+    for index in range(entries):
+        tag, kind = struct.unpack_from(order + "HH", data, offset + 2 + 12 * index)
+        if tag in (256, 257):
+            (tags[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, offset + 10 + 12 * index)
+    return tags.get(256, 0), tags.get(257, 0)
+
+
+def _pnm_size(data: bytes) -> tuple[int, int]:
+    match = re.match(rb"P([1-6])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})\s", data[:4096])
+    if not match:
+        raise _Truncated
+    kind, width, height = int(match[1]), int(match[2]), int(match[3])
+    row = {4: (width + 7) // 8, 5: width, 6: 3 * width}.get(kind, width)
+    if len(data) < match.end() + row * height:
+        raise _Truncated
+    return width, height
+
+
+_FORMATS = (
+    (re.compile(rb"\xff\xd8\xff"), "JPEG", _jpeg_size),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "PNG", _png_size),
+    (re.compile(rb"BM"), "BMP", _bmp_size),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "WebP", _webp_size),
+    (re.compile(rb"II\*\0|MM\0\*"), "TIFF", _tiff_size),
+    (re.compile(rb"P[1-6]\s"), "PNM", _pnm_size),
+)
+
+
+def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> Frame:
+    """Decode an encoded image: JPEG, PNG, BMP, WebP, TIFF or PNM.
+
+    Grey, CMYK and 16-bit images are converted, transparency is dropped and the EXIF orientation is applied.
+
+    Args:
+        data: The file's content.
+        name: What to call it in errors.
+        max_pixels: Larger images are refused before they are decoded.
+
+    Returns:
+        uint8 (H, W, 3) BGR.
+
+    Raises:
+        ImageError: Empty, of another format, truncated, damaged or too large.
+    """
+    if not data:
+        raise ImageError(f"{name}: the file is empty")
+    for magic, kind, read_size in _FORMATS:
+        if magic.match(data):
+            break
+    else:
+        raise ImageError(f"{name}: not a JPEG, PNG, BMP, WebP, TIFF or PNM image")
+    try:
+        width, height = read_size(data)
+    except (_Truncated, struct.error):
+        raise ImageError(f"{name}: the {kind} file is truncated or damaged") from None
+    if width <= 0 or height <= 0:
+        raise ImageError(f"{name}: the {kind} header gives no size ({width}x{height})")
+    if width * height > max_pixels:
+        raise ImageError(f"{name}: {width}x{height} is more than {max_pixels / 1e6:g} megapixels; scale it down first")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise ImageError(f"{name}: cannot decode the {kind} file ({error.err})") from None
+    if image is None:
+        raise ImageError(f"{name}: the {kind} file is damaged")
+    return np.asarray(image, np.uint8)
+
+
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Frame:
+    """Read an image file; see `decode_image`.
+
+    Raises:
+        ImageError: Missing, not a regular file, unreadable, or refused by `decode_image`.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{path}: not a file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ImageError(f"{path}: {status.st_size >> 20} MiB is more than the limit of {MAX_FILE_BYTES >> 20} MiB")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path}: cannot be read ({error})") from None
+    return decode_image(data, str(path), max_pixels)
+
+
+def write_image(path: str | Path, image: Frame) -> None:
+    """Write a BGR image atomically; the suffix gives the format.
+
+    Raises:
+        ImageError: A suffix cv2 cannot encode.
+    """
+    from facespec.files import atomic_path
+
+    path = Path(path)
+    try:
+        written, data = cv2.imencode(path.suffix or "?", image)
+    except cv2.error:
+        written = False
+    if not written:
+        raise ImageError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use .jpg or .png")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Return the image files in a folder and below it, sorted by path; hidden ones are left out."""
+    folder = Path(folder)
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )

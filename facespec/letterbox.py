@@ -1,0 +1,112 @@
+"""Resize and pad a frame to the network's size, and map boxes and landmarks back.
+
+The frame is scaled by one factor, up or down, until it touches the network's size, placed in the top-left corner and
+padded on the right and at the bottom with the mean colour. Coordinates are continuous: pixel i covers [i, i + 1).
+Rounding the scaled size to whole pixels changes the factor a little, so the mapping keeps one exact factor per axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from facespec.errors import FrameError
+from facespec.spec import SIZE_MULTIPLE
+
+Frame = NDArray[np.uint8]
+
+
+def check_frame(frame: object) -> Frame:
+    """Return `frame` if it is uint8 of shape (H, W, 3) with at least one pixel, as every detector expects (BGR order).
+
+    Raises:
+        FrameError: Anything else; the message names the conversion that mends it.
+    """
+    if not isinstance(frame, np.ndarray):
+        raise FrameError(f"frame must be a numpy array (uint8, HxWx3, BGR), got {type(frame).__name__}")
+    found = f"{frame.dtype} of shape {frame.shape}"
+    if frame.ndim == 2 or (frame.ndim == 3 and frame.shape[2] == 1):
+        raise FrameError(f"frame must be uint8 HxWx3 BGR, got {found}: cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR) mends it")
+    if frame.ndim == 3 and frame.shape[2] == 4:
+        raise FrameError(f"frame must be uint8 HxWx3 BGR, got {found}: cv2.cvtColor(frame, cv2.COLOR_BGRA2BGR) mends it")
+    if frame.ndim != 3 or frame.shape[2] != 3:
+        raise FrameError(f"frame must be uint8 HxWx3 BGR, got {found}; several frames go to detect_batch as a list")
+    if frame.dtype != np.uint8:
+        raise FrameError(f"frame must be uint8 with values 0..255, got {found}")
+    if frame.size == 0:
+        raise FrameError(f"frame is empty: {found}")
+    return frame
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How a frame lies in the network input.
+
+    Attributes:
+        frame_hw: Size of the frame in pixels.
+        scaled_hw: Size of the frame after scaling; it lies in the top-left corner.
+        size_hw: Size of the network input; the rest of it is padding.
+    """
+
+    frame_hw: tuple[int, int]
+    scaled_hw: tuple[int, int]
+    size_hw: tuple[int, int]
+
+    @classmethod
+    def fit(cls, frame_hw: tuple[int, int], size_hw: tuple[int, int]) -> Letterbox:
+        """Return the largest placement of a frame in an input of `size_hw`, its aspect ratio kept."""
+        scale = min(size_hw[0] / frame_hw[0], size_hw[1] / frame_hw[1])
+        scaled = [min(max(round(side * scale), 1), limit) for side, limit in zip(frame_hw, size_hw, strict=True)]
+        return cls(frame_hw, (scaled[0], scaled[1]), size_hw)
+
+    @classmethod
+    def pad(cls, frame_hw: tuple[int, int], multiple: int = SIZE_MULTIPLE) -> Letterbox:
+        """Return the placement at original scale, padded to the next multiple of `multiple`."""
+        height, width = (-(-side // multiple) * multiple for side in frame_hw)
+        return cls(frame_hw, frame_hw, (height, width))
+
+    @property
+    def scale_xy(self) -> tuple[float, float]:
+        """Network pixels per frame pixel along x and y."""
+        return self.scaled_hw[1] / self.frame_hw[1], self.scaled_hw[0] / self.frame_hw[0]
+
+    def apply(self, frame: Frame, pad_bgr: tuple[int, int, int], out: Frame | None = None) -> Frame:
+        """Return the network input, uint8 (H, W, 3), by cv2's fixed-point bilinear interpolation.
+
+        Args:
+            frame: uint8 (h, w, 3) of size `frame_hw`.
+            pad_bgr: Padding colour.
+            out: Array to fill and return; a frame that already fits is otherwise returned itself, without a copy.
+        """
+        (height, width), (full_height, full_width) = self.scaled_hw, self.size_hw
+        if out is None and self.frame_hw == self.size_hw:
+            return np.ascontiguousarray(frame)
+        if out is None:
+            out = np.empty((full_height, full_width, 3), np.uint8)
+        if self.scaled_hw == self.frame_hw:
+            out[:height, :width] = frame
+        elif width == full_width:  # whole rows: resize straight into the output
+            cv2.resize(frame, (width, height), dst=out[:height], interpolation=cv2.INTER_LINEAR)
+        else:
+            out[:height, :width] = cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR)
+        if width < full_width:
+            out[:height, width:] = pad_bgr
+        if height < full_height:
+            out[height:] = pad_bgr
+        return out
+
+    def to_network(self, points_xy: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map coordinates of the frame to the network input; the last axis is x, y or x, y, x, y."""
+        return points_xy * self._factors(points_xy, self.scale_xy)
+
+    def to_frame(self, points_xy: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map coordinates of the network input to the frame; the inverse of `to_network`."""
+        scale_x, scale_y = self.scale_xy
+        return points_xy * self._factors(points_xy, (1 / scale_x, 1 / scale_y))
+
+    @staticmethod
+    def _factors(points_xy: NDArray[np.float32], scale_xy: tuple[float, float]) -> NDArray[np.float32]:
+        return np.asarray(scale_xy * (points_xy.shape[-1] // 2), np.float32)

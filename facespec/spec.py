@@ -141,6 +141,22 @@ class DecodeSpec:
         """`score_threshold` as a difference of logits: log(p / (1 - p))."""
         return math.log(self.score_threshold) - math.log1p(-self.score_threshold)
 
+    def run_threshold(self, requested: float | None) -> float:
+        """Return the score threshold a detector uses: the one requested, or 0.5, or the floor if that is higher.
+
+        Raises:
+            SpecError: The one requested is not below 1, or lies below the floor, under which the model keeps nothing.
+        """
+        if requested is None:
+            return max(DEFAULT_SCORE_THRESHOLD, self.score_threshold)
+        _require(_is_number(requested) and requested < 1, f"score threshold must be below 1, got {requested}")
+        _require(
+            requested >= self.score_threshold,
+            f"score threshold {requested:g} is below the model's floor of {self.score_threshold:g}: "
+            f"export it again with --score {requested:g}",
+        )
+        return float(requested)
+
 
 @dataclass(frozen=True)
 class ModelSpec:

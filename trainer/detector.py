@@ -14,7 +14,6 @@ from facespec.detections import Detections
 from facespec.errors import NonFiniteError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.priors import make_priors
-from facespec.spec import DEFAULT_SCORE_THRESHOLD
 from trainer.model import RetinaFace
 
 
@@ -31,7 +30,7 @@ class TorchRetinaFace:
 
     Args:
         model: From `trainer.load_model`; used on the device it is on.
-        score_threshold: Lowest score reported; not below the floor in the model's spec.
+        score_threshold: Lowest score reported, by default 0.5; not below the floor in the model's spec.
         size_hw: Letterbox frames to this size; None runs them at their own size, without padding.
     """
 
@@ -39,12 +38,12 @@ class TorchRetinaFace:
         self,
         model: RetinaFace,
         *,
-        score_threshold: float = DEFAULT_SCORE_THRESHOLD,
+        score_threshold: float | None = None,
         size_hw: tuple[int, int] | None = None,
     ) -> None:
         self.model = model
         self.spec = model.spec
-        self.score_threshold = max(score_threshold, self.spec.decode.score_threshold)
+        self.score_threshold = self.spec.decode.run_threshold(score_threshold)
         self.size_hw = size_hw
         self._device = next(model.parameters()).device
 

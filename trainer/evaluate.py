@@ -1,0 +1,339 @@
+"""WIDER FACE average precision of predictions on disk, or of a detector.
+
+python -m trainer.evaluate --predictions widerface_txt --ground-truth widerface/gt
+python -m trainer.evaluate --detector mobilenet0.25 --data widerface --json ap.json --plot ap.png
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from facespec.cli import ArgumentParser, require, run
+from facespec.detections import Detections, Detector
+from facespec.errors import DataError
+from facespec.files import atomic_path, write_text
+from facespec.images import read_image
+from facespec.spec import parse_size
+from trainer.average_precision import LEVELS, Array, Curve, ImageKey, ImageTruth, average_precision, load_ground_truth
+
+PROTOCOLS = ("original", "letterbox")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to evaluate.
+
+    Attributes:
+        ground_truth: Folder of the four .mat files.
+        predictions: Folder of event/name.txt files, or None to run `detector`.
+        detector: Checkpoint, name of published weights, or model file.
+        data: WIDER FACE folder: val/images and gt.
+        protocol: "original" runs images at their own size, "letterbox" at `size_hw`.
+        size_hw: Network size of the letterbox protocol.
+        subset: Score only the images that have predictions, instead of refusing.
+        save_predictions: Folder to write event/name.txt files to.
+        json_file: Result file.
+        plot: Image of the precision-recall curves.
+    """
+
+    ground_truth: Path
+    predictions: Path | None = None
+    detector: str | None = None
+    data: Path | None = None
+    protocol: str = "original"
+    size_hw: tuple[int, int] | None = None
+    subset: bool = False
+    save_predictions: Path | None = None
+    json_file: Path | None = None
+    plot: Path | None = None
+
+
+@dataclass
+class Predictions:
+    """Detections by image, (n, 5) float64 x, y, width, height, score, and what was noticed while collecting them."""
+
+    by_image: dict[ImageKey, Array] = field(default_factory=dict)
+    missing: int = 0
+    unknown: int = 0
+    unsorted: int = 0
+    truncated: int = 0
+
+
+def read_predictions(folder: Path, truth: dict[ImageKey, ImageTruth], subset: bool = False) -> Predictions:
+    """Read the usual text files: event/name.txt with the image's name, the number of boxes, and `x y w h score` lines.
+
+    Args:
+        folder: Folder of event folders.
+        truth: The images expected.
+        subset: Leave out images without a file instead of raising.
+
+    Raises:
+        DataError: A file is missing, malformed, or holds values that are not finite or boxes of negative size.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of predictions")
+    found = Predictions()
+    files = {(path.parent.name, path.stem): path for path in folder.glob("*/*.txt")}
+    if not files:
+        raise DataError(f"{folder}: no predictions in it, expected files named event/image.txt")
+    missing = [key for key in truth if key not in files]
+    if len(missing) == len(truth):
+        raise DataError(f"{folder}: none of its {len(files)} files belongs to an image of the ground truth")
+    if missing and not subset:
+        raise DataError(
+            f"{folder}: {len(missing)} of {len(truth)} images have no prediction file, for instance "
+            f"{'/'.join(missing[0])}.txt; --subset scores the others alone"
+        )
+    found.missing, found.unknown = len(missing), len(files.keys() - truth.keys())
+    for key, path in files.items():
+        if key in truth:
+            rows = _read_rows(path)
+            found.unsorted += bool((np.diff(rows[:, 4]) > 0).any())
+            found.by_image[key] = rows
+    return found
+
+
+def _read_rows(path: Path) -> Array:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    body = [line for line in lines[2:] if line.strip()]
+    try:
+        count = int(lines[1])
+        rows = np.array([line.split() for line in body], np.float64).reshape(len(body), 5)
+    except (IndexError, ValueError):
+        raise DataError(f"{path}{_blame(lines)}") from None
+    if count != len(rows):
+        raise DataError(f"{path}: line 2 announces {count} boxes, the file holds {len(rows)}")
+    if not np.isfinite(rows).all():
+        line = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+        raise DataError(f"{path}: box {line + 1} has a value that is not finite: {body[line].strip()}")
+    if (rows[:, 2:4] < 0).any():
+        line = int(np.flatnonzero((rows[:, 2:4] < 0).any(axis=1))[0])
+        raise DataError(f"{path}: box {line + 1} has a negative size: {body[line].strip()}")
+    return rows
+
+
+def _blame(lines: list[str]) -> str:
+    if len(lines) < 2 or not lines[1].strip().isdigit():
+        return ": line 2 should hold the number of boxes"
+    for number, line in enumerate(lines[2:], start=3):
+        fields = line.split()
+        if fields and (len(fields) != 5 or not all(_is_float(value) for value in fields)):
+            return f":{number}: expected 'x y w h score', found {line.strip()[:60]!r}"
+    return ": expected 'x y w h score' lines"
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def predict(
+    detector: Detector, images: Path, truth: dict[ImageKey, ImageTruth], progress: bool = True
+) -> tuple[Predictions, dict[ImageKey, ImageTruth]]:
+    """Run a detector over the images that exist, and return its predictions and their ground truth.
+
+    Args:
+        detector: Reports down to a score low enough for the curve: 0.02 is customary.
+        images: Folder of event folders of .jpg files.
+        truth: All images; those that are not there are left out and counted.
+        progress: Show a progress bar.
+
+    Raises:
+        DataError: None of the images is there.
+    """
+    paths = {key: images / key[0] / f"{key[1]}.jpg" for key in truth}
+    present = {key: path for key, path in paths.items() if path.is_file()}
+    if not present:
+        raise DataError(f"{images}: none of the {len(truth)} WIDER FACE images is there (event/name.jpg)")
+    found = Predictions(missing=len(truth) - len(present))
+    for key, path in tqdm(present.items(), unit="image", disable=None if progress else True):
+        faces = detector.detect(read_image(path))
+        found.truncated += faces.truncated
+        found.by_image[key] = _to_rows(faces)
+    return found, {key: truth[key] for key in present}
+
+
+def _to_rows(faces: Detections) -> Array:
+    """(n, 5) x, y, width, height, score; corners are cut to whole pixels, as the usual text files hold them."""
+    corners = np.trunc(faces.boxes.astype(np.float64))
+    return np.column_stack([corners[:, :2], corners[:, 2:] - corners[:, :2], faces.scores])
+
+
+def write_predictions(folder: Path, predictions: Predictions) -> None:
+    """Write event/name.txt files that `read_predictions` and the usual tools read."""
+    for (event, name), rows in predictions.by_image.items():
+        body = "".join(f"{x:.0f} {y:.0f} {w:.0f} {h:.0f} {score:.9g}\n" for x, y, w, h, score in rows.tolist())
+        write_text(folder / event / f"{name}.txt", f"{name}\n{len(rows)}\n{body}")
+
+
+def open_detector(name: str, protocol: str, size_hw: tuple[int, int] | None) -> Detector:
+    """Return the detector of a checkpoint or a model file, reporting down to the model's own floor.
+
+    Raises:
+        DataError: A model of fixed size, and the original protocol.
+    """
+    size_hw = (size_hw or (640, 640)) if protocol == "letterbox" else None
+    if Path(name).suffix.lower() in (".onnx", ".engine", ".plan"):
+        # The one place where the training side reaches for the runtime: what is deployed is what must be measured.
+        from trt_runtime.detector import load_detector
+
+        floor = load_detector(name).spec.decode.score_threshold
+        deployed = load_detector(name, score_threshold=floor, size_hw=size_hw)
+        if protocol == "original" and deployed.size_hw is not None:
+            raise DataError(
+                f"{name} takes {deployed.size_hw[0]}x{deployed.size_hw[1]} only: evaluate it with --protocol letterbox, "
+                "or export it with --size dynamic"
+            )
+        return deployed
+    require("torch", "train", "evaluating a checkpoint")
+    from trainer.checkpoint import load_model
+    from trainer.detector import TorchRetinaFace
+
+    model = load_model(name)
+    return TorchRetinaFace(model, score_threshold=model.spec.decode.score_threshold, size_hw=size_hw)
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
+    """Return {"easy", "medium", "hard"} in percent, counts, and what was noticed; write the files asked for.
+
+    Raises:
+        RetinaFaceError: Predictions, ground truth, images or the detector are not usable.
+    """
+    if options.plot:
+        require("matplotlib", "train", "--plot")
+    truth = load_ground_truth(options.ground_truth)
+    start = time.perf_counter()
+    if options.predictions:
+        predictions = read_predictions(options.predictions, truth, options.subset)
+        truth = {key: value for key, value in truth.items() if key in predictions.by_image}
+    else:
+        assert options.detector and options.data
+        detector = open_detector(options.detector, options.protocol, options.size_hw)
+        predictions, truth = predict(detector, options.data / "val" / "images", truth)
+    collected = time.perf_counter()
+    if options.save_predictions:
+        write_predictions(options.save_predictions, predictions)
+    scoring = time.perf_counter()
+    curves = average_precision(predictions.by_image, truth)
+    result: dict[str, Any] = {
+        **{level: None if math.isnan(curves[level].ap) else 100 * curves[level].ap for level in LEVELS},
+        "images": len(truth),
+        "images_missing": predictions.missing,
+        "faces": {level: curves[level].faces for level in LEVELS},
+        "predictions": sum(len(rows) for rows in predictions.by_image.values()),
+        "files_without_image": predictions.unknown,
+        "files_unsorted": predictions.unsorted,
+        "images_truncated": predictions.truncated,
+        "seconds_collecting": round(collected - start, 3),
+        "seconds_scoring": round(time.perf_counter() - scoring, 3),
+    }
+    if options.detector:
+        result |= {"detector": options.detector, "protocol": options.protocol}
+        if options.protocol == "letterbox":
+            result["size_hw"] = list(options.size_hw or (640, 640))
+    if options.json_file:
+        write_text(options.json_file, json.dumps(result, indent=2) + "\n")
+    if options.plot:
+        _plot(curves, options.plot)
+    return result
+
+
+def _plot(curves: dict[str, Curve], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(
+        xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title="WIDER FACE, precision against recall"
+    )
+    for level, colour in zip(LEVELS, ("#2a9d4b", "#e09f1f", "#c8373a"), strict=True):
+        curve = curves[level]
+        axes.plot(curve.recall, curve.precision, color=colour, label=f"{level}: AP {100 * curve.ap:.2f} %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise DataError(f"--plot {path}: give a name that ends in .png, .svg or .pdf")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
+    """Return the options of a command line."""
+    parser = ArgumentParser(
+        prog="python -m trainer.evaluate",
+        description="WIDER FACE average precision (easy, medium, hard), of prediction files or of a detector.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--predictions", type=Path, help="folder of event/name.txt files")
+    source.add_argument("--detector", help="checkpoint, name of published weights, or exported model")
+    parser.add_argument("--ground-truth", type=Path, help="folder of the wider_*_val.mat files (default: DATA/gt)")
+    parser.add_argument("--data", type=Path, help="WIDER FACE folder with val/images and gt, for --detector")
+    parser.add_argument("--split", choices=["val"], default="val", help="the split that has official ground truth")
+    parser.add_argument(
+        "--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="images at their own size, or letterboxed to --size"
+    )
+    parser.add_argument("--size", help="HEIGHTxWIDTH of the letterbox protocol (default: 640x640)")
+    parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
+    parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write event/name.txt files")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the precision-recall curves (.png, .svg, .pdf)")
+    args = parser.parse_args(argv)
+    if args.detector and not args.data:
+        parser.error("--detector needs --data, the WIDER FACE folder")
+    if args.predictions and not (args.ground_truth or args.data):
+        parser.error("--predictions needs --ground-truth, the folder of the wider_*_val.mat files")
+    if args.size and args.protocol == "original":
+        parser.error("--size goes with --protocol letterbox")
+    return EvaluateOptions(
+        ground_truth=args.ground_truth or args.data / "gt",
+        predictions=args.predictions,
+        detector=args.detector,
+        data=args.data,
+        protocol=args.protocol,
+        size_hw=parse_size(args.size) if args.size else None,
+        subset=args.subset,
+        save_predictions=args.save_predictions,
+        json_file=args.json,
+        plot=args.plot,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    result = evaluate(parse_arguments(argv))
+    print(f"{'':8} {'AP %':>6} {'faces':>7}")
+    for level in LEVELS:
+        ap = result[level]
+        print(f"{level:8} {'none' if ap is None else format(ap, '6.2f'):>6} {result['faces'][level]:7d}")
+    print(f"{result['images']} images, {result['predictions']} predictions", end="")
+    for key, text in (
+        ("images_missing", "images left out"),
+        ("files_without_image", "prediction files without an image in the ground truth, left out"),
+        ("files_unsorted", "files were not sorted by score and have been sorted"),
+        ("images_truncated", "images had more faces than the model's limits"),
+    ):
+        if result[key]:
+            print(f"; {result[key]} {text}", end="")
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,253 @@
+"""Video files and cameras in, H.264 out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from facespec.cli import require
+from facespec.errors import VideoError
+from facespec.files import atomic_path
+from facespec.images import MAX_PIXELS
+from facespec.letterbox import Frame, Letterbox
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v")
+"""What `VideoWriter` can write."""
+
+_CLOCK = 90_000  # time stamps a second in written files
+
+
+class TimedFrame(NamedTuple):
+    """A frame and when it is shown.
+
+    Attributes:
+        image: uint8 (H, W, 3) BGR; the size may change from frame to frame.
+        seconds: Time since the start.
+    """
+
+    image: Frame
+    seconds: float
+
+
+class VideoFile:
+    """A video file, decoded frame by frame by FFmpeg (PyAV). What is damaged is passed over and counted.
+
+    Args:
+        path: File to read; only local files, in any format FFmpeg knows.
+        max_pixels: Larger frames are refused before they are decoded.
+
+    Attributes:
+        frame_count: Number of frames the file says it has; 0 if it does not.
+        rate: Frames per second; 25 where the file does not say.
+        damaged: Packets and frames so far that were broken.
+
+    Raises:
+        VideoError: Missing, not a video, or too large. Iterating raises it too, if not one frame can be decoded.
+    """
+
+    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+        self._av = require("av", "cpu", "reading video")
+        self._av.logging.set_level(self._av.logging.PANIC)  # what matters of it is counted in `damaged`
+        self.path = Path(path)
+        self.damaged = 0
+        if not self.path.is_file():
+            raise VideoError(f"{path}: no such file")
+        try:
+            # "file" alone: a playlist must not make FFmpeg open other files or addresses
+            self._container = self._av.open(f"file:{self.path}", options={"protocol_whitelist": "file"})
+        except (self._av.error.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(f"{path}: not a video that can be read ({_reason(error)})") from None
+        if not self._container.streams.video:
+            self._container.close()
+            raise VideoError(f"{path}: there is no video stream in it")
+        self._stream = self._container.streams.video[0]
+        width, height = self._stream.codec_context.width, self._stream.codec_context.height
+        if width * height > max_pixels:
+            self._container.close()
+            raise VideoError(f"{path}: {width}x{height} is more than {max_pixels / 1e6:g} megapixels")
+        self._stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        self._stream.thread_type = "AUTO"
+        self.rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        self.frame_count = self._stream.frames
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def __iter__(self) -> Iterator[TimedFrame]:
+        count = 0
+        start: float | None = None
+        for frame in self._decoded():
+            seconds = count / self.rate if frame.time is None else float(frame.time)
+            start = seconds if start is None else start
+            self.damaged += bool(frame.is_corrupt)
+            image = frame.to_ndarray(format="bgr24")
+            if rotation := round(getattr(frame, "rotation", 0) / 90) % 4:  # as phones record upright video
+                image = np.ascontiguousarray(np.rot90(image, rotation))
+            yield TimedFrame(image, max(seconds - start, 0.0))
+            count += 1
+        if not count:
+            raise VideoError(f"{self.path}: no frame of it can be decoded")
+
+    def _decoded(self) -> Iterator[Any]:
+        packets = self._container.demux(self._stream)
+        failures = 0
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    return
+                frames = packet.decode()
+                failures = 0
+            except (self._av.error.FFmpegError, ValueError):
+                self.damaged += 1
+                failures += 1
+                if failures > 1000:  # nothing but damage: the rest is not worth reading
+                    return
+                continue
+            yield from frames
+
+
+class Camera:
+    """A webcam, by its index.
+
+    Args:
+        index: As OpenCV counts them: 0 is the first.
+
+    Attributes:
+        frame_count: Always 0: nobody knows.
+        rate: Frames per second the camera says it gives, 30 where it does not.
+        damaged: Always 0.
+
+    Raises:
+        VideoError: There is no such camera.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.frame_count = self.damaged = 0
+        level = cv2.getLogLevel() if hasattr(cv2, "getLogLevel") else None
+        if level is not None:
+            cv2.setLogLevel(0)  # a missing camera is reported below, once
+        self._capture = cv2.VideoCapture(index)
+        if level is not None:
+            cv2.setLogLevel(level)
+        if not self._capture.isOpened():
+            raise VideoError(f"camera {index}: cannot be opened; is it connected, and free?")
+        self.rate = self._capture.get(cv2.CAP_PROP_FPS) or 30.0
+
+    def __enter__(self) -> Camera:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._capture.release()
+
+    def __iter__(self) -> Iterator[TimedFrame]:
+        start = cv2.getTickCount()
+        while True:
+            got, image = self._capture.read()
+            if not got:
+                return
+            yield TimedFrame(np.asarray(image, np.uint8), (cv2.getTickCount() - start) / cv2.getTickFrequency())
+
+
+class VideoWriter:
+    """Writes H.264 that browsers play. The file appears, whole, when the writer is closed; on an error it does not.
+
+    The first frame gives the size; H.264 wants even sides, so an odd one loses its last row or column. Later frames of
+    another size are letterboxed into it.
+
+    Args:
+        path: File to write: .mp4, .mkv, .mov or .m4v.
+        rate: Frames per second.
+
+    Raises:
+        VideoError: Another suffix, or the file cannot be encoded.
+    """
+
+    def __init__(self, path: str | Path, rate: float) -> None:
+        self._av = require("av", "cpu", "writing video")
+        self._av.logging.set_level(self._av.logging.PANIC)
+        self.path = Path(path)
+        if self.path.suffix.lower() not in VIDEO_SUFFIXES:
+            raise VideoError(f"{path}: video is written as {', '.join(VIDEO_SUFFIXES)}")
+        self._rate = Fraction(rate).limit_denominator(1001)
+        self._last = -1
+        self._first_hw = (0, 0)
+        self._stream: Any = None
+        self._file = atomic_path(self.path)
+        temporary = self._file.__enter__()
+        faststart = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "faststart"}
+        self._container = self._av.open(str(temporary), "w", options=faststart)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def write(self, image: Frame, seconds: float | None = None) -> None:
+        """Append a frame.
+
+        Args:
+            image: uint8 (H, W, 3) BGR.
+            seconds: When it is shown; None: one frame duration after the last.
+        """
+        try:
+            if self._stream is None:
+                self._open(image)
+            height, width = self._stream.codec_context.height, self._stream.codec_context.width
+            if image.shape[:2] != (height, width) and image.shape[:2] != self._first_hw:
+                box = Letterbox.fit((image.shape[0], image.shape[1]), (height, width))
+                image = box.apply(image, (0, 0, 0))
+            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="bgr24")
+            step = max(round(_CLOCK / self._rate), 1)
+            stamp = self._last + step if seconds is None else round(seconds * _CLOCK)
+            self._last = max(stamp, self._last + 1)
+            frame.pts, frame.time_base = self._last, Fraction(1, _CLOCK)
+            self._container.mux(self._stream.encode(frame))
+        except self._av.error.FFmpegError as error:
+            raise VideoError(f"{self.path}: cannot be written ({_reason(error)})") from None
+
+    def _open(self, image: Frame) -> None:
+        self._first_hw = (image.shape[0], image.shape[1])
+        height, width = (max(side // 2 * 2, 2) for side in self._first_hw)
+        if min(self._first_hw) < 2:
+            raise VideoError(f"{self.path}: a video of {self._first_hw[1]}x{self._first_hw[0]} cannot be encoded")
+        if "libx264" not in self._av.codecs_available:
+            raise VideoError(f"{self.path}: this build of PyAV has no H.264 encoder: pip install --force-reinstall av")
+        self._stream = self._container.add_stream("libx264", rate=self._rate, options={"preset": "veryfast", "crf": "20"})
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        self._stream.codec_context.time_base = Fraction(1, _CLOCK)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # an interrupted video is kept: it ends where the user stopped it
+        keep = self._stream is not None and (kind is None or issubclass(kind, KeyboardInterrupt))
+        failure = None if keep else (error or VideoError("nothing was written"))
+        try:
+            if keep:
+                self._container.mux(self._stream.encode(None))
+            self._container.close()
+        except self._av.error.FFmpegError as cause:
+            failure = VideoError(f"{self.path}: cannot be written ({_reason(cause)})")
+        self._file.__exit__(type(failure) if failure else None, failure, None)
+        if keep and failure:
+            raise failure
+
+
+def require_display() -> None:
+    """Raise VideoError where no window can be shown: OpenCV would end the process."""
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise VideoError("--show needs a display, and there is none: use --output instead")
+
+
+def _reason(error: BaseException) -> str:
+    return (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__

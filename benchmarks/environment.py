@@ -21,7 +21,9 @@ def environment(*packages: str) -> dict[str, Any]:
             break
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
     except OSError:
         commit = ""
     module = sys.modules["__main__"].__spec__
@@ -37,5 +39,8 @@ def environment(*packages: str) -> dict[str, Any]:
             "system": platform.system(),
             "gpu": None,
         },
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
     }

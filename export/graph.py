@@ -104,9 +104,7 @@ def _slots(g: GraphBuilder, image_of_row: str, count_per_image: str) -> str:
     return g.op("Concat", *(g.op("Unsqueeze", x, g.ints(1)) for x in (image_of_row, rank)), axis=1)
 
 
-def add_decode_nms(
-    g: GraphBuilder, heads: Sequence[str], spec: ModelSpec, size_hw: tuple[int, int] | None
-) -> None:
+def add_decode_nms(g: GraphBuilder, heads: Sequence[str], spec: ModelSpec, size_hw: tuple[int, int] | None) -> None:
     """Add decoding and NMS with standard operators, from the head maps to the five outputs.
 
     Only candidates over the threshold are gathered and decoded, and only the survivors' landmarks, so the cost follows
@@ -115,9 +113,7 @@ def add_decode_nms(
     decode, per_cell = spec.decode, spec.anchors.per_cell
     channels = 16 * per_cell
     # one row a cell, channels last: class (2 each), boxes (4 each), landmarks (10 each)
-    rows = [
-        g.op("Transpose", g.op("Reshape", head, g.ints(0, channels, -1)), perm=[0, 2, 1]) for head in heads
-    ]
+    rows = [g.op("Reshape", g.op("Transpose", head, perm=[0, 2, 3, 1]), g.ints(0, -1, channels)) for head in heads]
     cells = g.op("Concat", *rows, axis=1)
     # 0 * x is 0 for every finite x and NaN for the others
     probe = g.op("ReduceSum", g.op("Mul", cells, g.const(0, np.float32)), g.ints(1, 2), keepdims=0)

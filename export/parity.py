@@ -1,4 +1,4 @@
-"""Does an exported graph give what PyTorch gives? Compared stage by stage, so that a difference shows where it starts."""
+"""Does an exported graph give what PyTorch gives? Compared stage by stage: a difference shows where it starts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class ParityReport:
     rows: tuple[ParityRow, ...]
 
     def __str__(self) -> str:
-        lines = [f"{'ONNX against PyTorch':26} {'size':>9} {'heads':>8} {'boxes px':>9} {'lmk px':>8} {'faces':>6} unmatched"]
+        lines = [
+            f"{'ONNX against PyTorch':26} {'size':>9} {'heads':>8} {'boxes px':>9} {'lmk px':>8} {'faces':>6} unmatched"
+        ]
         for row in self.rows:
             size = f"{row.size_hw[0]}x{row.size_hw[1]}"
             lines.append(

@@ -163,15 +163,23 @@ def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
         description="Export RetinaFace weights to one ONNX file that takes uint8 frames and gives faces, "
         "and compare it with PyTorch on real images. The file is written only if they agree.",
     )
-    parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help="checkpoint (.pth), or the name of published weights")
-    parser.add_argument("--size", default="640x640", help="HEIGHTxWIDTH, multiples of 32; or 'dynamic' for any such size")
+    parser.add_argument(
+        "--weights", default=DEFAULT_WEIGHTS, help="checkpoint (.pth), or the name of published weights"
+    )
+    parser.add_argument(
+        "--size", default="640x640", help="HEIGHTxWIDTH, multiples of 32; or 'dynamic' for any such size"
+    )
     parser.add_argument("--out", type=Path, default=Path("retinaface.onnx"), help="file to write")
-    parser.add_argument("--score", type=float, default=default.score_threshold, help="floor: lower scores are never seen")
+    parser.add_argument(
+        "--score", type=float, default=default.score_threshold, help="floor: lower scores are never seen"
+    )
     parser.add_argument("--iou", type=float, default=default.iou_threshold, help="NMS drops boxes that overlap more")
     parser.add_argument("--top-k", type=int, default=default.top_k, help="candidates that enter NMS")
     parser.add_argument("--max-detections", type=int, default=default.max_detections, help="faces per image at most")
     parser.add_argument(
-        "--parity-images", type=Path, help="image or folder to compare on (default: sample photographs that packages ship)"
+        "--parity-images",
+        type=Path,
+        help="image or folder to compare on (default: sample photographs that packages ship)",
     )
     args = parser.parse_args(argv)
     return ExportOptions(

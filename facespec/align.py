@@ -11,7 +11,7 @@ from facespec.errors import FrameError
 ARCFACE_LANDMARKS_112 = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
 )
-"""(5, 2) x, y of the landmarks in an aligned 112×112 crop. Source: ArcFace (Deng et al., CVPR 2019) and insightface."""
+"""(5, 2) x, y of the landmarks in an aligned 112x112 crop. Source: ArcFace (Deng et al., CVPR 2019) and insightface."""
 
 
 def similarity_transforms(landmarks: NDArray[np.float32], target: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -41,7 +41,9 @@ def require(module: str, extra: str, why: str) -> ModuleType:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module.split(".")[0]
         found = "is not installed" if missing else f"cannot be imported ({error})"
-        raise MissingPackageError(f"{why} needs {module}, which {found}: pip install 'retinaface-trt[{extra}]'") from error
+        raise MissingPackageError(
+            f"{why} needs {module}, which {found}: pip install 'retinaface-trt[{extra}]'"
+        ) from error
 
 
 def run(main: Callable[[], int]) -> NoReturn:

@@ -91,7 +91,9 @@ class Detections:
         try:
             import supervision
         except ImportError as error:
-            raise MissingPackageError("to_supervision() needs the package supervision: pip install supervision") from error
+            raise MissingPackageError(
+                "to_supervision() needs the package supervision: pip install supervision"
+            ) from error
         return supervision.Detections(
             xyxy=self.boxes.copy(),
             confidence=self.scores.copy(),

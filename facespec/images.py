@@ -27,7 +27,7 @@ MAX_FILE_BYTES = 256 << 20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 
 
-class _Truncated(Exception):
+class _TruncatedError(Exception):
     """The data ends before the image does."""
 
 
@@ -35,7 +35,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     size, position = None, 2
     while position + 4 <= len(data):
         if data[position] != 0xFF:
-            raise _Truncated
+            raise _TruncatedError
         marker = data[position + 1]
         if marker == 0xFF:  # fill byte
             position += 1
@@ -43,7 +43,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             position += 2
         elif marker == 0xDA:  # start of scan: pixels follow, the end-of-image marker must come after them
             if size is None or data.rfind(b"\xff\xd9") < position:
-                raise _Truncated
+                raise _TruncatedError
             return size
         else:
             length = int.from_bytes(data[position + 2 : position + 4], "big")
@@ -51,7 +51,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
                 height, width = struct.unpack_from(">HH", data, position + 5)
                 size = width, height
             position += 2 + length
-    raise _Truncated
+    raise _TruncatedError
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
@@ -62,7 +62,7 @@ def _png_size(data: bytes) -> tuple[int, int]:
         if data[position + 4 : position + 8] == b"IEND":
             return width, height
         position += 12 + length
-    raise _Truncated
+    raise _TruncatedError
 
 
 def _bmp_size(data: bytes) -> tuple[int, int]:
@@ -73,13 +73,13 @@ def _bmp_size(data: bytes) -> tuple[int, int]:
     else:
         width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
     if compression in (0, 3) and len(data) < start + (width * bits + 31) // 32 * 4 * abs(height):
-        raise _Truncated
+        raise _TruncatedError
     return width, abs(height)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
     if len(data) < 8 + struct.unpack_from("<I", data, 4)[0]:
-        raise _Truncated
+        raise _TruncatedError
     kind = data[12:16]
     if kind == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
@@ -105,11 +105,11 @@ def _tiff_size(data: bytes) -> tuple[int, int]:
 def _pnm_size(data: bytes) -> tuple[int, int]:
     match = re.match(rb"P([1-6])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})\s", data[:4096])
     if not match:
-        raise _Truncated
+        raise _TruncatedError
     kind, width, height = int(match[1]), int(match[2]), int(match[3])
     row = {4: (width + 7) // 8, 5: width, 6: 3 * width}.get(kind, width)
     if len(data) < match.end() + row * height:
-        raise _Truncated
+        raise _TruncatedError
     return width, height
 
 
@@ -141,14 +141,13 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
     """
     if not data:
         raise ImageError(f"{name}: the file is empty")
-    for magic, kind, read_size in _FORMATS:
-        if magic.match(data):
-            break
-    else:
+    known = next(((kind, read_size) for magic, kind, read_size in _FORMATS if magic.match(data)), None)
+    if known is None:
         raise ImageError(f"{name}: not a JPEG, PNG, BMP, WebP, TIFF or PNM image")
+    kind, read_size = known
     try:
         width, height = read_size(data)
-    except (_Truncated, struct.error):
+    except (_TruncatedError, struct.error):
         raise ImageError(f"{name}: the {kind} file is truncated or damaged") from None
     if width <= 0 or height <= 0:
         raise ImageError(f"{name}: the {kind} header gives no size ({width}x{height})")
@@ -190,8 +189,6 @@ def write_image(path: str | Path, image: Frame) -> None:
     Raises:
         ImageError: A suffix cv2 cannot encode.
     """
-    from facespec.files import atomic_path
-
     path = Path(path)
     try:
         written, data = cv2.imencode(path.suffix or "?", image)

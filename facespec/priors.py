@@ -21,7 +21,9 @@ def make_priors(anchors: AnchorSpec, size_hw: tuple[int, int]) -> NDArray[np.flo
         size_hw: Height and width of the network input in pixels; need not be multiples of the strides.
     """
     levels = []
-    for (rows, columns), stride, sizes in zip(anchors.grids_hw(size_hw), anchors.strides, anchors.min_sizes, strict=True):
+    for (rows, columns), stride, sizes in zip(
+        anchors.grids_hw(size_hw), anchors.strides, anchors.min_sizes, strict=True
+    ):
         level = np.empty((rows, columns, len(sizes), 4), np.float32)
         level[..., 0] = ((np.arange(columns) + 0.5) * stride)[None, :, None]
         level[..., 1] = ((np.arange(rows) + 0.5) * stride)[:, None, None]

@@ -18,7 +18,7 @@ SPEC_KEY = "retinaface.spec"
 """Key of the JSON form in the metadata of an ONNX file."""
 
 DEFAULT_SCORE_THRESHOLD = 0.5
-"""What detectors report unless told otherwise. A model's own floor, `DecodeSpec.score_threshold`, is usually far lower."""
+"""What detectors report unless told otherwise; a model's floor, `DecodeSpec.score_threshold`, is usually far lower."""
 
 SIZE_MULTIPLE = 32
 """Network heights and widths are multiples of the coarsest stride."""
@@ -83,7 +83,7 @@ class AnchorSpec:
 
 @dataclass(frozen=True)
 class PreprocessSpec:
-    """Network input = BGR minus `mean_bgr`, no scaling. Letterbox padding is the mean colour, so it is 0 for the network.
+    """Network input = BGR minus `mean_bgr`, no scaling. Letterbox padding is the mean colour: 0 for the network.
 
     Attributes:
         mean_bgr: Integers in 0..255, so that they are exact in uint8 and in fp16.
@@ -179,7 +179,9 @@ class ModelSpec:
     decode: DecodeSpec = field(default_factory=DecodeSpec)
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.backbone, str) and bool(self.backbone), f"backbone must be a name, got {self.backbone!r}")
+        _require(
+            isinstance(self.backbone, str) and bool(self.backbone), f"backbone must be a name, got {self.backbone!r}"
+        )
         _require(
             _is_int(self.fpn_channels) and self.fpn_channels > 0 and self.fpn_channels % 4 == 0,
             f"fpn_channels must be a positive multiple of 4, got {self.fpn_channels}",

@@ -90,9 +90,7 @@ def load_ground_truth(folder: str | Path) -> dict[ImageKey, ImageTruth]:
     return truth
 
 
-def average_precision(
-    predictions: Mapping[ImageKey, Array], truth: Mapping[ImageKey, ImageTruth]
-) -> dict[str, Curve]:
+def average_precision(predictions: Mapping[ImageKey, Array], truth: Mapping[ImageKey, ImageTruth]) -> dict[str, Curve]:
     """Return the curve of each level.
 
     Args:
@@ -135,12 +133,15 @@ def _best_overlaps(a_xywh: Array, b_xywh: Array) -> tuple[Array, NDArray[np.int6
     """Return for each box of `a` its largest IoU in `b` and which box that is, the border pixel counted."""
     a_high, b_high = a_xywh[:, :2] + a_xywh[:, 2:], b_xywh[:, :2] + b_xywh[:, 2:]
     overlap = [
-        np.minimum(a_high[:, None, axis], b_high[None, :, axis]) - np.maximum(a_xywh[:, None, axis], b_xywh[None, :, axis]) + 1
+        np.minimum(a_high[:, None, axis], b_high[None, :, axis])
+        - np.maximum(a_xywh[:, None, axis], b_xywh[None, :, axis])
+        + 1
         for axis in (0, 1)
     ]
     inter = np.where((overlap[0] > 0) & (overlap[1] > 0), overlap[0] * overlap[1], 0)
     a_area, b_area = (
-        (high[:, 0] - xywh[:, 0] + 1) * (high[:, 1] - xywh[:, 1] + 1) for high, xywh in ((a_high, a_xywh), (b_high, b_xywh))
+        (high[:, 0] - xywh[:, 0] + 1) * (high[:, 1] - xywh[:, 1] + 1)
+        for high, xywh in ((a_high, a_xywh), (b_high, b_xywh))
     )
     with np.errstate(divide="ignore", invalid="ignore"):  # a box of width -1 has no area; it overlaps nothing
         iou = np.where(inter > 0, inter / (a_area[:, None] + b_area[None, :] - inter), 0)

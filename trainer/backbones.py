@@ -102,7 +102,9 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
-    return nn.Sequential(*conv_bn(inputs, outputs, kernel=1, stride=stride)) if inputs != outputs or stride > 1 else None
+    return (
+        nn.Sequential(*conv_bn(inputs, outputs, kernel=1, stride=stride)) if inputs != outputs or stride > 1 else None
+    )
 
 
 class ResNet(nn.Module):
@@ -118,14 +120,19 @@ class ResNet(nn.Module):
         self.conv1, self.bn1 = conv_bn(3, 64, kernel=7, stride=2)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        inputs = 64
-        for index, (width, depth) in enumerate(zip((64, 128, 256, 512), depths, strict=True)):
-            blocks = []
-            for position in range(depth):
-                blocks.append(block(inputs, width, stride=2 if index and not position else 1))
-                inputs = width * block.expansion
-            setattr(self, f"layer{index + 1}", nn.Sequential(*blocks))
+        grow = block.expansion
+        self.layer1 = self._stage(block, 64, 64, depths[0], stride=1)
+        self.layer2 = self._stage(block, 64 * grow, 128, depths[1], stride=2)
+        self.layer3 = self._stage(block, 128 * grow, 256, depths[2], stride=2)
+        self.layer4 = self._stage(block, 256 * grow, 512, depths[3], stride=2)
         self.channels = (128 * block.expansion, 256 * block.expansion, 512 * block.expansion)
+
+    @staticmethod
+    def _stage(
+        block: type[BasicBlock] | type[Bottleneck], inputs: int, width: int, depth: int, stride: int
+    ) -> nn.Sequential:
+        rest = (block(width * block.expansion, width, 1) for _ in range(depth - 1))
+        return nn.Sequential(block(inputs, width, stride), *rest)
 
     def forward(self, images: Tensor) -> Features:
         """Return maps of `channels` channels at strides 8, 16, 32 from (B, 3, H, W)."""

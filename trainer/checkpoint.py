@@ -142,7 +142,7 @@ def _build(state: State, spec: ModelSpec | None, where: str | Path) -> RetinaFac
     if backbone is None or pyramid is None:
         raise WeightsError(
             f"{where}: not RetinaFace weights; expected the keys of {', '.join(BACKBONES)} "
-            f"(body.*, fpn.*, ssh*, ClassHead.*), found {len(state)} keys such as {', '.join(list(state)[:2]) or 'none'}"
+            f"(body.*, fpn.*, ssh*, ClassHead.*), found {len(state)} keys: {', '.join(list(state)[:2]) or 'none'}, ..."
         )
     if spec is None:
         spec = ModelSpec(backbone=backbone, fpn_channels=pyramid.shape[0])

@@ -197,8 +197,8 @@ def open_detector(name: str, protocol: str, size_hw: tuple[int, int] | None) -> 
         deployed = load_detector(name, score_threshold=floor, size_hw=size_hw)
         if protocol == "original" and deployed.size_hw is not None:
             raise DataError(
-                f"{name} takes {deployed.size_hw[0]}x{deployed.size_hw[1]} only: evaluate it with --protocol letterbox, "
-                "or export it with --size dynamic"
+                f"{name} takes {deployed.size_hw[0]}x{deployed.size_hw[1]} only: evaluate it with "
+                "--protocol letterbox, or export it with --size dynamic"
             )
         return deployed
     require("torch", "train", "evaluating a checkpoint")
@@ -223,7 +223,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         predictions = read_predictions(options.predictions, truth, options.subset)
         truth = {key: value for key, value in truth.items() if key in predictions.by_image}
     else:
-        assert options.detector and options.data
+        if options.detector is None or options.data is None:
+            raise DataError("nothing to evaluate: give predictions, or a detector and a WIDER FACE folder")
         detector = open_detector(options.detector, options.protocol, options.size_hw)
         predictions, truth = predict(detector, options.data / "val" / "images", truth)
     collected = time.perf_counter()

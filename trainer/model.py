@@ -16,7 +16,6 @@ def _leaky_slope(channels: int) -> float:
     return 0.1 if channels <= 64 else 0.0
 
 
-
 class FPN(nn.Module):
     """Top-down feature pyramid over three levels (Lin et al., CVPR 2017).
 

@@ -73,8 +73,8 @@ class Summary:
         frames = max(self.frames, 1)
         stages = ", ".join(f"{name} {total / frames:.2f}" for name, total in self.timer.total_ms.items())
         lines = [
-            f"{self.frames} frames, {self.faces} faces, {self.seconds:.1f} s ({self.frames / max(self.seconds, 1e-9):.1f} "
-            f"frames/s)",
+            f"{self.frames} frames, {self.faces} faces, {self.seconds:.1f} s "
+            f"({self.frames / max(self.seconds, 1e-9):.1f} frames/s)",
             f"ms per frame: {stages or 'nothing was run'}",
         ]
         if self.truncated:
@@ -117,7 +117,7 @@ def detect(options: DetectOptions) -> Summary:
                 _run_images(images, single, sink)
             else:
                 _run_video(sink)
-        except _Quit:
+        except _QuitError:
             pass
         except KeyboardInterrupt:
             summary.interrupted = True
@@ -125,7 +125,7 @@ def detect(options: DetectOptions) -> Summary:
     return summary
 
 
-class _Quit(Exception):
+class _QuitError(Exception):
     """The user closed the window."""
 
 
@@ -159,7 +159,7 @@ class _Sink:
         if self.options.show:
             cv2.imshow("faces (q ends)", canvas)
             if cv2.waitKey(1) & 0xFF in (ord("q"), 27):
-                raise _Quit
+                raise _QuitError
         return canvas
 
 
@@ -202,9 +202,10 @@ def _common_parts(paths: list[Path]) -> list[str]:
 def _run_video(sink: _Sink) -> None:
     options, summary = sink.options, sink.summary
     with ExitStack() as stack:
-        source = stack.enter_context(
+        source: Camera | VideoFile = (
             Camera(int(options.source)) if options.source.isdecimal() else VideoFile(options.source)
         )
+        stack.enter_context(source)
         writer = stack.enter_context(VideoWriter(options.output, source.rate)) if options.output else None
         progress = stack.enter_context(tqdm(total=source.frame_count or None, unit="frame", disable=None))
         frames: Iterator[Any] = iter(source)
@@ -220,7 +221,7 @@ def _run_video(sink: _Sink) -> None:
                     with summary.timer("write"):
                         writer.write(canvas, timed.seconds)
                 progress.update()
-        except _Quit:
+        except _QuitError:
             pass
         finally:
             summary.damaged = source.damaged

@@ -144,7 +144,6 @@ def load_detector(path: str | Path, **options: Any) -> OrtRetinaFace:
     return OrtRetinaFace(path, **options)
 
 
-
 def _open_session(model: str | bytes, path: str | Path, threads: int | None) -> Any:
     ort = require("onnxruntime", "cpu", "OrtRetinaFace")
     options = ort.SessionOptions()

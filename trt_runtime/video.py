@@ -135,12 +135,11 @@ class Camera:
 
     def __init__(self, index: int) -> None:
         self.frame_count = self.damaged = 0
-        level = cv2.getLogLevel() if hasattr(cv2, "getLogLevel") else None
-        if level is not None:
-            cv2.setLogLevel(0)  # a missing camera is reported below, once
+        log = cv2.utils.logging
+        level = log.getLogLevel()
+        log.setLogLevel(log.LOG_LEVEL_SILENT)  # a missing camera is reported below, once
         self._capture = cv2.VideoCapture(index)
-        if level is not None:
-            cv2.setLogLevel(level)
+        log.setLogLevel(level)
         if not self._capture.isOpened():
             raise VideoError(f"camera {index}: cannot be opened; is it connected, and free?")
         self.rate = self._capture.get(cv2.CAP_PROP_FPS) or 30.0
@@ -222,7 +221,9 @@ class VideoWriter:
             raise VideoError(f"{self.path}: a video of {self._first_hw[1]}x{self._first_hw[0]} cannot be encoded")
         if "libx264" not in self._av.codecs_available:
             raise VideoError(f"{self.path}: this build of PyAV has no H.264 encoder: pip install --force-reinstall av")
-        self._stream = self._container.add_stream("libx264", rate=self._rate, options={"preset": "veryfast", "crf": "20"})
+        self._stream = self._container.add_stream(
+            "libx264", rate=self._rate, options={"preset": "veryfast", "crf": "20"}
+        )
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         self._stream.codec_context.time_base = Fraction(1, _CLOCK)
 

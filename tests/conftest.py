@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from facespec.images import read_image
+from facespec.letterbox import Frame
+from facespec.samples import sample_photographs
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("RETINAFACE_DATA", ROOT.parent / "shared" / "data"))
+
+
+def _has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("RETINAFACE_REQUIRE_GPU") or _has_gpu():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine (make test-gpu)"))
+
+
+@pytest.fixture(scope="session")
+def widerface() -> Path:
+    """WIDER FACE as in the README: val/images and gt."""
+    root = DATA / "widerface"
+    if not (root / "val" / "images").is_dir():
+        pytest.skip("WIDER FACE is not on this machine (RETINAFACE_DATA)")
+    return root
+
+
+@pytest.fixture(scope="session")
+def weights_dir() -> Path:
+    """Folder of extra checkpoints of the published weights."""
+    if not (DATA / "weights").is_dir():
+        pytest.skip("the extra checkpoints are not on this machine (RETINAFACE_DATA)")
+    return DATA / "weights"
+
+
+@pytest.fixture(scope="session")
+def photographs() -> dict[str, Frame]:
+    """Sample photographs, one face each."""
+    return {path.stem: read_image(path) for path in sample_photographs()}
+
+
+@pytest.fixture(scope="session")
+def astronaut(photographs: dict[str, Frame]) -> Frame:
+    return photographs["astronaut"]
+
+
+@pytest.fixture(scope="session")
+def crowd(photographs: dict[str, Frame]) -> Frame:
+    """A 512x1536 frame with three faces."""
+    import cv2
+
+    parts = [cv2.resize(image, (512, 512)) for image in photographs.values()]
+    return np.hstack([*parts, parts[0][:, ::-1]])
+
+
+def _export(folder: Path, size_hw: tuple[int, int] | None) -> Path:
+    from export.to_onnx import ExportOptions, export_onnx
+    from facespec.spec import DecodeSpec
+
+    path = folder / "model.onnx"
+    export_onnx(ExportOptions("mobilenet0.25", path, size_hw, DecodeSpec()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def static_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published weights at 320x320."""
+    return _export(tmp_path_factory.mktemp("static"), (320, 320))
+
+
+@pytest.fixture(scope="session")
+def dynamic_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published weights at any size."""
+    return _export(tmp_path_factory.mktemp("dynamic"), None)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m MODULE ARGS` in an empty folder, as a user would."""
+
+    def call(module: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        line = [sys.executable, "-m", module, *map(str, args)]
+        return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+
+    return call
+
+
+@pytest.fixture
+def refused(command: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., str]:
+    """Run a command that must end in one line on stderr and exit code 1; return that line."""
+
+    def call(module: str, *args: object, env: dict[str, str] | None = None) -> str:
+        result = command(module, *args, env=env)
+        lines = result.stderr.strip().splitlines()
+        assert result.returncode == 1, result.stderr
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return call

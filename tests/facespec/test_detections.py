@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from facespec.align import ARCFACE_LANDMARKS_112, similarity_transforms
+from facespec.detections import Detections
+from facespec.draw import draw_detections
+from facespec.errors import FrameError
+
+
+def _detections(count: int = 4) -> Detections:
+    rng = np.random.default_rng(0)
+    low = rng.uniform(0, 50, (count, 2))
+    boxes = np.concatenate([low, low + 20], axis=1).astype(np.float32)
+    scores = np.sort(rng.uniform(0.1, 1, count).astype(np.float32))[::-1].copy()
+    landmarks = (low[:, None] + rng.uniform(0, 20, (count, 5, 2))).astype(np.float32)
+    return Detections(boxes, scores, landmarks, (100, 90), truncated=True)
+
+
+def test_indexing() -> None:
+    found = _detections()
+    assert len(found) == 4
+    for index, expected in (
+        (slice(1, 3), [1, 2]), (0, [0]), (-1, [3]), ([2, 0], [2, 0]), (found.scores > 2, []), (np.int64(1), [1]),
+    ):  # fmt: skip
+        part = found[index]
+        np.testing.assert_array_equal(part.boxes, found.boxes[expected])
+        np.testing.assert_array_equal(part.scores, found.scores[expected])
+        np.testing.assert_array_equal(part.landmarks, found.landmarks[expected])
+        assert (part.frame_hw, part.truncated) == ((100, 90), True)
+    assert [len(face) for face in found] == [1, 1, 1, 1]
+    part = found[:]
+    part.boxes[:] = 0
+    assert found.boxes.any()
+    with pytest.raises(IndexError):
+        found[4]
+    assert len(found.with_min_score(float(found.scores[1]))) == 2
+
+
+def test_shapes_must_agree() -> None:
+    found = _detections()
+    with pytest.raises(ValueError, match="shapes"):
+        Detections(found.boxes[:2], found.scores, found.landmarks, (1, 1))
+
+
+def test_to_dict_survives_json() -> None:
+    found = _detections()
+    data = json.loads(json.dumps(found.to_dict()))
+    assert (data["width"], data["height"], data["truncated"]) == (90, 100, True)
+    np.testing.assert_allclose([face["box"] for face in data["faces"]], found.boxes, atol=0.0051)
+    np.testing.assert_allclose([face["score"] for face in data["faces"]], found.scores, atol=1e-6)
+    np.testing.assert_allclose([face["landmarks"] for face in data["faces"]], found.landmarks, atol=0.0051)
+    assert Detections.empty((5, 6)).to_dict() == {"width": 6, "height": 5, "truncated": False, "faces": []}
+
+
+@pytest.mark.filterwarnings("ignore")  # supervision's own
+@pytest.mark.parametrize("count", [0, 4])
+def test_to_supervision(count: int) -> None:
+    found = _detections(count)
+    other = found.to_supervision()
+    assert len(other) == count
+    np.testing.assert_array_equal(other.xyxy, found.boxes)
+    np.testing.assert_array_equal(other.confidence, found.scores)
+    np.testing.assert_array_equal(other.data["landmarks"], found.landmarks)
+    if count:
+        best = other[other.confidence > float(found.scores[1])]
+        np.testing.assert_array_equal(best.data["landmarks"], found.landmarks[:1])
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_similarity_transforms_equal_scikit_image(seed: int) -> None:
+    from skimage.transform import SimilarityTransform
+
+    rng = np.random.default_rng(seed)
+    landmarks = (ARCFACE_LANDMARKS_112 * rng.uniform(0.2, 5) + rng.normal(0, 8, (3, 5, 2))).astype(np.float32)
+    for points, matrix in zip(landmarks, similarity_transforms(landmarks, ARCFACE_LANDMARKS_112), strict=True):
+        expected = SimilarityTransform.from_estimate(points, ARCFACE_LANDMARKS_112)
+        np.testing.assert_allclose(matrix, expected.params[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_aligned_crops_undo_a_known_pose() -> None:
+    """A face drawn upright at the standard positions, then turned, scaled and moved, comes back upright."""
+    rng = np.random.default_rng(0)
+    upright = cv2.GaussianBlur(rng.integers(0, 256, (112, 112, 3), np.uint8), (0, 0), 3)
+    angle, scale = np.deg2rad(25), 1.7
+    pose = np.array(
+        [
+            [scale * np.cos(angle), -scale * np.sin(angle), 90],
+            [scale * np.sin(angle), scale * np.cos(angle), 30],
+        ]
+    )
+    frame = cv2.warpAffine(upright, pose, (320, 320))
+    landmarks = (ARCFACE_LANDMARKS_112 @ pose[:, :2].T + pose[:, 2]).astype(np.float32)
+    found = Detections(np.zeros((1, 4), np.float32), np.ones(1, np.float32), landmarks[None], (320, 320))
+    crop = found.aligned_crops(frame)[0]
+    assert crop.shape == (112, 112, 3)
+    assert np.abs(crop[8:-8, 8:-8].astype(int) - upright[8:-8, 8:-8]).mean() < 2
+    assert found.aligned_crops(frame, 224).shape == (1, 224, 224, 3)
+    assert Detections.empty((320, 320)).aligned_crops(frame).shape == (0, 112, 112, 3)
+
+
+def test_landmarks_on_one_point_cannot_be_aligned() -> None:
+    with pytest.raises(FrameError, match="one point"):
+        similarity_transforms(np.ones((1, 5, 2), np.float32), ARCFACE_LANDMARKS_112)
+
+
+def test_drawing_marks_the_box_and_leaves_the_frame_alone() -> None:
+    frame = np.zeros((100, 90, 3), np.uint8)
+    found = _detections()
+    canvas = draw_detections(frame, found)
+    assert not frame.any()
+    x1, y1, x2, y2 = np.rint(found.boxes[0]).astype(int)
+    assert canvas[y1 + 3 : y2 - 3, x1].any(axis=1).all()
+    far = Detections(np.array([[-1e9, -1e9, 1e9, 1e9]], np.float32), np.ones(1, np.float32),
+                     np.full((1, 5, 2), 1e9, np.float32), (100, 90))  # fmt: skip
+    assert draw_detections(frame, far).shape == frame.shape

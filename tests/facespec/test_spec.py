@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from facespec.errors import SpecError
+from facespec.priors import make_priors
+from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec, PreprocessSpec, parse_size
+
+
+def test_prior_counts_are_the_published_ones() -> None:
+    assert AnchorSpec().count((640, 640)) == 16_800
+    assert AnchorSpec().count((320, 320)) == 4_200
+    assert AnchorSpec().count((1088, 1920)) == 85_680
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_priors_equal_the_original_loops(height: int, width: int) -> None:
+    """Against the literal definition: nested loops over levels, rows, columns and sizes."""
+    expected = []
+    for stride, sizes in zip((8, 16, 32), ((16, 32), (64, 128), (256, 512)), strict=True):
+        for row in range(math.ceil(height / stride)):
+            for column in range(math.ceil(width / stride)):
+                expected += [((column + 0.5) * stride, (row + 0.5) * stride, size, size) for size in sizes]
+    priors = make_priors(AnchorSpec(), (height, width))
+    assert priors.dtype == np.float32
+    np.testing.assert_array_equal(priors, np.array(expected, np.float32))
+
+
+specs = st.builds(
+    ModelSpec,
+    backbone=st.sampled_from(["mobilenet0.25", "resnet50"]),
+    fpn_channels=st.sampled_from([64, 256]),
+    weights_sha256=st.sampled_from(["", "0" * 64]),
+    preprocess=st.builds(PreprocessSpec, st.tuples(*[st.integers(0, 255)] * 3)),
+    decode=st.builds(
+        DecodeSpec,
+        score_threshold=st.floats(0.001, 0.999),
+        iou_threshold=st.floats(0.001, 0.999),
+        top_k=st.integers(1, 10**6),
+        max_detections=st.integers(1, 10**6),
+    ),
+)
+
+
+@given(specs)
+def test_json_round_trip_keeps_everything(spec: ModelSpec) -> None:
+    again = ModelSpec.from_json(spec.to_json())
+    assert again == spec
+    assert again.sha256() == spec.sha256()
+    assert again.decode.logit_threshold == spec.decode.logit_threshold
+
+
+def test_hash_is_the_same_in_every_process_and_changes_with_every_field() -> None:
+    code = "from facespec.spec import ModelSpec; print(ModelSpec().sha256())"
+    hashes = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        for _ in range(2)
+    }
+    assert hashes == {ModelSpec().sha256()}
+    changed = [
+        ModelSpec(backbone="resnet50"),
+        ModelSpec(fpn_channels=128),
+        ModelSpec(weights_sha256="f" * 64),
+        ModelSpec(preprocess=PreprocessSpec((104, 117, 124))),
+        *(ModelSpec(decode=DecodeSpec(**{name: value})) for name, value in
+          [("score_threshold", 0.03), ("iou_threshold", 0.5), ("top_k", 1), ("max_detections", 1)]),
+    ]  # fmt: skip
+    assert len({spec.sha256() for spec in changed} | hashes) == len(changed) + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"backbone": ""}, "backbone"),
+        ({"fpn_channels": 66}, "multiple of 4"),
+        ({"weights_sha256": "abc"}, "64 hex"),
+        ({"extra": 1}, "unknown fields"),
+        ({"anchors": {}}, "missing fields"),
+        ({"anchors": None}, "anchors is missing"),
+        ({"format": 99}, "format 99"),
+        ({"decode": {**dataclasses.asdict(DecodeSpec()), "score_threshold": 1.0}}, "score_threshold"),
+        ({"decode": {**dataclasses.asdict(DecodeSpec()), "score_threshold": "0.5"}}, "score_threshold"),
+        ({"decode": {**dataclasses.asdict(DecodeSpec()), "top_k": 0}}, "top_k"),
+        ({"decode": {**dataclasses.asdict(DecodeSpec()), "variances": 7}}, "decode"),
+        ({"preprocess": {"mean_bgr": [104, 117, 256]}}, "mean_bgr"),
+        ({"anchors": {"strides": [8, 8], "min_sizes": [[1], [2]]}}, "ascending"),
+    ],
+)
+def test_impossible_json_is_named(change: dict[str, object], words: str) -> None:
+    data = {**json.loads(ModelSpec().to_json()), **change}
+    with pytest.raises(SpecError, match=words):
+        ModelSpec.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "null", "[" * 100_000])
+def test_text_that_is_no_spec_is_refused(text: str) -> None:
+    with pytest.raises(SpecError):
+        ModelSpec.from_json(text)
+
+
+def test_run_threshold_rises_but_never_falls_below_the_floor() -> None:
+    decode = DecodeSpec(score_threshold=0.02)
+    assert decode.run_threshold(None) == 0.5
+    assert decode.run_threshold(0.02) == 0.02
+    assert DecodeSpec(score_threshold=0.7).run_threshold(None) == 0.7
+    for wrong in (0.01, 1.0, float("nan")):
+        with pytest.raises(SpecError):
+            decode.run_threshold(wrong)
+
+
+def test_parse_size() -> None:
+    assert parse_size("640x320") == (640, 320)
+    for wrong in ("640", "640x", "x640", "640x100", "0x0", "-32x32", "640x640x3", "99999x32", "²x32"):
+        with pytest.raises(SpecError):
+            parse_size(wrong)
+    with pytest.raises(SpecError, match="try 608"):
+        parse_size("600x600")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 Features = tuple[Tensor, Tensor, Tensor]
@@ -156,7 +155,7 @@ BACKBONES: dict[str, tuple[Callable[[], MobileNetV1 | ResNet], int]] = {
 def backbone_of(state: dict[str, Tensor]) -> str | None:
     """Return the name of the backbone whose weights, under `body.`, a state dict holds; None if none fits."""
     first = state.get("body.stage1.0.0.weight")
-    if isinstance(first, torch.Tensor):
+    if first is not None and first.ndim == 4:
         return {8: "mobilenet0.25", 16: "mobilenet0.5", 32: "mobilenet1.0"}.get(first.shape[0])
     if "body.layer1.0.conv3.weight" in state:
         return "resnet50"

@@ -139,7 +139,7 @@ def _rename(key: str) -> str:
 def _build(state: State, spec: ModelSpec | None, where: str | Path) -> RetinaFace:
     """Return the model that `state` fits exactly."""
     backbone, pyramid = backbone_of(state), state.get("fpn.output1.0.weight")
-    if backbone is None or pyramid is None:
+    if backbone is None or pyramid is None or pyramid.ndim != 4 or not pyramid.shape[0] or pyramid.shape[0] % 4:
         raise WeightsError(
             f"{where}: not RetinaFace weights; expected the keys of {', '.join(BACKBONES)} "
             f"(body.*, fpn.*, ssh*, ClassHead.*), found {len(state)} keys: {', '.join(list(state)[:2]) or 'none'}, ..."

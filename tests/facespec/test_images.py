@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from facespec.errors import ImageError
+from facespec.images import MAX_PIXELS, decode_image, find_images, read_image, write_image
+
+
+def _picture(height: int = 48, width: int = 64) -> np.ndarray:
+    """A smooth BGR picture with a different colour in every corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([255 * x / width, 255 * y / height, 255 * (1 - x / width)], axis=2).astype(np.uint8)
+
+
+def _pil(mode: str = "RGB") -> Image.Image:
+    return Image.fromarray(_picture()[..., ::-1].copy()).convert(mode)
+
+
+def _save(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+LOSSLESS = {
+    "png": _save(_pil(), "PNG"),
+    "bmp": _save(_pil(), "BMP"),
+    "tiff": _save(_pil(), "TIFF"),
+    "ppm": _save(_pil(), "PPM"),
+    "webp": _save(_pil(), "WEBP", lossless=True),
+    "palette png": _save(_pil("P"), "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", [name for name in LOSSLESS if name != "palette png"])
+def test_lossless_formats_come_back_exactly(kind: str) -> None:
+    np.testing.assert_array_equal(decode_image(LOSSLESS[kind]), _picture())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _save(_pil(), "JPEG", quality=95),
+        _save(_pil(), "JPEG", quality=95, progressive=True),
+        _save(_pil(), "WEBP", quality=95),
+        _save(_pil("CMYK"), "JPEG", quality=95),
+    ],
+    ids=["jpeg", "progressive", "webp", "cmyk"],
+)
+def test_lossy_formats_come_back_nearly(data: bytes) -> None:
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[..., ::-1].astype(int)
+    found = decode_image(data)
+    assert found.shape == (48, 64, 3)
+    assert np.abs(found.astype(int) - expected).mean() < 6
+
+
+def test_grey_alpha_and_16_bit_become_bgr() -> None:
+    grey = decode_image(_save(_pil("L"), "PNG"))
+    assert grey.shape == (48, 64, 3)
+    assert (grey[..., :1] == grey).all()
+    np.testing.assert_array_equal(decode_image(_save(_pil("RGBA"), "PNG")), _picture())
+    deep = cv2.imencode(".png", _picture().astype(np.uint16) * 257)[1].tobytes()
+    found = decode_image(deep)
+    assert found.dtype == np.uint8
+    assert np.abs(found.astype(int) - _picture()).max() <= 1
+    grey16 = decode_image(cv2.imencode(".png", np.full((5, 6), 40_000, np.uint16))[1].tobytes())
+    assert grey16.shape == (5, 6, 3)
+    assert abs(int(grey16[0, 0, 0]) - 156) <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _save(_pil(), "JPEG", quality=95, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    expected = np.asarray(upright.convert("RGB"))[..., ::-1].astype(int)
+    found = decode_image(data)
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).mean() < 3
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1)])
+def test_extreme_shapes(shape: tuple[int, int]) -> None:
+    data = cv2.imencode(".png", np.full((*shape, 3), 9, np.uint8))[1].tobytes()
+    assert decode_image(data).shape == (*shape, 3)
+
+
+def _png_claiming(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def _jpeg_claiming(width: int, height: int) -> bytes:
+    data = bytearray(_save(_pil(), "JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def _bmp_claiming(width: int, height: int) -> bytes:
+    data = bytearray(_save(_pil(), "BMP"))
+    data[18:26] = struct.pack("<ii", width, height)
+    data[30:34] = struct.pack("<I", 1)  # run-length coded: a short file may claim any size
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _png_claiming(20_000, 20_000),
+        _jpeg_claiming(20_000, 20_000),
+        _bmp_claiming(20_000, 20_000),
+        b"P6\n20000 20000\n255\n" + bytes(100),
+        _save(_pil(), "TIFF").replace(struct.pack("<HHIHH", 256, 4, 1, 64, 0), struct.pack("<HHII", 256, 4, 1, 2**30)),
+    ],
+    ids=["png", "jpeg", "bmp", "ppm", "tiff"],
+)
+def test_400_megapixels_are_refused_from_the_header(data: bytes) -> None:
+    with pytest.raises(ImageError, match=r"megapixels|truncated"):
+        decode_image(data)
+
+
+def test_the_pixel_limit_is_a_setting() -> None:
+    with pytest.raises(ImageError, match="64x48 is more than"):
+        decode_image(LOSSLESS["png"], max_pixels=64 * 48 - 1)
+    assert decode_image(LOSSLESS["png"], max_pixels=64 * 48).shape == (48, 64, 3)
+    assert MAX_PIXELS == 64_000_000
+
+
+JPEG = _save(Image.effect_noise((64, 48), 80).convert("RGB"), "JPEG")
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "ppm", "webp"])
+@pytest.mark.parametrize("keep", [0.2, 0.6, 0.95])
+def test_truncated_files_are_refused(kind: str, keep: float) -> None:
+    data = LOSSLESS[kind]
+    with pytest.raises(ImageError):
+        decode_image(data[: int(len(data) * keep)])
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.2, 0.6, 0.95, 0.999])
+def test_truncated_jpegs_are_refused(keep: float) -> None:
+    with pytest.raises(ImageError, match="truncated"):
+        decode_image(JPEG[: int(len(JPEG) * keep)])
+
+
+def test_a_jpeg_thumbnail_does_not_hide_truncation() -> None:
+    exif = b"Exif\0\0" + JPEG  # the thumbnail's end marker lies before the scan
+    data = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + JPEG[2:]
+    assert decode_image(data).shape == (48, 64, 3)
+    with pytest.raises(ImageError, match="truncated"):
+        decode_image(data[:-20])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted({**LOSSLESS, "jpeg": JPEG}.items())), st.data())
+def test_any_damage_gives_an_image_or_an_image_error(item: tuple[str, bytes], data: st.DataObject) -> None:
+    damaged = bytearray(item[1])
+    for _ in range(data.draw(st.integers(1, 6))):
+        damaged[data.draw(st.integers(0, min(len(damaged) - 1, 400)))] = data.draw(st.integers(0, 255))
+    try:
+        found = decode_image(bytes(damaged), max_pixels=1_000_000)
+    except ImageError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found.dtype == np.uint8
+        assert found.ndim == 3
+        assert found.size <= 3_000_000
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"P5 "]))
+def test_garbage_gives_an_image_or_an_image_error(garbage: bytes, magic: bytes) -> None:
+    try:
+        decode_image(magic + garbage)
+    except ImageError:
+        return
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a" + bytes(50), b"<svg/>", bytes(1000)])
+def test_other_formats_are_named(data: bytes) -> None:
+    with pytest.raises(ImageError, match=r"empty|not a JPEG"):
+        decode_image(data)
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="no such file"):
+        read_image(tmp_path / "none.jpg")
+    with pytest.raises(ImageError, match="not a file"):
+        read_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match="not a file"):
+        read_image(tmp_path / "pipe.jpg")
+    (tmp_path / "huge.jpg").touch()
+    os.truncate(tmp_path / "huge.jpg", 1 << 40)
+    with pytest.raises(ImageError, match="MiB"):
+        read_image(tmp_path / "huge.jpg")
+
+
+def test_write_and_find(tmp_path: Path) -> None:
+    for name in ("b.png", "a/c.JPG", ".hidden/d.png", "a/e.bmp"):
+        write_image(tmp_path / name, _picture())
+    (tmp_path / "notes.txt").write_text("x")
+    assert [str(path.relative_to(tmp_path)) for path in find_images(tmp_path)] == ["a/c.JPG", "a/e.bmp", "b.png"]
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png"), _picture())
+    for name in ("f.txt", "f", "f.xyz"):
+        with pytest.raises(ImageError, match="cannot write"):
+            write_image(tmp_path / name, _picture())
+        assert not (tmp_path / name).exists()

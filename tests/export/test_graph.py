@@ -69,7 +69,9 @@ def reference(heads: Heads, image: int, decode: DecodeSpec, size_hw: tuple[int, 
     return decode_detections(np.array(boxes), np.array(logits), np.array(landmarks), priors, decode)
 
 
-def check(found: dict[str, NDArray[np.float32]], heads: Heads, decode: DecodeSpec, size_hw: tuple[int, int]) -> list[int]:
+def check(
+    found: dict[str, NDArray[np.float32]], heads: Heads, decode: DecodeSpec, size_hw: tuple[int, int]
+) -> list[int]:
     """Compare every batch slot with the reference; return the numbers of faces."""
     counts = []
     for image in range(len(heads[0])):

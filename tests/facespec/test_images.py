@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -136,6 +138,23 @@ def _bmp_claiming(width: int, height: int) -> bytes:
 def test_400_megapixels_are_refused_from_the_header(data: bytes) -> None:
     with pytest.raises(ImageError, match=r"megapixels|truncated"):
         decode_image(data)
+
+
+def test_refusing_takes_no_memory(tmp_path: Path) -> None:
+    """The pixels such a file claims would take 1.2 GB; the process that refuses it grows by a small part of that."""
+    (tmp_path / "huge.png").write_bytes(_png_claiming(20_000, 20_000))
+    (tmp_path / "huge.jpg").write_bytes(_jpeg_claiming(20_000, 20_000))
+    code = (
+        "import resource, sys\nfrom facespec.images import *\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for name in sys.argv[1:]:\n    try:\n        read_image(name)\n    except ImageError:\n        print('refused')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "huge.png"), str(tmp_path / "huge.jpg")]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(line, capture_output=True, text=True, check=True, cwd=root).stdout.split()
+    assert result[:2] == ["refused", "refused"]
+    assert int(result[2]) < 50_000  # KiB
 
 
 def test_the_pixel_limit_is_a_setting() -> None:

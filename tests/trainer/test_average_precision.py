@@ -95,7 +95,9 @@ def test_equals_the_customary_evaluation(seed: int, integer: bool) -> None:
 def test_order_of_detections_does_not_matter() -> None:
     predictions, truth = _scene(3, images=12)
     # equal scores keep their order, so make them distinct
-    distinct = {key: np.column_stack([rows[:, :4], np.linspace(0.9, 0.1, len(rows))]) for key, rows in predictions.items()}
+    distinct = {
+        key: np.column_stack([rows[:, :4], np.linspace(0.9, 0.1, len(rows))]) for key, rows in predictions.items()
+    }
     shuffled = {key: np.random.default_rng(0).permutation(rows) for key, rows in distinct.items()}
     expected, found = average_precision(distinct, truth), average_precision(shuffled, truth)
     assert [found[level].ap for level in LEVELS] == [expected[level].ap for level in LEVELS]
@@ -109,9 +111,13 @@ def test_perfect_and_empty_predictions() -> None:
     }
     assert [curve.ap for curve in average_precision(perfect, truth).values()] == [1, 1, 1]
     assert [curve.ap for curve in average_precision({}, truth).values()] == [0, 0, 0]
-    same = {key: np.column_stack([image.boxes_xywh, np.full(len(image.boxes_xywh), 0.7)]) for key, image in truth.items()}
+    same = {
+        key: np.column_stack([image.boxes_xywh, np.full(len(image.boxes_xywh), 0.7)]) for key, image in truth.items()
+    }
     assert [curve.ap for curve in average_precision(same, truth).values()] == [1, 1, 1]
-    nobody = {key: ImageTruth(i.boxes_xywh, {level: i.counted[level] & False for level in LEVELS}) for key, i in truth.items()}
+    nobody = {
+        key: ImageTruth(i.boxes_xywh, {level: i.counted[level] & False for level in LEVELS}) for key, i in truth.items()
+    }
     assert all(math.isnan(curve.ap) for curve in average_precision(perfect, nobody).values())
 
 

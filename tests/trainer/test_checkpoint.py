@@ -136,7 +136,10 @@ def _change(state: State, **changes: object) -> dict[str, object]:
         (lambda s: s["fpn.output1.0.weight"], "found Tensor"),
         (lambda s: {"weights": 3}, "found int under 'weights'"),
         (lambda s: {3: s["fpn.output1.0.weight"]}, "under '3'"),
-        (lambda s: _change(s, **{"ssh2.conv3X3.0.weight": None}), r"lacks 1 keys, for instance ssh2\.conv3X3\.0\.weight"),
+        (
+            lambda s: _change(s, **{"ssh2.conv3X3.0.weight": None}),
+            r"lacks 1 keys, for instance ssh2\.conv3X3\.0\.weight",
+        ),
         (lambda s: _change(s, extra=torch.zeros(1)), "unknown 1 keys, for instance extra"),
         (lambda s: _change(s, **{"ClassHead.0.conv1x1.weight": torch.zeros(6, 64, 1, 1)}), "other shapes for 1 keys"),
         (lambda s: _change(s, **{"ClassHead.0.conv1x1.bias": torch.full((4,), torch.nan)}), "not finite"),

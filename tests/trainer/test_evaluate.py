@@ -50,7 +50,9 @@ def tiny_widerface(tmp_path: Path, photographs: dict[str, Frame]) -> Path:
         },
     )
     for level in LEVELS:
-        listed = [np.array([[1]], np.uint16) if level != "easy" or name == names[0] else np.zeros((0, 1)) for name in names]
+        listed = [
+            np.array([[1]], np.uint16) if level != "easy" or name == names[0] else np.zeros((0, 1)) for name in names
+        ]
         savemat(tmp_path / "gt" / f"wider_{level}_val.mat", {"gt_list": _cell([_cell(listed)])})
     return tmp_path
 

@@ -257,7 +257,10 @@ def test_load_detector_names_what_it_was_given(tmp_path: Path, static_onnx: Path
     assert isinstance(load_detector(static_onnx, threads=1), OrtRetinaFace)
     with pytest.raises(ModelFileError, match=r"no such model file; python -m export\.to_onnx"):
         load_detector(tmp_path / "m.onnx")
-    for name, words in (("w.pth", r"export it first: python -m export\.to_onnx --weights"), ("m.bin", r"expected a \.onnx")):
+    for name, words in (
+        ("w.pth", r"export it first: python -m export\.to_onnx --weights"),
+        ("m.bin", r"expected a \.onnx"),
+    ):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(ModelFileError, match=words):
             load_detector(tmp_path / name)

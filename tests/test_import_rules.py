@@ -1,0 +1,68 @@
+"""Who may import whom (CONTRIBUTING.md), read off the sources, and what an import costs, seen in a fresh process."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"facespec", "trainer", "export", "trt_runtime", "plugins", "benchmarks"}
+ALLOWED = {
+    "facespec": set(),
+    "trainer": {"facespec"},
+    "trt_runtime": {"facespec", "plugins"},
+    "export": {"facespec", "trainer", "trt_runtime", "plugins"},
+}
+# evaluating what is deployed: a lazy import in one function
+EXCEPTIONS = {("trainer/evaluate.py", "trt_runtime")}
+
+
+def _imports(path: Path, top_level: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_arrows(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        name = str(path.relative_to(ROOT))
+        foreign = (_imports(path, top_level=False) & OURS) - {package} - ALLOWED[package]
+        assert {(name, other) for other in foreign} <= EXCEPTIONS, name
+        assert not _imports(path, top_level=True) & {other for file, other in EXCEPTIONS if file == name}
+
+
+@pytest.mark.parametrize("package", ["facespec", "trt_runtime"])
+def test_light_packages_need_no_more_than_the_core(package: str) -> None:
+    core = {"numpy", "cv2", "tqdm", *OURS, *sys.stdlib_module_names}
+    for path in (ROOT / package).rglob("*.py"):
+        assert _imports(path, top_level=True) <= core, path
+
+
+def test_importing_the_runtime_brings_no_torch_and_is_quick() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import trt_runtime, trt_runtime.detect, trt_runtime.video; "
+        "seconds = time.perf_counter() - start; "
+        "print(seconds, *(m for m in ('torch', 'onnx', 'onnxruntime', 'av', 'matplotlib') if m in sys.modules))"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.split()
+        for _ in range(3)
+    ]
+    assert all(len(run) == 1 for run in runs), runs
+    assert min(float(run[0]) for run in runs) < 0.5

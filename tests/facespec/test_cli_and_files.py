@@ -15,7 +15,7 @@ from facespec.files import atomic_path, write_text
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "result.txt"
     write_text(target, "old")
-    with pytest.raises(RuntimeError, match="half way"), atomic_path(target) as temporary:
+    with pytest.raises(RuntimeError, match="half way"), atomic_path(target) as temporary:  # noqa: PT012
         temporary.write_text("ne")
         raise RuntimeError("half way")
     assert target.read_text() == "old"
@@ -44,7 +44,8 @@ def _run(body: str) -> subprocess.CompletedProcess[str]:
         ("raise DataError('two\\nlines')", 1, "error: two lines\n"),
         ("open('/nonexistent/x')", 1, "error: No such file or directory: /nonexistent/x\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
-        ("ArgumentParser(prog='tool').parse_args(['--wrong'])", 1, "error: unrecognized arguments: --wrong (tool --help)\n"),
+        ("ArgumentParser(prog='tool').parse_args(['--wrong'])", 1,
+         "error: unrecognized arguments: --wrong (tool --help)\n"),
         ("require('no_such_module', 'cpu', 'this')", 1,
          "error: this needs no_such_module, which is not installed: pip install 'retinaface-trt[cpu]'\n"),
     ],

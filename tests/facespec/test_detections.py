@@ -115,7 +115,7 @@ def test_drawing_marks_the_box_and_leaves_the_frame_alone() -> None:
     found = _detections()
     canvas = draw_detections(frame, found)
     assert not frame.any()
-    x1, y1, x2, y2 = np.rint(found.boxes[0]).astype(int)
+    x1, y1, _, y2 = np.rint(found.boxes[0]).astype(int)
     assert canvas[y1 + 3 : y2 - 3, x1].any(axis=1).all()
     far = Detections(np.array([[-1e9, -1e9, 1e9, 1e9]], np.float32), np.ones(1, np.float32),
                      np.full((1, 5, 2), 1e9, np.float32), (100, 90))  # fmt: skip

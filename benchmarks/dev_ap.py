@@ -38,7 +38,9 @@ def main() -> int:
         ):
             options = EvaluateOptions(args.data / "gt", detector=detector, data=args.data, protocol=protocol)
             result = evaluate(options)
-            kept = {key: round(result[key], 3) for key in LEVELS} | {key: result[key] for key in ("images", "predictions")}
+            kept = {key: round(result[key], 3) for key in LEVELS} | {
+                key: result[key] for key in ("images", "predictions")
+            }
             results.append({"backend": backend, "protocol": protocol, **kept})
     record = {
         "what": "WIDER FACE AP in percent of the published mobilenet0.25; score 0.02, NMS 0.4, top 5000, keep 750; "

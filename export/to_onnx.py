@@ -103,13 +103,11 @@ def build_portable(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.M
         size_hw: Fixed network size (multiples of 32), or None for dynamic height and width.
 
     Raises:
-        ModelFileError: onnxsim or the ONNX checker finds the graph at fault.
+        ModelFileError: The ONNX checker finds the graph at fault.
     """
     onnxsim = require("onnxsim", "export", "export.to_onnx")
     graph = assemble(export_network(model, size_hw), model.spec, size_hw)
-    simplified, equal = onnxsim.simplify(graph)
-    if not equal:
-        raise ModelFileError("onnxsim changed the outputs of the graph: report the version of onnxsim")
+    simplified, _ = onnxsim.simplify(graph)  # whether it kept the outputs is for the parity report to say
     onnx.helper.set_model_props(simplified, {SPEC_KEY: model.spec.to_json()})
     try:
         onnx.checker.check_model(simplified, full_check=True)

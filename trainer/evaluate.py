@@ -27,6 +27,7 @@ from facespec.spec import parse_size
 from trainer.average_precision import LEVELS, Array, Curve, ImageKey, ImageTruth, average_precision, load_ground_truth
 
 PROTOCOLS = ("original", "letterbox")
+LETTERBOX_HW = (640, 640)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class EvaluateOptions:
         detector: Checkpoint, name of published weights, or model file.
         data: WIDER FACE folder: val/images and gt.
         protocol: "original" runs images at their own size, "letterbox" at `size_hw`.
-        size_hw: Network size of the letterbox protocol.
+        size_hw: Network size of the letterbox protocol; None takes the model's own, or 640x640.
         subset: Score only the images that have predictions, instead of refusing.
         save_predictions: Folder to write event/name.txt files to.
         json_file: Result file.
@@ -182,31 +183,38 @@ def write_predictions(folder: Path, predictions: Predictions) -> None:
         write_text(folder / event / f"{name}.txt", f"{name}\n{len(rows)}\n{body}")
 
 
-def open_detector(name: str, protocol: str, size_hw: tuple[int, int] | None) -> Detector:
-    """Return the detector of a checkpoint or a model file, reporting down to the model's own floor.
+def open_detector(name: str, protocol: str, size_hw: tuple[int, int] | None) -> tuple[Detector, tuple[int, int] | None]:
+    """Return the detector of a checkpoint or a model file, reporting down to the model's own floor, and its size.
+
+    Args:
+        name: Checkpoint, name of published weights, or exported model.
+        protocol: "original" or "letterbox".
+        size_hw: Network size of the letterbox protocol; None takes the model's own, or 640x640 where it has none.
 
     Raises:
         DataError: A model of fixed size, and the original protocol.
     """
-    size_hw = (size_hw or (640, 640)) if protocol == "letterbox" else None
     if Path(name).suffix.lower() in (".onnx", ".engine", ".plan"):
         # The one place where the training side reaches for the runtime: what is deployed is what must be measured.
         from trt_runtime.detector import load_detector
 
-        floor = load_detector(name).spec.decode.score_threshold
-        deployed = load_detector(name, score_threshold=floor, size_hw=size_hw)
-        if protocol == "original" and deployed.size_hw is not None:
+        deployed = load_detector(name, size_hw=size_hw)
+        deployed.score_threshold = deployed.spec.decode.score_threshold
+        if protocol == "letterbox":
+            deployed.size_hw = deployed.size_hw or LETTERBOX_HW
+        elif deployed.size_hw is not None:
             raise DataError(
                 f"{name} takes {deployed.size_hw[0]}x{deployed.size_hw[1]} only: evaluate it with "
                 "--protocol letterbox, or export it with --size dynamic"
             )
-        return deployed
+        return deployed, deployed.size_hw
     require("torch", "train", "evaluating a checkpoint")
     from trainer.checkpoint import load_model
     from trainer.detector import TorchRetinaFace
 
     model = load_model(name)
-    return TorchRetinaFace(model, score_threshold=model.spec.decode.score_threshold, size_hw=size_hw)
+    size_hw = (size_hw or LETTERBOX_HW) if protocol == "letterbox" else None
+    return TorchRetinaFace(model, score_threshold=model.spec.decode.score_threshold, size_hw=size_hw), size_hw
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -219,13 +227,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         require("matplotlib", "train", "--plot")
     truth = load_ground_truth(options.ground_truth)
     start = time.perf_counter()
+    size_hw = None
     if options.predictions:
         predictions = read_predictions(options.predictions, truth, options.subset)
         truth = {key: value for key, value in truth.items() if key in predictions.by_image}
     else:
         if options.detector is None or options.data is None:
             raise DataError("nothing to evaluate: give predictions, or a detector and a WIDER FACE folder")
-        detector = open_detector(options.detector, options.protocol, options.size_hw)
+        detector, size_hw = open_detector(options.detector, options.protocol, options.size_hw)
         predictions, truth = predict(detector, options.data / "val" / "images", truth)
     collected = time.perf_counter()
     if options.save_predictions:
@@ -245,9 +254,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "seconds_scoring": round(time.perf_counter() - scoring, 3),
     }
     if options.detector:
-        result |= {"detector": options.detector, "protocol": options.protocol}
-        if options.protocol == "letterbox":
-            result["size_hw"] = list(options.size_hw or (640, 640))
+        result |= {"detector": options.detector, "protocol": options.protocol, "size_hw": size_hw and list(size_hw)}
     if options.json_file:
         write_text(options.json_file, json.dumps(result, indent=2) + "\n")
     if options.plot:
@@ -290,7 +297,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="images at their own size, or letterboxed to --size"
     )
-    parser.add_argument("--size", help="HEIGHTxWIDTH of the letterbox protocol (default: 640x640)")
+    parser.add_argument("--size", help="HEIGHTxWIDTH of the letterbox protocol (default: the model's, or 640x640)")
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write event/name.txt files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")

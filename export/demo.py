@@ -80,7 +80,7 @@ def demo(out: Path) -> None:
     """
     samples = sample_photographs()
     if not samples:
-        raise DataError("no sample photographs: pip install 'retinaface-trt[demo]'")
+        raise DataError("no sample photographs: pip install '.[demo]'")
     out.mkdir(parents=True, exist_ok=True)
     model = out / "retinaface.onnx"
 

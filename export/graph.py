@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from facespec.priors import make_priors
-from facespec.spec import ModelSpec
+from facespec.spec import DETECTOR_OUTPUTS, ModelSpec
 
 OPSET = 19
 IR_VERSION = 9
@@ -19,14 +19,7 @@ IR_VERSION = 9
 HEAD_NAMES = ("head_8", "head_16", "head_32")
 """Names of the three merged head maps, (B, 32, H/s, W/s): class, box and landmark channels in this order."""
 
-OUTPUTS: dict[str, tuple[int, list[str | int]]] = {
-    "num_detections": (TensorProto.INT32, ["batch"]),
-    "boxes": (TensorProto.FLOAT, ["batch", "K", 4]),
-    "scores": (TensorProto.FLOAT, ["batch", "K"]),
-    "landmarks": (TensorProto.FLOAT, ["batch", "K", 5, 2]),
-    "num_candidates": (TensorProto.INT32, ["batch"]),
-}
-"""Outputs of a detector graph: element type and shape; K is `DecodeSpec.max_detections`."""
+_TYPES = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
 
 
 class GraphBuilder:
@@ -199,6 +192,16 @@ def _select(g: GraphBuilder, values: str, member: str, per_cell: int, width: int
     return part
 
 
+def detector_outputs(spec: ModelSpec) -> list[onnx.ValueInfoProto]:
+    """Return the declarations of the five outputs."""
+    return [
+        helper.make_tensor_value_info(
+            name, _TYPES[kind], ["batch", *(spec.decode.max_detections if side == "K" else side for side in shape)]
+        )
+        for name, (kind, shape) in DETECTOR_OUTPUTS.items()
+    ]
+
+
 def assemble(network: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
     """Return the detector graph around a network from float32 (B, 3, H, W) `input` to the three head maps.
 
@@ -219,11 +222,7 @@ def assemble(network: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int]
     add_decode_nms(g, HEAD_NAMES, spec, size_hw)
     height, width = size_hw or ("height", "width")
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", height, width, 3])
-    outputs = [
-        helper.make_tensor_value_info(name, kind, [spec.decode.max_detections if d == "K" else d for d in shape])
-        for name, (kind, shape) in OUTPUTS.items()
-    ]
-    graph = helper.make_graph(g.nodes, "RetinaFace", [images], outputs, g.initializers)
+    graph = helper.make_graph(g.nodes, "RetinaFace", [images], detector_outputs(spec), g.initializers)
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="retinaface-trt"
     )

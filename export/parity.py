@@ -118,9 +118,9 @@ def check_parity(
         image = box.apply(frame, model.spec.preprocess.mean_bgr)
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(None, {"images": image[None]}), strict=True))
-        expected = torch_side.decode(image)
-        raw = np.concatenate(torch_side.heads(image), axis=1)
-        rows.append(_compare(name, model.spec, box.size_hw, raw, expected, found))
+        heads = torch_side.heads(image)
+        expected = torch_side.decode(heads, box.size_hw)
+        rows.append(_compare(name, model.spec, box.size_hw, np.concatenate(heads, axis=1), expected, found))
     return ParityReport(model.spec, tuple(rows))
 
 

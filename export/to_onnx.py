@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from export.graph import HEAD_NAMES, OPSET, assemble
 from export.parity import ParityReport, check_parity
 from facespec.cli import ArgumentParser, require, run
-from facespec.errors import DataError, ModelFileError
-from facespec.files import atomic_path
+from facespec.errors import DataError, ModelFileError, OutputError
+from facespec.files import atomic_path, check_outputs
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
@@ -125,9 +125,7 @@ def parity_frames(source: Path | None) -> dict[str, Frame]:
     if source is None:
         paths = list(sample_photographs())
         if not paths:
-            raise DataError(
-                "no photographs to compare the export on: pip install 'retinaface-trt[export]', or --parity-images DIR"
-            )
+            raise DataError("no photographs to compare the export on: pip install '.[export]', or --parity-images DIR")
     else:
         paths = find_images(source) if source.is_dir() else [source]
         if not paths:
@@ -141,7 +139,11 @@ def export_onnx(options: ExportOptions) -> ParityReport:
 
     Raises:
         ParityError: The graph differs from PyTorch by more than the tolerances.
+        OutputError: The file cannot be written there.
     """
+    if options.out.suffix.lower() != ".onnx":
+        raise OutputError(f"--out {options.out}: give a name that ends in .onnx")
+    check_outputs([("--out", options.out)], [options.weights])
     frames = parity_frames(options.parity_images)
     model = load_model(options.weights)
     model.spec = dataclasses.replace(model.spec, decode=options.decode)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.errors import FrameError
+from facespec.letterbox import check_frame
 
 ARCFACE_LANDMARKS_112 = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
@@ -45,10 +46,11 @@ def aligned_crops(frame: NDArray[np.uint8], landmarks: NDArray[np.float32], size
         size: Side of a crop; the standard positions scale with it.
 
     Raises:
-        FrameError: All landmarks of a face coincide.
+        FrameError: Not such a frame, or all landmarks of a face coincide.
     """
+    frame = check_frame(frame)
     crops = np.empty((len(landmarks), size, size, 3), np.uint8)
     target = ARCFACE_LANDMARKS_112 * np.float32(size / 112)
     for crop, matrix in zip(crops, similarity_transforms(landmarks, target), strict=True):
-        cv2.warpAffine(frame, matrix, (size, size), dst=crop, flags=cv2.INTER_LINEAR)
+        crop[:] = cv2.warpAffine(frame, matrix, (size, size), flags=cv2.INTER_LINEAR)
     return crops

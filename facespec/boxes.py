@@ -47,8 +47,7 @@ def encode_boxes(boxes_xyxy: Array, priors_cxcywh: Array, variances: tuple[float
 def decode_boxes(deltas: Array, priors_cxcywh: Array, variances: tuple[float, float]) -> Array:
     """Return (..., 4) x1, y1, x2, y2 in pixels from network outputs (..., 4); the inverse of `encode_boxes`."""
     centre = priors_cxcywh[..., :2] + deltas[..., :2] * np.float32(variances[0]) * priors_cxcywh[..., 2:]
-    with np.errstate(over="ignore"):  # an overflowing size becomes infinite, which detectors report
-        size = priors_cxcywh[..., 2:] * np.exp(deltas[..., 2:] * np.float32(variances[1]))
+    size = priors_cxcywh[..., 2:] * np.exp(deltas[..., 2:] * np.float32(variances[1]))
     return cxcywh_to_xyxy(np.concatenate([centre, size], axis=-1))
 
 
@@ -155,8 +154,9 @@ def decode_detections(
     difference = class_logits[:, 1] - class_logits[:, 0]
     candidates = np.flatnonzero(difference >= np.float32(decode.logit_threshold))
     best = candidates[np.argsort(-difference[candidates], kind="stable")[: decode.top_k]]
-    boxes = decode_boxes(box_deltas[best], priors_cxcywh[best], decode.variances)
-    kept = nms(boxes, decode.iou_threshold, decode.max_detections)
+    with np.errstate(over="ignore", invalid="ignore"):  # a size that overflows is not finite: detectors report that
+        boxes = decode_boxes(box_deltas[best], priors_cxcywh[best], decode.variances)
+        kept = nms(boxes, decode.iou_threshold, decode.max_detections)
     index = best[kept]
     return Decoded(
         boxes=boxes[kept],

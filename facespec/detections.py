@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.align import aligned_crops
-from facespec.errors import MissingPackageError
-from facespec.letterbox import Frame
+from facespec.errors import MissingPackageError, NonFiniteError
+from facespec.letterbox import Frame, Letterbox
+from facespec.spec import DecodeSpec
 
 LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
 """Order of the landmarks; left and right as seen in the image."""
@@ -104,6 +105,45 @@ class Detections:
     def aligned_crops(self, frame: Frame, size: int = 112) -> NDArray[np.uint8]:
         """Return (n, size, size, 3) uint8 crops for face recognition; see `facespec.align.aligned_crops`."""
         return aligned_crops(frame, self.landmarks, size)
+
+
+def to_detections(
+    box: Letterbox,
+    decode: DecodeSpec,
+    score_threshold: float,
+    num_detections: int,
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    landmarks: NDArray[np.float32],
+    num_candidates: int,
+) -> Detections:
+    """Turn one image's outputs of a detector graph into faces in pixels of its frame; copies, never views.
+
+    Args:
+        box: How the frame lies in the network input.
+        decode: Limits the outputs were made with.
+        score_threshold: Lowest score kept.
+        num_detections: Valid rows of the next three.
+        boxes: (K, 4) in pixels of the network input.
+        scores: (K,) falling.
+        landmarks: (K, 5, 2) in pixels of the network input.
+        num_candidates: Priors over the floor before top-k, or -1.
+
+    Raises:
+        NonFiniteError: The network gave NaN or infinity.
+    """
+    # greedy NMS: what passes a higher threshold is a prefix of what passed the model's own
+    count = int(np.count_nonzero(scores[:num_detections] >= score_threshold))
+    in_frame = box.to_frame(boxes[:count]), box.to_frame(landmarks[:count])
+    if num_candidates < 0 or not all(np.isfinite(values).all() for values in in_frame):
+        raise NonFiniteError("the network gave values that are not finite: its weights or its file are damaged")
+    return Detections(
+        in_frame[0],
+        scores[:count].copy(),
+        in_frame[1],
+        box.frame_hw,
+        truncated=bool(num_candidates > decode.top_k or num_detections >= decode.max_detections),
+    )
 
 
 class Detector(Protocol):

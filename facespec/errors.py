@@ -37,6 +37,10 @@ class ParityError(RetinaFaceError):
     """An exported model does not give the outputs of the model it was exported from."""
 
 
+class OutputError(RetinaFaceError):
+    """A file cannot be written where it should go."""
+
+
 class DataError(RetinaFaceError):
     """A data set, prediction file or ground-truth file is missing or malformed."""
 

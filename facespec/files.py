@@ -1,23 +1,34 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and never over what is being read."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from facespec.errors import OutputError
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, with its suffix; on success it becomes `path`, otherwise it is removed.
 
-    The folder is created if need be.
+    The folder is created if need be; a symbolic link is written through.
+
+    Raises:
+        OutputError: The folder or the file cannot be written, or `path` is a folder or a device.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}.", suffix=path.suffix, dir=path.parent)
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{path}: cannot be written, it is a {'folder' if target.is_dir() else 'device'}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem[:60]}.", suffix=target.suffix, dir=target.parent)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -25,7 +36,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -34,3 +45,23 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iterable[str | Path]) -> None:
+    """Refuse, before any work, outputs that would destroy an input or each other.
+
+    Args:
+        outputs: Option and file to write; None is left out.
+        inputs: Files that are read.
+
+    Raises:
+        OutputError: An output is an input, or two outputs are one file.
+    """
+    taken = {Path(path).resolve(): "is a file that is read" for path in inputs}
+    for option, path in outputs:
+        if path is None:
+            continue
+        place = Path(path).resolve()
+        if place in taken:
+            raise OutputError(f"{option} {path} {taken[place]}: choose another name")
+        taken[place] = f"is the file of {option}, too"

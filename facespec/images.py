@@ -55,7 +55,9 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
-    width, height = struct.unpack_from(">II", data, 16)
+    kind, width, height = struct.unpack_from(">4sII", data, 12)
+    if kind != b"IHDR":
+        raise _TruncatedError
     position = 8
     while position + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
@@ -96,8 +98,10 @@ def _tiff_size(data: bytes) -> tuple[int, int]:
     (entries,) = struct.unpack_from(order + "H", data, offset)
     tags: dict[int, int] = {}
     for index in range(entries):
-        tag, kind = struct.unpack_from(order + "HH", data, offset + 2 + 12 * index)
+        tag, kind, count = struct.unpack_from(order + "HHI", data, offset + 2 + 12 * index)
         if tag in (256, 257):
+            if tag in tags or kind not in (3, 4) or count != 1:  # readers differ in what they make of these
+                raise _TruncatedError
             (tags[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, offset + 10 + 12 * index)
     return tags.get(256, 0), tags.get(257, 0)
 
@@ -157,7 +161,7 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         raise ImageError(f"{name}: cannot decode the {kind} file ({error.err})") from None
-    if image is None:
+    if image is None or image.shape[0] * image.shape[1] > max_pixels:
         raise ImageError(f"{name}: the {kind} file is damaged")
     return np.asarray(image, np.uint8)
 
@@ -195,7 +199,8 @@ def write_image(path: str | Path, image: Frame) -> None:
     except cv2.error:
         written = False
     if not written:
-        raise ImageError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use .jpg or .png")
+        height, width = image.shape[:2]
+        raise ImageError(f"{path}: {width}x{height} cannot be written as '{path.suffix}'; use .png or .jpg")
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.tobytes())
 

@@ -23,6 +23,19 @@ DEFAULT_SCORE_THRESHOLD = 0.5
 SIZE_MULTIPLE = 32
 """Network heights and widths are multiples of the coarsest stride."""
 
+MAX_NETWORK_PIXELS = 4096 * 4096
+"""Most pixels that go through a network at once, over the whole batch. It bounds memory: on a CPU about 0.6 GB for
+mobilenet0.25 and 4 GB for resnet50."""
+
+DETECTOR_OUTPUTS: dict[str, tuple[str, tuple[str | int, ...]]] = {
+    "num_detections": ("int32", ()),
+    "boxes": ("float32", ("K", 4)),
+    "scores": ("float32", ("K",)),
+    "landmarks": ("float32", ("K", 5, 2)),
+    "num_candidates": ("int32", ()),
+}
+"""Outputs of a detector graph, whatever runs it: type, and shape after the batch; K is `DecodeSpec.max_detections`."""
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -34,7 +47,10 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # the bound comes first: an integer may be too large for math.isfinite
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
+    )
 
 
 @dataclass(frozen=True)
@@ -242,16 +258,21 @@ def parse_size(text: str) -> tuple[int, int]:
     """Return (height, width) in pixels from "640x640" (height first).
 
     Raises:
-        SpecError: Not two numbers, or not multiples of 32 in 32..16384.
+        SpecError: Not two numbers, not multiples of 32, or more than `MAX_NETWORK_PIXELS`.
     """
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise SpecError(f"size {text!r} is not HEIGHTxWIDTH, for instance 640x640")
-    height, width = (int(part) for part in parts)
-    for value in (height, width):
-        if value % SIZE_MULTIPLE or not SIZE_MULTIPLE <= value <= 16384:
-            raise SpecError(
-                f"size {text}: {value} is not a multiple of {SIZE_MULTIPLE} in {SIZE_MULTIPLE}..16384; "
-                f"try {min(max(round(value / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE, 16384)}"
-            )
+    height, width = (int(part[:9]) for part in parts)
+    check_size((height, width))
     return height, width
+
+
+def check_size(size_hw: tuple[int, int]) -> None:
+    """Raise SpecError unless (height, width) is a size a network can have."""
+    for value in size_hw:
+        if value % SIZE_MULTIPLE or value <= 0:
+            nearest = max(round(value / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
+            raise SpecError(f"network size: {value} is not a multiple of {SIZE_MULTIPLE}; try {nearest}")
+    if size_hw[0] * size_hw[1] > MAX_NETWORK_PIXELS:
+        raise SpecError(f"network size {size_hw[0]}x{size_hw[1]} is more than {MAX_NETWORK_PIXELS} pixels")

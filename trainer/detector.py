@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from facespec.boxes import Decoded, decode_detections
-from facespec.detections import Detections
-from facespec.errors import NonFiniteError
+from facespec.detections import Detections, to_detections
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.priors import make_priors
 from trainer.model import RetinaFace
@@ -55,11 +54,9 @@ class TorchRetinaFace:
             outputs = self.model(pixels - mean[:, None, None])
         return Heads(*(output[0].cpu().numpy() for output in outputs))
 
-    def decode(self, network_input: Frame) -> Decoded:
-        """Return the faces down to the model's floor, in pixels of the network input."""
-        priors = make_priors(self.spec.anchors, network_input.shape[:2])
-        heads = self.heads(network_input)
-        return decode_detections(heads.boxes, heads.logits, heads.landmarks, priors, self.spec.decode)
+    def decode(self, heads: Heads, size_hw: tuple[int, int]) -> Decoded:
+        """Return the faces down to the model's floor, in pixels of the network input of `size_hw`."""
+        return decode_detections(*heads, make_priors(self.spec.anchors, size_hw), self.spec.decode)
 
     def detect(self, frame: Frame) -> Detections:
         """Return the faces of one frame, uint8 (H, W, 3) BGR, in its own pixels.
@@ -71,17 +68,17 @@ class TorchRetinaFace:
         frame = check_frame(frame)
         frame_hw = (frame.shape[0], frame.shape[1])
         box = Letterbox.fit(frame_hw, self.size_hw) if self.size_hw else Letterbox(frame_hw, frame_hw, frame_hw)
-        found = self.decode(box.apply(frame, self.spec.preprocess.mean_bgr))
-        if found.num_candidates < 0:
-            raise NonFiniteError(f"the network gave values that are not finite for a frame of {frame_hw}")
-        limits = self.spec.decode
-        return Detections(
-            box.to_frame(found.boxes),
+        found = self.decode(self.heads(box.apply(frame, self.spec.preprocess.mean_bgr)), box.size_hw)
+        return to_detections(
+            box,
+            self.spec.decode,
+            self.score_threshold,
+            len(found.scores),
+            found.boxes,
             found.scores,
-            box.to_frame(found.landmarks),
-            frame_hw,
-            found.num_candidates > limits.top_k or len(found.scores) >= limits.max_detections,
-        ).with_min_score(self.score_threshold)
+            found.landmarks,
+            found.num_candidates,
+        )
 
     def detect_batch(self, frames: Sequence[Frame]) -> list[Detections]:
         """Return the faces of several frames, one after the other."""

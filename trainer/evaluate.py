@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, require, run
+from facespec.cli import ArgumentParser, quiet_libraries, require, run
 from facespec.detections import Detections, Detector
-from facespec.errors import DataError
-from facespec.files import atomic_path, write_text
+from facespec.errors import DataError, OutputError
+from facespec.files import atomic_path, check_outputs, write_text
 from facespec.images import read_image
 from facespec.spec import parse_size
 from trainer.average_precision import LEVELS, Array, Curve, ImageKey, ImageTruth, average_precision, load_ground_truth
 
 PROTOCOLS = ("original", "letterbox")
 LETTERBOX_HW = (640, 640)
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,9 @@ def predict(
         raise DataError(f"{images}: none of the {len(truth)} WIDER FACE images is there (event/name.jpg)")
     found = Predictions(missing=len(truth) - len(present))
     for key, path in tqdm(present.items(), unit="image", disable=None if progress else True):
-        faces = detector.detect(read_image(path))
+        with quiet_libraries():
+            frame = read_image(path)
+        faces = detector.detect(frame)
         found.truncated += faces.truncated
         found.by_image[key] = _to_rows(faces)
     return found, {key: truth[key] for key in present}
@@ -225,6 +228,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """
     if options.plot:
         require("matplotlib", "train", "--plot")
+        if options.plot.suffix.lower() not in PLOT_SUFFIXES:
+            raise OutputError(f"--plot {options.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
+    check_outputs([("--json", options.json_file), ("--plot", options.plot)], [options.detector or ""])
     truth = load_ground_truth(options.ground_truth)
     start = time.perf_counter()
     size_hw = None
@@ -276,8 +282,6 @@ def _plot(curves: dict[str, Curve], path: Path) -> None:
         axes.plot(curve.recall, curve.precision, color=colour, label=f"{level}: AP {100 * curve.ap:.2f} %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise DataError(f"--plot {path}: give a name that ends in .png, .svg or .pdf")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
 

@@ -9,6 +9,7 @@ import glob
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,11 +19,11 @@ from typing import Any, TextIO
 import cv2
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, run
+from facespec.cli import ArgumentParser, quiet_libraries, run
 from facespec.detections import Detections
 from facespec.draw import draw_detections
-from facespec.errors import DataError, ImageError, RetinaFaceError
-from facespec.files import atomic_path
+from facespec.errors import DataError, FrameError, ImageError, OutputError
+from facespec.files import atomic_path, check_outputs
 from facespec.images import IMAGE_SUFFIXES, find_images, read_image, write_image
 from facespec.letterbox import Frame
 from facespec.spec import parse_size
@@ -102,8 +103,8 @@ def detect(options: DetectOptions) -> Summary:
     if options.show:
         require_display()
     images = _image_sources(options.source)
-    single = images is not None and len(images) == 1 and str(images[0]) == options.source
-    _check_output(options, images, single)
+    single = images is not None and Path(options.source).is_file()
+    targets = _check_outputs(options, images, single)
     detector = load_detector(
         options.model, score_threshold=options.score, size_hw=options.size_hw, threads=options.threads
     )
@@ -114,7 +115,7 @@ def detect(options: DetectOptions) -> Summary:
         sink = _Sink(detector, options, lines, summary)
         try:
             if images is not None:
-                _run_images(images, single, sink)
+                _run_images(images, targets, sink)
             else:
                 _run_video(sink)
         except _QuitError:
@@ -163,26 +164,35 @@ class _Sink:
         return canvas
 
 
-def _run_images(paths: list[Path], single: bool, sink: _Sink) -> None:
-    summary, output = sink.summary, sink.options.output
-    common = paths[0].parent if len(paths) == 1 else Path(*_common_parts(paths))
-    for path in tqdm(paths, unit="image", disable=None if len(paths) > 1 else True):
+def _run_images(paths: list[Path], targets: dict[Path, Path], sink: _Sink) -> None:
+    summary, single = sink.summary, Path(sink.options.source).is_file()
+    for path in tqdm(paths, unit="image", disable=True if single else None):
         try:
-            with summary.timer("read"):
+            with summary.timer("read"), quiet_libraries():
                 frame = read_image(path)
             canvas = sink.process(frame, {"source": str(path)})
-        except RetinaFaceError as error:
+            if canvas is not None and path in targets:
+                with summary.timer("write"):
+                    write_image(targets[path], canvas)
+        except (ImageError, FrameError) as error:
             if single:
                 raise
             summary.failures.append(str(error))
             sink.write({"source": str(path), "error": str(error)})
             tqdm.write(f"error: {error}", file=sys.stderr)
-            continue
-        if output and canvas is not None:
-            with summary.timer("write"):
-                write_image(output if single else output / _as_written(path.relative_to(common)), canvas)
     if sink.options.show and summary.frames:
-        cv2.waitKey(0 if len(paths) == 1 else 1)
+        cv2.waitKey(0 if single else 1)
+
+
+def _targets(paths: list[Path], folder: Path) -> dict[Path, Path]:
+    """Return where the annotated copy of each image goes: as in the folder the images share, under `folder`."""
+    common = Path(*_common_parts(paths))
+    targets = {path: folder / _as_written(path.relative_to(common)) for path in paths}
+    names = Counter(targets.values())
+    twice = [path for path, target in targets.items() if names[target] > 1]
+    if twice:
+        raise OutputError(f"--output {folder}: {twice[0]} and {twice[1]} would get the same name; run them apart")
+    return targets
 
 
 def _as_written(path: Path) -> Path:
@@ -254,23 +264,31 @@ def _image_sources(source: str) -> list[Path] | None:
     raise DataError(f"{source}: no such file or folder")
 
 
-def _check_output(options: DetectOptions, images: list[Path] | None, single: bool) -> None:
-    """Refuse before any work what could not be written, or would overwrite the source."""
+def _check_outputs(options: DetectOptions, images: list[Path] | None, single: bool) -> dict[Path, Path]:
+    """Refuse before any work what could not be written or would destroy a file; return where annotated images go."""
     output = options.output
+    suffix = output.suffix.lower() if output else ""
+    targets: dict[Path, Path] = {}
     if output is None:
-        return
-    inputs = [path.resolve() for path in (images or [Path(options.source)])]
-    if output.resolve() in inputs:
-        raise DataError(f"--output {output} is the source itself: choose another name")
-    if images is None:
-        return
-    if single:
-        if output.suffix.lower() not in IMAGE_SUFFIXES:
-            raise ImageError(f"--output {output}: for one image give a name that ends in .jpg or .png")
-    elif output.is_file() or output.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
-        raise DataError(f"--output {output}: for several images give a folder")
-    elif any(path.is_relative_to(output.resolve()) for path in inputs):
-        raise DataError(f"--output {output} holds the source images, they would be overwritten: choose another folder")
+        pass
+    elif images is None:
+        if suffix not in VIDEO_SUFFIXES:
+            raise OutputError(f"--output {output}: video is written as {', '.join(VIDEO_SUFFIXES)}")
+    elif single:
+        if suffix not in IMAGE_SUFFIXES:
+            raise OutputError(f"--output {output}: for one image give a name that ends in .jpg or .png")
+        targets = {images[0]: output}
+    else:
+        if output.is_file() or suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+            raise OutputError(f"--output {output}: for several images give a folder")
+        targets = _targets(images, output)
+    drawn = targets.values() if images is not None else [output]
+    report = None if options.json == "-" else options.json
+    check_outputs(
+        [*(("--output", path) for path in drawn), ("--json", report)],
+        [options.model, *(images if images is not None else [Path(options.source)])],
+    )
+    return targets
 
 
 def _open_json(target: str | None, stack: ExitStack) -> TextIO | None:

@@ -8,20 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from facespec.cli import require
-from facespec.detections import Detections
-from facespec.errors import FrameError, ModelFileError, NonFiniteError, SpecError
+from facespec.detections import Detections, to_detections
+from facespec.errors import FrameError, ModelFileError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
-from facespec.spec import SIZE_MULTIPLE, SPEC_KEY, ModelSpec
+from facespec.spec import DETECTOR_OUTPUTS, MAX_NETWORK_PIXELS, SPEC_KEY, ModelSpec, check_size
 from trt_runtime.onnx_file import read_onnx
 from trt_runtime.timing import StageTimer
-
-OUTPUT_NAMES = ("num_detections", "boxes", "scores", "landmarks", "num_candidates")
-
-MAX_NETWORK_PIXELS = 4096 * 4096
-"""Most pixels that go through the network at once, over the whole batch: it bounds memory (about 1 GB)."""
 
 
 class OrtRetinaFace:
@@ -60,10 +54,15 @@ class OrtRetinaFace:
             raise ModelFileError(
                 f"{path}: an ONNX file, but not a detector written by this toolkit: python -m export.to_onnx writes one"
             )
-        self.spec = ModelSpec.from_json(header.metadata[SPEC_KEY])
+        try:
+            self.spec = ModelSpec.from_json(header.metadata[SPEC_KEY])
+        except SpecError as error:
+            raise ModelFileError(f"{path}: {error}") from None
         self.score_threshold = self.spec.decode.run_threshold(score_threshold)
-        self._session = _open_session(str(path) if header.external_files else content, path, threads)
-        self.size_hw = _network_size(self._session, path, size_hw)
+        # a model whose weights lie beside it is opened by the path that was checked, links resolved
+        model = str(Path(path).resolve()) if header.external_files else content
+        self._session = _open_session(model, path, threads)
+        self.size_hw = _network_size(_check_contract(self._session, path, self.spec), size_hw, path)
 
     def detect(self, frame: Frame, timer: StageTimer | None = None) -> Detections:
         """Return the faces of one frame, in its own pixels.
@@ -115,10 +114,10 @@ class OrtRetinaFace:
                 for row, frame, box in zip(batch, frames, boxes, strict=True):
                     box.apply(frame, self.spec.preprocess.mean_bgr, out=row)
         with stage("network"):
-            outputs = self._session.run(OUTPUT_NAMES, {"images": batch})
+            outputs = self._session.run(list(DETECTOR_OUTPUTS), {"images": batch})
         with stage("results"):
             return [
-                _to_detections(self.spec, self.score_threshold, box, *values)
+                to_detections(box, self.spec.decode, self.score_threshold, *values)
                 for box, *values in zip(boxes, *outputs, strict=True)
             ]
 
@@ -159,52 +158,42 @@ def _open_session(model: str | bytes, path: str | Path, threads: int | None) -> 
         raise ModelFileError(f"{path}: ONNX Runtime cannot load it ({reason})") from None
 
 
-def _network_size(session: Any, path: str | Path, size_hw: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Check the contract of the graph and return the size frames are letterboxed to."""
-    inputs = session.get_inputs()
-    names = {output.name for output in session.get_outputs()}
-    if [item.name for item in inputs] != ["images"] or not names.issuperset(OUTPUT_NAMES):
+def _check_contract(session: Any, path: str | Path, spec: ModelSpec) -> tuple[int, int] | None:
+    """Return the fixed network size of a graph, or None if it is dynamic.
+
+    Raises:
+        ModelFileError: Its inputs or outputs are not those of a detector.
+    """
+    found = {item.name: (item.type, item.shape) for item in (*session.get_inputs(), *session.get_outputs())}
+    kinds = {"int32": "tensor(int32)", "float32": "tensor(float)"}
+    expected = {
+        name: (kinds[kind], [spec.decode.max_detections if side == "K" else side for side in tail])
+        for name, (kind, tail) in DETECTOR_OUTPUTS.items()
+    }
+    images = found.pop("images", ("", []))
+    size = images[1][1:3]
+    fixed = (size[0], size[1]) if all(isinstance(side, int) for side in size) and len(size) == 2 else None
+    if (
+        images[0] != "tensor(uint8)"
+        or images[1][3:] != [3]
+        or any(shape and isinstance(shape[0], int) for _, shape in (images, *found.values()))
+        or {name: (kind, shape[1:]) for name, (kind, shape) in found.items()} != expected
+    ):
         raise ModelFileError(f"{path}: inputs or outputs are not those of a detector: export it again")
-    shape = inputs[0].shape
-    if inputs[0].type != "tensor(uint8)" or len(shape) != 4 or shape[3] != 3:
-        raise ModelFileError(f"{path}: its input is {inputs[0].type} {shape}, expected uint8 [B, H, W, 3]")
-    fixed = (shape[1], shape[2]) if isinstance(shape[1], int) and isinstance(shape[2], int) else None
+    if fixed is not None:
+        check_size(fixed)
+    return fixed
+
+
+def _network_size(
+    fixed: tuple[int, int] | None, size_hw: tuple[int, int] | None, path: str | Path
+) -> tuple[int, int] | None:
+    """Return the size frames are letterboxed to."""
     if size_hw is None:
         return fixed
     if fixed is not None and size_hw != fixed:
         raise SpecError(
             f"{path} takes {fixed[0]}x{fixed[1]} only, not {size_hw[0]}x{size_hw[1]}: export it again with --size"
         )
-    if any(side <= 0 or side % SIZE_MULTIPLE for side in size_hw) or size_hw[0] * size_hw[1] > MAX_NETWORK_PIXELS:
-        raise SpecError(
-            f"size_hw must be multiples of {SIZE_MULTIPLE} with at most {MAX_NETWORK_PIXELS} pixels, got {size_hw}"
-        )
+    check_size(size_hw)
     return size_hw
-
-
-def _to_detections(
-    spec: ModelSpec,
-    score_threshold: float,
-    box: Letterbox,
-    num_detections: int,
-    boxes: NDArray[np.float32],
-    scores: NDArray[np.float32],
-    landmarks: NDArray[np.float32],
-    num_candidates: int,
-) -> Detections:
-    """Turn one image's rows of the output tensors into faces in pixels of its frame; copies, never views."""
-    if num_candidates < 0:
-        raise NonFiniteError("the network gave values that are not finite: the weights or the engine are damaged")
-    # greedy NMS: what passes a higher threshold is a prefix of what passed the model's own
-    count = int(np.count_nonzero(scores[:num_detections] >= score_threshold))
-    in_frame = box.to_frame(boxes[:count]), box.to_frame(landmarks[:count])
-    if not (np.isfinite(in_frame[0]).all() and np.isfinite(in_frame[1]).all()):
-        raise NonFiniteError("the network gave boxes that are not finite: the weights or the engine are damaged")
-    limits = spec.decode
-    return Detections(
-        in_frame[0],
-        scores[:count].copy(),
-        in_frame[1],
-        box.frame_hw,
-        truncated=bool(num_candidates > limits.top_k or num_detections >= limits.max_detections),
-    )

@@ -15,6 +15,7 @@ MAX_BYTES = 2 << 30
 """Protobuf's own limit."""
 
 _MAX_DEPTH = 32
+_MAX_FIELDS = 5_000_000
 
 # message -> field number -> the message it holds, or what to collect from it
 _FIELDS: dict[str, dict[int, str]] = {
@@ -37,11 +38,13 @@ class OnnxHeader:
         metadata: `metadata_props` of the model.
         external_files: Paths, as written, of the files that hold tensors.
         has_graph: Whether there is a graph at all.
+        fields: Number of fields read.
     """
 
     metadata: dict[str, str] = field(default_factory=dict)
     external_files: list[str] = field(default_factory=list)
     has_graph: bool = False
+    fields: int = 0
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
@@ -61,7 +64,10 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Yield (field number, content) of the length-delimited fields; the others are passed over."""
     position = 0
     while position < len(data):
+        start = position
         tag, position = _varint(data, position)
+        if position - start > 5 or not 8 <= tag < 1 << 32:  # readers differ in what they make of these
+            raise ValueError("not protobuf")
         kind = tag & 7
         if kind == 0:
             _, position = _varint(data, position)
@@ -89,6 +95,9 @@ def _walk(kind: str, data: memoryview, header: OnnxHeader, depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise ValueError("nested too deeply")
     for number, content in _fields(data):
+        header.fields += 1
+        if header.fields > _MAX_FIELDS:
+            raise ValueError("too many fields")
         inner = _FIELDS[kind].get(number)
         if inner is None:
             continue
@@ -122,7 +131,7 @@ def read_onnx(path: str | Path) -> tuple[bytes, OnnxHeader]:
     """Return the content and the header of an ONNX file that is safe to load.
 
     Raises:
-        ModelFileError: Missing, too large, not ONNX, truncated, or with tensors in files outside its own folder.
+        ModelFileError: Missing, too large, not ONNX, truncated, or with tensors outside its own folder.
     """
     path = Path(path)
     try:
@@ -140,7 +149,10 @@ def read_onnx(path: str | Path) -> tuple[bytes, OnnxHeader]:
     if not header.has_graph:
         raise ModelFileError(f"{path}: not an ONNX file, there is no graph in it")
     folder = path.resolve().parent
-    for location in header.external_files:
-        if "\0" in location or not (folder / location).resolve().is_relative_to(folder):
+    for location in set(header.external_files):
+        place = (folder / location.replace("\0", "/")).resolve()
+        if "\0" in location or not place.is_relative_to(folder):
             raise ModelFileError(f"{path}: refused, it wants to read {location[:80]!r} outside its own folder")
+        if not place.is_file():
+            raise ModelFileError(f"{path}: the file of its weights is missing: {location[:80]!r}")
     return data, header

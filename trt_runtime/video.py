@@ -23,6 +23,9 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v")
 """What `VideoWriter` can write."""
 
 _CLOCK = 90_000  # time stamps a second in written files
+_MAX_SECONDS = 1e7  # later time stamps are damage
+_MAX_STREAMS = 64
+_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,h264,hevc,m4v,mjpeg,gif,mxf,rm,dv"
 
 
 class TimedFrame(NamedTuple):
@@ -46,7 +49,7 @@ class VideoFile:
 
     Attributes:
         frame_count: Number of frames the file says it has; 0 if it does not.
-        rate: Frames per second; 25 where the file does not say.
+        rate: Frames per second, from 1 to 1000; 25 where the file does not say.
         damaged: Packets and frames so far that were broken; a video that ends well before the length it announces
             adds one.
 
@@ -61,9 +64,14 @@ class VideoFile:
         self.damaged = 0
         if not self.path.is_file():
             raise VideoError(f"{path}: no such file")
+        limit = {"max_pixels": str(max_pixels)}
         try:
-            # "file" alone: a playlist must not make FFmpeg open other files or addresses
-            self._container = self._av.open(f"file:{self.path}", options={"protocol_whitelist": "file"})
+            # Containers alone: a playlist would make FFmpeg open other files and addresses.
+            self._container = self._av.open(
+                f"file:{self.path}",
+                container_options={"protocol_whitelist": "file", "format_whitelist": _FORMATS},
+                stream_options=[limit] * _MAX_STREAMS,
+            )
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{path}: not a video that can be read ({_reason(error)})") from None
         if not self._container.streams.video:
@@ -74,9 +82,9 @@ class VideoFile:
         if width * height > max_pixels:
             self._container.close()
             raise VideoError(f"{path}: {width}x{height} is more than {max_pixels / 1e6:g} megapixels")
-        self._stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        self._stream.codec_context.options = limit
         self._stream.thread_type = "AUTO"
-        self.rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        self.rate = _rate(float(self._stream.average_rate or self._stream.guessed_rate or 0), 25.0)
         self.frame_count = self._stream.frames
 
     def __enter__(self) -> VideoFile:
@@ -90,18 +98,23 @@ class VideoFile:
         seconds = 0.0
         start: float | None = None
         for frame in self._decoded():
-            seconds = count / self.rate if frame.time is None else float(frame.time)
-            start = seconds if start is None else start
+            stamp = None if frame.time is None else float(frame.time)
+            if start is None:
+                start = stamp or 0.0
+            if stamp is not None and seconds <= stamp - start < _MAX_SECONDS:
+                seconds = stamp - start
+            elif count:
+                seconds += 1 / self.rate
             self.damaged += bool(frame.is_corrupt)
             image = frame.to_ndarray(format="bgr24")
             if rotation := round(getattr(frame, "rotation", 0) / 90) % 4:  # as phones record upright video
                 image = np.ascontiguousarray(np.rot90(image, rotation))
-            yield TimedFrame(image, max(seconds - start, 0.0))
+            yield TimedFrame(image, seconds)
             count += 1
         if not count:
             raise VideoError(f"{self.path}: no frame of it can be decoded")
         length = self._announced_seconds()
-        self.damaged += length - (seconds - (start or 0.0)) > max(1.0, 0.02 * length)
+        self.damaged += length - seconds > max(1.0, 0.02 * length)
 
     def _announced_seconds(self) -> float:
         if self._stream.duration:
@@ -144,6 +157,8 @@ class Camera:
 
     def __init__(self, index: int) -> None:
         self.frame_count = self.damaged = 0
+        if not 0 <= index < 1000:
+            raise VideoError(f"camera {index}: there is none of this number; 0 is the first")
         log = cv2.utils.logging
         level = log.getLogLevel()
         log.setLogLevel(log.LOG_LEVEL_SILENT)  # a missing camera is reported below, once
@@ -151,7 +166,7 @@ class Camera:
         log.setLogLevel(level)
         if not self._capture.isOpened():
             raise VideoError(f"camera {index}: cannot be opened; is it connected, and free?")
-        self.rate = self._capture.get(cv2.CAP_PROP_FPS) or 30.0
+        self.rate = _rate(self._capture.get(cv2.CAP_PROP_FPS), 30.0)
 
     def __enter__(self) -> Camera:
         return self
@@ -188,7 +203,7 @@ class VideoWriter:
         self.path = Path(path)
         if self.path.suffix.lower() not in VIDEO_SUFFIXES:
             raise VideoError(f"{path}: video is written as {', '.join(VIDEO_SUFFIXES)}")
-        self._rate = Fraction(rate).limit_denominator(1001)
+        self._rate = Fraction(_rate(rate, 25.0)).limit_denominator(1001)
         self._last = -1
         self._first_hw = (0, 0)
         self._stream: Any = None
@@ -251,6 +266,11 @@ class VideoWriter:
         self._file.__exit__(type(failure) if failure else None, failure, None)
         if keep and failure:
             raise failure
+
+
+def _rate(value: float, otherwise: float) -> float:
+    """Frames per second as files and cameras give them: anything up to NaN."""
+    return min(max(value, 1.0), 1000.0) if value > 0 else otherwise
 
 
 def require_display() -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from export.graph import HEAD_NAMES, OPSET, OUTPUTS, GraphBuilder, add_decode_nms, add_preprocessing
+from export.graph import HEAD_NAMES, OPSET, GraphBuilder, add_decode_nms, add_preprocessing, detector_outputs
 from facespec.boxes import Decoded, decode_detections
 from facespec.priors import make_priors
-from facespec.spec import DecodeSpec, ModelSpec
+from facespec.spec import DETECTOR_OUTPUTS, DecodeSpec, ModelSpec
 
 Heads = list[NDArray[np.float32]]
 Run = Callable[[Heads], dict[str, NDArray[np.float32]]]
@@ -29,13 +29,17 @@ def tail(decode: DecodeSpec, size_hw: tuple[int, int] | None) -> Run:
     g = GraphBuilder()
     add_decode_nms(g, HEAD_NAMES, ModelSpec(decode=decode), size_hw)
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 32, None, None]) for name in HEAD_NAMES]
-    outputs = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in OUTPUTS.items()]
+    outputs = detector_outputs(ModelSpec(decode=decode))
     graph = helper.make_graph(g.nodes, "tail", inputs, outputs, g.initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
     onnx.checker.check_model(model, full_check=True)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return lambda heads: dict(
-        zip(OUTPUTS, session.run(list(OUTPUTS), dict(zip(HEAD_NAMES, heads, strict=True))), strict=True)
+        zip(
+            DETECTOR_OUTPUTS,
+            session.run(list(DETECTOR_OUTPUTS), dict(zip(HEAD_NAMES, heads, strict=True))),
+            strict=True,
+        )
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -62,8 +63,14 @@ def quiet_libraries() -> Iterator[None]:
 
     It acts on the whole process, so it is for commands, not for library code.
     """
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        kept = os.dup(2)
+    except OSError:  # stderr is closed
+        yield
+        return
+    if sys.stderr:
+        sys.stderr.flush()
+    null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
         yield
@@ -79,9 +86,13 @@ def run(main: Callable[[], int]) -> NoReturn:
     SIGTERM, as a container's end sends it, counts as an interrupt: temporary files go, a video is finished.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not so where a daemon has closed it
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except RetinaFaceError as error:
         code = _fail(str(error))
     except KeyboardInterrupt:

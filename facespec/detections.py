@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ class Detections:
         scores: (n,) float32 face probability.
         landmarks: (n, 5, 2) float32 x, y in pixels of the frame, in the order of `LANDMARK_NAMES`.
         frame_hw: Height and width of the frame in pixels.
-        truncated: More candidates or faces than the model's limits allow: some may be missing.
+        truncated: The model's limits cut the result off: faces over the score threshold may be missing.
     """
 
     boxes: NDArray[np.float32]
@@ -46,6 +46,10 @@ class Detections:
     def empty(cls, frame_hw: tuple[int, int]) -> Detections:
         """Return the result for a frame without faces."""
         return cls(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2), np.float32), frame_hw)
+
+    def __repr__(self) -> str:
+        height, width = self.frame_hw
+        return f"Detections({len(self)} faces in a frame of {width}x{height}{', truncated' * self.truncated})"
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -132,8 +136,10 @@ def to_detections(
     Raises:
         NonFiniteError: The network gave NaN or infinity.
     """
+    # sorted by logits; the sigmoid of neighbours may differ from that order by a rounding
+    scores = np.minimum.accumulate(scores[:num_detections])
     # greedy NMS: what passes a higher threshold is a prefix of what passed the model's own
-    count = int(np.count_nonzero(scores[:num_detections] >= score_threshold))
+    count = int(np.count_nonzero(scores >= score_threshold))
     in_frame = box.to_frame(boxes[:count]), box.to_frame(landmarks[:count])
     if num_candidates < 0 or not all(np.isfinite(values).all() for values in in_frame):
         raise NonFiniteError("the network gave values that are not finite: its weights or its file are damaged")
@@ -142,7 +148,10 @@ def to_detections(
         scores[:count].copy(),
         in_frame[1],
         box.frame_hw,
-        truncated=bool(num_candidates > decode.top_k or num_detections >= decode.max_detections),
+        # a cut below the threshold loses nothing
+        truncated=bool(
+            count == num_detections and (num_candidates > decode.top_k or num_detections >= decode.max_detections)
+        ),
     )
 
 
@@ -153,6 +162,6 @@ class Detector(Protocol):
         """Return the faces of one frame, uint8 (H, W, 3) BGR, in its own pixels."""
         ...
 
-    def detect_batch(self, frames: Sequence[Frame]) -> list[Detections]:
+    def detect_batch(self, frames: Iterable[Frame]) -> list[Detections]:
         """Return the faces of several frames, which may differ in size, in their order."""
         ...

@@ -32,7 +32,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            if error.filename not in (None, name):
+                raise
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
@@ -48,14 +53,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iterable[str | Path]) -> None:
-    """Refuse, before any work, outputs that would destroy an input or each other.
+    """Refuse, before any work, outputs that cannot be written or would destroy an input or each other.
 
     Args:
         outputs: Option and file to write; None is left out.
         inputs: Files that are read.
 
     Raises:
-        OutputError: An output is an input, or two outputs are one file.
+        OutputError: An output is an input, two outputs are one file, or there is no writing in its folder.
     """
     taken = {Path(path).resolve(): "is a file that is read" for path in inputs}
     for option, path in outputs:
@@ -65,3 +70,9 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
         if place in taken:
             raise OutputError(f"{option} {path} {taken[place]}: choose another name")
         taken[place] = f"is the file of {option}, too"
+        folder = next(parent for parent in place.parents if parent.exists())
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OutputError(f"{option} {path}: cannot be written ({error.strerror})") from None

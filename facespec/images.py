@@ -24,7 +24,7 @@ MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 << 20
 """Larger files are refused before they are read."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 
 
 class _TruncatedError(Exception):

@@ -165,7 +165,9 @@ class DecodeSpec:
         """
         if requested is None:
             return max(DEFAULT_SCORE_THRESHOLD, self.score_threshold)
-        _require(_is_number(requested) and requested < 1, f"score threshold must be below 1, got {requested}")
+        _require(
+            _is_number(requested) and 0 < requested < 1, f"score threshold must lie between 0 and 1, got {requested!r}"
+        )
         _require(
             requested >= self.score_threshold,
             f"score threshold {requested:g} is below the model's floor of {self.score_threshold:g}: "
@@ -270,6 +272,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def check_size(size_hw: tuple[int, int]) -> None:
     """Raise SpecError unless (height, width) is a size a network can have."""
+    if not isinstance(size_hw, (tuple, list)) or len(size_hw) != 2 or not all(_is_int(side) for side in size_hw):
+        raise SpecError(f"network size must be (height, width), got {size_hw!r}")
     for value in size_hw:
         if value % SIZE_MULTIPLE or value <= 0:
             nearest = max(round(value / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE

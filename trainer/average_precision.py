@@ -155,7 +155,7 @@ def _best_overlaps(a_xywh: Array, b_xywh: Array) -> tuple[Array, NDArray[np.int6
         (high[:, 0] - xywh[:, 0] + 1) * (high[:, 1] - xywh[:, 1] + 1)
         for high, xywh in ((a_high, a_xywh), (b_high, b_xywh))
     )
-    with np.errstate(divide="ignore", invalid="ignore"):  # a box of width -1 has no area; it overlaps nothing
+    with np.errstate(all="ignore"):  # a box of width -1 has no area; it overlaps nothing
         iou = np.where(inter > 0, inter / (a_area[:, None] + b_area[None, :] - inter), 0)
     return iou.max(axis=1), iou.argmax(axis=1)
 

@@ -105,12 +105,10 @@ def _read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
         reason = str(error)
-        if "weights_only" in reason or "Unsupported global" in reason or "Unsupported operand" in reason:
-            found = re.search(r"GLOBAL ([\w.]+)", reason)
-            name = f" ({found[1]})" if found else ""
+        if found := re.search(r"GLOBAL ([\w.]+)", reason):
             raise WeightsError(
-                f"{path}: refused, its pickle asks for more than tensors{name}, which can run code; "
-                f"save a plain state_dict instead"
+                f"{path}: refused, its pickle asks for more than tensors ({found[1]}), which can run code; "
+                "save a plain state_dict instead"
             ) from None
         raise WeightsError(f"{path}: not a PyTorch checkpoint, or damaged ({type(error).__name__})") from None
     if not isinstance(content, dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +80,6 @@ class TorchRetinaFace:
             found.num_candidates,
         )
 
-    def detect_batch(self, frames: Sequence[Frame]) -> list[Detections]:
+    def detect_batch(self, frames: Iterable[Frame]) -> list[Detections]:
         """Return the faces of several frames, one after the other."""
         return [self.detect(frame) for frame in frames]

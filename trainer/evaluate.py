@@ -230,7 +230,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         require("matplotlib", "train", "--plot")
         if options.plot.suffix.lower() not in PLOT_SUFFIXES:
             raise OutputError(f"--plot {options.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
-    check_outputs([("--json", options.json_file), ("--plot", options.plot)], [options.detector or ""])
+    saved = options.save_predictions and options.save_predictions / "event" / "image.txt"
+    outputs = [("--json", options.json_file), ("--plot", options.plot), ("--save-predictions", saved)]
+    check_outputs(outputs, [options.detector] if options.detector else [])
     truth = load_ground_truth(options.ground_truth)
     start = time.perf_counter()
     size_hw = None
@@ -311,6 +313,8 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
         parser.error("--detector needs --data, the WIDER FACE folder")
     if args.predictions and not (args.ground_truth or args.data):
         parser.error("--predictions needs --ground-truth, the folder of the wider_*_val.mat files")
+    if args.predictions and (args.save_predictions or args.size or args.protocol != PROTOCOLS[0]):
+        parser.error("--save-predictions, --protocol and --size go with --detector")
     if args.size and args.protocol == "original":
         parser.error("--size goes with --protocol letterbox")
     return EvaluateOptions(

@@ -74,22 +74,26 @@ class Summary:
         frames = max(self.frames, 1)
         stages = ", ".join(f"{name} {total / frames:.2f}" for name, total in self.timer.total_ms.items())
         lines = [
-            f"{self.frames} frames, {self.faces} faces, {self.seconds:.1f} s "
+            f"{_count(self.frames, 'frame')}, {_count(self.faces, 'face')}, {self.seconds:.1f} s "
             f"({self.frames / max(self.seconds, 1e-9):.1f} frames/s)",
             f"ms per frame: {stages or 'nothing was run'}",
         ]
         if self.truncated:
             lines.append(
-                f"{self.truncated} frames had more faces than the model's limits: export with higher --top-k, "
+                f"{self.truncated} frames had more faces than the model's limits: export it with higher --top-k and "
                 "--max-detections"
             )
         if self.damaged:
             lines.append(f"{self.damaged} damaged parts of the video were passed over")
         if self.failures:
-            lines.append(f"{len(self.failures)} images could not be read")
+            lines.append(f"{len(self.failures)} images could not be read or written")
         if self.interrupted:
             lines.append("interrupted: everything up to here was written")
         return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def detect(options: DetectOptions) -> Summary:
@@ -103,6 +107,9 @@ def detect(options: DetectOptions) -> Summary:
     if options.show:
         require_display()
     images = _image_sources(options.source)
+    if images and options.output and Path(options.source).is_dir():  # what an earlier run drew is no source
+        drawn = options.output.resolve()
+        images = [path for path in images if not path.resolve().is_relative_to(drawn)] or images
     single = images is not None and Path(options.source).is_file()
     targets = _check_outputs(options, images, single)
     detector = load_detector(
@@ -174,7 +181,7 @@ def _run_images(paths: list[Path], targets: dict[Path, Path], sink: _Sink) -> No
             if canvas is not None and path in targets:
                 with summary.timer("write"):
                     write_image(targets[path], canvas)
-        except (ImageError, FrameError) as error:
+        except (ImageError, FrameError, OutputError) as error:
             if single:
                 raise
             summary.failures.append(str(error))
@@ -184,9 +191,9 @@ def _run_images(paths: list[Path], targets: dict[Path, Path], sink: _Sink) -> No
         cv2.waitKey(0 if single else 1)
 
 
-def _targets(paths: list[Path], folder: Path) -> dict[Path, Path]:
-    """Return where the annotated copy of each image goes: as in the folder the images share, under `folder`."""
-    common = Path(*_common_parts(paths))
+def _targets(source: str, paths: list[Path], folder: Path) -> dict[Path, Path]:
+    """Return where the annotated copy of each image goes: under `folder` as it is under the source."""
+    common = Path(source) if Path(source).is_dir() else Path(*_common_parts(paths))
     targets = {path: folder / _as_written(path.relative_to(common)) for path in paths}
     names = Counter(targets.values())
     twice = [path for path, target in targets.items() if names[target] > 1]
@@ -213,7 +220,7 @@ def _run_video(sink: _Sink) -> None:
     options, summary = sink.options, sink.summary
     with ExitStack() as stack:
         source: Camera | VideoFile = (
-            Camera(int(options.source)) if options.source.isdecimal() else VideoFile(options.source)
+            VideoFile(options.source) if Path(options.source).exists() else Camera(int(options.source[:9]))
         )
         stack.enter_context(source)
         writer = stack.enter_context(VideoWriter(options.output, source.rate)) if options.output else None
@@ -243,7 +250,9 @@ def _image_sources(source: str) -> list[Path] | None:
     Raises:
         DataError: Nothing is there.
     """
-    if source.isdecimal():
+    if not source:
+        raise DataError("the source is empty: give a file, a folder, a glob or a webcam's index")
+    if source.isdecimal() and not Path(source).exists():
         return None
     if "://" in source:
         raise DataError(f"{source}: addresses are not supported yet; give a file, a folder, a glob or a webcam's index")
@@ -251,7 +260,7 @@ def _image_sources(source: str) -> list[Path] | None:
     if path.is_dir():
         found = find_images(path)
         if not found:
-            raise DataError(f"{source}: no images in this folder")
+            raise DataError(f"{source}: no images in this folder; videos are run one at a time")
         return found
     if path.exists():
         return [path] if path.suffix.lower() in IMAGE_SUFFIXES else None
@@ -259,7 +268,7 @@ def _image_sources(source: str) -> list[Path] | None:
         found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
         found = [item for item in found if item.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
-            raise DataError(f"{source}: no image matches this pattern")
+            raise DataError(f"{source}: no image matches this pattern; videos are run one at a time")
         return found
     raise DataError(f"{source}: no such file or folder")
 
@@ -281,7 +290,7 @@ def _check_outputs(options: DetectOptions, images: list[Path] | None, single: bo
     else:
         if output.is_file() or suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
             raise OutputError(f"--output {output}: for several images give a folder")
-        targets = _targets(images, output)
+        targets = _targets(options.source, images, output)
     drawn = targets.values() if images is not None else [output]
     report = None if options.json == "-" else options.json
     check_outputs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ class OrtRetinaFace:
     Attributes:
         spec: The `ModelSpec` of the model.
         size_hw: Network size, or None if every frame is run at its own.
-        score_threshold: The threshold in use.
 
     Raises:
         ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
@@ -58,11 +57,20 @@ class OrtRetinaFace:
             self.spec = ModelSpec.from_json(header.metadata[SPEC_KEY])
         except SpecError as error:
             raise ModelFileError(f"{path}: {error}") from None
-        self.score_threshold = self.spec.decode.run_threshold(score_threshold)
+        self._score_threshold = self.spec.decode.run_threshold(score_threshold)
         # a model whose weights lie beside it is opened by the path that was checked, links resolved
         model = str(Path(path).resolve()) if header.external_files else content
         self._session = _open_session(model, path, threads)
         self.size_hw = _network_size(_check_contract(self._session, path, self.spec), size_hw, path)
+
+    @property
+    def score_threshold(self) -> float:
+        """Lowest score reported; may be set, but not below the floor the model was exported with."""
+        return self._score_threshold
+
+    @score_threshold.setter
+    def score_threshold(self, value: float) -> None:
+        self._score_threshold = self.spec.decode.run_threshold(value)
 
     def detect(self, frame: Frame, timer: StageTimer | None = None) -> Detections:
         """Return the faces of one frame, in its own pixels.
@@ -77,8 +85,11 @@ class OrtRetinaFace:
         """
         return self.detect_batch([frame], timer)[0]
 
-    def detect_batch(self, frames: Sequence[Frame], timer: StageTimer | None = None) -> list[Detections]:
+    def detect_batch(self, frames: Iterable[Frame], timer: StageTimer | None = None) -> list[Detections]:
         """Return the faces of several frames, which may differ in size, in their order; see `detect`."""
+        if isinstance(frames, np.ndarray) and frames.ndim < 4:
+            raise FrameError("detect_batch takes a list of frames; one frame goes to detect")
+        frames = list(frames)
         boxes = [self._place(frame) for frame in frames]
         results: list[Detections] = []
         while len(results) < len(frames):  # consecutive frames of one network size, up to the memory limit, together
@@ -148,8 +159,8 @@ def _open_session(model: str | bytes, path: str | Path, threads: int | None) -> 
     options = ort.SessionOptions()
     options.log_severity_level = 4  # its errors come as exceptions
     if threads is not None:
-        if threads < 1:
-            raise SpecError(f"threads must be at least 1, got {threads}")
+        if not isinstance(threads, int) or not 1 <= threads <= 256:
+            raise SpecError(f"threads must be a number from 1 to 256, got {threads!r}")
         options.intra_op_num_threads = threads
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -63,21 +63,19 @@ class VideoFile:
         self.path = Path(path)
         self.damaged = 0
         if not self.path.is_file():
-            raise VideoError(f"{path}: no such file")
+            raise VideoError(f"{path}: {'not a regular file' if self.path.exists() else 'no such file'}")
         limit = {"max_pixels": str(max_pixels)}
         try:
-            # Containers alone: a playlist would make FFmpeg open other files and addresses.
-            self._container = self._av.open(
-                f"file:{self.path}",
-                container_options={"protocol_whitelist": "file", "format_whitelist": _FORMATS},
-                stream_options=[limit] * _MAX_STREAMS,
-            )
+            self._container = self._open(limit)
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{path}: not a video that can be read ({_reason(error)})") from None
         if not self._container.streams.video:
             self._container.close()
             raise VideoError(f"{path}: there is no video stream in it")
         self._stream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            self._container.close()
+            raise VideoError(f"{path}: FFmpeg has no decoder for its video")
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         if width * height > max_pixels:
             self._container.close()
@@ -86,6 +84,14 @@ class VideoFile:
         self._stream.thread_type = "AUTO"
         self.rate = _rate(float(self._stream.average_rate or self._stream.guessed_rate or 0), 25.0)
         self.frame_count = self._stream.frames
+
+    def _open(self, limit: dict[str, str]) -> Any:
+        # Containers alone: a playlist would make FFmpeg open other files and addresses.
+        options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+        try:  # the limit holds for probing, too
+            return self._av.open(f"file:{self.path}", container_options=options, stream_options=[limit] * _MAX_STREAMS)
+        except ValueError:  # a format without a header, whose streams are not known before probing
+            return self._av.open(f"file:{self.path}", container_options=options)
 
     def __enter__(self) -> VideoFile:
         return self
@@ -114,7 +120,7 @@ class VideoFile:
         if not count:
             raise VideoError(f"{self.path}: no frame of it can be decoded")
         length = self._announced_seconds()
-        self.damaged += length - seconds > max(1.0, 0.02 * length)
+        self.damaged += length - (start or 0.0) - seconds > max(1.0, 0.02 * length)
 
     def _announced_seconds(self) -> float:
         if self._stream.duration:

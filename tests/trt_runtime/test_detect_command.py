@@ -51,7 +51,7 @@ def test_one_image(command: Run, photos: Path, static_onnx: Path, tmp_path: Path
         "--json", "out/faces.json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "1 frames, 1 faces" in result.stdout
+    assert "1 frame, 1 face," in result.stdout
     assert "network" in result.stdout
     (record,) = _lines(tmp_path / "out" / "faces.json")
     expected = OrtRetinaFace(static_onnx).detect(astronaut)

@@ -60,6 +60,10 @@ def test_external_data_outside_the_folder_is_refused_wherever_it_hides(
 @pytest.mark.parametrize("place", PLACES)
 def test_external_data_inside_the_folder_is_found(place: str, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(_model(place, "weights/data.bin").SerializeToString())
+    with pytest.raises(ModelFileError, match="weights is missing"):
+        read_onnx(tmp_path / "m.onnx")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "data.bin").write_bytes(bytes(4))
     assert set(read_onnx(tmp_path / "m.onnx")[1].external_files) == {"weights/data.bin"}
 
 

@@ -106,13 +106,25 @@ def _tiff_size(data: bytes) -> tuple[int, int]:
     return tags.get(256, 0), tags.get(257, 0)
 
 
+_PNM_HEADER = re.compile(rb"P([1-6])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})\s")
+_PNM_MAXIMUM = re.compile(rb"(?:\s|#[^\n]*\n)*(\d{1,5})\s")
+
+
 def _pnm_size(data: bytes) -> tuple[int, int]:
-    match = re.match(rb"P([1-6])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})\s", data[:4096])
+    match = _PNM_HEADER.match(data[:4096])
     if not match:
         raise _TruncatedError
     kind, width, height = int(match[1]), int(match[2]), int(match[3])
-    row = {4: (width + 7) // 8, 5: width, 6: 3 * width}.get(kind, width)
-    if len(data) < match.end() + row * height:
+    start, row = match.end(), width
+    if kind == 4:
+        row = (width + 7) // 8
+    elif kind in (5, 6):
+        maximum = _PNM_MAXIMUM.match(data, start, start + 4096)
+        if not maximum:
+            raise _TruncatedError
+        start = maximum.end()
+        row = width * (3 if kind == 6 else 1) * (2 if int(maximum[1]) > 255 else 1)
+    if len(data) < start + row * height:
         raise _TruncatedError
     return width, height
 

@@ -33,6 +33,7 @@ def test_committed_results_hold_what_they_promise() -> None:
     speed = json.loads((ROOT / "benchmarks" / "results" / "cpu_vs_tiny.json").read_text())["results"]
     assert [row["threads"] for row in speed] == [1, 2]
     assert speed[0]["ours_around_ms"] < 2.5
+    assert all(row["frames_with_the_same_faces"] == 24 for row in speed)
     assert min(row["speedup"] for row in speed) >= 1.12
 
 

@@ -179,7 +179,7 @@ def _run_images(paths: list[Path], targets: dict[Path, Path], sink: _Sink) -> No
                 frame = read_image(path)
             canvas = sink.process(frame, {"source": str(path)})
             if canvas is not None and path in targets:
-                with summary.timer("write"):
+                with summary.timer("write"), quiet_libraries():
                     write_image(targets[path], canvas)
         except (ImageError, FrameError, OutputError) as error:
             if single:

@@ -148,6 +148,13 @@ def test_command(command: Callable[..., object], refused: Callable[..., str], tm
     assert "multiple of 32" in refused("export.to_onnx", "--size", "100x100")
     assert "no such weights" in refused("export.to_onnx", "--weights", "none.pth")
     assert "score_threshold" in refused("export.to_onnx", "--score", "2")
+    assert "ends in .onnx" in refused("export.to_onnx", "--out", "model")
+    assert "4096" not in refused("export.to_onnx", "--size", "99999x32")
+    assert "pixels" in refused("export.to_onnx", "--size", "4128x4096")
+    (tmp_path / "w.onnx").write_bytes(b"mine")
+    assert "is a file that is read" in refused("export.to_onnx", "--weights", "w.onnx", "--out", "w.onnx")
+    assert (tmp_path / "w.onnx").read_bytes() == b"mine"
+    (tmp_path / "w.onnx").unlink()
     assert os.listdir(tmp_path) == ["new"]
 
 

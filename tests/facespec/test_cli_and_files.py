@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from facespec.cli import require
-from facespec.errors import MissingPackageError
-from facespec.files import atomic_path, write_text
+from facespec.errors import MissingPackageError, OutputError
+from facespec.files import atomic_path, check_outputs, write_text
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -68,3 +68,39 @@ def test_a_package_that_fails_to_import_is_told_from_a_missing_one(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(MissingPackageError, match=r"cannot be imported .*a_dependency_that_is_missing"):
         require("broken_module", "cpu", "this")
+
+
+def test_links_are_written_through_and_devices_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real" / "target.txt")
+    write_text(tmp_path / "link.txt", "through")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real" / "target.txt").read_text() == "through"
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in (("/dev/null", "device"), (tmp_path / "pipe", "device"), (tmp_path / "real", "folder")):
+        with pytest.raises(OutputError, match=f"it is a {words}"):
+            write_text(path, "x")
+    with pytest.raises(OutputError, match=r"/proc/x/y\.txt: cannot be written"):
+        write_text("/proc/x/y.txt", "x")
+
+
+def test_a_full_disk_names_the_file_the_user_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"big\.txt: cannot be written \(No space left on device\)"):
+        with atomic_path(tmp_path / "big.txt"), open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_are_checked_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("x")
+    (tmp_path / "link.txt").symlink_to("in.txt")
+    check_outputs([("--a", tmp_path / "deep" / "a"), ("--b", tmp_path / "b"), ("--c", None)], [tmp_path / "in.txt"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "link.txt"]
+    for outputs, words in (
+        ([("--a", tmp_path / "in.txt")], "is a file that is read"),
+        ([("--a", tmp_path / "link.txt")], "is a file that is read"),
+        ([("--a", tmp_path / "x"), ("--b", tmp_path / "." / "x")], "is the file of --a, too"),
+        ([("--a", "/proc/x")], "cannot be written"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            check_outputs(outputs, [tmp_path / "in.txt"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from facespec.align import ARCFACE_LANDMARKS_112, similarity_transforms
-from facespec.detections import Detections
+from facespec.detections import Detections, to_detections
 from facespec.draw import draw_detections
-from facespec.errors import FrameError
+from facespec.errors import FrameError, NonFiniteError
+from facespec.letterbox import Letterbox
+from facespec.spec import DecodeSpec
 
 
 def _detections(count: int = 4) -> Detections:
@@ -124,3 +127,67 @@ def test_drawing_marks_the_box_and_leaves_the_frame_alone() -> None:
     far = Detections(np.array([[-1e9, -1e9, 1e9, 1e9]], np.float32), np.ones(1, np.float32),
                      np.full((1, 5, 2), 1e9, np.float32), (100, 90))  # fmt: skip
     assert draw_detections(frame, far).shape == frame.shape
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [np.full((64, 64), 200, np.uint8), np.full((64, 64, 4), 200, np.uint8), np.full((64, 64, 3), 200.0, np.float32)],
+)
+def test_crops_of_other_frames_are_refused(frame: np.ndarray) -> None:
+    with pytest.raises(FrameError, match="uint8"):
+        _detections().aligned_crops(frame)
+
+
+def _network_rows(**changes: object) -> dict[str, Any]:
+    rows = {
+        "box": Letterbox.fit((100, 90), (64, 64)),
+        "decode": DecodeSpec(top_k=10, max_detections=3),
+        "score_threshold": 0.5,
+        "num_detections": 3,
+        "boxes": np.ones((3, 4), np.float32),
+        "scores": np.array([0.9, 0.8, 0.4], np.float32),
+        "landmarks": np.ones((3, 5, 2), np.float32),
+        "num_candidates": 3,
+    }
+    return {**rows, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "truncated"),
+    [
+        ({}, False),  # the limit of 3 is met, but the third face lies below the threshold
+        ({"score_threshold": 0.4}, True),
+        ({"num_candidates": 11}, False),
+        ({"num_candidates": 11, "num_detections": 2}, True),
+        ({"num_candidates": 10, "num_detections": 2}, False),
+    ],
+)
+def test_truncated_means_that_faces_over_the_threshold_may_be_missing(changes: dict[str, Any], truncated: bool) -> None:
+    assert to_detections(**_network_rows(**changes)).truncated == truncated
+
+
+def test_network_rows_become_faces_of_the_frame() -> None:
+    scores = np.array([0.9, 0.7, 0.70001], np.float32)
+    found = to_detections(**_network_rows(scores=scores))
+    assert found.scores.tolist() == pytest.approx([0.9, 0.7, 0.7], abs=1e-6)
+    assert (np.diff(found.scores) <= 0).all()
+    np.testing.assert_allclose(found.boxes, 100 / 64, rtol=0.02)
+    for changes in ({"num_candidates": -1}, {"boxes": np.full((3, 4), np.nan, np.float32)},
+                    {"landmarks": np.full((3, 5, 2), np.inf, np.float32)}):  # fmt: skip
+        with pytest.raises(NonFiniteError):
+            to_detections(**_network_rows(**changes))
+
+
+def test_labels_cover_no_other_face() -> None:
+    """Two faces, one right above the other: the label of the lower one would lie on the upper one."""
+    frame = np.zeros((300, 200, 3), np.uint8)
+    boxes = np.array([[50, 60, 130, 140], [50, 145, 130, 225]], np.float32)
+    both = Detections(boxes, np.array([0.8, 0.9], np.float32), np.full((2, 5, 2), -9, np.float32), (300, 200))
+    plain, drawn = draw_detections(frame, both, labels=False), draw_detections(frame, both)
+    changed = np.argwhere((plain != drawn).any(axis=2))
+    assert len(changed)
+    assert changed[:, 0].max() <= 60
+
+
+def test_repr_is_one_line() -> None:
+    assert repr(_detections()) == "Detections(4 faces in a frame of 90x100, truncated)"

@@ -243,3 +243,36 @@ def test_write_and_find(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match="cannot be written"):
             write_image(tmp_path / name, _picture())
         assert not (tmp_path / name).exists()
+
+
+def _tiff(entries: list[tuple[int, int, int, int]]) -> bytes:
+    body = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries, key=lambda entry: entry[0]))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(5000)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [(256, 4, 1, 12_000), (256, 4, 1, 12), (257, 4, 1, 12_000), (257, 4, 1, 12)],  # twice
+        [(256, 16, 1, 500), (257, 16, 1, 500)],  # 64-bit values, elsewhere in the file
+        [(256, 4, 2, 12), (257, 4, 1, 12)],  # two widths
+    ],
+)
+def test_a_tiff_that_readers_understand_differently_is_refused(entries: list[tuple[int, int, int, int]]) -> None:
+    with pytest.raises(ImageError, match="damaged"):
+        decode_image(_tiff(entries))
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.7, 0.99])
+def test_truncated_tiffs_are_refused(keep: float) -> None:
+    data = LOSSLESS["tiff"]
+    with pytest.raises(ImageError):
+        decode_image(data[: int(len(data) * keep)])
+
+
+def test_short_pixel_data_is_noticed() -> None:
+    """The header and the pixels of these formats are all there is: one byte less is a truncated file."""
+    for data in (b"P5 8 8 255\n" + bytes(64), b"P6 8 8 255\n" + bytes(192), LOSSLESS["bmp"]):
+        assert decode_image(data).shape[2] == 3
+        with pytest.raises(ImageError, match="truncated"):
+            decode_image(data[:-1])

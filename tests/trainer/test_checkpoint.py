@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from facespec.errors import WeightsError
-from facespec.spec import DecodeSpec
+from facespec.spec import DecodeSpec, ModelSpec
 from trainer import checkpoint, load_model, save_checkpoint
 
 State = dict[str, Tensor]
@@ -143,7 +144,16 @@ def _change(state: State, **changes: object) -> dict[str, object]:
         (lambda s: _change(s, extra=torch.zeros(1)), "unknown 1 keys, for instance extra"),
         (lambda s: _change(s, **{"ClassHead.0.conv1x1.weight": torch.zeros(6, 64, 1, 1)}), "other shapes for 1 keys"),
         (lambda s: _change(s, **{"ClassHead.0.conv1x1.bias": torch.full((4,), torch.nan)}), "not finite"),
-        (lambda s: _change(s, **{"fpn.output1.0.weight": torch.zeros(())}), "not"),
+        (lambda s: _change(s, **{"fpn.output1.0.weight": torch.zeros(())}), "not RetinaFace weights"),
+        (lambda s: _change(s, **{"module.ClassHead.0.conv1x1.bias": torch.zeros(4)}), "both stand for ClassHead"),
+        (lambda s: _change(s, **{"ClassHead.0.conv1x1.bias": torch.zeros(4).to_sparse()}), "sparse"),
+        (lambda s: _change(s, **{"ClassHead.0.conv1x1.bias": torch.zeros(4, device="meta")}), "plain float"),
+        (lambda s: _change(s, **{"ClassHead.0.conv1x1.bias": torch.zeros(4).to(torch.float8_e4m3fn)}), "float8"),
+        (
+            lambda s: _change(s, **{"ClassHead.0.conv1x1.bias": torch.zeros(4, dtype=torch.int64)}),
+            "not finite floating",
+        ),
+        (lambda s: {"format": checkpoint.CHECKPOINT_FORMAT, "spec": ModelSpec().to_json(), "model": [1]}, "no weights"),
     ],
 )
 def test_wrong_contents_say_what_they_are(
@@ -200,3 +210,23 @@ def test_weights_hash_depends_on_values_and_names_only(state: State) -> None:
     changed = {key: value.clone() for key, value in state.items()}
     changed["ClassHead.0.conv1x1.bias"][0] += 1e-6
     assert checkpoint.weights_sha256(changed) != one
+
+
+def test_a_compressed_checkpoint_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(50_000_000)}, tmp_path / "w.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "w.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert (tmp_path / "bomb.pth").stat().st_size < 1_000_000
+    with pytest.raises(WeightsError, match="would unpack to 190 MiB"):
+        load_model(tmp_path / "bomb.pth")
+
+
+def test_the_limits_of_size_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "w.pth")
+    monkeypatch.setattr(checkpoint, "_MAX_BYTES", 1000)
+    with pytest.raises(WeightsError, match="would unpack"):
+        load_model(tmp_path / "w.pth")

@@ -158,3 +158,42 @@ def test_dev_set_gives_the_published_ap(backend: str, widerface: Path, dynamic_o
     result = evaluate(_options(widerface, detector=detector))
     assert result["images"] == 323
     assert {level: result[level] for level in LEVELS} == pytest.approx(PUBLISHED_DEV_AP, abs=0.10)
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/absolute", "..", "a\\b", ""])
+@pytest.mark.parametrize("where", ["event_list", "file_list"])
+def test_names_in_the_ground_truth_do_not_lead_elsewhere(name: str, where: str, tiny_widerface: Path) -> None:
+    from scipy.io import loadmat, savemat
+
+    path = tiny_widerface / "gt" / "wider_face_val.mat"
+    content = {key: value for key, value in loadmat(path).items() if not key.startswith("__")}
+    cell = content["event_list"] if where == "event_list" else content["file_list"][0, 0]
+    cell[0, 0] = np.array([name])
+    savemat(path, content)
+    with pytest.raises(DataError, match=r"is not a file name|not WIDER FACE"):
+        evaluate(_options(tiny_widerface, detector="mobilenet0.25", save_predictions=tiny_widerface / "out"))
+    assert not (tiny_widerface / "out").exists()
+
+
+@pytest.mark.parametrize(("index", "box"), [(0, 1.0), (2, 1.0), (1, np.nan)])
+def test_impossible_ground_truth_is_refused(index: int, box: float, tiny_widerface: Path) -> None:
+    from scipy.io import loadmat, savemat
+
+    for name in ("face", "hard"):
+        path = tiny_widerface / "gt" / f"wider_{name}_val.mat"
+        content = {key: value for key, value in loadmat(path).items() if not key.startswith("__")}
+        if name == "hard":
+            content["gt_list"][0, 0][0, 0] = np.array([[index]])
+        else:
+            content["face_bbx_list"][0, 0][0, 0] = content["face_bbx_list"][0, 0][0, 0] * box
+        savemat(path, content)
+    with pytest.raises(DataError, match=r"counts faces it does not have|not finite"):
+        evaluate(_options(tiny_widerface, detector="mobilenet0.25"))
+
+
+def test_outputs_are_checked_before_the_work(tiny_widerface: Path, refused: Callable[..., str]) -> None:
+    common = ("trainer.evaluate", "--detector", "mobilenet0.25", "--data", tiny_widerface)
+    assert "ends in .png" in refused(*common, "--plot", "curve.jpg")
+    assert "--json /proc/x.json: cannot be written" in refused(*common, "--json", "/proc/x.json")
+    assert "--save-predictions" in refused(*common, "--save-predictions", "/proc/x")
+    assert "go with --detector" in refused("trainer.evaluate", "--predictions", "x", "--data", "y", "--size", "32x32")

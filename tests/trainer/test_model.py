@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from facespec.errors import SpecError
+from facespec.errors import NonFiniteError, SpecError
 from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, ModelSpec
 from trainer import load_model
@@ -137,3 +137,12 @@ def test_gpu_gives_the_same_outputs_every_time() -> None:
     for a, b, c in zip(expected, first, second, strict=True):
         torch.testing.assert_close(a, b.cpu(), atol=1e-3, rtol=1e-3)
         assert torch.equal(b, c)
+
+
+def test_boxes_that_overflow_are_reported(crowd: np.ndarray) -> None:
+    model = load_model()
+    with torch.no_grad():
+        for head in model.BboxHead:
+            head.get_parameter("conv1x1.bias").fill_(1e4)
+    with pytest.raises(NonFiniteError):
+        TorchRetinaFace(model).detect(crowd)

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,3 +210,99 @@ def test_every_kind_of_image_gives_the_face(static_onnx: Path, tmp_path: Path, a
     for record in _lines(tmp_path / "f.json"):
         (face,) = record["faces"]
         np.testing.assert_allclose(face["box"], expected, atol=6, err_msg=record["source"])
+
+
+@pytest.mark.parametrize(
+    "spelling", ["./photos/astronaut.png", "photos//astronaut.png", "photos/../photos/astronaut.png"]
+)
+def test_one_image_however_it_is_spelled(spelling: str, command: Run, photos: Path, static_onnx: Path) -> None:
+    result = command("trt_runtime.detect", spelling, "--model", static_onnx, "--output", "faces.jpg")
+    assert result.returncode == 0, result.stderr
+    assert (photos.parent / "faces.jpg").is_file()
+
+
+def test_outputs_never_destroy_what_is_read(
+    refused: Callable[..., str], photos: Path, video: Path, static_onnx: Path, tmp_path: Path
+) -> None:
+    shutil.copy(static_onnx, tmp_path / "m.onnx")
+    (tmp_path / "linked.json").symlink_to(video)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    image = "photos/astronaut.png"
+    for arguments, words in (
+        ([image, "--json", image], "is a file that is read"),
+        ([image, "--json", "m.onnx"], "is a file that is read"),
+        ([image, "--output", "same.png", "--json", "same.png"], "is the file of --output, too"),
+        (["clip.mp4", "--json", "linked.json"], "is a file that is read"),
+        (["photos", "--json", "photos/more/hopper.jpg"], "is a file that is read"),
+        ([image, "--json", "/dev/null"], "it is a device"),
+        ([image, "--json", "photos"], "it is a folder"),
+        ([image, "--output", "/proc/x.png"], "/proc/x.png: cannot be written"),
+        ([image, "--output", "grey.pgm"], "cannot be written as '.pgm'"),
+    ):
+        assert words in refused("trt_runtime.detect", *arguments, "--model", "m.onnx")
+    assert Path("/dev/null").is_char_device()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_names_that_would_collide_are_refused(refused: Callable[..., str], photos: Path, static_onnx: Path) -> None:
+    for name in ("a.bmp", "a.bmp.png"):
+        write_image(photos / name, np.zeros((8, 8, 3), np.uint8))
+    assert "would get the same name" in refused("trt_runtime.detect", photos, "--model", static_onnx, "--output", "out")
+
+
+def test_a_folder_may_be_drawn_into_itself_twice(photos: Path, static_onnx: Path) -> None:
+    for _ in range(2):
+        summary = detect(DetectOptions(str(photos), static_onnx, output=photos / "drawn"))
+        assert summary.frames == 2
+    assert {str(path.relative_to(photos / "drawn")) for path in (photos / "drawn").rglob("*.*")} == {
+        "astronaut.png",
+        "more/hopper.jpg",
+    }
+
+
+@pytest.mark.parametrize("kind", ["tiff", "pgm", "png"])
+def test_damaged_images_end_in_one_line(
+    kind: str, refused: Callable[..., str], astronaut: Frame, static_onnx: Path, tmp_path: Path
+) -> None:
+    """Also where the libraries that decode them have their own word to say."""
+    data = cv2.imencode(f".{kind}", astronaut[..., 0] if kind == "pgm" else astronaut)[1].tobytes()
+    if kind == "png":  # all chunks are there, one holds too little
+        start = data.index(b"IDAT") - 4
+        body = data[start + 8 : start + 2008]
+        chunk = struct.pack(">I", 2000) + b"IDAT" + body + struct.pack(">I", zlib.crc32(b"IDAT" + body))
+        data = data[:start] + chunk + data[data.index(b"IEND") - 4 :]
+    else:
+        data = data[: len(data) // 2]
+    (tmp_path / f"x.{kind}").write_bytes(data)
+    result = refused("trt_runtime.detect", f"x.{kind}", "--model", static_onnx)
+    assert f"x.{kind}" in result
+
+
+def test_the_end_of_a_container_leaves_nothing_half_written(video: Path, static_onnx: Path, tmp_path: Path) -> None:
+    with VideoFile(video) as source, VideoWriter(tmp_path / "long.mp4", 25) as writer:
+        frames = [frame.image for frame in source]
+        for index in range(1500):
+            writer.write(frames[index % 12])
+    line = [sys.executable, "-m", "trt_runtime.detect", "long.mp4", "--model", static_onnx, "--output", "o.mp4"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not any(path.stat().st_size > 20_000 for path in tmp_path.glob(".o.*.mp4")):
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not list(tmp_path.glob(".*"))
+    with VideoFile(tmp_path / "o.mp4") as drawn:
+        assert sum(1 for _ in drawn) > 0
+
+
+def test_closed_streams_and_other_encodings(photos: Path, static_onnx: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "astronaut.png", tmp_path / "日本.png")
+    line = f"{sys.executable} -m trt_runtime.detect 日本.png --model {static_onnx} --json f.json"
+    for suffix in (">&-", "2>&-", ">&- 2>&-", "--json - | head -c 10"):
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "ascii"}
+        result = subprocess.run(
+            f"{line} {suffix}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from facespec.detections import Detections
 from facespec.errors import FrameError, ModelFileError, NonFiniteError, SpecError
 from facespec.letterbox import Frame
-from facespec.spec import SPEC_KEY, ModelSpec
+from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec
 from trainer import load_model
 from trainer.detector import TorchRetinaFace
 from trt_runtime import OrtRetinaFace, load_detector
@@ -199,13 +199,17 @@ def test_a_network_that_gives_nan_raises(astronaut: Frame, static_onnx: Path, tm
 
 def test_truncation_shows(crowd: Frame, tmp_path: Path) -> None:
     from export.to_onnx import ExportOptions, export_onnx
-    from facespec.spec import DecodeSpec
 
-    for decode in (DecodeSpec(max_detections=2), DecodeSpec(top_k=5)):
+    # three faces over 0.5, more below: a cut is worth a word only where it lies above the threshold asked for
+    for decode, score, truncated in (
+        (DecodeSpec(max_detections=2), 0.5, True),
+        (DecodeSpec(top_k=5), 0.5, True),
+        (DecodeSpec(), 0.02, False),
+        (DecodeSpec(max_detections=4), 0.5, False),
+        (DecodeSpec(max_detections=4), 0.02, True),
+    ):
         export_onnx(ExportOptions("mobilenet0.25", tmp_path / "m.onnx", (512, 1536), decode))
-        assert OrtRetinaFace(tmp_path / "m.onnx").detect(crowd).truncated
-    export_onnx(ExportOptions("mobilenet0.25", tmp_path / "m.onnx", (512, 1536), DecodeSpec()))
-    assert not OrtRetinaFace(tmp_path / "m.onnx").detect(crowd).truncated
+        assert OrtRetinaFace(tmp_path / "m.onnx", score_threshold=score).detect(crowd).truncated == truncated
 
 
 def test_other_models_are_refused(static_onnx: Path, tmp_path: Path) -> None:
@@ -223,6 +227,12 @@ def test_other_models_are_refused(static_onnx: Path, tmp_path: Path) -> None:
             m, {SPEC_KEY: ModelSpec().to_json().replace('"format":1', '"format":7')}
         ),
         "not those of a detector": rename,
+        "not those of a detector:": lambda m: (
+            m.graph.input[0].type.tensor_type.shape.dim[0].__setattr__("dim_value", 1)
+        ),
+        "not those of a detector: ": lambda m: helper.set_model_props(
+            m, {SPEC_KEY: ModelSpec(decode=DecodeSpec(max_detections=7)).to_json()}
+        ),
         "ONNX Runtime cannot load it": lambda m: setattr(m.graph.node[0], "op_type", "NoSuchOperator"),
     }
     for words, change in cases.items():
@@ -285,3 +295,62 @@ def test_the_timer_adds_up(astronaut: Frame, static_onnx: Path) -> None:
         detector.detect(astronaut, timer)
     assert list(timer.total_ms) == ["letterbox", "network", "results"]
     assert all(value > 0 for value in timer.total_ms.values())
+
+
+def test_a_fixed_size_no_machine_could_hold_is_refused(static_onnx: Path, tmp_path: Path) -> None:
+    def enlarge(model: onnx.ModelProto) -> None:
+        for side in model.graph.input[0].type.tensor_type.shape.dim[1:3]:
+            side.dim_value = 8192
+
+    with pytest.raises((ModelFileError, SpecError), match=r"8192x8192 is more than|cannot load"):
+        OrtRetinaFace(_changed(static_onnx, tmp_path / "m.onnx", enlarge))
+
+
+def test_large_batches_go_through_in_parts(
+    frames: list[Frame], dynamic_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound on pixels holds for the batch, seen by what reaches ONNX Runtime, and changes no result."""
+    import trt_runtime.detector
+
+    detector = OrtRetinaFace(dynamic_onnx, size_hw=(320, 320))
+    expected = detector.detect_batch(frames)
+    sizes: list[int] = []
+
+    class Watched:
+        def run(self, names: list[str], inputs: dict[str, np.ndarray], session: object = detector._session) -> object:
+            sizes.append(len(inputs["images"]))
+            return session.run(names, inputs)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(detector, "_session", Watched())
+    monkeypatch.setattr(trt_runtime.detector, "MAX_NETWORK_PIXELS", 3 * 320 * 320)
+    for found, single in zip(detector.detect_batch(frames), expected, strict=True):
+        _assert_same(found, single, 1e-3)
+    assert sizes == [3, 3, 1]
+
+
+def test_the_threshold_may_be_set_but_not_below_the_floor(crowd: Frame, dynamic_onnx: Path) -> None:
+    detector = OrtRetinaFace(dynamic_onnx)
+    assert detector.score_threshold == 0.5
+    detector.score_threshold = 0.02
+    assert len(detector.detect(crowd)) > 3
+    for wrong in (0.001, float("nan"), 1.0, -1, "a"):
+        with pytest.raises(SpecError):
+            detector.score_threshold = wrong  # type: ignore[assignment]
+    assert detector.score_threshold == 0.02
+
+
+def test_batches_may_be_any_iterable(frames: list[Frame], static_onnx: Path) -> None:
+    detector = OrtRetinaFace(static_onnx)
+    assert [len(found) for found in detector.detect_batch(frame for frame in frames[:3])] == [1, 3, 0]
+    assert [len(found) for found in detector.detect_batch(np.stack([frames[0]] * 2))] == [1, 1]
+    with pytest.raises(FrameError, match="one frame goes to detect"):
+        detector.detect_batch(frames[0])
+
+
+@pytest.mark.data
+def test_scores_fall_even_where_the_sigmoid_rounds(widerface: Path, dynamic_onnx: Path) -> None:
+    from facespec.images import find_images, read_image
+
+    detector = OrtRetinaFace(dynamic_onnx, score_threshold=0.02)
+    for path in find_images(widerface / "val" / "images")[::20]:
+        assert (np.diff(detector.detect(read_image(path)).scores) <= 0).all()

@@ -141,3 +141,29 @@ def test_damaged_models_end_in_a_header_or_a_value_error(data: st.DataObject) ->
         parse_onnx_header(bytes(damaged))
     except ValueError:
         return
+
+
+def test_a_field_hidden_behind_an_overlong_tag_is_refused() -> None:
+    """Readers that cut tags to 32 bits would see external data here; one that does not would see an unknown field."""
+    location = onnx.StringStringEntryProto(key="location", value="../secret").SerializeToString()
+    for tag in (b"\xea\x80\x80\x80\x10", b"\xea\x80\x80\x80\x80\x00", b"\x02"):
+        tensor = tag + bytes([len(location)]) + location
+        graph = b"\x2a" + bytes([len(tensor)]) + tensor
+        with pytest.raises(ValueError, match="not protobuf"):
+            parse_onnx_header(b"\x3a" + bytes([len(graph)]) + graph)
+
+
+def test_a_linked_model_reads_beside_the_file_itself(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "there" / "m.onnx").write_bytes(_model("initializer", "w.bin").SerializeToString())
+    (tmp_path / "here" / "m.onnx").symlink_to(tmp_path / "there" / "m.onnx")
+    (tmp_path / "here" / "w.bin").write_bytes(bytes(4))
+    with pytest.raises(ModelFileError, match="weights is missing"):
+        read_onnx(tmp_path / "here" / "m.onnx")
+
+
+def test_a_memory_address_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(_model("initializer", "*/_ORT_MEM_ADDR_/*").SerializeToString())
+    with pytest.raises(ModelFileError, match="weights is missing"):
+        read_onnx(tmp_path / "m.onnx")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -201,8 +204,9 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_camera_that_is_not_there() -> None:
-    with pytest.raises(VideoError, match="camera 97"):
-        Camera(97)
+    for index in (97, 10**12):
+        with pytest.raises(VideoError, match=f"camera {index}"):
+            Camera(index)
 
 
 def test_a_window_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,3 +217,85 @@ def test_a_window_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
         require_display()
     monkeypatch.setenv("DISPLAY", ":0")
     require_display()
+
+
+def test_playlists_do_not_lead_to_other_files(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with av.open(str(other / "secret.ts"), "w", format="mpegts") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+        for index in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(_frame(index), format="bgr24")))
+        container.mux(stream.encode(None))
+    lists = {
+        "v.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other}/secret.ts\n#EXT-X-ENDLIST\n",
+        "v.mp4": "ffconcat version 1.0\nfile other/secret.ts\n",
+    }
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(VideoError), VideoFile(tmp_path / name) as video:
+            list(video)
+    with VideoFile(other / "secret.ts") as video:  # by itself it is a video like any other
+        assert sum(1 for _ in video) == 10
+
+
+def test_a_codec_nobody_knows_is_named(tmp_path: Path) -> None:
+    path = _write(tmp_path / "v.mp4", [_frame(0)] * 3)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(VideoError, match="no decoder"):
+        VideoFile(path)
+
+
+@pytest.mark.parametrize("step", [3000.0, 1e9])
+def test_time_stamps_far_apart(step: float, tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"tune": "zerolatency"})
+        stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1)
+        for index in range(4):
+            frame = av.VideoFrame.from_ndarray(_frame(index), format="bgr24")
+            frame.pts, frame.time_base = int(index * step), Fraction(1, 1)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with VideoFile(tmp_path / "v.mkv") as video, VideoWriter(tmp_path / "o.mp4", video.rate) as writer:
+        assert 1 <= video.rate <= 1000
+        stamps = []
+        for image, seconds in video:
+            stamps.append(seconds)
+            writer.write(image, seconds)
+    assert len(stamps) == 4
+    assert stamps == sorted(stamps)
+    with VideoFile(tmp_path / "o.mp4") as video:
+        assert sum(1 for _ in video) == 4
+
+
+def test_a_video_that_starts_late_is_not_damaged(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "v.mkv", 25) as writer:
+        for index in range(30):
+            writer.write(_frame(index % 8), 5 + index / 25)
+    with VideoFile(tmp_path / "v.mkv") as video:
+        stamps = [seconds for _, seconds in video]
+    assert stamps[0] == 0
+    assert stamps[-1] == pytest.approx(29 / 25, abs=2e-3)
+    assert video.damaged == 0
+
+
+def test_a_huge_frame_takes_no_memory_before_it_is_refused(tmp_path: Path) -> None:
+    """PNG frames in a MOV file: the size stands nowhere but in the frame, which probing would decode (324 MB)."""
+    with av.open(str(tmp_path / "v.mov"), "w") as container:
+        stream = container.add_stream("png", rate=1)
+        stream.height, stream.width, stream.pix_fmt = 9000, 12000, "rgb24"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((9000, 12000, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode(None))
+    code = (
+        "import resource\nfrom trt_runtime.video import *\nimport av\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    list(VideoFile('v.mov'))\nexcept VideoError:\n    print('refused')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    line = [sys.executable, "-c", code]
+    result = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert result.stdout.split()[0] == "refused"
+    assert int(result.stdout.split()[1]) < 100_000  # KiB

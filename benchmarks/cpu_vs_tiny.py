@@ -39,11 +39,11 @@ from facespec.files import write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
-from facespec.spec import DecodeSpec
+from facespec.spec import DecodeSpec, PreprocessSpec
 from trt_runtime.detector import OrtRetinaFace
 
 SIZE = (640, 640)
-MEAN = np.array([104, 117, 123], np.int16)
+MEAN_BGR = PreprocessSpec().mean_bgr
 SCORE = 0.5
 PAUSE_S = 0.2
 WARM_UP = 2
@@ -57,11 +57,11 @@ def load_frames(folder: Path | None, count: int) -> list[Frame]:
     else:
         photographs = [read_image(path) for path in sample_photographs()]
         images = [
-            cv2.copyMakeBorder(photograph, pad, pad, pad, pad, cv2.BORDER_REFLECT)
+            np.asarray(cv2.copyMakeBorder(photograph, pad, pad, pad, pad, cv2.BORDER_REFLECT), np.uint8)
             for pad in range(0, 40 * (count // len(photographs)), 40)
             for photograph in photographs
         ]
-    return [Letterbox.fit(image.shape[:2], SIZE).apply(image, (104, 117, 123)) for image in images]
+    return [Letterbox.fit(image.shape[:2], SIZE).apply(image, MEAN_BGR) for image in images]
 
 
 def network_session(model: Path, threads: int) -> Callable[[np.ndarray], Any]:
@@ -104,7 +104,7 @@ def measure(frames: Sequence[Frame], model: Path, threads: int, rounds: int) -> 
     network = network_session(model, threads)
     retinaface.ONNX_SESSION = their_session = session_of(retinaface.WEIGHTS, threads)
     their_input = importlib.import_module("retinaface.preprocess")  # the package hides it behind a function
-    their_input.MEAN = MEAN  # type: ignore[attr-defined]
+    their_input.MEAN = np.array(MEAN_BGR, np.int16)  # type: ignore[attr-defined]
     rgb = [np.ascontiguousarray(frame[..., ::-1]) for frame in frames]
     pixels = [np.ascontiguousarray(their_input.preprocess(image)) for image in rgb]
     runs: dict[str, Callable[[int], Any]] = {

@@ -47,9 +47,11 @@ def tables() -> dict[str, str]:
 def render(text: str) -> str:
     """Return the README with its tables filled in."""
     for name, table in tables().items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda match, table=table: match[1] + table + match[2], text, flags=re.DOTALL)
-    return text
+        opening, closing = f"<!-- {name} -->\n", "<!-- end -->"
+        before, rest = text.split(opening)
+        text = before + opening + table + rest[rest.index(closing) :]
+    seconds = _load("ap_scoring")[0]["seconds_scoring"]
+    return re.sub(r"(<!-- ap_scoring -->).*?(<!-- end -->)", rf"\g<1>{seconds:.1f}\g<2>", text)
 
 
 def main() -> int:

@@ -34,6 +34,9 @@ def test_committed_results_hold_what_they_promise() -> None:
     assert [row["threads"] for row in speed] == [1, 2]
     assert speed[0]["ours_around_ms"] < 2.5
     assert all(row["frames_with_the_same_faces"] == 24 for row in speed)
+    (scoring,) = json.loads((ROOT / "benchmarks" / "results" / "ap_scoring.json").read_text())["results"]
+    assert (scoring["images"], scoring["predictions"]) == (3226, 155_000)
+    assert scoring["seconds_scoring"] < 3
     assert min(row["speedup"] for row in speed) >= 1.12
 
 

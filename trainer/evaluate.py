@@ -6,6 +6,7 @@ python -m trainer.evaluate --detector mobilenet0.25 --data widerface --json ap.j
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -306,7 +307,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument("--size", help="HEIGHTxWIDTH of the letterbox protocol (default: the model's, or 640x640)")
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write event/name.txt files")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result; '-' prints it")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the precision-recall curves (.png, .svg, .pdf)")
     args = parser.parse_args(argv)
     if args.detector and not args.data:
@@ -333,7 +334,12 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    result = evaluate(parse_arguments(argv))
+    options = parse_arguments(argv)
+    to_stdout = options.json_file == Path("-")
+    result = evaluate(dataclasses.replace(options, json_file=None) if to_stdout else options)
+    if to_stdout:
+        print(json.dumps(result))
+        return 0
     print(f"{'':8} {'AP %':>6} {'faces':>7}")
     for level in LEVELS:
         ap = result[level]

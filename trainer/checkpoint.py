@@ -31,6 +31,17 @@ _TINY_SHA256 = "b7a7acab55e104dce6f32cdfff929bd83946da5cd869b9e2e9bdffafd1b7e4a5
 _MAX_BYTES = 2 << 30
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
+_OTHER_FILES = {
+    b"\x08": "an ONNX file",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "a gzip archive",
+    b"vtrt": "a TensorRT-RTX engine",
+    b"ftrt": "a TensorRT engine",
+}
+
 State = dict[str, Tensor]
 
 
@@ -95,9 +106,10 @@ def _read(path: Path) -> dict[str, Any]:
         known = "" if is_file_name else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
         raise WeightsError(f"{path}: no such weights file{known}")
     with path.open("rb") as file:
-        head = file.read(8)
-    if path.suffix == ".onnx" or head.startswith(b"\x08"):
-        raise WeightsError(f"{path}: looks like an ONNX file, expected a PyTorch checkpoint (.pth)")
+        head = file.read(16)
+    for magic, kind in _OTHER_FILES.items():
+        if head.startswith(magic):
+            raise WeightsError(f"{path}: {kind}, expected a PyTorch checkpoint (.pth)")
     size = _unpacked_bytes(path)
     if size > _MAX_BYTES or size > 2 * path.stat().st_size + (1 << 20):  # torch.save does not compress
         raise WeightsError(f"{path}: refused, it would unpack to {size >> 20} MiB")
@@ -110,6 +122,8 @@ def _read(path: Path) -> dict[str, Any]:
                 f"{path}: refused, its pickle asks for more than tensors ({found[1]}), which can run code; "
                 "save a plain state_dict instead"
             ) from None
+        if "TorchScript" in reason:
+            raise WeightsError(f"{path}: a TorchScript archive, expected a state dict (torch.save)") from None
         raise WeightsError(f"{path}: not a PyTorch checkpoint, or damaged ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a state dict, found {type(content).__name__}")

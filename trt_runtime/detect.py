@@ -80,13 +80,13 @@ class Summary:
         ]
         if self.truncated:
             lines.append(
-                f"{self.truncated} frames had more faces than the model's limits: export it with higher --top-k and "
-                "--max-detections"
+                f"{_count(self.truncated, 'frame')} had more faces than the model's limits: export it with higher "
+                "--top-k and --max-detections"
             )
         if self.damaged:
-            lines.append(f"{self.damaged} damaged parts of the video were passed over")
+            lines.append(f"{_count(self.damaged, 'damaged part')} of the video passed over")
         if self.failures:
-            lines.append(f"{len(self.failures)} images could not be read or written")
+            lines.append(f"{_count(len(self.failures), 'image')} could not be read or written")
         if self.interrupted:
             lines.append("interrupted: everything up to here was written")
         return "\n".join(lines)

@@ -82,6 +82,7 @@ class OrtRetinaFace:
         Raises:
             FrameError: Not such a frame, or too large.
             NonFiniteError: The network gave NaN or infinity.
+            ModelFileError: ONNX Runtime failed, for want of memory or because the model is at odds with itself.
         """
         return self.detect_batch([frame], timer)[0]
 
@@ -125,7 +126,10 @@ class OrtRetinaFace:
                 for row, frame, box in zip(batch, frames, boxes, strict=True):
                     box.apply(frame, self.spec.preprocess.mean_bgr, out=row)
         with stage("network"):
-            outputs = self._session.run(list(DETECTOR_OUTPUTS), {"images": batch})
+            try:
+                outputs = self._session.run(list(DETECTOR_OUTPUTS), {"images": batch})
+            except Exception as error:
+                raise ModelFileError(f"ONNX Runtime failed on a batch of {batch.shape}: {_reason(error)}") from None
         with stage("results"):
             return [
                 to_detections(box, self.spec.decode, self.score_threshold, *values)
@@ -165,8 +169,11 @@ def _open_session(model: str | bytes, path: str | Path, threads: int | None) -> 
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has a class for every kind of failure
-        reason = " ".join(str(error).split())[:200]
-        raise ModelFileError(f"{path}: ONNX Runtime cannot load it ({reason})") from None
+        raise ModelFileError(f"{path}: ONNX Runtime cannot load it ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _check_contract(session: Any, path: str | Path, spec: ModelSpec) -> tuple[int, int] | None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.metadata
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 from facespec.errors import WeightsError
+from facespec.images import write_image
+from facespec.letterbox import Frame
 from facespec.spec import DecodeSpec, ModelSpec
 from trainer import checkpoint, load_model, save_checkpoint
 
@@ -181,9 +185,20 @@ def test_truncated_checkpoints_and_missing_files(state: State, tmp_path: Path) -
         load_model(tmp_path / "none.pth")
     with pytest.raises(WeightsError, match=r"only weights known by name are 'mobilenet0\.25'"):
         load_model("resnet50")
-    (tmp_path / "m.onnx").write_bytes(b"\x08\x08")
-    with pytest.raises(WeightsError, match="looks like an ONNX file"):
-        load_model(tmp_path / "m.onnx")
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is on its way out
+def test_other_kinds_of_files_are_named(static_onnx: Path, astronaut: Frame, tmp_path: Path) -> None:
+    shutil.copy(static_onnx, tmp_path / "a.pth")
+    write_image(tmp_path / "b.jpg", astronaut)
+    write_image(tmp_path / "c.png", astronaut)
+    torch.jit.script(torch.nn.Linear(1, 1)).save(str(tmp_path / "d.pt"))
+    with gzip.open(tmp_path / "e.pth", "wb") as file:
+        file.write(b"x")
+    for name, kind in (("a.pth", "an ONNX file"), ("b.jpg", "a JPEG image"), ("c.png", "a PNG image"),
+                       ("d.pt", "a TorchScript archive"), ("e.pth", "a gzip archive")):  # fmt: skip
+        with pytest.raises(WeightsError, match=f"{name}: {kind}, expected a"):
+            load_model(tmp_path / name)
 
 
 def test_default_weights_are_read_as_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

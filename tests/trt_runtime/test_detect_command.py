@@ -96,7 +96,7 @@ def test_a_bad_image_among_good_ones_is_named_and_passed_over(
     assert result.returncode == 1
     assert f"error: {photos / 'bad.jpg'}: the JPEG file is truncated" in result.stderr
     assert "Traceback" not in result.stderr
-    assert "1 images could not be read" in result.stdout
+    assert "1 image could not be read" in result.stdout
     records = _lines(tmp_path / "f.json")
     assert [sorted(record)[:2] for record in records if "error" in record] == [["error", "source"]]
     assert len(records) == 3

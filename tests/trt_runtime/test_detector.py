@@ -354,3 +354,19 @@ def test_scores_fall_even_where_the_sigmoid_rounds(widerface: Path, dynamic_onnx
     detector = OrtRetinaFace(dynamic_onnx, score_threshold=0.02)
     for path in find_images(widerface / "val" / "images")[::20]:
         assert (np.diff(detector.detect(read_image(path)).scores) <= 0).all()
+
+
+def test_a_model_at_odds_with_itself_ends_in_one_line(astronaut: Frame, static_onnx: Path, tmp_path: Path) -> None:
+    """The priors of 320x320 in a graph that says it takes any size."""
+
+    def loosen(model: onnx.ModelProto) -> None:
+        for index, side in enumerate(model.graph.input[0].type.tensor_type.shape.dim[1:3]):
+            side.ClearField("dim_value")
+            side.dim_param = f"side{index}"
+        model.graph.ClearField("value_info")
+
+    detector = OrtRetinaFace(_changed(static_onnx, tmp_path / "m.onnx", loosen), score_threshold=0.02)
+    assert detector.size_hw is None
+    with pytest.raises(ModelFileError, match="ONNX Runtime failed on a batch of") as caught:
+        detector.detect(np.tile(astronaut, (2, 2, 1)))
+    assert "\n" not in str(caught.value)

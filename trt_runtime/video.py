@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from facespec.cli import require
+from facespec.cli import quiet_libraries, require
 from facespec.errors import VideoError
 from facespec.files import atomic_path
 from facespec.images import MAX_PIXELS
@@ -24,7 +24,6 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v")
 
 _CLOCK = 90_000  # time stamps a second in written files
 _MAX_SECONDS = 1e7  # later time stamps are damage
-_MAX_STREAMS = 64
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,h264,hevc,m4v,mjpeg,gif,mxf,rm,dv"
 
 
@@ -64,9 +63,11 @@ class VideoFile:
         self.damaged = 0
         if not self.path.is_file():
             raise VideoError(f"{path}: {'not a regular file' if self.path.exists() else 'no such file'}")
-        limit = {"max_pixels": str(max_pixels)}
+        limit = {"max_pixels": str(max_pixels)}  # holds for probing, too
+        # containers alone: a playlist would make FFmpeg open other files and addresses
+        options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS, **limit}
         try:
-            self._container = self._open(limit)
+            self._container = self._av.open(f"file:{self.path}", options=options)
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{path}: not a video that can be read ({_reason(error)})") from None
         if not self._container.streams.video:
@@ -84,14 +85,6 @@ class VideoFile:
         self._stream.thread_type = "AUTO"
         self.rate = _rate(float(self._stream.average_rate or self._stream.guessed_rate or 0), 25.0)
         self.frame_count = self._stream.frames
-
-    def _open(self, limit: dict[str, str]) -> Any:
-        # Containers alone: a playlist would make FFmpeg open other files and addresses.
-        options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-        try:  # the limit holds for probing, too
-            return self._av.open(f"file:{self.path}", container_options=options, stream_options=[limit] * _MAX_STREAMS)
-        except ValueError:  # a format without a header, whose streams are not known before probing
-            return self._av.open(f"file:{self.path}", container_options=options)
 
     def __enter__(self) -> VideoFile:
         return self
@@ -165,11 +158,8 @@ class Camera:
         self.frame_count = self.damaged = 0
         if not 0 <= index < 1000:
             raise VideoError(f"camera {index}: there is none of this number; 0 is the first")
-        log = cv2.utils.logging
-        level = log.getLogLevel()
-        log.setLogLevel(log.LOG_LEVEL_SILENT)  # a missing camera is reported below, once
-        self._capture = cv2.VideoCapture(index)
-        log.setLogLevel(level)
+        with quiet_libraries():  # a missing camera is reported below, once
+            self._capture = cv2.VideoCapture(index)
         if not self._capture.isOpened():
             raise VideoError(f"camera {index}: cannot be opened; is it connected, and free?")
         self.rate = _rate(self._capture.get(cv2.CAP_PROP_FPS), 30.0)

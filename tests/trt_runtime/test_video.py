@@ -128,6 +128,8 @@ def test_a_video_that_ends_early_gives_what_is_there(tmp_path: Path) -> None:
 def test_the_rotation_phones_record_is_applied(degrees: int, tmp_path: Path) -> None:
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot write a rotation")
         stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
         stream.set_display_rotation(degrees)
         for _ in range(3):

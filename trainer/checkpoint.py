@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,9 @@ def _read(path: Path) -> dict[str, Any]:
     if size > _MAX_BYTES or size > 2 * path.stat().st_size + (1 << 20):  # torch.save does not compress
         raise WeightsError(f"{path}: refused, it would unpack to {size >> 20} MiB")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters becomes the error below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
         reason = str(error)
         if found := re.search(r"GLOBAL ([\w.]+)", reason):

@@ -43,7 +43,7 @@ class VideoFile:
     """A video file, decoded frame by frame by FFmpeg (PyAV). What is damaged is passed over and counted.
 
     Args:
-        path: File to read; only local files, in any format FFmpeg knows.
+        path: File to read: MP4, MOV, Matroska, WebM, AVI, MPEG, FLV and other containers FFmpeg knows.
         max_pixels: Larger frames are refused before they are decoded.
 
     Attributes:
@@ -105,7 +105,11 @@ class VideoFile:
             elif count:
                 seconds += 1 / self.rate
             self.damaged += bool(frame.is_corrupt)
-            image = frame.to_ndarray(format="bgr24")
+            try:
+                image = frame.to_ndarray(format="bgr24")
+            except (self._av.error.FFmpegError, ValueError):
+                self.damaged += 1
+                continue
             if rotation := round(getattr(frame, "rotation", 0) / 90) % 4:  # as phones record upright video
                 image = np.ascontiguousarray(np.rot90(image, rotation))
             yield TimedFrame(image, seconds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +24,7 @@ from facespec.files import write_text
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
-from facespec.spec import DecodeSpec
-from trainer.checkpoint import DEFAULT_WEIGHTS
+from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.detector import OrtRetinaFace
 from trt_runtime.timing import StageTimer
@@ -105,11 +105,10 @@ def demo(out: Path) -> None:
     print(f"   ms per photograph: {stages}\n")
 
     render_video(photographs, out / "sample.mp4")
-    summary = detect(
-        DetectOptions(str(out / "sample.mp4"), model, output=out / "faces.mp4", json=str(out / "video.json"))
-    )
-    lines += (out / "video.json").read_text(encoding="utf-8").splitlines()
-    (out / "video.json").unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        video_lines = Path(folder) / "video.json"
+        summary = detect(DetectOptions(str(out / "sample.mp4"), model, output=out / "faces.mp4", json=str(video_lines)))
+        lines += video_lines.read_text(encoding="utf-8").splitlines()
     write_text(out / "faces.json", "\n".join(lines) + "\n")
     print("3. video\n   " + str(summary).replace("\n", "\n   "))
     print(

@@ -5,33 +5,26 @@ python -m export.to_onnx --weights mobilenet0.25 --size 640x640 --out retinaface
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import io
-import logging
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-import torch
-from torch import Tensor, nn
 
-from export.graph import HEAD_NAMES, OPSET, assemble
-from export.parity import ParityReport, check_parity
 from facespec.cli import ArgumentParser, require, run
-from facespec.errors import DataError, ModelFileError, OutputError
+from facespec.errors import DataError, OutputError
 from facespec.files import atomic_path, check_outputs
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
-from facespec.spec import SPEC_KEY, DecodeSpec, parse_size
-from trainer.checkpoint import DEFAULT_WEIGHTS, load_model
-from trainer.model import RetinaFace
+from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec, parse_size
+
+if TYPE_CHECKING:
+    from export.parity import ParityReport
 
 MAX_PARITY_IMAGES = 8
 
@@ -53,67 +46,6 @@ class ExportOptions:
     size_hw: tuple[int, int] | None
     decode: DecodeSpec
     parity_images: Path | None = None
-
-
-class MergedHeads(nn.Module):
-    """RetinaFace with the three heads of each level merged into one 1×1 convolution of 4 + 8 + 20 channels."""
-
-    def __init__(self, model: RetinaFace) -> None:
-        super().__init__()
-        self.model = model
-        self.heads = nn.ModuleList()
-        for level in zip(model.ClassHead, model.BboxHead, model.LandmarkHead, strict=True):
-            parts = [head.get_submodule("conv1x1") for head in level]
-            weight, bias = (torch.cat([part.get_parameter(name) for part in parts]) for name in ("weight", "bias"))
-            merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
-            merged.weight, merged.bias = nn.Parameter(weight), nn.Parameter(bias)
-            self.heads.append(merged)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Return the head maps (B, 16 * priors per cell, H/s, W/s) for strides 8, 16, 32."""
-        return tuple(head(x) for head, x in zip(self.heads, self.model.features(pixels), strict=True))
-
-
-def export_network(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
-    """Return the network alone as ONNX: float32 (B, 3, H, W) `input` to the maps `HEAD_NAMES`, batch dynamic."""
-    height, width = size_hw or (320, 320)
-    sides = {} if size_hw else {2: "height", 3: "width"}
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # The exporter built on torch.export needs onnxscript and takes ten times as long for the same graph.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
-            MergedHeads(copy.deepcopy(model)).eval(),
-            (torch.zeros(1, 3, height, width),),
-            buffer,  # type: ignore[arg-type]
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["input"],
-            output_names=list(HEAD_NAMES),
-            dynamic_axes={"input": {0: "batch", **sides}, **{name: {0: "batch", **sides} for name in HEAD_NAMES}},
-        )
-    return onnx.load_model_from_string(buffer.getvalue())
-
-
-def build_portable(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
-    """Return the portable detector graph of a model: simplified, checked, with its spec in the metadata.
-
-    Args:
-        model: From `trainer.load_model`; `model.spec.decode` gives thresholds and limits.
-        size_hw: Fixed network size (multiples of 32), or None for dynamic height and width.
-
-    Raises:
-        ModelFileError: The ONNX checker finds the graph at fault.
-    """
-    onnxsim = require("onnxsim", "export", "export.to_onnx")
-    graph = assemble(export_network(model, size_hw), model.spec, size_hw)
-    simplified, _ = onnxsim.simplify(graph)  # whether it kept the outputs is for the parity report to say
-    onnx.helper.set_model_props(simplified, {SPEC_KEY: model.spec.to_json()})
-    try:
-        onnx.checker.check_model(simplified, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ModelFileError(f"the exported graph does not pass the ONNX checker: {error}") from None
-    return simplified
 
 
 def parity_frames(source: Path | None) -> dict[str, Frame]:
@@ -140,10 +72,17 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     Raises:
         ParityError: The graph differs from PyTorch by more than the tolerances.
         OutputError: The file cannot be written there.
+        MissingPackageError: torch, onnx or onnxsim is not installed.
     """
     if options.out.suffix.lower() != ".onnx":
         raise OutputError(f"--out {options.out}: give a name that ends in .onnx")
     check_outputs([("--out", options.out)], [options.weights])
+    for module in ("torch", "onnx", "onnxsim"):
+        require(module, "export", "export.to_onnx")
+    from export.parity import check_parity
+    from export.portable import build_portable, save
+    from trainer.checkpoint import load_model
+
     frames = parity_frames(options.parity_images)
     model = load_model(options.weights)
     model.spec = dataclasses.replace(model.spec, decode=options.decode)
@@ -151,7 +90,7 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     report = check_parity(graph, model, frames, options.size_hw)
     report.require_equal()
     with atomic_path(options.out) as temporary:
-        onnx.save_model(graph, temporary)
+        save(graph, temporary)
     return report
 
 
@@ -211,5 +150,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     sys.exit(run(main))

@@ -8,8 +8,9 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -57,42 +58,55 @@ def require(module: str, extra: str, why: str) -> ModuleType:
         ) from error
 
 
+_quiet_lock = threading.Lock()
+_quiet_depth = 0
+_quiet_stderr = -1
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep C libraries from writing to stderr, as libjpeg and libpng do about files that are reported anyway.
 
-    It acts on the whole process, so it is for commands, not for library code.
+    It acts on the whole process, so it is for commands, not for library code; threads may overlap in it.
     """
-    try:
-        kept = os.dup(2)
-    except OSError:  # stderr is closed
-        yield
-        return
-    if sys.stderr:
-        sys.stderr.flush()
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
+    global _quiet_depth, _quiet_stderr
+    with _quiet_lock:
+        if not _quiet_depth:
+            with suppress(OSError):  # stderr is closed: nothing to silence
+                _quiet_stderr = os.dup(2)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 2)
+                os.close(null)
+        _quiet_depth += 1
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
+        with _quiet_lock:
+            _quiet_depth -= 1
+            if not _quiet_depth and _quiet_stderr >= 0:
+                os.dup2(_quiet_stderr, 2)
+                os.close(_quiet_stderr)
+                _quiet_stderr = -1
 
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Call a command's main function and leave with its exit code; errors that a user can mend take one line.
 
-    SIGTERM, as a container's end sends it, counts as an interrupt: temporary files go, a video is finished.
+    SIGTERM and SIGHUP, as the end of a container or a terminal sends them, count as an interrupt: temporary files go, a
+    video is finished.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+    # where a daemon has closed them, nothing that is printed may go astray
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not so where a daemon has closed it
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except RetinaFaceError as error:
         code = _fail(str(error))
     except KeyboardInterrupt:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.align import aligned_crops
-from facespec.errors import MissingPackageError, NonFiniteError
-from facespec.letterbox import Frame, Letterbox
+from facespec.errors import FrameError, MissingPackageError, NonFiniteError
+from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import DecodeSpec
 
 LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
@@ -107,7 +107,13 @@ class Detections:
         )
 
     def aligned_crops(self, frame: Frame, size: int = 112) -> NDArray[np.uint8]:
-        """Return (n, size, size, 3) uint8 crops for face recognition; see `facespec.align.aligned_crops`."""
+        """Return (n, size, size, 3) uint8 crops for face recognition; see `facespec.align.aligned_crops`.
+
+        Raises:
+            FrameError: Not the frame these faces were found in, by its size.
+        """
+        if check_frame(frame).shape[:2] != self.frame_hw:
+            raise FrameError(f"the faces were found in a frame of {self.frame_hw}, this one is {frame.shape[:2]}")
         return aligned_crops(frame, self.landmarks, size)
 
 

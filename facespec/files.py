@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from facespec.errors import OutputError
@@ -21,12 +21,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         OutputError: The folder or the file cannot be written, or `path` is a folder or a device.
     """
     path = Path(path)
-    target = path.resolve()
-    if target.exists() and not target.is_file():
-        raise OutputError(f"{path}: cannot be written, it is a {'folder' if target.is_dir() else 'device'}")
+    target = _destination(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem[:60]}.", suffix=target.suffix, dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}.", suffix=path.suffix, dir=target.parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
     os.close(handle)
@@ -46,6 +44,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _destination(path: Path) -> Path:
+    """Return where writing to `path` ends up, links followed; refuse what is no file."""
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{path}: cannot be written, it is a {'folder' if target.is_dir() else 'device'}")
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise OutputError(f"{path}: cannot be written ({error})") from None
+    return target
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
@@ -62,13 +71,18 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
     Raises:
         OutputError: An output is an input, two outputs are one file, or there is no writing in its folder.
     """
-    taken = {Path(path).resolve(): "is a file that is read" for path in inputs}
+    taken = {}
+    for source in inputs:
+        with suppress(OSError, RuntimeError):  # what cannot be found cannot be destroyed
+            taken[Path(source).resolve()] = "is a file that is read"
     for option, path in outputs:
         if path is None:
             continue
-        place = Path(path).resolve()
+        place = _destination(Path(path))
         if place in taken:
             raise OutputError(f"{option} {path} {taken[place]}: choose another name")
+        if any(place in other.parents or other in place.parents for other in taken):
+            raise OutputError(f"{option} {path} is both a file and a folder: choose another name")
         taken[place] = f"is the file of {option}, too"
         folder = next(parent for parent in place.parents if parent.exists())
         try:

@@ -6,6 +6,7 @@ ends early is refused, where cv2 would fill the rest with grey and say nothing.
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import struct
@@ -218,12 +219,20 @@ def write_image(path: str | Path, image: Frame) -> None:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Return the image files in a folder and below it, sorted by path; hidden ones are left out."""
-    folder = Path(folder)
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    """Return the image files in a folder and below it, sorted by path; hidden ones are left out.
+
+    Raises:
+        ImageError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ImageError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+    found = []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(root, name)
+            if not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                found.append(path)
+    return sorted(found)

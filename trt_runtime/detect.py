@@ -107,14 +107,11 @@ def detect(options: DetectOptions) -> Summary:
     if options.show:
         require_display()
     images = _image_sources(options.source)
-    if images and options.output and Path(options.source).is_dir():  # what an earlier run drew is no source
-        drawn = options.output.resolve()
-        images = [path for path in images if not path.resolve().is_relative_to(drawn)] or images
     single = images is not None and Path(options.source).is_file()
-    targets = _check_outputs(options, images, single)
     detector = load_detector(
         options.model, score_threshold=options.score, size_hw=options.size_hw, threads=options.threads
     )
+    targets = _check_outputs(options, detector.files, images, single)
     summary = Summary()
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -219,9 +216,10 @@ def _common_parts(paths: list[Path]) -> list[str]:
 def _run_video(sink: _Sink) -> None:
     options, summary = sink.options, sink.summary
     with ExitStack() as stack:
-        source: Camera | VideoFile = (
-            VideoFile(options.source) if Path(options.source).exists() else Camera(int(options.source[:9]))
-        )
+        with quiet_libraries():  # OpenCV has its own words for a missing camera
+            source: Camera | VideoFile = (
+                VideoFile(options.source) if Path(options.source).exists() else Camera(int(options.source[:9]))
+            )
         stack.enter_context(source)
         writer = stack.enter_context(VideoWriter(options.output, source.rate)) if options.output else None
         progress = stack.enter_context(tqdm(total=source.frame_count or None, unit="frame", disable=None))
@@ -273,7 +271,9 @@ def _image_sources(source: str) -> list[Path] | None:
     raise DataError(f"{source}: no such file or folder")
 
 
-def _check_outputs(options: DetectOptions, images: list[Path] | None, single: bool) -> dict[Path, Path]:
+def _check_outputs(
+    options: DetectOptions, model_files: Sequence[Path], images: list[Path] | None, single: bool
+) -> dict[Path, Path]:
     """Refuse before any work what could not be written or would destroy a file; return where annotated images go."""
     output = options.output
     suffix = output.suffix.lower() if output else ""
@@ -290,12 +290,14 @@ def _check_outputs(options: DetectOptions, images: list[Path] | None, single: bo
     else:
         if output.is_file() or suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
             raise OutputError(f"--output {output}: for several images give a folder")
+        if Path(options.source).is_dir() and output.resolve().is_relative_to(Path(options.source).resolve()):
+            raise OutputError(f"--output {output} lies in the source folder: choose one outside")
         targets = _targets(options.source, images, output)
     drawn = targets.values() if images is not None else [output]
     report = None if options.json == "-" else options.json
     check_outputs(
         [*(("--output", path) for path in drawn), ("--json", report)],
-        [options.model, *(images if images is not None else [Path(options.source)])],
+        [*model_files, *(images if images is not None else [Path(options.source)])],
     )
     return targets
 

@@ -33,6 +33,7 @@ class OrtRetinaFace:
     Attributes:
         spec: The `ModelSpec` of the model.
         size_hw: Network size, or None if every frame is run at its own.
+        files: The files of the model.
 
     Raises:
         ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
@@ -58,6 +59,7 @@ class OrtRetinaFace:
         except SpecError as error:
             raise ModelFileError(f"{path}: {error}") from None
         self._score_threshold = self.spec.decode.run_threshold(score_threshold)
+        self.files = [Path(path), *(Path(path).resolve().parent / name for name in header.external_files)]
         # a model whose weights lie beside it is opened by the path that was checked, links resolved
         model = str(Path(path).resolve()) if header.external_files else content
         self._session = _open_session(model, path, threads)
@@ -131,6 +133,13 @@ class OrtRetinaFace:
             except Exception as error:
                 raise ModelFileError(f"ONNX Runtime failed on a batch of {batch.shape}: {_reason(error)}") from None
         with stage("results"):
+            limit = self.spec.decode.max_detections
+            tails = [tuple(limit if side == "K" else side for side in tail) for _, tail in DETECTOR_OUTPUTS.values()]
+            if (
+                any(output.shape != (len(batch), *tail) for output, tail in zip(outputs, tails, strict=True))
+                or not ((outputs[0] >= 0) & (outputs[0] <= limit)).all()
+            ):
+                raise ModelFileError("the model's outputs are not what it announces: export it again")
             return [
                 to_detections(box, self.spec.decode, self.score_threshold, *values)
                 for box, *values in zip(boxes, *outputs, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from facespec.cli import quiet_libraries, require
+from facespec.cli import require
 from facespec.errors import VideoError
 from facespec.files import atomic_path
 from facespec.images import MAX_PIXELS
@@ -94,12 +95,13 @@ class VideoFile:
 
     def __iter__(self) -> Iterator[TimedFrame]:
         count = 0
-        seconds = 0.0
+        seconds = before = 0.0
         start: float | None = None
         for frame in self._decoded():
             stamp = None if frame.time is None else float(frame.time)
             if start is None:
                 start = stamp or 0.0
+            before = seconds
             if stamp is not None and seconds <= stamp - start < _MAX_SECONDS:
                 seconds = stamp - start
             elif count:
@@ -116,13 +118,17 @@ class VideoFile:
             count += 1
         if not count:
             raise VideoError(f"{self.path}: no frame of it can be decoded")
+        rate = self._stream.average_rate
+        end = (start or 0.0) + seconds + max(seconds - before, float(1 / rate) if rate else 0.0)
         length = self._announced_seconds()
-        self.damaged += length - (start or 0.0) - seconds > max(1.0, 0.02 * length)
+        self.damaged += length - end > max(1.0, 0.02 * length)
 
     def _announced_seconds(self) -> float:
-        if self._stream.duration:
-            return float(self._stream.duration * self._stream.time_base)
-        return (self._container.duration or 0) / self._av.time_base
+        """Return the length of the video stream as the file gives it; 0 where it gives that of all streams together."""
+        if tag := re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", self._stream.metadata.get("DURATION", "")):  # Matroska
+            return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+        own = len(self._container.streams) == 1 or "mp4" in self._container.format.name
+        return float(self._stream.duration * self._stream.time_base) if own and self._stream.duration else 0.0
 
     def _decoded(self) -> Iterator[Any]:
         packets = self._container.demux(self._stream)
@@ -162,8 +168,7 @@ class Camera:
         self.frame_count = self.damaged = 0
         if not 0 <= index < 1000:
             raise VideoError(f"camera {index}: there is none of this number; 0 is the first")
-        with quiet_libraries():  # a missing camera is reported below, once
-            self._capture = cv2.VideoCapture(index)
+        self._capture = cv2.VideoCapture(index)
         if not self._capture.isOpened():
             raise VideoError(f"camera {index}: cannot be opened; is it connected, and free?")
         self.rate = _rate(self._capture.get(cv2.CAP_PROP_FPS), 30.0)

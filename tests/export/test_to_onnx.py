@@ -14,7 +14,8 @@ from onnx import numpy_helper
 
 from export.graph import HEAD_NAMES
 from export.parity import check_parity
-from export.to_onnx import ExportOptions, build_portable, export_onnx, parity_frames, parse_arguments
+from export.portable import build_portable
+from export.to_onnx import ExportOptions, export_onnx, parity_frames, parse_arguments
 from facespec.errors import DataError, ParityError, SpecError
 from facespec.images import write_image
 from facespec.letterbox import Frame
@@ -110,7 +111,7 @@ def test_a_graph_that_differs_fails_the_report(
 
 def test_nothing_is_written_without_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exporter that goes wrong, here by other weights on one side, leaves the old file as it was."""
-    import export.to_onnx
+    import export.portable
 
     def other_weights(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
         changed = copy.deepcopy(model)
@@ -118,7 +119,7 @@ def test_nothing_is_written_without_parity(tmp_path: Path, monkeypatch: pytest.M
             next(changed.parameters()).add_(0.01)
         return build_portable(changed, size_hw)
 
-    monkeypatch.setattr(export.to_onnx, "build_portable", other_weights)
+    monkeypatch.setattr(export.portable, "build_portable", other_weights)
     (tmp_path / "m.onnx").write_text("old")
     options = ExportOptions("mobilenet0.25", tmp_path / "m.onnx", (320, 320), DecodeSpec())
     with pytest.raises(ParityError, match="nothing was written"):
@@ -152,7 +153,7 @@ def test_command(command: Callable[..., object], refused: Callable[..., str], tm
     assert "which can run code" in refused("export.to_onnx", "--weights", "evil.pth")
     (tmp_path / "evil.pth").unlink()
     assert "ends in .onnx" in refused("export.to_onnx", "--out", "model")
-    assert "4096" not in refused("export.to_onnx", "--size", "99999x32")
+    assert "try 4096" in refused("export.to_onnx", "--size", "99999x32")
     assert "pixels" in refused("export.to_onnx", "--size", "4128x4096")
     (tmp_path / "w.onnx").write_bytes(b"mine")
     assert "is a file that is read" in refused("export.to_onnx", "--weights", "w.onnx", "--out", "w.onnx")
@@ -177,3 +178,29 @@ def test_sizes_are_height_first() -> None:
     assert parse_arguments(["--size", "dynamic"]).size_hw is None
     with pytest.raises(SpecError):
         parse_arguments(["--size", "large"])
+
+
+@pytest.mark.parametrize("module", ["export.to_onnx", "export.demo", "trainer.evaluate", "trt_runtime.detect"])
+def test_missing_packages_are_named_in_one_line(
+    module: str, refused: Callable[..., str], static_onnx: Path, tmp_path: Path, astronaut: Frame
+) -> None:
+    """As on a machine with the core alone: importing an optional package fails."""
+    blocked = "('torch', 'onnx', 'onnxsim', 'onnxruntime', 'av', 'scipy')"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Blocker:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {blocked}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Blocker())\n"
+    )
+    write_image(tmp_path / "a.png", astronaut)
+    arguments = {
+        "export.to_onnx": [],
+        "export.demo": [],
+        "trainer.evaluate": ["--detector", "mobilenet0.25", "--data", tmp_path],
+        "trt_runtime.detect": ["a.png", "--model", static_onnx],
+    }[module]
+    root = Path(__file__).parents[2]
+    line = refused(module, *arguments, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"})
+    assert "pip install '.[" in line or "no sample photographs" in line

@@ -104,3 +104,35 @@ def test_outputs_are_checked_before_any_work(tmp_path: Path) -> None:
     ):
         with pytest.raises(OutputError, match=words):
             check_outputs(outputs, [tmp_path / "in.txt"])
+
+
+def test_outputs_that_are_folders_or_loops_are_refused_early(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for outputs, words in (
+        ([("--a", tmp_path / "folder")], "it is a folder"),
+        ([("--a", tmp_path / "a")], "cannot be written"),
+        ([("--a", tmp_path / "x"), ("--b", tmp_path / "x" / "y")], "both a file and a folder"),
+        ([("--a", tmp_path / "x" / "y"), ("--b", tmp_path / "x")], "both a file and a folder"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            check_outputs(outputs, [])
+    (tmp_path / "named.png").symlink_to(tmp_path / "without_suffix")
+    with atomic_path(tmp_path / "named.png") as temporary:
+        assert temporary.suffix == ".png"
+        temporary.write_text("x")
+    assert (tmp_path / "without_suffix").read_text() == "x"
+
+
+def test_silence_ends_however_threads_overlap() -> None:
+    code = (
+        "import os, threading, time\nfrom facespec.cli import quiet_libraries\n"
+        "def work(enter, leave):\n    time.sleep(enter)\n    with quiet_libraries():\n        os.write(2, b'noise')\n"
+        "        time.sleep(leave)\n"
+        "threads = [threading.Thread(target=work, args=times) for times in ((0, .1), (.05, .2), (.1, .05))]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]; os.write(2, b'heard')"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert result.stderr == "heard"

@@ -138,6 +138,11 @@ def test_crops_of_other_frames_are_refused(frame: np.ndarray) -> None:
         _detections().aligned_crops(frame)
 
 
+def test_crops_of_another_frame_are_refused() -> None:
+    with pytest.raises(FrameError, match=r"found in a frame of \(100, 90\)"):
+        _detections().aligned_crops(np.zeros((50, 45, 3), np.uint8))
+
+
 def _network_rows(**changes: object) -> dict[str, Any]:
     rows = {
         "box": Letterbox.fit((100, 90), (64, 64)),

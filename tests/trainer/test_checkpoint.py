@@ -157,6 +157,7 @@ def _change(state: State, **changes: object) -> dict[str, object]:
             lambda s: _change(s, **{"ClassHead.0.conv1x1.bias": torch.zeros(4, dtype=torch.int64)}),
             "not finite floating",
         ),
+        (lambda s: _change(s, **{"fpn.output1.0.weight": torch.zeros(1).expand(64, 64, 1, 1)}), "claims 4096 values"),
         (lambda s: {"format": checkpoint.CHECKPOINT_FORMAT, "spec": ModelSpec().to_json(), "model": [1]}, "no weights"),
     ],
 )

@@ -193,6 +193,9 @@ def test_impossible_ground_truth_is_refused(index: int, box: float, tiny_widerfa
 
 def test_outputs_are_checked_before_the_work(tiny_widerface: Path, refused: Callable[..., str]) -> None:
     common = ("trainer.evaluate", "--detector", "mobilenet0.25", "--data", tiny_widerface)
+    truth = tiny_widerface / "gt" / "wider_hard_val.mat"
+    assert "is a file that is read" in refused(*common, "--json", truth)
+    assert "it is a folder" in refused(*common, "--json", tiny_widerface)
     assert "ends in .png" in refused(*common, "--plot", "curve.jpg")
     assert "--json /proc/x.json: cannot be written" in refused(*common, "--json", "/proc/x.json")
     assert "--save-predictions" in refused(*common, "--save-predictions", "/proc/x")

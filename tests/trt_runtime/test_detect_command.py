@@ -15,6 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -168,7 +169,7 @@ def test_an_interrupted_video_is_playable(video: Path, static_onnx: Path, tmp_pa
         (["photos/astronaut.png", "--output", "photos/astronaut.png"], "is a file that is read"),
         (["photos/astronaut.png", "--output", "out.mp4"], "for one image"),
         (["photos", "--output", "out.jpg"], "give a folder"),
-        (["photos", "--output", "photos"], "is a file that is read"),
+        (["photos", "--output", "photos"], "lies in the source folder"),
         (["clip.mp4", "--output", "out.jpg"], "video is written as"),
         (["clip.mp4", "--output", "clip.mp4"], "is a file that is read"),
         (["photos/astronaut.png", "--show"], "needs a display"),
@@ -250,14 +251,36 @@ def test_names_that_would_collide_are_refused(refused: Callable[..., str], photo
     assert "would get the same name" in refused("trt_runtime.detect", photos, "--model", static_onnx, "--output", "out")
 
 
-def test_a_folder_may_be_drawn_into_itself_twice(photos: Path, static_onnx: Path) -> None:
-    for _ in range(2):
-        summary = detect(DetectOptions(str(photos), static_onnx, output=photos / "drawn"))
-        assert summary.frames == 2
-    assert {str(path.relative_to(photos / "drawn")) for path in (photos / "drawn").rglob("*.*")} == {
-        "astronaut.png",
-        "more/hopper.jpg",
-    }
+def test_the_output_of_a_folder_lies_outside_of_it(
+    refused: Callable[..., str], photos: Path, static_onnx: Path
+) -> None:
+    """Inside, it would overwrite photographs below, or be taken for a source by the next run."""
+    before = {path: path.read_bytes() for path in photos.rglob("*.*")}
+    for output in ("photos", "photos/more", "photos/new", "./photos/../photos/new"):
+        assert "lies in the source folder" in refused(
+            "trt_runtime.detect", "photos", "--model", static_onnx, "--output", output
+        )
+    assert {path: path.read_bytes() for path in photos.rglob("*.*")} == before
+
+
+def test_the_weights_beside_a_model_are_not_overwritten(
+    refused: Callable[..., str], photos: Path, static_onnx: Path, tmp_path: Path
+) -> None:
+    onnx.save(onnx.load(static_onnx), tmp_path / "m.onnx", save_as_external_data=True, location="m.data")
+    before = (tmp_path / "m.data").read_bytes()
+    line = ("trt_runtime.detect", photos / "astronaut.png", "--model", "m.onnx", "--json", "m.data")
+    assert "is a file that is read" in refused(*line)
+    assert (tmp_path / "m.data").read_bytes() == before
+
+
+def test_loops_of_links_end_in_one_line(
+    refused: Callable[..., str], photos: Path, static_onnx: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    line = ("trt_runtime.detect", photos / "astronaut.png", "--model")
+    for arguments in ((static_onnx, "--json", "a"), (static_onnx, "--output", "a/x.png"), ("a",)):
+        refused(*line, *arguments)
 
 
 @pytest.mark.parametrize("kind", ["tiff", "pgm", "png"])
@@ -302,7 +325,12 @@ def test_closed_streams_and_other_encodings(photos: Path, static_onnx: Path, tmp
     for suffix in (">&-", "2>&-", ">&- 2>&-", "--json - | head -c 10"):
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "ascii"}
         result = subprocess.run(
-            f"{line} {suffix}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+            f"{line.replace('日本.png', str(photos)) if suffix.startswith('2') else line} {suffix}",
+            shell=True,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert result.returncode == 0, result.stderr
         assert "Traceback" not in result.stderr

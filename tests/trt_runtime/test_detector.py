@@ -306,6 +306,28 @@ def test_a_fixed_size_no_machine_could_hold_is_refused(static_onnx: Path, tmp_pa
         OrtRetinaFace(_changed(static_onnx, tmp_path / "m.onnx", enlarge))
 
 
+@pytest.mark.parametrize("lie", [-5, 751, "batch"])
+def test_outputs_that_are_not_what_they_announce(
+    lie: object, astronaut: Frame, static_onnx: Path, tmp_path: Path
+) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if "num_detections" in node.output)
+        node.output[list(node.output).index("num_detections")] = "true_count"
+        if lie == "batch":
+            model.graph.node.append(helper.make_node("Concat", ["true_count"] * 2, ["num_detections"], axis=0))
+        else:
+            value = numpy_helper.from_array(np.array([lie], np.int32), "lie")
+            model.graph.initializer.append(value)
+            zero = numpy_helper.from_array(np.array([0], np.int32), "zero_count")
+            model.graph.initializer.append(zero)
+            model.graph.node.append(helper.make_node("Mul", ["true_count", "zero_count"], ["nothing"]))
+            model.graph.node.append(helper.make_node("Add", ["nothing", "lie"], ["num_detections"]))
+
+    detector = OrtRetinaFace(_changed(static_onnx, tmp_path / "m.onnx", change))
+    with pytest.raises(ModelFileError, match="not what it announces"):
+        detector.detect(astronaut)
+
+
 def test_large_batches_go_through_in_parts(
     frames: list[Frame], dynamic_onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -301,3 +301,33 @@ def test_a_huge_frame_takes_no_memory_before_it_is_refused(tmp_path: Path) -> No
     result = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
     assert result.stdout.split()[0] == "refused"
     assert int(result.stdout.split()[1]) < 100_000  # KiB
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".mov", ".webm", ".flv", ".gif"])
+def test_slow_videos_and_long_sound_are_not_damage(suffix: str, tmp_path: Path) -> None:
+    """The last of three frames is shown for two seconds; sound, where the container takes it, goes on for longer."""
+    codec = {".webm": "libvpx", ".gif": "gif", ".flv": "flv1"}.get(suffix, "libx264")
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV cannot write {codec}")
+    for with_sound in (False, True):
+        if with_sound and suffix not in (".mp4", ".mkv", ".mov"):
+            continue
+        path = tmp_path / f"{with_sound}{suffix}"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=Fraction(1, 2) if suffix != ".flv" else 1)
+            stream.height, stream.width = 96, 128
+            stream.pix_fmt = "rgb8" if suffix == ".gif" else "yuv420p"
+            sound = container.add_stream("aac", rate=8000) if with_sound else None
+            for index in range(3):
+                frame = av.VideoFrame.from_ndarray(_frame(index), format="bgr24").reformat(format=stream.pix_fmt)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+            if sound is not None:
+                for _ in range(10 * 8):
+                    block = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                    block.sample_rate = 8000
+                    container.mux(sound.encode(block))
+                container.mux(sound.encode(None))
+        with VideoFile(path) as video:
+            assert sum(1 for _ in video) == 3
+        assert video.damaged == 0

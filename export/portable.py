@@ -1,0 +1,83 @@
+"""The portable detector: network exported by torch, pre- and post-processing around it, simplified and checked."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from pathlib import Path
+
+import onnx
+import onnxsim
+import torch
+from torch import Tensor, nn
+
+from export.graph import HEAD_NAMES, OPSET, assemble
+from facespec.errors import ModelFileError
+from facespec.spec import SPEC_KEY
+from trainer.model import RetinaFace
+
+
+class MergedHeads(nn.Module):
+    """RetinaFace with the three heads of each level merged into one 1×1 convolution of 4 + 8 + 20 channels."""
+
+    def __init__(self, model: RetinaFace) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleList()
+        for level in zip(model.ClassHead, model.BboxHead, model.LandmarkHead, strict=True):
+            parts = [head.get_submodule("conv1x1") for head in level]
+            weight, bias = (torch.cat([part.get_parameter(name) for part in parts]) for name in ("weight", "bias"))
+            merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
+            merged.weight, merged.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self.heads.append(merged)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return the head maps (B, 16 * priors per cell, H/s, W/s) for strides 8, 16, 32."""
+        return tuple(head(x) for head, x in zip(self.heads, self.model.features(pixels), strict=True))
+
+
+def export_network(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the network alone as ONNX: float32 (B, 3, H, W) `input` to the maps `HEAD_NAMES`, batch dynamic."""
+    height, width = size_hw or (320, 320)
+    sides = {} if size_hw else {2: "height", 3: "width"}
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # The exporter built on torch.export needs onnxscript and takes ten times as long for the same graph.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            MergedHeads(copy.deepcopy(model)).eval(),
+            (torch.zeros(1, 3, height, width),),
+            buffer,  # type: ignore[arg-type]
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=list(HEAD_NAMES),
+            dynamic_axes={"input": {0: "batch", **sides}, **{name: {0: "batch", **sides} for name in HEAD_NAMES}},
+        )
+    return onnx.load_model_from_string(buffer.getvalue())
+
+
+def build_portable(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the portable detector graph of a model: simplified, checked, with its spec in the metadata.
+
+    Args:
+        model: From `trainer.load_model`; `model.spec.decode` gives thresholds and limits.
+        size_hw: Fixed network size (multiples of 32), or None for dynamic height and width.
+
+    Raises:
+        ModelFileError: The ONNX checker finds the graph at fault.
+    """
+    graph = assemble(export_network(model, size_hw), model.spec, size_hw)
+    simplified, _ = onnxsim.simplify(graph)  # whether it kept the outputs is for the parity report to say
+    onnx.helper.set_model_props(simplified, {SPEC_KEY: model.spec.to_json()})
+    try:
+        onnx.checker.check_model(simplified, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ModelFileError(f"the exported graph does not pass the ONNX checker: {error}") from None
+    return simplified
+
+
+def save(graph: onnx.ModelProto, path: Path) -> None:
+    """Write a graph as one file."""
+    path.write_bytes(graph.SerializeToString())

@@ -48,6 +48,8 @@ def _destination(path: Path) -> Path:
     """Return where writing to `path` ends up, links followed; refuse what is no file."""
     try:
         target = path.resolve()
+        if target.is_symlink():  # before Python 3.13 resolve() itself refuses
+            raise OutputError(f"{path}: cannot be written, its links lead in a circle")
         if target.exists() and not target.is_file():
             raise OutputError(f"{path}: cannot be written, it is a {'folder' if target.is_dir() else 'device'}")
     except (OSError, RuntimeError) as error:  # a loop of links

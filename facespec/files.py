@@ -73,22 +73,31 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
     Raises:
         OutputError: An output is an input, two outputs are one file, or there is no writing in its folder.
     """
-    taken = {}
+    wanted = [(option, Path(path)) for option, path in outputs if path is not None]
+    if not wanted:
+        return
+    taken: dict[Path, str] = {}
+    folders: set[Path] = set()  # that hold what is in `taken`
+    writable: set[Path] = set()
+
+    def take(place: Path, what: str) -> None:
+        taken[place] = what
+        folders.update(place.parents)
+
     for source in inputs:
         with suppress(OSError, RuntimeError):  # what cannot be found cannot be destroyed
-            taken[Path(source).resolve()] = "is a file that is read"
-    for option, path in outputs:
-        if path is None:
-            continue
-        place = _destination(Path(path))
+            take(Path(source).resolve(), "is a file that is read")
+    for option, path in wanted:
+        place = _destination(path)
         if place in taken:
             raise OutputError(f"{option} {path} {taken[place]}: choose another name")
-        if any(place in other.parents or other in place.parents for other in taken):
+        if place in folders or not taken.keys().isdisjoint(place.parents):
             raise OutputError(f"{option} {path} is both a file and a folder: choose another name")
-        taken[place] = f"is the file of {option}, too"
+        take(place, f"is the file of {option}, too")
         folder = next(parent for parent in place.parents if parent.exists())
-        try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise OutputError(f"{option} {path}: cannot be written ({error.strerror})") from None
+        if folder not in writable:
+            try:
+                with tempfile.TemporaryFile(dir=folder):
+                    writable.add(folder)
+            except OSError as error:
+                raise OutputError(f"{option} {path}: cannot be written ({error.strerror})") from None

@@ -8,15 +8,13 @@ Predictions are made from the ground truth: faces moved a little, and false ones
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.environment import environment
-from facespec.files import write_text
+from benchmarks.environment import write_result
 from trainer.average_precision import load_ground_truth
 from trainer.evaluate import EvaluateOptions, Predictions, evaluate, write_predictions
 
@@ -44,12 +42,8 @@ def main() -> int:
         write_predictions(Path(folder), made)
         result = evaluate(EvaluateOptions(args.data / "gt", predictions=Path(folder)))
     kept = {key: result[key] for key in ("images", "predictions", "seconds_collecting", "seconds_scoring")}
-    record = {
-        "what": "WIDER FACE AP of predictions on all validation images: seconds to read the text files, and to score",
-        "results": [kept],
-        **environment("numpy", "scipy"),
-    }
-    write_text(args.out, json.dumps(record, indent=2) + "\n")
+    what = "WIDER FACE AP of predictions on all validation images: seconds to read the text files, and to score"
+    write_result(args.out, what, [kept], "numpy", "scipy")
     print(kept)
     return 0
 

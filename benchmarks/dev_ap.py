@@ -6,14 +6,12 @@ python -m benchmarks.dev_ap --data WIDERFACE [--out benchmarks/results/dev_ap.js
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from export.to_onnx import ExportOptions, export_onnx
-from facespec.files import write_text
 from facespec.spec import DecodeSpec
 from trainer.average_precision import LEVELS
 from trainer.evaluate import EvaluateOptions, evaluate
@@ -42,13 +40,11 @@ def main() -> int:
                 key: result[key] for key in ("images", "predictions")
             }
             results.append({"backend": backend, "protocol": protocol, **kept})
-    record = {
-        "what": "WIDER FACE AP in percent of the published mobilenet0.25; score 0.02, NMS 0.4, top 5000, keep 750; "
-        "letterbox is 640x640",
-        "results": results,
-        **environment("torch", "onnxruntime", "onnxsim", "numpy", "opencv-python"),
-    }
-    write_text(args.out, json.dumps(record, indent=2) + "\n")
+    what = (
+        "WIDER FACE AP in percent of the published mobilenet0.25; score 0.02, NMS 0.4, top 5000, keep 750; "
+        "letterbox is 640x640"
+    )
+    write_result(args.out, what, results, "torch", "onnxruntime", "onnxsim", "numpy", "opencv-python")
     for row in results:
         print(f"{row['backend']:8} {row['protocol']:10}", *(f"{row[level]:6.2f}" for level in LEVELS))
     return 0

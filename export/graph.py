@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from facespec.priors import make_priors
-from facespec.spec import DETECTOR_OUTPUTS, ModelSpec
+from facespec.spec import ModelSpec
 
 OPSET = 19
 IR_VERSION = 9
@@ -195,10 +195,8 @@ def _select(g: GraphBuilder, values: str, member: str, per_cell: int, width: int
 def detector_outputs(spec: ModelSpec) -> list[onnx.ValueInfoProto]:
     """Return the declarations of the five outputs."""
     return [
-        helper.make_tensor_value_info(
-            name, _TYPES[kind], ["batch", *(spec.decode.max_detections if side == "K" else side for side in shape)]
-        )
-        for name, (kind, shape) in DETECTOR_OUTPUTS.items()
+        helper.make_tensor_value_info(name, _TYPES[kind], ["batch", *shape])
+        for name, (kind, shape) in spec.decode.outputs.items()
     ]
 
 
@@ -206,7 +204,7 @@ def assemble(network: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int]
     """Return the detector graph around a network from float32 (B, 3, H, W) `input` to the three head maps.
 
     Args:
-        network: As exported by `export.to_onnx.export_network`.
+        network: As exported by `export.portable.export_network`.
         spec: Written to the metadata too.
         size_hw: Fixed height and width, or None for dynamic ones.
     """

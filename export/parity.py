@@ -100,7 +100,7 @@ def check_parity(
     """Run a portable graph in ONNX Runtime and the model in PyTorch on the same frames.
 
     Args:
-        graph: From `export.to_onnx.build_portable`.
+        graph: From `export.portable.build_portable`.
         model: What it was exported from.
         frames: uint8 BGR by name.
         size_hw: Network size; None compares each frame at its own size, padded to multiples of 32.
@@ -110,13 +110,12 @@ def check_parity(
     probe.CopyFrom(graph)
     probe.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in HEAD_NAMES)
     session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
     torch_side = TorchRetinaFace(model)
     rows = []
     for name, frame in frames.items():
-        frame_hw = (frame.shape[0], frame.shape[1])
-        box = Letterbox.fit(frame_hw, size_hw) if size_hw else Letterbox.pad(frame_hw)
+        box = Letterbox.place((frame.shape[0], frame.shape[1]), size_hw)
         image = box.apply(frame, model.spec.preprocess.mean_bgr)
-        names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(None, {"images": image[None]}), strict=True))
         heads = torch_side.heads(image)
         expected = torch_side.decode(heads, box.size_hw)

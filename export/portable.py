@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from pathlib import Path
 
 import onnx
 import onnxsim
@@ -76,8 +75,3 @@ def build_portable(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.M
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ModelFileError(f"the exported graph does not pass the ONNX checker: {error}") from None
     return simplified
-
-
-def save(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph as one file."""
-    path.write_bytes(graph.SerializeToString())

@@ -80,7 +80,7 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "export.to_onnx")
     from export.parity import check_parity
-    from export.portable import build_portable, save
+    from export.portable import build_portable
     from trainer.checkpoint import load_model
 
     frames = parity_frames(options.parity_images)
@@ -90,7 +90,7 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     report = check_parity(graph, model, frames, options.size_hw)
     report.require_equal()
     with atomic_path(options.out) as temporary:
-        save(graph, temporary)
+        temporary.write_bytes(graph.SerializeToString())
     return report
 
 

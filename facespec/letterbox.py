@@ -72,6 +72,11 @@ class Letterbox:
         height, width = (-(-side // multiple) * multiple for side in frame_hw)
         return cls(frame_hw, frame_hw, (height, width))
 
+    @classmethod
+    def place(cls, frame_hw: tuple[int, int], size_hw: tuple[int, int] | None) -> Letterbox:
+        """Return how exported models take a frame: fitted into `size_hw`, or padded where they take any size."""
+        return cls.fit(frame_hw, size_hw) if size_hw else cls.pad(frame_hw)
+
     @property
     def scale_xy(self) -> tuple[float, float]:
         """Network pixels per frame pixel along x and y."""

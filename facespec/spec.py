@@ -30,14 +30,8 @@ MAX_NETWORK_PIXELS = 4096 * 4096
 """Most pixels that go through a network at once, over the whole batch. It bounds memory: on a CPU about 0.6 GB for
 mobilenet0.25 and 4 GB for resnet50."""
 
-DETECTOR_OUTPUTS: dict[str, tuple[str, tuple[str | int, ...]]] = {
-    "num_detections": ("int32", ()),
-    "boxes": ("float32", ("K", 4)),
-    "scores": ("float32", ("K",)),
-    "landmarks": ("float32", ("K", 5, 2)),
-    "num_candidates": ("int32", ()),
-}
-"""Outputs of a detector graph, whatever runs it: type, and shape after the batch; K is `DecodeSpec.max_detections`."""
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt")
+"""How the names of PyTorch checkpoints end."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -159,6 +153,18 @@ class DecodeSpec:
     def logit_threshold(self) -> float:
         """`score_threshold` as a difference of logits: log(p / (1 - p))."""
         return math.log(self.score_threshold) - math.log1p(-self.score_threshold)
+
+    @property
+    def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Outputs of a detector graph, whatever runs it, in their order: type, and shape after the batch."""
+        k = self.max_detections
+        return {
+            "num_detections": ("int32", ()),
+            "boxes": ("float32", (k, 4)),
+            "scores": ("float32", (k,)),
+            "landmarks": ("float32", (k, 5, 2)),
+            "num_candidates": ("int32", ()),
+        }
 
     def run_threshold(self, requested: float | None) -> float:
         """Return the score threshold a detector uses: the one requested, or 0.5, or the floor if that is higher.

@@ -19,7 +19,7 @@ from torch import Tensor
 from facespec.cli import require
 from facespec.errors import SpecError, WeightsError
 from facespec.files import atomic_path
-from facespec.spec import DEFAULT_WEIGHTS, ModelSpec
+from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, ModelSpec
 from trainer.backbones import BACKBONES, backbone_of
 from trainer.model import RetinaFace
 
@@ -100,8 +100,9 @@ def weights_sha256(state: State) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        is_file_name = path.suffix in (".pth", ".pt", ".tar", ".ckpt")
-        known = "" if is_file_name else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
+        known = (
+            "" if path.suffix in CHECKPOINT_SUFFIXES else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
+        )
         raise WeightsError(f"{path}: no such weights file{known}")
     try:
         with path.open("rb") as file:
@@ -137,13 +138,8 @@ def _unpacked_bytes(path: Path) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
             return sum(part.file_size for part in archive.infolist())
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        OSError,
-        ValueError,
-    ):  # the older form, or damaged: torch.load will tell
-        return path.stat().st_size
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+        return path.stat().st_size  # the older form, or damaged: torch.load will tell
 
 
 def _normalise(content: dict[Any, Any], path: Path) -> State:
@@ -182,20 +178,16 @@ def _rename(key: str) -> str:
 def _build(state: State, spec: ModelSpec | None, where: str | Path) -> RetinaFace:
     """Return the model that `state` fits exactly."""
     backbone, pyramid = backbone_of(state), state.get("fpn.output1.0.weight")
-    if (
-        backbone is None
-        or pyramid is None
-        or pyramid.ndim != 4
-        or not pyramid.shape[0]
-        or pyramid.shape[0] % 4
-        or pyramid.shape[0] > 2048
-    ):
+    if backbone is None or pyramid is None or pyramid.ndim != 4:
         raise WeightsError(
             f"{where}: not RetinaFace weights; expected the keys of {', '.join(BACKBONES)} "
             f"(body.*, fpn.*, ssh*, ClassHead.*), found {len(state)} keys: {', '.join(list(state)[:2]) or 'none'}, ..."
         )
     if spec is None:
-        spec = ModelSpec(backbone=backbone, fpn_channels=pyramid.shape[0])
+        try:
+            spec = ModelSpec(backbone=backbone, fpn_channels=pyramid.shape[0])
+        except SpecError as error:
+            raise WeightsError(f"{where}: not RetinaFace weights; {error}") from None
     elif (spec.backbone, spec.fpn_channels) != (backbone, pyramid.shape[0]):
         raise WeightsError(
             f"{where}: its spec says {spec.backbone} with {spec.fpn_channels} channels, "
@@ -219,7 +211,6 @@ def _build(state: State, spec: ModelSpec | None, where: str | Path) -> RetinaFac
             raise WeightsError(f"{where}: {key} holds values that are not finite floating-point numbers")
     state = {key: value if value.dtype == torch.int64 else value.float() for key, value in state.items()}
     model.load_state_dict(state, assign=True)
-    model.requires_grad_(True)
     model.spec = dataclasses.replace(spec, weights_sha256=weights_sha256(state))
     return model.eval()
 

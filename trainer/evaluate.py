@@ -119,12 +119,13 @@ def _read_rows(path: Path) -> Array:
         raise DataError(f"{path}{_blame(lines)}") from None
     if count != len(rows):
         raise DataError(f"{path}: line 2 announces {count} boxes, the file holds {len(rows)}")
-    if not np.isfinite(rows).all():
-        line = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-        raise DataError(f"{path}: box {line + 1} has a value that is not finite: {body[line].strip()}")
-    if (rows[:, 2:4] < 0).any():
-        line = int(np.flatnonzero((rows[:, 2:4] < 0).any(axis=1))[0])
-        raise DataError(f"{path}: box {line + 1} has a negative size: {body[line].strip()}")
+    for bad, problem in (
+        (~np.isfinite(rows).all(axis=1), "a value that is not finite"),
+        ((rows[:, 2:4] < 0).any(axis=1), "a negative size"),
+    ):
+        if bad.any():
+            line = int(bad.argmax())
+            raise DataError(f"{path}: box {line + 1} has {problem}: {body[line].strip()}")
     return rows
 
 

@@ -119,7 +119,7 @@ def detect(options: DetectOptions) -> Summary:
         sink = _Sink(detector, options, lines, summary)
         try:
             if images is not None:
-                _run_images(images, targets, sink)
+                _run_images(images, single, targets, sink)
             else:
                 _run_video(sink)
         except _QuitError:
@@ -168,8 +168,8 @@ class _Sink:
         return canvas
 
 
-def _run_images(paths: list[Path], targets: dict[Path, Path], sink: _Sink) -> None:
-    summary, single = sink.summary, Path(sink.options.source).is_file()
+def _run_images(paths: list[Path], single: bool, targets: dict[Path, Path], sink: _Sink) -> None:
+    summary = sink.summary
     for path in tqdm(paths, unit="image", disable=True if single else None):
         try:
             with summary.timer("read"), quiet_libraries():

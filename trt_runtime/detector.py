@@ -13,7 +13,7 @@ from facespec.cli import require
 from facespec.detections import Detections, to_detections
 from facespec.errors import FrameError, ModelFileError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
-from facespec.spec import DETECTOR_OUTPUTS, MAX_NETWORK_PIXELS, SPEC_KEY, ModelSpec, check_size
+from facespec.spec import CHECKPOINT_SUFFIXES, MAX_NETWORK_PIXELS, SPEC_KEY, ModelSpec, check_size
 from trt_runtime.onnx_file import read_onnx
 from trt_runtime.timing import StageTimer
 
@@ -59,6 +59,7 @@ class OrtRetinaFace:
         except SpecError as error:
             raise ModelFileError(f"{path}: {error}") from None
         self._score_threshold = self.spec.decode.run_threshold(score_threshold)
+        self._outputs = self.spec.decode.outputs
         self.files = [Path(path), *(Path(path).resolve().parent / name for name in header.external_files)]
         # a model whose weights lie beside it is opened by the path that was checked, links resolved
         model = str(Path(path).resolve()) if header.external_files else content
@@ -110,7 +111,7 @@ class OrtRetinaFace:
 
     def _place(self, frame: Frame) -> Letterbox:
         frame_hw = check_frame(frame).shape[:2]
-        box = Letterbox.fit(frame_hw, self.size_hw) if self.size_hw else Letterbox.pad(frame_hw)
+        box = Letterbox.place(frame_hw, self.size_hw)
         if box.size_hw[0] * box.size_hw[1] > MAX_NETWORK_PIXELS:
             raise FrameError(
                 f"a frame of {frame_hw[1]}x{frame_hw[0]} is too large to run at its own size: "
@@ -129,16 +130,15 @@ class OrtRetinaFace:
                     box.apply(frame, self.spec.preprocess.mean_bgr, out=row)
         with stage("network"):
             try:
-                outputs = self._session.run(list(DETECTOR_OUTPUTS), {"images": batch})
+                outputs = self._session.run(list(self._outputs), {"images": batch})
             except Exception as error:
                 raise ModelFileError(f"ONNX Runtime failed on a batch of {batch.shape}: {_reason(error)}") from None
         with stage("results"):
-            limit = self.spec.decode.max_detections
-            tails = [tuple(limit if side == "K" else side for side in tail) for _, tail in DETECTOR_OUTPUTS.values()]
-            if (
-                any(output.shape != (len(batch), *tail) for output, tail in zip(outputs, tails, strict=True))
-                or not ((outputs[0] >= 0) & (outputs[0] <= limit)).all()
-            ):
+            shapes = [(len(batch), *shape) for _, shape in self._outputs.values()]
+            counts = outputs[0]
+            if [output.shape for output in outputs] != shapes or not (
+                (counts >= 0) & (counts <= self.spec.decode.max_detections)
+            ).all():
                 raise ModelFileError("the model's outputs are not what it announces: export it again")
             return [
                 to_detections(box, self.spec.decode, self.score_threshold, *values)
@@ -160,7 +160,7 @@ def load_detector(path: str | Path, **options: Any) -> OrtRetinaFace:
     suffix = path.suffix.lower()
     if not path.is_file():
         raise ModelFileError(f"{path}: no such model file; python -m export.to_onnx --out {path} writes one")
-    if suffix in (".pth", ".pt", ".tar", ".ckpt"):
+    if suffix in CHECKPOINT_SUFFIXES:
         raise ModelFileError(f"{path}: a checkpoint; export it first: python -m export.to_onnx --weights {path}")
     if suffix != ".onnx":
         raise ModelFileError(f"{path}: expected a .onnx file written by python -m export.to_onnx")
@@ -193,10 +193,7 @@ def _check_contract(session: Any, path: str | Path, spec: ModelSpec) -> tuple[in
     """
     found = {item.name: (item.type, item.shape) for item in (*session.get_inputs(), *session.get_outputs())}
     kinds = {"int32": "tensor(int32)", "float32": "tensor(float)"}
-    expected = {
-        name: (kinds[kind], [spec.decode.max_detections if side == "K" else side for side in tail])
-        for name, (kind, tail) in DETECTOR_OUTPUTS.items()
-    }
+    expected = {name: (kinds[kind], list(shape)) for name, (kind, shape) in spec.decode.outputs.items()}
     images = found.pop("images", ("", []))
     size = images[1][1:3]
     fixed = (size[0], size[1]) if all(isinstance(side, int) for side in size) and len(size) == 2 else None

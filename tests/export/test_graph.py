@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from export.graph import HEAD_NAMES, OPSET, GraphBuilder, add_decode_nms, add_preprocessing, detector_outputs
 from facespec.boxes import Decoded, decode_detections
 from facespec.priors import make_priors
-from facespec.spec import DETECTOR_OUTPUTS, DecodeSpec, ModelSpec
+from facespec.spec import DecodeSpec, ModelSpec
 
 Heads = list[NDArray[np.float32]]
 Run = Callable[[Heads], dict[str, NDArray[np.float32]]]
@@ -36,8 +36,8 @@ def tail(decode: DecodeSpec, size_hw: tuple[int, int] | None) -> Run:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return lambda heads: dict(
         zip(
-            DETECTOR_OUTPUTS,
-            session.run(list(DETECTOR_OUTPUTS), dict(zip(HEAD_NAMES, heads, strict=True))),
+            decode.outputs,
+            session.run(list(decode.outputs), dict(zip(HEAD_NAMES, heads, strict=True))),
             strict=True,
         )
     )

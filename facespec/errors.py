@@ -47,3 +47,7 @@ class DataError(RetinaFaceError):
 
 class MissingPackageError(RetinaFaceError, ImportError):
     """An optional package is not installed; the message names the command that installs it."""
+
+
+class BuildError(RetinaFaceError):
+    """A plugin library or an engine cannot be built; the message names what is missing and what brings it."""

@@ -1,0 +1,348 @@
+"""Compile the CUDA kernels, the TensorRT plugin and the host version of the kernels.
+
+python -m plugins.build             the plugin library, for every architecture
+python -m plugins.build kernels     the kernels and their C interface alone: needs no TensorRT headers
+python -m plugins.build host        the kernels for the CPU: needs g++ alone
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from facespec.cli import ArgumentParser, run
+from facespec.errors import BuildError
+from facespec.files import atomic_path, write_text
+
+ROOT = Path(__file__).parent
+LIBRARY_FOLDER = ROOT / "lib"
+
+ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 120)
+"""Compute capabilities that get machine code: Turing to Blackwell. Later ones run the PTX."""
+
+PTX_ARCHITECTURE = 90
+
+TARGETS = {
+    "plugin": ("launch.cu", "check.cpp", "device_api.cpp", "plugin.cpp"),
+    "kernels": ("launch.cu", "check.cpp", "device_api.cpp"),
+    "host": ("check.cpp", "host_api.cpp"),
+}
+"""What can be built, and its sources."""
+
+HOST_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread")
+HEADERS_COMMAND = "pip install --no-deps kernel-lens"
+NVCC_COMMAND = "in the project's folder, pip install '.[nvcc]'"
+COMPILER_COMMAND = "apt install g++"
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built, and with what; written beside the library as .json.
+
+    Attributes:
+        target: Key of `TARGETS`.
+        library: File name.
+        sources_sha256: Of the sources and the settings: a library of other sources is rebuilt.
+        compiler: Path of nvcc, or of g++ for the host.
+        compiler_version: What it says about itself.
+        architectures: Compute capabilities with machine code; empty for the host.
+        left_out: Wanted ones that this nvcc does not know.
+        headers: Folder of the TensorRT headers.
+        headers_version: Their version.
+        kernels: Registers, spills and static shared memory of each kernel, one row for each architecture.
+    """
+
+    target: str
+    library: str
+    sources_sha256: str
+    compiler: str
+    compiler_version: str
+    architectures: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
+    headers: str = ""
+    headers_version: str = ""
+    kernels: tuple[dict[str, int | str], ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"compiler   {self.compiler} ({self.compiler_version})"]
+        if self.headers:
+            lines.append(f"TensorRT   headers {self.headers_version} in {self.headers}")
+        if self.architectures:
+            names = " ".join(f"sm_{a}" for a in self.architectures)
+            lines.append(f"machine code for {names}; PTX of compute_{PTX_ARCHITECTURE} for later ones")
+        if self.left_out:
+            names = " ".join(f"sm_{a}" for a in self.left_out)
+            lines.append(f"left out, this nvcc does not know them: {names}")
+        return "\n".join(lines)
+
+
+def library_path(target: str = "plugin", folder: Path | None = None) -> Path:
+    """Return where the library of a target belongs."""
+    return (folder or LIBRARY_FOLDER) / f"libretinaface_{target}.so"
+
+
+def find_nvcc() -> Path:
+    """Return nvcc: on PATH, under CUDA_HOME or CUDA_PATH, in /usr/local/cuda, or of NVIDIA's pip packages.
+
+    Raises:
+        BuildError: There is none; the message names the command that brings one.
+    """
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    pip_roots = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    wheels = [found for root in pip_roots for found in sorted(Path(root).glob("nvidia/cu*/bin/nvcc"), reverse=True)]
+    on_path = shutil.which("nvcc")
+    places = [Path(home) / "bin" / "nvcc" for home in homes]
+    places += [Path(on_path)] if on_path else []
+    places += [Path("/usr/local/cuda/bin/nvcc"), *wheels]
+    for place in places:
+        if place.is_file() and os.access(place, os.X_OK):
+            return place
+    raise BuildError(
+        "no nvcc on PATH, under CUDA_HOME, in /usr/local/cuda or among the pip packages: " + NVCC_COMMAND
+    )
+
+
+def find_compiler() -> Path:
+    """Return the C++ compiler: $CXX or g++.
+
+    Raises:
+        BuildError: There is none.
+    """
+    name = os.environ.get("CXX") or "g++"
+    found = shutil.which(name)
+    if not found:
+        raise BuildError(f"no C++ compiler ({name}): {COMPILER_COMMAND}")
+    return Path(found)
+
+
+def find_tensorrt_headers() -> tuple[Path, str]:
+    """Return the folder of NvInferRuntime.h and its version.
+
+    It looks at $TENSORRT_INCLUDE_DIR, at system installations, then at the package kernel-lens, which carries them.
+
+    Raises:
+        BuildError: There are none, or they are older than IPluginV3 (10.0).
+    """
+    chosen = os.environ.get("TENSORRT_INCLUDE_DIR")
+    if chosen:
+        places = [Path(chosen)]
+    else:
+        triplet = sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"
+        system = (f"/usr/include/{triplet}", "/usr/include", "/usr/local/tensorrt/include", "/opt/tensorrt/include")
+        places = [Path(place) for place in system]
+        package = importlib.util.find_spec("kernel_lens")  # not imported: it would bring torch and triton
+        for folder in (package.submodule_search_locations or []) if package else []:
+            places.append(Path(folder) / "include" / "tensorrt")
+    for place in places:
+        version_file = place / "NvInferVersion.h"
+        if version_file.is_file() and (place / "NvInferRuntime.h").is_file():
+            version = _header_version(version_file)
+            if int(version.split(".")[0]) < 10:
+                raise BuildError(f"the TensorRT headers in {place} are {version}, IPluginV3 needs 10.0: {HEADERS_COMMAND}")
+            return place, version
+    where = f"in TENSORRT_INCLUDE_DIR={chosen}" if chosen else "(NvInferRuntime.h)"
+    raise BuildError(f"no TensorRT headers {where}: {HEADERS_COMMAND}, or set TENSORRT_INCLUDE_DIR")
+
+
+def _header_version(path: Path) -> str:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    values = dict(re.findall(r"#define\s+(\w+)\s+(\w+)", text))
+
+    def number(name: str) -> str:
+        value = values.get(name, "0")
+        return values.get(value, value)
+
+    return ".".join(number(f"NV_TENSORRT_{part}") for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def sources_sha256(target: str, settings: Sequence[object] = ()) -> str:
+    """Return a hash of everything a library is made from but the compiler."""
+    digest = hashlib.sha256(repr((target, TARGETS[target], HOST_FLAGS, tuple(settings))).encode())
+    for path in sorted([*(ROOT / "src").iterdir(), *(ROOT / "include").iterdir()]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _call(command: Sequence[str | Path]) -> str:
+    """Run a compiler; return what it printed.
+
+    Raises:
+        BuildError: It failed; the message holds its first error.
+    """
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    if result.returncode:
+        errors = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or ["?"]
+        raise BuildError(f"{Path(command[0]).name} failed: {errors[0].strip()} (command: {' '.join(map(str, command))})")
+    return output
+
+
+def _supported(nvcc: Path, wanted: Sequence[int]) -> tuple[int, ...]:
+    known = {int(number) for number in re.findall(r"compute_(\d+)", _call([nvcc, "--list-gpu-arch"]))}
+    return tuple(architecture for architecture in wanted if architecture in known)
+
+
+def _resources(log: str) -> tuple[dict[str, int | str], ...]:
+    """Return registers, spills and shared memory of each kernel from the report of ptxas."""
+    rows = []
+    pattern = re.compile(
+        r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<sm>\d+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+        re.DOTALL,
+    )
+    for found in pattern.finditer(log):
+        kernel = re.search(r"(scan_kernel|finish_kernel)I(f|N)", found["name"])
+        if kernel is None:
+            continue
+        shared = re.search(r"(\d+) bytes smem", found["rest"])
+        rows.append(
+            {
+                "kernel": kernel[1].removesuffix("_kernel"),
+                "heads": "fp32" if kernel[2] == "f" else "fp16",
+                "sm": int(found["sm"]),
+                "registers": int(found["registers"]),
+                "stack_bytes": int(found["stack"]),
+                "spill_bytes": int(found["stores"]) + int(found["loads"]),
+                "static_shared_bytes": int(shared[1]) if shared else 0,
+            }
+        )
+    return tuple(sorted(rows, key=lambda row: (row["kernel"], row["heads"], row["sm"])))
+
+
+def build(target: str = "plugin", architectures: Sequence[int] = ARCHITECTURES, folder: Path | None = None) -> BuildReport:
+    """Compile a library and write it and its report; return the report.
+
+    Args:
+        target: Key of `TARGETS`.
+        architectures: Compute capabilities that get machine code.
+        folder: Where to; plugins/lib unless given.
+
+    Raises:
+        BuildError: A tool or header is missing, or a compiler failed.
+        OutputError: The folder cannot be written.
+    """
+    out = library_path(target, folder)
+    compiler = find_compiler()
+    digest = sources_sha256(target, architectures if target != "host" else ())
+    include: list[str | Path] = [f"-I{ROOT / 'include'}", f"-I{ROOT / 'src'}"]
+    sources = [ROOT / "src" / name for name in TARGETS[target]]
+    if target == "host":
+        with atomic_path(out) as temporary:
+            _call([compiler, *HOST_FLAGS, *include, "-shared", *sources, "-o", temporary])
+        version = _call([compiler, "--version"]).splitlines()[0]
+        report = BuildReport(target, out.name, digest, str(compiler), version)
+    else:
+        nvcc = find_nvcc()
+        headers, headers_version = find_tensorrt_headers() if target == "plugin" else (None, "")
+        supported = _supported(nvcc, architectures)
+        if not supported:
+            raise BuildError(f"{nvcc} knows none of the architectures {list(architectures)}")
+        if headers:
+            include += ["-isystem", headers]
+        flags = ["-std=c++17", "-O3", "-ccbin", compiler, "--threads", "0", "-Xptxas", "-v"]
+        for architecture in supported:
+            flags += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+        if _supported(nvcc, (PTX_ARCHITECTURE,)):
+            flags += ["-gencode", f"arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"]
+        host_flags = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+        flags += ["-Xcompiler", ",".join(host_flags), "-shared", "-cudart", "static"]
+        flags += _toolkit_paths(nvcc)
+        # what the plugin needs lies within it, so that it loads beside any TensorRT and any C++ runtime
+        link = ["-Xlinker", "--exclude-libs,ALL", "-Xcompiler", "-static-libstdc++,-static-libgcc"]
+        with atomic_path(out) as temporary:
+            log = _call([nvcc, *flags, *include, *sources, *link, "-o", temporary])
+        version = _call([nvcc, "--version"]).strip().splitlines()
+        report = BuildReport(
+            target,
+            out.name,
+            digest,
+            str(nvcc),
+            next((line for line in version if "release" in line), "?").strip(),
+            supported,
+            tuple(a for a in architectures if a not in supported),
+            str(headers or ""),
+            headers_version,
+            _resources(log),
+        )
+    write_text(out.with_suffix(".json"), json.dumps(asdict(report), indent=2) + "\n")
+    return report
+
+
+def _toolkit_paths(nvcc: Path) -> list[str | Path]:
+    """Return what nvcc from pip packages must be told: its libraries lie in lib, not in lib64."""
+    home = nvcc.resolve().parent.parent
+    lib = home / "lib"
+    return ["-L", lib] if (lib / "libcudart_static.a").is_file() else []
+
+
+def read_report(library: Path) -> dict[str, object]:
+    """Return the report beside a library, or {} if there is none that can be read."""
+    try:
+        report = json.loads(library.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def ensure(target: str = "plugin") -> Path:
+    """Return the library of a target, built anew if it is missing or its sources have changed.
+
+    A plugin library named by RETINAFACE_PLUGIN is taken as it is.
+
+    Raises:
+        BuildError: It must be built, and cannot be.
+    """
+    chosen = os.environ.get("RETINAFACE_PLUGIN")
+    if target == "plugin" and chosen:
+        if not Path(chosen).is_file():
+            raise BuildError(f"RETINAFACE_PLUGIN={chosen}: no such file")
+        return Path(chosen).resolve()
+    path = library_path(target)
+    settings = ARCHITECTURES if target != "host" else ()
+    if not path.is_file() or read_report(path).get("sources_sha256") != sources_sha256(target, settings):
+        build(target)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = ArgumentParser(
+        prog="python -m plugins.build",
+        description="Compile the decode + NMS kernels. It needs a C++ compiler; for the GPU also nvcc (PATH, CUDA_HOME, "
+        f"/usr/local/cuda, or pip: {NVCC_COMMAND}); for the TensorRT plugin also TensorRT's headers "
+        f"(TENSORRT_INCLUDE_DIR, a system installation, or {HEADERS_COMMAND}).",
+    )
+    parser.add_argument("target", nargs="?", default="plugin", choices=list(TARGETS), help="what to build")
+    parser.add_argument(
+        "--arch", default=",".join(map(str, ARCHITECTURES)), help="compute capabilities that get machine code"
+    )
+    parser.add_argument("--out", type=Path, default=LIBRARY_FOLDER, help="folder to write to")
+    args = parser.parse_args(argv)
+    if not re.fullmatch(r"\d{2,3}(,\d{2,3})*", args.arch):
+        raise BuildError(f"--arch {args.arch}: give numbers like 75,86,89")
+    start = time.perf_counter()
+    report = build(args.target, tuple(int(number) for number in args.arch.split(",")), args.out)
+    path = library_path(args.target, args.out)
+    print(report)
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s")
+    spilled = [row for row in report.kernels if row["spill_bytes"] or row["stack_bytes"]]
+    if spilled:
+        print(f"note: registers are spilled in {len(spilled)} of {len(report.kernels)} kernels: see {path.stem}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

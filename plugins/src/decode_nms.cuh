@@ -1,0 +1,383 @@
+// Decode + NMS of one image, written once for the device and the host.
+//
+// scan    many blocks an image: reads every head value once, to see that it is finite, lists the candidates over the
+//         threshold as sortable keys, and clears the output rows.
+// finish  one block an image: the best top_k, sorted; boxes; greedy NMS; the rows of what is kept.
+//
+// Every slice of a scan writes to its own part of the workspace, so nothing has to be cleared beforehand and nothing is
+// counted across blocks. Keys are unique and sorted, so it does not matter in which order they are appended.
+// No value lives in a register across a sync, except what all threads agree on.
+#pragma once
+
+#include "arithmetic.h"
+#include "geometry.h"
+
+namespace retinaface {
+
+// What a kernel is given. Level l of image b begins at heads[l] + b * 16 * per_cell * cells.
+template <typename T>
+struct Problem {
+  DecodeParams params;
+  Geometry geometry;
+  const T* heads[kMaxLevels];
+  Outputs out;
+  void* workspace;
+};
+
+struct ScanShared {
+  int32_t count;
+  int32_t broken;
+};
+
+struct FinishShared {
+  int32_t slice_count[kMaxSlices];
+  int32_t slice_base[kMaxSlices];
+  int32_t histogram[256];
+  uint32_t overlaps[kTile];  // of each box of the tile: the later boxes of the tile it overlaps too much
+  uint64_t prefix;           // of the key that is the last to enter NMS
+  int32_t needed;            // keys wanted among those that share the prefix
+  int32_t exact;             // the prefix alone tells which keys are wanted
+  int32_t candidates;
+  int32_t broken;
+  int32_t appended;
+  int32_t kept;
+};
+
+// Shared memory for candidates, behind FinishShared: sorted keys, boxes, and a bit for each box that is not suppressed.
+RF_FN size_t shared_bytes(int32_t capacity) {
+  return aligned(sizeof(FinishShared)) + (sizeof(uint64_t) + sizeof(Box)) * capacity + capacity / 8;
+}
+
+// Where a prior lies.
+struct Place {
+  int32_t level, cell, member;
+};
+
+RF_FN Place place_of(const DecodeParams& p, const Geometry& g, int32_t prior) {
+  int32_t level = 0;
+  while (level + 1 < p.levels && prior >= g.first_prior[level + 1]) ++level;
+  const int32_t local = prior - g.first_prior[level];
+  return {level, local / p.per_cell, local % p.per_cell};
+}
+
+// The value of a channel at a place.
+template <typename T>
+RF_BODY float head_value(const Problem<T>& p, int32_t image, const Place& at, int32_t channel) {
+  const int64_t cells = int64_t(p.params.grid_h[at.level]) * p.params.grid_w[at.level];
+  const int32_t channels = 16 * p.params.per_cell;
+  const int64_t within = p.params.channels_last ? int64_t(at.cell) * channels + channel : channel * cells + at.cell;
+  return to_float(p.heads[at.level][image * channels * cells + within]);
+}
+
+// Centre and size of a prior in pixels; exact, as in facespec.make_priors.
+struct Prior {
+  float cx, cy, size;
+};
+
+RF_FN Prior prior_at(const DecodeParams& p, const Place& at) {
+  const float stride = float(p.strides[at.level]);
+  const int32_t row = at.cell / p.grid_w[at.level];
+  const int32_t column = at.cell - row * p.grid_w[at.level];
+  return {mul(add(float(column), 0.5f), stride), mul(add(float(row), 0.5f), stride), p.min_sizes[at.level][at.member]};
+}
+
+// The box coding of SSD (Liu et al., ECCV 2016, equation 2) with variances: facespec.decode_boxes.
+template <typename T>
+RF_BODY Box box_at(const Problem<T>& p, int32_t image, const Place& at) {
+  const Prior prior = prior_at(p.params, at);
+  const int32_t channel = 2 * p.params.per_cell + 4 * at.member;
+  const float cx = add(prior.cx, mul(mul(head_value(p, image, at, channel), p.params.variances[0]), prior.size));
+  const float cy = add(prior.cy, mul(mul(head_value(p, image, at, channel + 1), p.params.variances[0]), prior.size));
+  const float w = mul(prior.size, exponential(mul(head_value(p, image, at, channel + 2), p.params.variances[1])));
+  const float h = mul(prior.size, exponential(mul(head_value(p, image, at, channel + 3), p.params.variances[1])));
+  const float x1 = sub(cx, mul(w, 0.5f));
+  const float y1 = sub(cy, mul(h, 0.5f));
+  return {x1, y1, add(x1, w), add(y1, h)};
+}
+
+// Whether the IoU of two boxes is greater than the threshold, without a division: facespec.nms.
+RF_FN bool overlap(const Box& a, const Box& b, float threshold) {
+  const float area_a = mul(relu(sub(a.x2, a.x1)), relu(sub(a.y2, a.y1)));
+  const float area_b = mul(relu(sub(b.x2, b.x1)), relu(sub(b.y2, b.y1)));
+  const float w = relu(sub(lower(a.x2, b.x2), upper(a.x1, b.x1)));
+  const float h = relu(sub(lower(a.y2, b.y2), upper(a.y1, b.y1)));
+  const float both = mul(w, h);
+  return both > mul(threshold, sub(add(area_a, area_b), both));
+}
+
+// A key sorts by score, then by the lower prior index. No key is 0.
+RF_FN uint64_t make_key(float difference, int32_t prior) {
+  return uint64_t(orderable(difference)) << 32 | uint32_t(~prior);
+}
+RF_FN int32_t prior_of(uint64_t key) { return int32_t(~uint32_t(key)); }
+RF_FN float difference_of(uint64_t key) { return from_orderable(uint32_t(key >> 32)); }
+
+struct alignas(16) Vector {
+  uint32_t words[4];
+};
+
+// Not 0 if an exponent in it is all ones: infinity or NaN.
+RF_FN uint32_t non_finite(const Vector& v, float) {
+  uint32_t found = 0;
+  for (const uint32_t word : v.words) found |= (word & 0x7f800000u) == 0x7f800000u;
+  return found;
+}
+RF_FN uint32_t non_finite(const Vector& v, Half) {
+  uint32_t found = 0;
+  for (const uint32_t word : v.words) {
+    found |= (word & 0x7c00u) == 0x7c00u;
+    found |= (word & 0x7c000000u) == 0x7c000000u;
+  }
+  return found;
+}
+
+RF_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename T, typename Block>
+RF_BODY void scan(Block& block, const Problem<T>& p, int32_t image, int32_t slice, ScanShared& s) {
+  const DecodeParams& params = p.params;
+  const Geometry& g = p.geometry;
+  const Workspace w = image_workspace(g, p.workspace, image);
+
+  block.one([&] {
+    s.count = 0;
+    s.broken = 0;
+  });
+  block.sync();
+
+  uint32_t broken = 0;
+  for (int32_t level = 0; level < params.levels; ++level) {
+    // the vectors of this slice that lie in this level
+    const int64_t size = g.first_vector[level + 1] - g.first_vector[level];
+    const int64_t from = slice * g.slice_vectors - g.first_vector[level];
+    const int64_t first = from > 0 ? from : 0;
+    const int64_t last = least(from + g.slice_vectors, size);
+    if (first >= last) continue;
+    const char* data = reinterpret_cast<const char*>(p.heads[level]) + 16 * (int64_t(image) * size + first);
+    block.each(int32_t(last - first), [&](int32_t i) {
+      Vector v;
+#ifdef __CUDA_ARCH__
+      v = reinterpret_cast<const Vector*>(data)[i];
+#else
+      std::memcpy(&v, data + 16 * int64_t(i), sizeof v);
+#endif
+      broken |= non_finite(v, T{});
+    });
+  }
+  if (broken) block.raise(&s.broken);
+
+  const int32_t first = slice * g.slice_priors;
+  uint64_t* const keys = w.keys + first;
+  block.each(int32_t(least(g.slice_priors, g.priors - first)), [&](int32_t i) {
+    const Place at = place_of(params, g, first + i);
+    const float background = head_value(p, image, at, 2 * at.member);
+    const float face = head_value(p, image, at, 2 * at.member + 1);
+    const float difference = add(sub(face, background), 0.f);  // + 0 turns -0 into +0
+    if (difference >= params.logit_threshold) keys[block.fetch_add(&s.count, 1)] = make_key(difference, first + i);
+  });
+
+  // the rows of all images are shared out among the slices; finish overwrites those it needs
+  const int32_t rows = (params.max_detections + g.slices - 1) / g.slices;
+  const int32_t first_row = int32_t(least(int64_t(slice) * rows, params.max_detections));
+  const int32_t row_count = int32_t(least(rows, params.max_detections - first_row));
+  const int64_t row = int64_t(image) * params.max_detections + first_row;
+  block.each(row_count, [&](int32_t i) { p.out.scores[row + i] = 0.f; });
+  block.each(4 * row_count, [&](int32_t i) { p.out.boxes[4 * row + i] = 0.f; });
+  block.each(10 * row_count, [&](int32_t i) { p.out.landmarks[10 * row + i] = 0.f; });
+  block.sync();
+  block.one([&] { w.counts[slice] = s.broken ? -1 : s.count; });
+}
+
+// Find, by radix, the prefix of the top_k-th greatest key: s.prefix is then a lower bound of exactly top_k keys.
+template <typename Block>
+RF_BODY void select(Block& block, const Geometry& g, const Workspace& w, int32_t top_k, FinishShared& s) {
+  block.one([&] {
+    s.prefix = 0;
+    s.needed = top_k;
+  });
+  for (int32_t shift = 56; shift >= 0; shift -= 8) {
+    block.each(256, [&](int32_t i) { s.histogram[i] = 0; });
+    block.sync();
+    block.each_warp(g.slices, [&](auto& warp, int32_t slice) {
+      const uint64_t* const keys = w.keys + int64_t(slice) * g.slice_priors;
+      warp.each(s.slice_count[slice], [&](int32_t i) {
+        // the digits before this one; a shift by 64 is not defined
+        const bool same = shift == 56 || keys[i] >> (shift + 8) == s.prefix >> (shift + 8);
+        if (same) block.fetch_add(&s.histogram[keys[i] >> shift & 255], 1);
+      });
+    });
+    block.sync();
+    block.one([&] {
+      int32_t digit = 255;
+      for (; s.histogram[digit] < s.needed; --digit) s.needed -= s.histogram[digit];
+      s.prefix |= uint64_t(digit) << shift;
+      s.exact = s.histogram[digit] == s.needed;
+    });
+    block.sync();
+    if (s.exact) break;
+  }
+}
+
+// Put pair i of a bitonic stage into descending order (or ascending, where bit `run` of the index says so).
+RF_FN void compare_exchange(uint64_t* keys, int32_t i, int32_t stride, int32_t run) {
+  const int32_t low = 2 * i - (i & (stride - 1));
+  const int32_t high = low + stride;
+  const uint64_t a = keys[low], b = keys[high];
+  if ((a < b) == ((low & run) == 0)) {
+    keys[low] = b;
+    keys[high] = a;
+  }
+}
+
+// Sort `count` keys, a power of two of at least 64, the greatest first. Pairs up to 32 apart stay within 64 keys, which one
+// warp takes through all its stages without a barrier of the block.
+// Source: Batcher, Sorting networks and their applications, AFIPS 1968.
+template <typename Block>
+RF_BODY void sort(Block& block, uint64_t* keys, int32_t count) {
+  block.each_warp(count / 64, [&](auto& warp, int32_t chunk) {
+    for (int32_t run = 2; run <= 64; run *= 2) {
+      for (int32_t stride = run / 2; stride > 0; stride /= 2) {
+        warp.each(32, [&](int32_t i) { compare_exchange(keys, 32 * chunk + i, stride, run); });
+        warp.sync();
+      }
+    }
+  });
+  block.sync();
+  for (int32_t run = 128; run <= count; run *= 2) {
+    for (int32_t stride = run / 2; stride >= 64; stride /= 2) {
+      block.each(count / 2, [&](int32_t i) { compare_exchange(keys, i, stride, run); });
+      block.sync();
+    }
+    block.each_warp(count / 64, [&](auto& warp, int32_t chunk) {
+      for (int32_t stride = 32; stride > 0; stride /= 2) {
+        warp.each(32, [&](int32_t i) { compare_exchange(keys, 32 * chunk + i, stride, run); });
+        warp.sync();
+      }
+    });
+    block.sync();
+  }
+}
+
+// Greedy NMS of `count` sorted boxes: keys and boxes of what is kept move to the front, s.kept tells how many.
+template <typename Block>
+RF_BODY void suppress(Block& block, const DecodeParams& p, int32_t count, uint64_t* keys, Box* boxes, uint32_t* alive,
+                    FinishShared& s) {
+  const int32_t words = (count + kTile - 1) / kTile;
+  for (int32_t tile = 0; tile < words; ++tile) {
+    const uint32_t members = alive[tile];
+    if (!members) continue;
+    const int32_t before = s.kept;
+    const Box* const tile_boxes = boxes + tile * kTile;
+    block.each_word(0, kTile, s.overlaps, [&](int32_t row, int32_t column) {
+      return column > row && (members >> row & members >> column & 1u) &&
+             overlap(tile_boxes[row], tile_boxes[column], p.iou_threshold);
+    });
+    block.sync();
+    block.one([&] {
+      uint32_t rest = members;
+      int32_t kept = before;
+      for (int32_t i = 0; rest && kept < p.max_detections; ++i) {
+        if (!(rest >> i & 1u)) continue;
+        rest &= ~(s.overlaps[i] | 1u << i);
+        keys[kept] = keys[tile * kTile + i];
+        boxes[kept] = tile_boxes[i];
+        ++kept;
+      }
+      s.kept = kept;
+    });
+    block.sync();
+    const int32_t after = s.kept;
+    if (after == p.max_detections) break;
+    block.each_word(tile + 1, words, alive, [&](int32_t word, int32_t bit) {
+      if (!(alive[word] >> bit & 1u)) return false;
+      const Box box = boxes[word * kTile + bit];
+      for (int32_t i = before; i < after; ++i) {
+        if (overlap(boxes[i], box, p.iou_threshold)) return false;
+      }
+      return true;
+    });
+    block.sync();
+  }
+}
+
+// `shared` holds `capacity` candidates, in the layout of shared_bytes().
+template <typename T, typename Block>
+RF_BODY void finish(Block& block, const Problem<T>& p, int32_t image, FinishShared& s, char* shared, int32_t capacity) {
+  const DecodeParams& params = p.params;
+  const Geometry& g = p.geometry;
+  const Workspace w = image_workspace(g, p.workspace, image);
+
+  block.one([&] { s.candidates = s.broken = s.appended = s.kept = 0; });
+  block.sync();
+  block.each(g.slices, [&](int32_t slice) {
+    const int32_t count = w.counts[slice];
+    s.slice_count[slice] = count;
+    if (count < 0) {
+      block.raise(&s.broken);
+    } else {
+      s.slice_base[slice] = block.fetch_add(&s.candidates, count);
+    }
+  });
+  block.sync();
+
+  const bool broken = s.broken;
+  const int32_t candidates = broken ? 0 : s.candidates;
+  const int32_t count = int32_t(least(candidates, params.top_k));
+  block.one([&] { p.out.num_candidates[image] = broken ? -1 : candidates; });
+  if (count == 0) {
+    block.one([&] { p.out.num_detections[image] = 0; });
+    return;
+  }
+
+  // candidates live in shared memory, or in the workspace where they are too many
+  int32_t padded = kMinCapacity;
+  while (padded < count) padded *= 2;
+  const bool fits = padded <= capacity;
+  uint64_t* const keys = fits ? reinterpret_cast<uint64_t*>(shared) : w.sorted;
+  Box* const boxes = fits ? reinterpret_cast<Box*>(shared + sizeof(uint64_t) * capacity) : w.boxes;
+  uint32_t* const alive =
+      fits ? reinterpret_cast<uint32_t*>(shared + (sizeof(uint64_t) + sizeof(Box)) * capacity) : w.alive;
+
+  const bool all = candidates == count;
+  if (!all) select(block, g, w, count, s);
+  block.each_warp(g.slices, [&](auto& warp, int32_t slice) {
+    const uint64_t* const from = w.keys + int64_t(slice) * g.slice_priors;
+    warp.each(s.slice_count[slice], [&](int32_t i) {
+      if (all) {
+        keys[s.slice_base[slice] + i] = from[i];
+      } else if (from[i] >= s.prefix) {
+        keys[block.fetch_add(&s.appended, 1)] = from[i];
+      }
+    });
+  });
+  block.each(padded - count, [&](int32_t i) { keys[count + i] = 0; });
+  block.sync();
+  sort(block, keys, padded);
+
+  block.each(count, [&](int32_t i) { boxes[i] = box_at(p, image, place_of(params, g, prior_of(keys[i]))); });
+  block.each((count + kTile - 1) / kTile, [&](int32_t i) {
+    const int32_t members = count - i * kTile;
+    alive[i] = members >= kTile ? 0xffffffffu : (1u << members) - 1u;
+  });
+  block.sync();
+  suppress(block, params, count, keys, boxes, alive, s);
+
+  const int32_t kept = s.kept;
+  const int64_t row = int64_t(image) * params.max_detections;
+  block.one([&] { p.out.num_detections[image] = kept; });
+  block.each(kept, [&](int32_t i) {
+    p.out.scores[row + i] = sigmoid(difference_of(keys[i]));
+    reinterpret_cast<Box*>(p.out.boxes)[row + i] = boxes[i];
+  });
+  block.each(5 * kept, [&](int32_t i) {
+    const int32_t face = i / 5, point = i % 5;
+    const Place at = place_of(params, g, prior_of(keys[face]));
+    const Prior prior = prior_at(params, at);
+    const int32_t channel = 6 * params.per_cell + 10 * at.member + 2 * point;
+    float* const xy = p.out.landmarks + 10 * (row + face) + 2 * point;
+    xy[0] = add(prior.cx, mul(mul(head_value(p, image, at, channel), params.variances[0]), prior.size));
+    xy[1] = add(prior.cy, mul(mul(head_value(p, image, at, channel + 1), params.variances[0]), prior.size));
+  });
+}
+
+}  // namespace retinaface

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test lint test-gpu clean
 help:
@@ -18,13 +19,19 @@ $(VENV)/bin/python:
 
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	@echo "installing retinaface-trt[$*] into $(VENV); the first time takes a minute or two"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@$(PIP) --editable ".[$*]"
+	@$(PIP) --no-deps kernel-lens==2.0.1  # TensorRT's headers; its dependencies are of no use here
+	@$(RUN) -c "from plugins.build import find_nvcc; find_nvcc()" 2>/dev/null || $(PIP) ".[nvcc]"
 	@touch $@
+
+# the real Python bindings of two TensorRT versions, to check names against; side by side, so outside site-packages
+$(VENV)/tensorrt-%: | $(VENV)/bin/python
+	@$(PIP) --no-deps --target $@.part "tensorrt-cu13-bindings==$*.*" && mv $@.part $@
 
 demo: $(VENV)/.demo
 	@$(RUN) -m export.demo --out build/demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
 	$(RUN) -m pytest
 
 lint: $(VENV)/.dev

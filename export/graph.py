@@ -1,4 +1,4 @@
-"""The ONNX graph of a detector: preprocessing, network, decoding and NMS."""
+"""The ONNX graph of a detector: preprocessing, network, decoding and NMS, the last two in operators or as one plugin."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from facespec.priors import make_priors
 from facespec.spec import ModelSpec
+from plugins import PLUGIN
 
 OPSET = 19
 IR_VERSION = 9
@@ -200,13 +201,47 @@ def detector_outputs(spec: ModelSpec) -> list[onnx.ValueInfoProto]:
     ]
 
 
-def assemble(network: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+def add_plugin(model: onnx.ModelProto, spec: ModelSpec) -> None:
+    """Add decoding and NMS as one node of the TensorRT plugin, and make its five outputs those of the graph.
+
+    Args:
+        model: A graph whose outputs are the head maps, float32 or float16.
+        spec: Its `anchors` and `decode` become the attributes of the node.
+    """
+    anchors, decode = spec.anchors, spec.decode
+    outputs = detector_outputs(spec)
+    node = helper.make_node(
+        PLUGIN.name,
+        [head.name for head in model.graph.output],
+        [output.name for output in outputs],
+        name="decode_nms",
+        domain=PLUGIN.domain,
+        plugin_version=PLUGIN.version,
+        plugin_namespace=PLUGIN.namespace,
+        strides=list(anchors.strides),
+        min_sizes=[float(size) for level in anchors.min_sizes for size in level],
+        variances=list(decode.variances),
+        logit_threshold=decode.logit_threshold,
+        iou_threshold=decode.iou_threshold,
+        top_k=decode.top_k,
+        max_detections=decode.max_detections,
+    )
+    model.graph.node.append(node)
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    model.opset_import.append(helper.make_opsetid(PLUGIN.domain, 1))
+
+
+def assemble(
+    network: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None, *, heads_only: bool = False
+) -> onnx.ModelProto:
     """Return the detector graph around a network from float32 (B, 3, H, W) `input` to the three head maps.
 
     Args:
         network: As exported by `export.portable.export_network`.
-        spec: Written to the metadata too.
+        spec: Geometry, preprocessing, decoding.
         size_hw: Fixed height and width, or None for dynamic ones.
+        heads_only: Stop at the head maps.
     """
     g = GraphBuilder()
     network_input = network.graph.input[0].name
@@ -217,10 +252,14 @@ def assemble(network: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int]
                 node.input[index] = pixels
     g.nodes.extend(network.graph.node)
     g.initializers.extend(network.graph.initializer)
-    add_decode_nms(g, HEAD_NAMES, spec, size_hw)
+    if heads_only:
+        outputs = list(network.graph.output)
+    else:
+        add_decode_nms(g, HEAD_NAMES, spec, size_hw)
+        outputs = detector_outputs(spec)
     height, width = size_hw or ("height", "width")
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", height, width, 3])
-    graph = helper.make_graph(g.nodes, "RetinaFace", [images], detector_outputs(spec), g.initializers)
+    graph = helper.make_graph(g.nodes, "RetinaFace", [images], outputs, g.initializers)
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="retinaface-trt"
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from export.graph import HEAD_NAMES, OPSET, assemble
 from facespec.errors import ModelFileError
-from facespec.spec import SPEC_KEY
+from facespec.spec import SPEC_KEY, ModelSpec
 from trainer.model import RetinaFace
 
 
@@ -39,7 +39,10 @@ class MergedHeads(nn.Module):
 def export_network(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
     """Return the network alone as ONNX: float32 (B, 3, H, W) `input` to the maps `HEAD_NAMES`, batch dynamic."""
     height, width = size_hw or (320, 320)
-    sides = {} if size_hw else {2: "height", 3: "width"}
+    axes: dict[str, dict[int, str]] = {"input": {0: "batch"}, **{name: {0: "batch"} for name in HEAD_NAMES}}
+    if size_hw is None:
+        for name, sides in axes.items():
+            sides |= {2: f"{name}_height", 3: f"{name}_width"}
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # The exporter built on torch.export needs onnxscript and takes ten times as long for the same graph.
@@ -52,7 +55,7 @@ def export_network(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.M
             opset_version=OPSET,
             input_names=["input"],
             output_names=list(HEAD_NAMES),
-            dynamic_axes={"input": {0: "batch", **sides}, **{name: {0: "batch", **sides} for name in HEAD_NAMES}},
+            dynamic_axes=axes,
         )
     return onnx.load_model_from_string(buffer.getvalue())
 
@@ -67,11 +70,29 @@ def build_portable(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.M
     Raises:
         ModelFileError: The ONNX checker finds the graph at fault.
     """
-    graph = assemble(export_network(model, size_hw), model.spec, size_hw)
+    return finished(assemble(export_network(model, size_hw), model.spec, size_hw), model.spec)
+
+
+def build_heads(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the detector graph up to the three head maps; see `build_portable`."""
+    return finished(assemble(export_network(model, size_hw), model.spec, size_hw, heads_only=True), model.spec)
+
+
+def finished(graph: onnx.ModelProto, spec: ModelSpec) -> onnx.ModelProto:
+    """Return a graph simplified and checked, with its spec in the metadata.
+
+    Raises:
+        ModelFileError: The ONNX checker finds the graph at fault.
+    """
     simplified, _ = onnxsim.simplify(graph)  # whether it kept the outputs is for the parity report to say
-    onnx.helper.set_model_props(simplified, {SPEC_KEY: model.spec.to_json()})
+    onnx.helper.set_model_props(simplified, {SPEC_KEY: spec.to_json()})
+    check_graph(simplified)
+    return simplified
+
+
+def check_graph(graph: onnx.ModelProto) -> None:
+    """Raise ModelFileError if the ONNX checker finds a graph at fault."""
     try:
-        onnx.checker.check_model(simplified, full_check=True)
+        onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ModelFileError(f"the exported graph does not pass the ONNX checker: {error}") from None
-    return simplified

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,34 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     return report
 
 
+def add_decode_arguments(parser: ArgumentParser) -> None:
+    """Add what every export takes: thresholds and limits, and images to compare on."""
+    default = DecodeSpec()
+    parser.add_argument(
+        "--score", type=float, default=default.score_threshold, help="floor: lower scores are never seen"
+    )
+    parser.add_argument("--iou", type=float, default=default.iou_threshold, help="NMS drops boxes that overlap more")
+    parser.add_argument("--top-k", type=int, default=default.top_k, help="candidates that enter NMS")
+    parser.add_argument("--max-detections", type=int, default=default.max_detections, help="faces per image at most")
+    parser.add_argument(
+        "--parity-images",
+        type=Path,
+        help="image or folder to compare on (default: sample photographs that packages ship)",
+    )
+
+
+def decode_spec(args: Namespace) -> DecodeSpec:
+    """Return the thresholds and limits of parsed arguments; see `add_decode_arguments`."""
+    return DecodeSpec(
+        score_threshold=args.score,
+        iou_threshold=args.iou,
+        top_k=args.top_k,
+        max_detections=args.max_detections,
+    )
+
+
 def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
     """Return the options of a command line."""
-    default = DecodeSpec()
     parser = ArgumentParser(
         prog="python -m export.to_onnx",
         description="Export RetinaFace weights to one ONNX file that takes uint8 frames and gives faces, "
@@ -109,28 +135,13 @@ def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
         "--size", default="640x640", help="HEIGHTxWIDTH, multiples of 32; or 'dynamic' for any such size"
     )
     parser.add_argument("--out", type=Path, default=Path("retinaface.onnx"), help="file to write")
-    parser.add_argument(
-        "--score", type=float, default=default.score_threshold, help="floor: lower scores are never seen"
-    )
-    parser.add_argument("--iou", type=float, default=default.iou_threshold, help="NMS drops boxes that overlap more")
-    parser.add_argument("--top-k", type=int, default=default.top_k, help="candidates that enter NMS")
-    parser.add_argument("--max-detections", type=int, default=default.max_detections, help="faces per image at most")
-    parser.add_argument(
-        "--parity-images",
-        type=Path,
-        help="image or folder to compare on (default: sample photographs that packages ship)",
-    )
+    add_decode_arguments(parser)
     args = parser.parse_args(argv)
     return ExportOptions(
         weights=args.weights,
         out=args.out,
         size_hw=None if args.size == "dynamic" else parse_size(args.size),
-        decode=DecodeSpec(
-            score_threshold=args.score,
-            iou_threshold=args.iou,
-            top_k=args.top_k,
-            max_detections=args.max_detections,
-        ),
+        decode=decode_spec(args),
         parity_images=args.parity_images,
     )
 

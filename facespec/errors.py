@@ -50,4 +50,8 @@ class MissingPackageError(RetinaFaceError, ImportError):
 
 
 class BuildError(RetinaFaceError):
-    """A plugin library or an engine cannot be built; the message names what is missing and what brings it."""
+    """A plugin library or an engine cannot be built."""
+
+
+class MissingToolError(BuildError):
+    """A compiler, its headers or a GPU is not there; the message names what brings it."""

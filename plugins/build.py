@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from facespec.cli import ArgumentParser, run
-from facespec.errors import BuildError
+from facespec.errors import BuildError, MissingToolError
 from facespec.files import atomic_path, write_text
 
 ROOT = Path(__file__).parent
@@ -97,7 +97,7 @@ def find_nvcc() -> Path:
     """Return nvcc: on PATH, under CUDA_HOME or CUDA_PATH, in /usr/local/cuda, or of NVIDIA's pip packages.
 
     Raises:
-        BuildError: There is none; the message names the command that brings one.
+        MissingToolError: There is none; the message names the command that brings one.
     """
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     pip_roots = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
@@ -109,7 +109,7 @@ def find_nvcc() -> Path:
     for place in places:
         if place.is_file() and os.access(place, os.X_OK):
             return place
-    raise BuildError(
+    raise MissingToolError(
         "no nvcc on PATH, under CUDA_HOME, in /usr/local/cuda or among the pip packages: " + NVCC_COMMAND
     )
 
@@ -118,12 +118,12 @@ def find_compiler() -> Path:
     """Return the C++ compiler: $CXX or g++.
 
     Raises:
-        BuildError: There is none.
+        MissingToolError: There is none.
     """
     name = os.environ.get("CXX") or "g++"
     found = shutil.which(name)
     if not found:
-        raise BuildError(f"no C++ compiler ({name}): {COMPILER_COMMAND}")
+        raise MissingToolError(f"no C++ compiler ({name}): {COMPILER_COMMAND}")
     return Path(found)
 
 
@@ -133,7 +133,7 @@ def find_tensorrt_headers() -> tuple[Path, str]:
     It looks at $TENSORRT_INCLUDE_DIR, at system installations, then at the package kernel-lens, which carries them.
 
     Raises:
-        BuildError: There are none, or they are older than IPluginV3 (10.0).
+        MissingToolError: There are none, or they are older than IPluginV3 (10.0).
     """
     chosen = os.environ.get("TENSORRT_INCLUDE_DIR")
     if chosen:
@@ -150,10 +150,12 @@ def find_tensorrt_headers() -> tuple[Path, str]:
         if version_file.is_file() and (place / "NvInferRuntime.h").is_file():
             version = _header_version(version_file)
             if int(version.split(".")[0]) < 10:
-                raise BuildError(f"the TensorRT headers in {place} are {version}, IPluginV3 needs 10.0: {HEADERS_COMMAND}")
+                raise MissingToolError(
+                    f"the TensorRT headers in {place} are {version}, IPluginV3 needs 10.0: {HEADERS_COMMAND}"
+                )
             return place, version
     where = f"in TENSORRT_INCLUDE_DIR={chosen}" if chosen else "(NvInferRuntime.h)"
-    raise BuildError(f"no TensorRT headers {where}: {HEADERS_COMMAND}, or set TENSORRT_INCLUDE_DIR")
+    raise MissingToolError(f"no TensorRT headers {where}: {HEADERS_COMMAND}, or set TENSORRT_INCLUDE_DIR")
 
 
 def _header_version(path: Path) -> str:
@@ -231,7 +233,8 @@ def build(target: str = "plugin", architectures: Sequence[int] = ARCHITECTURES, 
         folder: Where to; plugins/lib unless given.
 
     Raises:
-        BuildError: A tool or header is missing, or a compiler failed.
+        MissingToolError: A compiler or header is missing.
+        BuildError: A compiler failed.
         OutputError: The folder cannot be written.
     """
     out = library_path(target, folder)

@@ -14,17 +14,21 @@ from facespec.detections import Detections, to_detections
 from facespec.errors import FrameError, ModelFileError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import CHECKPOINT_SUFFIXES, MAX_NETWORK_PIXELS, SPEC_KEY, ModelSpec, check_size
+from plugins import PLUGIN
+from plugins.host import decode_nms, library
 from trt_runtime.onnx_file import read_onnx
+from trt_runtime.plugin_form import cut_plugin
 from trt_runtime.timing import StageTimer
 
 
 class OrtRetinaFace:
     """An exported ONNX detector on the CPU, through ONNX Runtime.
 
-    One object may be used by several threads.
+    Of a plugin form, which TensorRT builds, the network runs in ONNX Runtime and the plugin on the host
+    (`plugins.host`). One object may be used by several threads.
 
     Args:
-        path: File written by `python -m export.to_onnx`.
+        path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`.
         score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
         size_hw: Height and width frames are letterboxed to, for models of dynamic size; None runs each frame at its
             own size, padded to multiples of 32.
@@ -39,6 +43,7 @@ class OrtRetinaFace:
         ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
         SpecError: `score_threshold` or `size_hw` does not fit the model.
         MissingPackageError: onnxruntime is not installed.
+        BuildError: The host kernels of a plugin form must be compiled, and there is no C++ compiler.
     """
 
     def __init__(
@@ -63,8 +68,17 @@ class OrtRetinaFace:
         self.files = [Path(path), *(Path(path).resolve().parent / name for name in header.external_files)]
         # a model whose weights lie beside it is opened by the path that was checked, links resolved
         model = str(Path(path).resolve()) if header.external_files else content
+        self._heads: list[str] = []
+        if PLUGIN.domain in header.domains:
+            if header.external_files:
+                raise ModelFileError(f"{path}: a plugin form with weights in other files cannot be run on the CPU")
+            try:
+                model, self._heads = cut_plugin(content)
+            except ModelFileError as error:
+                raise ModelFileError(f"{path}: {error}") from None
+            library()  # compiled now, if need be, and not with the first frame
         self._session = _open_session(model, path, threads)
-        self.size_hw = _network_size(_check_contract(self._session, path, self.spec), size_hw, path)
+        self.size_hw = _network_size(_check_contract(self._session, path, self.spec, self._heads), size_hw, path)
 
     @property
     def score_threshold(self) -> float:
@@ -130,9 +144,15 @@ class OrtRetinaFace:
                     box.apply(frame, self.spec.preprocess.mean_bgr, out=row)
         with stage("network"):
             try:
-                outputs = self._session.run(list(self._outputs), {"images": batch})
+                outputs = self._session.run(self._heads or list(self._outputs), {"images": batch})
             except Exception as error:
                 raise ModelFileError(f"ONNX Runtime failed on a batch of {batch.shape}: {_reason(error)}") from None
+        if self._heads:
+            with stage("decode+NMS"):
+                try:
+                    outputs = list(decode_nms(outputs, boxes[0].size_hw, self.spec).values())
+                except ValueError as error:
+                    raise ModelFileError(f"the plugin form is at odds with its spec: {error}") from None
         with stage("results"):
             shapes = [(len(batch), *shape) for _, shape in self._outputs.values()]
             counts = outputs[0]
@@ -162,6 +182,8 @@ def load_detector(path: str | Path, **options: Any) -> OrtRetinaFace:
         raise ModelFileError(f"{path}: no such model file; python -m export.to_onnx --out {path} writes one")
     if suffix in CHECKPOINT_SUFFIXES:
         raise ModelFileError(f"{path}: a checkpoint; export it first: python -m export.to_onnx --weights {path}")
+    if suffix == ".engine":
+        raise ModelFileError(f"{path}: this version builds TensorRT engines and does not run them yet: use the .onnx file")
     if suffix != ".onnx":
         raise ModelFileError(f"{path}: expected a .onnx file written by python -m export.to_onnx")
     return OrtRetinaFace(path, **options)
@@ -185,8 +207,14 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _check_contract(session: Any, path: str | Path, spec: ModelSpec) -> tuple[int, int] | None:
+def _check_contract(session: Any, path: str | Path, spec: ModelSpec, heads: list[str]) -> tuple[int, int] | None:
     """Return the fixed network size of a graph, or None if it is dynamic.
+
+    Args:
+        session: What runs it.
+        path: For messages.
+        spec: Its own.
+        heads: Outputs of a graph that was cut before the plugin; their shapes are checked at every run.
 
     Raises:
         ModelFileError: Its inputs or outputs are not those of a detector.
@@ -197,6 +225,9 @@ def _check_contract(session: Any, path: str | Path, spec: ModelSpec) -> tuple[in
     images = found.pop("images", ("", []))
     size = images[1][1:3]
     fixed = (size[0], size[1]) if all(isinstance(side, int) for side in size) and len(size) == 2 else None
+    if heads:
+        found = {name: value for name, value in found.items() if name not in heads}
+        expected = {}
     if (
         images[0] != "tensor(uint8)"
         or images[1][3:] != [3]

@@ -19,7 +19,7 @@ _MAX_FIELDS = 5_000_000
 
 # message -> field number -> the message it holds, or what to collect from it
 _FIELDS: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 14: "metadata", 20: "training", 25: "function"},
+    "model": {7: "graph", 8: "opset", 14: "metadata", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
     "function": {7: "node", 11: "attribute"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
@@ -36,12 +36,14 @@ class OnnxHeader:
 
     Attributes:
         metadata: `metadata_props` of the model.
+        domains: Operator sets the model imports; "" is ONNX itself.
         external_files: Paths, as written, of the files that hold tensors.
         has_graph: Whether there is a graph at all.
         fields: Number of fields read.
     """
 
     metadata: dict[str, str] = field(default_factory=dict)
+    domains: set[str] = field(default_factory=set)
     external_files: list[str] = field(default_factory=list)
     has_graph: bool = False
     fields: int = 0
@@ -104,6 +106,8 @@ def _walk(kind: str, data: memoryview, header: OnnxHeader, depth: int) -> None:
         if inner == "metadata":
             key, value = _entry(content)
             header.metadata[key] = value
+        elif inner == "opset":
+            header.domains.add(_entry(content)[0])  # OperatorSetIdProto: the domain is field 1
         elif inner == "external":
             key, value = _entry(content)
             if key == "location":

@@ -1,0 +1,162 @@
+"""The child process in which TensorRT parses and builds, so that neither its aborts nor its prints reach the caller.
+
+It reads one JSON request on stdin, writes the engine to a file, and tells on stdout, one JSON object a line, how far it
+is and how it ended. `export.to_trt` starts it; it imports nothing but TensorRT.
+
+The same code serves TensorRT 10, TensorRT 11 and TensorRT-RTX. `tests/export/test_api_surface.py` checks every name of
+their API that is used here, found by the variables they are used on: trt, builder, network, parser, config, profile,
+registry, cache and so on keep their meaning throughout this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class BuildFailedError(Exception):
+    """A step of the build failed."""
+
+
+def tell(**event: Any) -> None:
+    """Send an event to the parent."""
+    print(json.dumps(event), file=sys.__stdout__, flush=True)
+
+
+def make_logger(trt: Any, log: Any, errors: list[str]) -> Any:
+    """Return a logger that writes everything to a file and collects the errors."""
+    start = time.perf_counter()
+
+    class FileLogger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            name = str(severity).split(".")[-1]
+            log.write(f"{time.perf_counter() - start:9.3f} {name} {message}\n")
+            # on a machine without a GPU every other error is followed by one about the driver
+            if name in ("ERROR", "INTERNAL_ERROR") and "checkMacros" not in message:
+                errors.append(message)
+
+    return FileLogger()
+
+
+def make_monitor(trt: Any) -> Any:
+    """Return a monitor that tells the share of the work that is done, from 0 to 1."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.open: list[list[Any]] = []  # name, steps, steps done; the outermost first
+
+        def share(self) -> float:
+            total, weight = 0.0, 1.0
+            for _, steps, done in self.open:
+                total += weight * min(done / steps, 1)
+                weight /= steps
+            return min(total, 1.0)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.open.append([phase_name, max(num_steps, 1), 0])
+            tell(event="progress", phase=phase_name, share=self.share())
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            for phase in self.open:
+                if phase[0] == phase_name:
+                    phase[2] = step + 1
+            tell(event="progress", phase=phase_name, share=self.share())
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.open = [phase for phase in self.open if phase[0] != phase_name]
+
+    return Monitor()
+
+
+def parse(trt: Any, network: Any, logger: Any, content: bytes) -> None:
+    """Parse an ONNX model into a network.
+
+    Raises:
+        BuildFailedError: The parser refuses it.
+    """
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(content):
+        problem = parser.get_error(0) if parser.num_errors else None
+        raise BuildFailedError(f"the ONNX parser refuses the graph: {problem.desc() if problem else 'it does not say why'}")
+    if network.num_outputs == 0:  # of what is no ONNX at all the parser makes an empty network
+        raise BuildFailedError("the ONNX parser found no outputs in the graph")
+
+
+def build(request: dict[str, Any], trt: Any, logger: Any) -> Any:
+    """Return the serialised engine, or None if the builder failed and has told the logger why.
+
+    Raises:
+        BuildFailedError: A step before the build itself failed.
+    """
+    registry = trt.get_plugin_registry()
+    if registry is None or registry.load_library(request["plugin"]) is None:
+        raise BuildFailedError(f"the plugin library {request['plugin']} cannot be loaded")
+    name, version, namespace = request["plugin_name"]
+    if registry.get_creator(name, version, namespace) is None:
+        raise BuildFailedError(f"{request['plugin']} does not bring the plugin {name} version {version}")
+
+    builder = trt.Builder(logger)
+    # ignored since TensorRT 11, where every network is strongly typed
+    strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(strongly_typed)
+    parse(trt, network, logger, Path(request["onnx"]).read_bytes())
+
+    config = builder.create_builder_config()
+    config.progress_monitor = make_monitor(trt)
+    if request["capabilities"]:
+        config.num_compute_capabilities = len(request["capabilities"])
+        for index, number in enumerate(request["capabilities"]):
+            capability = getattr(trt.ComputeCapability, f"SM{number}", None)
+            if capability is None or not config.set_compute_capability(capability, index):
+                raise BuildFailedError(f"this TensorRT-RTX does not build for compute capability {number}")
+    profile = builder.create_optimization_profile()
+    profile.set_shape("images", *(tuple(request["profile"][name]) for name in ("min", "opt", "max")))
+    if config.add_optimization_profile(profile) < 0:
+        raise BuildFailedError("the sizes of the profile are refused")
+    if request["timing_cache"]:
+        path = Path(request["timing_cache"])
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        # one that another GPU or version has written is refused: then the build starts with an empty one
+        if cache is None or not config.set_timing_cache(cache, False):
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
+
+    engine = builder.build_serialized_network(network, config)
+    if engine is not None and request["timing_cache"]:
+        cache = config.get_timing_cache()
+        Path(request["timing_cache_out"]).write_bytes(bytes(cache.serialize()))
+    return engine
+
+
+def main() -> int:
+    """Build what the request on stdin asks for; return 0, or 1 after an event that says why not."""
+    request = json.load(sys.stdin)
+    sys.stdout = sys.stderr  # stdout is for events alone
+    errors: list[str] = []
+    with open(request["log"], "w", encoding="utf-8", errors="backslashreplace", buffering=1) as log:
+        try:
+            trt = importlib.import_module(request["module"])
+            logger = make_logger(trt, log, errors)
+            engine = build(request, trt, logger)
+        except (BuildFailedError, ImportError, TypeError) as error:  # TypeError: a Builder cannot be made
+            tell(event="failed", message=str(error), detail=errors[:1])
+            return 1
+        if engine is None:
+            tell(event="failed", message="the builder failed", detail=errors[:1])
+            return 1
+        Path(request["out"]).write_bytes(memoryview(engine))
+        tell(event="done", version=trt.__version__)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -97,6 +97,7 @@ def build(request: dict[str, Any], trt: Any, logger: Any) -> Any:
     Raises:
         BuildFailedError: A step before the build itself failed.
     """
+    builder = trt.Builder(logger)  # first: the registry logs to the logger of a builder
     registry = trt.get_plugin_registry()
     if registry is None or registry.load_library(request["plugin"]) is None:
         raise BuildFailedError(f"the plugin library {request['plugin']} cannot be loaded")
@@ -104,7 +105,6 @@ def build(request: dict[str, Any], trt: Any, logger: Any) -> Any:
     if registry.get_creator(name, version, namespace) is None:
         raise BuildFailedError(f"{request['plugin']} does not bring the plugin {name} version {version}")
 
-    builder = trt.Builder(logger)
     # ignored since TensorRT 11, where every network is strongly typed
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(strongly_typed)
@@ -148,6 +148,7 @@ def main() -> int:
             logger = make_logger(trt, log, errors)
             engine = build(request, trt, logger)
         except (BuildFailedError, ImportError, TypeError) as error:  # TypeError: a Builder cannot be made
+            log.write(f"{error}\n")
             tell(event="failed", message=str(error), detail=errors[:1])
             return 1
         if engine is None:

@@ -14,13 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import CHECKPOINT_SUFFIXES, SPEC_KEY, DecodeSpec, ModelSpec
 from plugins import PLUGIN
 from trt_runtime.flavor import FLAVORS, gpu_capability
 from trt_runtime.onnx_file import read_onnx
-from trt_runtime.sidecar import Sidecar, check_engine, read_header, read_sidecar, sidecar_path
+from trt_runtime.sidecar import RTX_HEADER_BYTES, Sidecar, check_engine, read_header, read_sidecar
 
 COUNTED_HW = (640, 640)
 """Size at which the convolutions of a graph of dynamic size are counted."""
@@ -97,7 +99,7 @@ def inspect_engine(path: Path) -> Inspection:
     """
     try:
         with open(path, "rb") as file:
-            header = read_header(file.read(64))
+            header = read_header(file.read(RTX_HEADER_BYTES))
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
     found = Inspection(str(path), "engine")
@@ -206,21 +208,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, float):
-        return float(f"{value:.7g}")  # what float32 holds
+        return float(str(np.float32(value)))  # 0.4, and not what float32 makes of it
     return [_plain(item) for item in value] if not isinstance(value, (str, int)) else value
 
 
 def _plugin_problem(attributes: dict[str, Any], spec: ModelSpec) -> str | None:
     """Return where the plugin's attributes are not those of the spec."""
-    sizes = [float(size) for level in spec.anchors.min_sizes for size in level]
+    sizes = [_plain(float(size)) for level in spec.anchors.min_sizes for size in level]
     expected = {
         "plugin_version": PLUGIN.version,
         "plugin_namespace": PLUGIN.namespace,
         "strides": list(spec.anchors.strides),
         "min_sizes": sizes,
-        "variances": list(spec.decode.variances),
-        "logit_threshold": float(f"{spec.decode.logit_threshold:.7g}"),
-        "iou_threshold": spec.decode.iou_threshold,
+        "variances": _plain(spec.decode.variances),
+        "logit_threshold": _plain(spec.decode.logit_threshold),
+        "iou_threshold": _plain(spec.decode.iou_threshold),
         "top_k": spec.decode.top_k,
         "max_detections": spec.decode.max_detections,
     }

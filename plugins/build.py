@@ -41,6 +41,7 @@ TARGETS = {
 }
 """What can be built, and its sources."""
 
+SYSTEM_CUDA = Path("/usr/local/cuda")
 HOST_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread")
 HEADERS_COMMAND = "pip install --no-deps kernel-lens"
 NVCC_COMMAND = "in the project's folder, pip install '.[nvcc]'"
@@ -105,12 +106,12 @@ def find_nvcc() -> Path:
     on_path = shutil.which("nvcc")
     places = [Path(home) / "bin" / "nvcc" for home in homes]
     places += [Path(on_path)] if on_path else []
-    places += [Path("/usr/local/cuda/bin/nvcc"), *wheels]
+    places += [SYSTEM_CUDA / "bin" / "nvcc", *wheels]
     for place in places:
         if place.is_file() and os.access(place, os.X_OK):
             return place
     raise MissingToolError(
-        "no nvcc on PATH, under CUDA_HOME, in /usr/local/cuda or among the pip packages: " + NVCC_COMMAND
+        f"no nvcc on PATH, under CUDA_HOME, in {SYSTEM_CUDA} or among the pip packages: {NVCC_COMMAND}"
     )
 
 
@@ -262,7 +263,7 @@ def build(target: str = "plugin", architectures: Sequence[int] = ARCHITECTURES, 
             flags += ["-gencode", f"arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"]
         host_flags = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
         flags += ["-Xcompiler", ",".join(host_flags), "-shared", "-cudart", "static"]
-        flags += _toolkit_paths(nvcc)
+        flags += toolkit_paths(nvcc)
         # what the plugin needs lies within it, so that it loads beside any TensorRT and any C++ runtime
         link = ["-Xlinker", "--exclude-libs,ALL", "-Xcompiler", "-static-libstdc++,-static-libgcc"]
         with atomic_path(out) as temporary:
@@ -284,7 +285,7 @@ def build(target: str = "plugin", architectures: Sequence[int] = ARCHITECTURES, 
     return report
 
 
-def _toolkit_paths(nvcc: Path) -> list[str | Path]:
+def toolkit_paths(nvcc: Path) -> list[str | Path]:
     """Return what nvcc from pip packages must be told: its libraries lie in lib, not in lib64."""
     home = nvcc.resolve().parent.parent
     lib = home / "lib"

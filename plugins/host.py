@@ -16,6 +16,7 @@ from plugins.build import ensure
 
 MAX_LEVELS = 4
 MAX_PER_CELL = 4
+SHARED_KEYS = 4096
 HEAD_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
 ORDERS = ("forward", "reverse", "shuffled", "threads")
 
@@ -121,7 +122,7 @@ def decode_nms(
     *,
     order: str = "forward",
     seed: int = 0,
-    shared_capacity: int = 4096,
+    shared_capacity: int = SHARED_KEYS,
 ) -> dict[str, NDArray[Any]]:
     """Return the five outputs of a detector graph for the head maps of a batch.
 
@@ -133,7 +134,7 @@ def decode_nms(
         spec: Its `anchors` and `decode`.
         order: How the loops of a thread block are run; the result never depends on it. For tests.
         seed: Of the order "shuffled".
-        shared_capacity: Candidates, a power of two from 64, beyond which the other of two places in memory is used; the
+        shared_capacity: Candidates, a power of two from 64 to 4096, beyond which the other of two places in memory is used; the
             result never depends on it. For tests.
 
     Returns:
@@ -154,8 +155,8 @@ def decode_nms(
         raise ValueError(f"heads must all be float32 or all float16, not {sorted(map(str, kinds))}")
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, not {order!r}")
-    if shared_capacity < 64 or shared_capacity & (shared_capacity - 1):
-        raise ValueError(f"shared_capacity must be a power of two from 64, not {shared_capacity}")
+    if not 64 <= shared_capacity <= SHARED_KEYS or shared_capacity & (shared_capacity - 1):
+        raise ValueError(f"shared_capacity must be a power of two from 64 to {SHARED_KEYS}, not {shared_capacity}")
     outputs = {
         name: np.empty((batch, *shape), np.int32 if kind == "int32" else np.float32)
         for name, (kind, shape) in spec.decode.outputs.items()

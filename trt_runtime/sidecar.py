@@ -13,6 +13,7 @@ from typing import Any
 
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import ModelSpec
+from plugins import PLUGIN
 
 FORMAT_VERSION = 1
 MAX_SIDECAR_BYTES = 1 << 20
@@ -160,28 +161,28 @@ def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
     Raises:
         ModelFileError: The file is missing or cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with open(engine, "rb") as file:
-            start = file.read(RTX_HEADER_BYTES)
-            digest.update(start)
-            size = len(start)
-            while block := file.read(1 << 20):
-                digest.update(block)
-                size += len(block)
+        content = Path(engine).read_bytes()
     except FileNotFoundError:
         raise ModelFileError(f"{engine}: no such engine") from None
     except OSError as error:
         raise ModelFileError(f"{engine}: cannot be read ({error.strerror})") from None
-    header = read_header(start)
+    header = read_header(content)
     problems = []
-    if digest.hexdigest() != sidecar.engine_sha256:
+    if hashlib.sha256(content).hexdigest() != sidecar.engine_sha256:
         problems.append("the engine is not the one its sidecar describes: its SHA-256 differs")
+    if sidecar.plugin.get("name") != PLUGIN.name or sidecar.plugin.get("version") != PLUGIN.version:
+        problems.append(
+            f"its plugin is {sidecar.plugin.get('name')} {sidecar.plugin.get('version')}, this version has "
+            f"{PLUGIN.name} {PLUGIN.version}: build the engine again: {sidecar.command}"
+        )
     if header.kind != sidecar.flavor:
         problems.append(f"the file is of kind {header.kind}, its sidecar says {sidecar.flavor}")
     if header.kind == "rtx":
-        if header.size != size:
-            problems.append(f"the file has {size} bytes, its header says {header.size}")
+        if header.size != len(content):
+            problems.append(f"the file has {len(content)} bytes, its header says {header.size}")
+        if PLUGIN.name.encode() not in content:  # TensorRT-RTX stores names and attributes of plugins as they are
+            problems.append(f"there is no {PLUGIN.name} in it")
         if header.version != sidecar.version:
             problems.append(f"its header says TensorRT-RTX {header.version}, its sidecar {sidecar.version}")
         if header.compute_capabilities != sidecar.compute_capabilities:

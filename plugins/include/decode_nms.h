@@ -51,8 +51,11 @@ const char* check(const DecodeParams& params);
 // Bytes of device memory a launch needs; need not be initialised, and nothing in it outlives the launch.
 size_t workspace_bytes(const DecodeParams& params);
 
-// Two kernels on the stream; allocates nothing, never synchronises, may be captured in a graph once it has run on the device.
-// Heads and workspace must be 16-byte aligned. Returns a cudaError_t.
+// Loads the kernels on the current device, as the first launch would. Returns a cudaError_t.
+int32_t load(HeadType type);
+
+// Two kernels on the stream; allocates nothing, never synchronises, may be captured in a graph once the kernels are loaded.
+// Heads, boxes and workspace must be 16-byte aligned. Returns a cudaError_t.
 int32_t launch(const DecodeParams& params, HeadType type, const void* const* heads, const Outputs& outputs,
                void* workspace, CUstream_st* stream);
 

@@ -50,6 +50,18 @@ RF_FN float lower(float a, float b) { return b < a ? b : a; }
 RF_FN float upper(float a, float b) { return b > a ? b : a; }
 RF_FN float relu(float a) { return a < 0.f ? 0.f : a; }
 
+// One NaN for all: machines differ in the bits they give to it.
+RF_FN float one_nan(float x) { return x == x ? x : float_of(0x7fc00000u); }
+
+// Number of bits set, and index of the lowest one.
+#ifdef __CUDA_ARCH__
+RF_FN int32_t bit_count(uint32_t bits) { return __popc(bits); }
+RF_FN int32_t lowest_bit(uint32_t bits) { return __ffs(int32_t(bits)) - 1; }
+#else
+RF_FN int32_t bit_count(uint32_t bits) { return __builtin_popcount(bits); }
+RF_FN int32_t lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+#endif
+
 struct Half {
   uint16_t bits;
 };

@@ -30,6 +30,8 @@ struct ScanShared {
 };
 
 struct FinishShared {
+  uint64_t keys[kSharedKeys];
+  uint32_t alive[kSharedKeys / kTile];  // a bit for each sorted candidate that is not suppressed
   int32_t slice_count[kMaxSlices];
   int32_t slice_base[kMaxSlices];
   int32_t histogram[256];
@@ -41,12 +43,9 @@ struct FinishShared {
   int32_t broken;
   int32_t appended;
   int32_t kept;
+  uint32_t tile_kept;        // the boxes of the tile that are kept, a bit each
 };
-
-// Shared memory for candidates, behind FinishShared: sorted keys, boxes, and a bit for each box that is not suppressed.
-RF_FN size_t shared_bytes(int32_t capacity) {
-  return aligned(sizeof(FinishShared)) + (sizeof(uint64_t) + sizeof(Box)) * capacity + capacity / 8;
-}
+static_assert(sizeof(FinishShared) <= 48 * 1024, "more shared memory than every GPU gives without being asked");
 
 // Where a prior lies.
 struct Place {
@@ -57,7 +56,8 @@ RF_FN Place place_of(const DecodeParams& p, const Geometry& g, int32_t prior) {
   int32_t level = 0;
   while (level + 1 < p.levels && prior >= g.first_prior[level + 1]) ++level;
   const int32_t local = prior - g.first_prior[level];
-  return {level, local / p.per_cell, local % p.per_cell};
+  const int32_t cell = p.per_cell == 2 ? local >> 1 : local / p.per_cell;  // spares a division in the usual case
+  return {level, cell, local - cell * p.per_cell};
 }
 
 // The value of a channel at a place.
@@ -92,7 +92,8 @@ RF_BODY Box box_at(const Problem<T>& p, int32_t image, const Place& at) {
   const float h = mul(prior.size, exponential(mul(head_value(p, image, at, channel + 3), p.params.variances[1])));
   const float x1 = sub(cx, mul(w, 0.5f));
   const float y1 = sub(cy, mul(h, 0.5f));
-  return {x1, y1, add(x1, w), add(y1, h)};
+  // where a size overflows, infinity less infinity is NaN; it overlaps nothing, and the runtime reports it
+  return {one_nan(x1), one_nan(y1), one_nan(add(x1, w)), one_nan(add(y1, h))};
 }
 
 // Whether the IoU of two boxes is greater than the threshold, without a division: facespec.nms.
@@ -115,6 +116,18 @@ RF_FN float difference_of(uint64_t key) { return from_orderable(uint32_t(key >> 
 struct alignas(16) Vector {
   uint32_t words[4];
 };
+
+// The i-th 16 bytes; on the device they are aligned.
+RF_FN Vector load_vector(const char* data, int32_t i) {
+#ifdef __CUDA_ARCH__
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(data) + i);
+  return {{v.x, v.y, v.z, v.w}};
+#else
+  Vector v;
+  std::memcpy(&v, data + 16 * int64_t(i), sizeof v);
+  return v;
+#endif
+}
 
 // Not 0 if an exponent in it is all ones: infinity or NaN.
 RF_FN uint32_t non_finite(const Vector& v, float) {
@@ -154,15 +167,7 @@ RF_BODY void scan(Block& block, const Problem<T>& p, int32_t image, int32_t slic
     const int64_t last = least(from + g.slice_vectors, size);
     if (first >= last) continue;
     const char* data = reinterpret_cast<const char*>(p.heads[level]) + 16 * (int64_t(image) * size + first);
-    block.each(int32_t(last - first), [&](int32_t i) {
-      Vector v;
-#ifdef __CUDA_ARCH__
-      v = reinterpret_cast<const Vector*>(data)[i];
-#else
-      std::memcpy(&v, data + 16 * int64_t(i), sizeof v);
-#endif
-      broken |= non_finite(v, T{});
-    });
+    block.each(int32_t(last - first), [&](int32_t i) { broken |= non_finite(load_vector(data, i), T{}); });
   }
   if (broken) block.raise(&s.broken);
 
@@ -258,51 +263,56 @@ RF_BODY void sort(Block& block, uint64_t* keys, int32_t count) {
   }
 }
 
-// Greedy NMS of `count` sorted boxes: keys and boxes of what is kept move to the front, s.kept tells how many.
+// Greedy NMS of `count` sorted boxes, a tile of 32 at a time: the overlaps within the tile, who of it is kept, and what
+// these suppress behind it. w.kept lists the positions of the kept boxes, s.kept tells how many.
 template <typename Block>
-RF_BODY void suppress(Block& block, const DecodeParams& p, int32_t count, uint64_t* keys, Box* boxes, uint32_t* alive,
-                    FinishShared& s) {
+RF_BODY void suppress(Block& block, const DecodeParams& p, int32_t count, const Workspace& w, uint32_t* alive,
+                      FinishShared& s) {
   const int32_t words = (count + kTile - 1) / kTile;
   for (int32_t tile = 0; tile < words; ++tile) {
     const uint32_t members = alive[tile];
-    if (!members) continue;
     const int32_t before = s.kept;
-    const Box* const tile_boxes = boxes + tile * kTile;
+    if (!members) continue;
+    const Box* const boxes = w.boxes + tile * kTile;
     block.each_word(0, kTile, s.overlaps, [&](int32_t row, int32_t column) {
       return column > row && (members >> row & members >> column & 1u) &&
-             overlap(tile_boxes[row], tile_boxes[column], p.iou_threshold);
+             overlap(boxes[row], boxes[column], p.iou_threshold);
     });
     block.sync();
     block.one([&] {
-      uint32_t rest = members;
-      int32_t kept = before;
-      for (int32_t i = 0; rest && kept < p.max_detections; ++i) {
-        if (!(rest >> i & 1u)) continue;
-        rest &= ~(s.overlaps[i] | 1u << i);
-        keys[kept] = keys[tile * kTile + i];
-        boxes[kept] = tile_boxes[i];
-        ++kept;
+      uint32_t kept = 0;
+      int32_t room = p.max_detections - before;
+      for (uint32_t rest = members; rest && room > 0; --room) {
+        const int32_t best = lowest_bit(rest);
+        kept |= 1u << best;
+        rest &= ~(s.overlaps[best] | 1u << best);
       }
-      s.kept = kept;
+      s.tile_kept = kept;
+      s.kept = p.max_detections - room;
     });
     block.sync();
-    const int32_t after = s.kept;
-    if (after == p.max_detections) break;
-    block.each_word(tile + 1, words, alive, [&](int32_t word, int32_t bit) {
-      if (!(alive[word] >> bit & 1u)) return false;
-      const Box box = boxes[word * kTile + bit];
-      for (int32_t i = before; i < after; ++i) {
-        if (overlap(boxes[i], box, p.iou_threshold)) return false;
-      }
-      return true;
+    const uint32_t kept = s.tile_kept;
+    block.each(kTile, [&](int32_t i) {
+      if (kept >> i & 1u) w.kept[before + bit_count(kept & ((1u << i) - 1u))] = tile * kTile + i;
     });
+    if (s.kept < p.max_detections) {
+      block.each_word(tile + 1, words, alive, [&](int32_t word, int32_t bit) {
+        if (!(alive[word] >> bit & 1u)) return false;
+        const Box box = w.boxes[word * kTile + bit];
+        for (uint32_t rest = kept; rest; rest &= rest - 1u) {
+          if (overlap(boxes[lowest_bit(rest)], box, p.iou_threshold)) return false;
+        }
+        return true;
+      });
+    }
     block.sync();
+    if (s.kept == p.max_detections) break;
   }
 }
 
-// `shared` holds `capacity` candidates, in the layout of shared_bytes().
+// `capacity`: candidates kept in shared memory, a power of two from 64 to kSharedKeys.
 template <typename T, typename Block>
-RF_BODY void finish(Block& block, const Problem<T>& p, int32_t image, FinishShared& s, char* shared, int32_t capacity) {
+RF_BODY void finish(Block& block, const Problem<T>& p, int32_t image, FinishShared& s, int32_t capacity) {
   const DecodeParams& params = p.params;
   const Geometry& g = p.geometry;
   const Workspace w = image_workspace(g, p.workspace, image);
@@ -329,14 +339,11 @@ RF_BODY void finish(Block& block, const Problem<T>& p, int32_t image, FinishShar
     return;
   }
 
-  // candidates live in shared memory, or in the workspace where they are too many
   int32_t padded = kMinCapacity;
   while (padded < count) padded *= 2;
   const bool fits = padded <= capacity;
-  uint64_t* const keys = fits ? reinterpret_cast<uint64_t*>(shared) : w.sorted;
-  Box* const boxes = fits ? reinterpret_cast<Box*>(shared + sizeof(uint64_t) * capacity) : w.boxes;
-  uint32_t* const alive =
-      fits ? reinterpret_cast<uint32_t*>(shared + (sizeof(uint64_t) + sizeof(Box)) * capacity) : w.alive;
+  uint64_t* const keys = fits ? s.keys : w.sorted;
+  uint32_t* const alive = fits ? s.alive : w.alive;
 
   const bool all = candidates == count;
   if (!all) select(block, g, w, count, s);
@@ -354,24 +361,24 @@ RF_BODY void finish(Block& block, const Problem<T>& p, int32_t image, FinishShar
   block.sync();
   sort(block, keys, padded);
 
-  block.each(count, [&](int32_t i) { boxes[i] = box_at(p, image, place_of(params, g, prior_of(keys[i]))); });
+  block.each(count, [&](int32_t i) { w.boxes[i] = box_at(p, image, place_of(params, g, prior_of(keys[i]))); });
   block.each((count + kTile - 1) / kTile, [&](int32_t i) {
     const int32_t members = count - i * kTile;
     alive[i] = members >= kTile ? 0xffffffffu : (1u << members) - 1u;
   });
   block.sync();
-  suppress(block, params, count, keys, boxes, alive, s);
+  suppress(block, params, count, w, alive, s);
 
   const int32_t kept = s.kept;
   const int64_t row = int64_t(image) * params.max_detections;
   block.one([&] { p.out.num_detections[image] = kept; });
   block.each(kept, [&](int32_t i) {
-    p.out.scores[row + i] = sigmoid(difference_of(keys[i]));
-    reinterpret_cast<Box*>(p.out.boxes)[row + i] = boxes[i];
+    p.out.scores[row + i] = sigmoid(difference_of(keys[w.kept[i]]));
+    reinterpret_cast<Box*>(p.out.boxes)[row + i] = w.boxes[w.kept[i]];
   });
   block.each(5 * kept, [&](int32_t i) {
     const int32_t face = i / 5, point = i % 5;
-    const Place at = place_of(params, g, prior_of(keys[face]));
+    const Place at = place_of(params, g, prior_of(keys[w.kept[face]]));
     const Prior prior = prior_at(params, at);
     const int32_t channel = 6 * params.per_cell + 10 * at.member + 2 * point;
     float* const xy = p.out.landmarks + 10 * (row + face) + 2 * point;

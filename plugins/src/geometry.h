@@ -7,11 +7,12 @@
 namespace retinaface {
 
 constexpr int32_t kMaxSlices = 1024;       // scan blocks per image
-constexpr int32_t kMinSlicePriors = 256;   // priors of a slice: one for each thread of a scan block
-constexpr int32_t kScanThreads = 256;
+constexpr int32_t kMinSlicePriors = 128;   // priors of a slice: at 640x640 there are as many slices as an H200 has SMs
+constexpr int32_t kScanThreads = 512;       // with fp32 at 640x640, 16 bytes of a slice for each
 constexpr int32_t kFinishThreads = 1024;
 constexpr int32_t kTile = 32;              // boxes that are resolved together: the bits of a word
 constexpr int32_t kMinCapacity = 64;       // two keys for each lane of a warp
+constexpr int32_t kSharedKeys = 4096;      // candidates whose keys are sorted in shared memory; more are in the workspace
 
 struct alignas(16) Box {
   float x1, y1, x2, y2;
@@ -54,9 +55,10 @@ inline Geometry make_geometry(const DecodeParams& p, HeadType type) {
 struct Workspace {
   uint64_t* keys;     // [slices * slice_priors]: slice s fills the front of its own part
   int32_t* counts;    // [slices]: candidates of each slice; -1 if a value in it is not finite
+  Box* boxes;         // [spill_capacity], of the sorted candidates
+  int32_t* kept;      // [spill_capacity]: which of them NMS keeps
   // used where there are more candidates than fit in shared memory
   uint64_t* sorted;   // [spill_capacity]
-  Box* boxes;         // [spill_capacity]
   uint32_t* alive;    // [spill_capacity / 32]
 };
 
@@ -64,7 +66,7 @@ RF_FN size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 RF_FN size_t image_workspace_bytes(const Geometry& g) {
   return aligned(sizeof(uint64_t) * g.slices * g.slice_priors) + aligned(sizeof(int32_t) * g.slices) +
-         (sizeof(uint64_t) + sizeof(Box)) * g.spill_capacity + aligned(g.spill_capacity / 8);
+         (sizeof(Box) + sizeof(int32_t) + sizeof(uint64_t)) * g.spill_capacity + aligned(g.spill_capacity / 8);
 }
 
 RF_FN Workspace image_workspace(const Geometry& g, void* workspace, int32_t image) {
@@ -77,8 +79,9 @@ RF_FN Workspace image_workspace(const Geometry& g, void* workspace, int32_t imag
   Workspace w;
   w.keys = static_cast<uint64_t*>(take(sizeof(uint64_t) * g.slices * g.slice_priors));
   w.counts = static_cast<int32_t*>(take(sizeof(int32_t) * g.slices));
-  w.sorted = static_cast<uint64_t*>(take(sizeof(uint64_t) * g.spill_capacity));
   w.boxes = static_cast<Box*>(take(sizeof(Box) * g.spill_capacity));
+  w.kept = static_cast<int32_t*>(take(sizeof(int32_t) * g.spill_capacity));
+  w.sorted = static_cast<uint64_t*>(take(sizeof(uint64_t) * g.spill_capacity));
   w.alive = static_cast<uint32_t*>(take(g.spill_capacity / 8));
   return w;
 }

@@ -22,20 +22,13 @@ struct Schedule {
   uint64_t seed;          // kShuffled
 };
 
-struct FinishMemory {
-  explicit FinishMemory(int32_t capacity)
-      : shared((shared_bytes(capacity) - aligned(sizeof(FinishShared)) + sizeof(Box)) / sizeof(Box)) {}
-  FinishShared fixed;
-  std::vector<Box> shared;  // of Box for its alignment
-};
-
 template <typename T, typename Block>
 void run_blocks(Block& block, const Problem<T>& problem, int32_t capacity) {
   ScanShared scan_shared;
-  FinishMemory memory(capacity);
+  const auto shared = std::make_unique<FinishShared>();
   for (int32_t image = 0; image < problem.params.batch; ++image) {
     block.order(problem.geometry.slices, [&](int32_t slice) { scan(block, problem, image, slice, scan_shared); });
-    finish(block, problem, image, memory.fixed, reinterpret_cast<char*>(memory.shared.data()), capacity);
+    finish(block, problem, image, *shared, capacity);
   }
 }
 
@@ -56,15 +49,13 @@ void run_threads(const Problem<T>& problem, int32_t capacity, const Schedule& sc
     }
     for (std::thread& thread : threads) thread.join();
   };
-  FinishMemory memory(capacity);
+  const auto shared = std::make_unique<FinishShared>();
   for (int32_t image = 0; image < problem.params.batch; ++image) {
     for (int32_t slice = 0; slice < problem.geometry.slices; ++slice) {
-      ScanShared shared;
-      block_of([&](ThreadBlock& block) { scan(block, problem, image, slice, shared); });
+      ScanShared scan_shared;
+      block_of([&](ThreadBlock& block) { scan(block, problem, image, slice, scan_shared); });
     }
-    block_of([&](ThreadBlock& block) {
-      finish(block, problem, image, memory.fixed, reinterpret_cast<char*>(memory.shared.data()), capacity);
-    });
+    block_of([&](ThreadBlock& block) { finish(block, problem, image, *shared, capacity); });
   }
 }
 
@@ -75,7 +66,6 @@ void run(const DecodeParams& params, HeadType type, const void* const* heads, co
   std::vector<uint64_t> workspace(workspace_bytes(params) / sizeof(uint64_t) + 1);
   Problem<T> problem{params, geometry, {}, outputs, workspace.data()};
   for (int32_t level = 0; level < params.levels; ++level) problem.heads[level] = static_cast<const T*>(heads[level]);
-  if (capacity > geometry.spill_capacity) capacity = geometry.spill_capacity;
   if (schedule.order == kThreads) {
     run_threads(problem, capacity, schedule);
   } else if (schedule.order == kReverse) {
@@ -98,7 +88,7 @@ RF_EXPORT const char* retinaface_host_check(const retinaface::DecodeParams* para
   return retinaface::check(*params);
 }
 
-// `capacity`: candidates held in what is shared memory on the device, a power of two of at least 64.
+// `capacity`: candidates held in what is shared memory on the device, a power of two from 64 to 4096.
 RF_EXPORT void retinaface_host_decode_nms(const retinaface::DecodeParams* params, int32_t head_type,
                                           const void* const* heads, const retinaface::Outputs* outputs,
                                           int32_t capacity, const retinaface::Schedule* schedule) {

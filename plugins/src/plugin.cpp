@@ -231,15 +231,15 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
       report(problem);
       return -1;
     }
+    load(head_type(in));  // so that enqueue may be captured the first time; where there is no GPU, nothing is enqueued
     return 0;
   }
 
   int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs, void* const* outputs,
                   void* workspace, cudaStream_t stream) noexcept override {
-    const HeadType type = in[0].type == DataType::kHALF ? HeadType::kHalf : HeadType::kFloat;
     const Outputs out{static_cast<int32_t*>(outputs[0]), static_cast<float*>(outputs[1]), static_cast<float*>(outputs[2]),
                       static_cast<float*>(outputs[3]), static_cast<int32_t*>(outputs[4])};
-    return launch(shaped(in), type, inputs, out, workspace, stream);
+    return launch(shaped(in), head_type(in), inputs, out, workspace, stream);
   }
 
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
@@ -256,6 +256,10 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
  private:
   static DataType output_type(int32_t output) {
     return output == 0 || output == kOutputs - 1 ? DataType::kINT32 : DataType::kFLOAT;
+  }
+
+  static HeadType head_type(const PluginTensorDesc* in) {
+    return in[0].type == DataType::kHALF ? HeadType::kHalf : HeadType::kFloat;
   }
 
   DecodeParams shaped(const PluginTensorDesc* in) const {

@@ -1,0 +1,38 @@
+"""Registers, spills and shared memory of the plugin's kernels, as the CUDA compiler reports them.
+
+python -m benchmarks.plugin_kernels [--out benchmarks/results/plugin_kernels.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.environment import write_result
+from plugins.build import build
+
+WHAT = (
+    "Resources of the decode + NMS kernels, from ptxas. scan: 512 threads a block, a block for 128 priors (256, 512 ... in "
+    "images of more than 131,072 priors); finish: 1024 threads, one block an image; its shared memory sorts up to 4096 "
+    "candidates, more are sorted in the workspace."
+)
+
+
+def main() -> int:
+    """Build, write the table, print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plugin_kernels.json"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = build("plugin", folder=Path(folder))
+    more = {"sources_sha256": report.sources_sha256, "compiler": report.compiler_version}
+    write_result(args.out, WHAT, [dict(row) for row in report.kernels], "numpy", **more)
+    for row in report.kernels:
+        print(*(f"{name} {value}" for name, value in row.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

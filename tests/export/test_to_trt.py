@@ -1,0 +1,288 @@
+"""Real TensorRT-RTX engines, built on a CPU from the published weights, and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export.inspect import inspect
+from export.to_trt import EngineOptions, Profile, _run_builder, build_engine, parse_arguments
+from facespec.errors import BuildError, MissingToolError, ModelFileError, OutputError, SpecError
+from facespec.spec import DecodeSpec, ModelSpec
+from plugins import PLUGIN
+from tests.export.trt_stubs import make_stubs
+from trt_runtime.flavor import RTX, TENSORRT, gpu_capability
+from trt_runtime.sidecar import check_engine, read_header, read_sidecar, sidecar_path
+
+ROOT = Path(__file__).parents[2]
+needs_rtx = pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed (Linux on x86_64 only)")
+DYNAMIC = Profile((1, 2, 8), ((320, 320), (640, 640), (1088, 1920)))
+
+
+def _engine(folder: Path, **changes: object) -> EngineOptions:
+    options = EngineOptions("mobilenet0.25", folder / "f.engine", flavor="rtx", command="python -m export.to_trt")
+    return dataclasses.replace(options, **changes)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An fp16 engine of fixed size for all GPUs."""
+    options = _engine(tmp_path_factory.mktemp("engine"), precision="fp16", decode=DecodeSpec(score_threshold=0.3, top_k=77))
+    build_engine(options)
+    return options.out
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("capability", [75, 86, 89, 120])
+def test_an_engine_for_each_gpu_with_profiles(precision: str, capability: int, tmp_path: Path) -> None:
+    options = _engine(tmp_path, profile=DYNAMIC, precision=precision, capabilities=(capability,))
+    sidecar = build_engine(options)
+    assert sorted(os.listdir(tmp_path)) == ["f.engine", "f.engine.json", "f.plugin.onnx"]
+    content = options.out.read_bytes()
+    header = read_header(content)
+    assert (header.kind, header.compute_capabilities, header.size) == ("rtx", (capability,), len(content))
+    # the plugin is inside, with its attributes: TensorRT-RTX stores them as they are
+    assert PLUGIN.name.encode() in content
+    for value in (
+        struct.pack("<6f", 16, 32, 64, 128, 256, 512),
+        struct.pack("<f", ModelSpec().decode.logit_threshold),
+    ):
+        assert value in content
+    found = inspect(options.out)
+    assert found.valid
+    assert found.precision == {precision: 1.0}
+    assert found.inputs["images"] == "uint8 min [1, 320, 320, 3], opt [2, 640, 640, 3], max [8, 1088, 1920, 3]"
+    assert read_sidecar(options.out) == sidecar
+    assert sidecar is not None
+    assert sidecar.compute_capabilities == (capability,)
+
+
+@needs_rtx
+def test_a_precision_is_held(tmp_path: Path, engine: Path) -> None:
+    """Half the weights' bytes, because the graph says so: there is no flag that could be ignored."""
+    fp32 = _engine(tmp_path)
+    build_engine(fp32)
+    assert fp32.plugin_form.stat().st_size > 1.7 * engine.with_suffix(".plugin.onnx").stat().st_size
+    assert fp32.out.stat().st_size - engine.stat().st_size > 0.4e6  # 0.43 million weights, two bytes each
+    assert read_header(engine.read_bytes()).compute_capabilities == (75, 80, 86, 89, 120)
+
+
+@needs_rtx
+def test_an_engine_that_changed_is_noticed(engine: Path, tmp_path: Path) -> None:
+    copy, side = tmp_path / "c.engine", tmp_path / "c.engine.json"
+
+    def problems(content: bytes, sidecar: str) -> list[str]:
+        copy.write_bytes(content)
+        side.write_text(sidecar)
+        found = inspect(copy)
+        assert not found.valid
+        assert str(found).count("PROBLEM") == len(found.problems)
+        return found.problems
+
+    content, sidecar = engine.read_bytes(), sidecar_path(engine).read_text()
+    flipped = content[:100_000] + bytes([content[100_000] ^ 1]) + content[100_001:]
+    assert "SHA-256" in problems(flipped, sidecar)[0]
+    assert "bytes" in problems(content[:-1], sidecar)[1]
+    assert "kind unknown" in problems(b"\0" * 100, sidecar)[1]
+    assert "compute capabilities" in problems(content, sidecar.replace("[75, 80, 86, 89, 120]", "[75, 90]"))[0]
+    assert "sidecar 9.9" in problems(content, sidecar.replace('"version": "1.7', '"version": "9.9.1.7'))[0]
+    assert "plugin is RetinaFaceDecodeNMS 2" in problems(content, sidecar.replace('"version": "1",', '"version": "2",'))[0]
+    assert "no RetinaFaceDecodeNMS in it" in problems(content.replace(b"RetinaFaceD", b"retinafaced"), sidecar)[1]
+    for broken in ("", "{}", "[1]", sidecar.replace('"profile"', '"x"'), sidecar.replace('"opt"', '"best"'), "[" * 100_000):
+        assert "json" in problems(content, broken)[0]
+    assert "top_k" in problems(content, sidecar.replace('"top_k": 77', '"top_k": -1'))[0]
+    side.unlink()
+    assert "missing" in inspect(copy).problems[0]
+    copy.write_bytes(b"text")
+    with pytest.raises(ModelFileError, match="not a TensorRT engine"):
+        inspect(copy)
+
+
+@needs_rtx
+def test_inspect_in_table_and_json(engine: Path, command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    result = command("export.inspect", engine, "--json")
+    assert result.returncode == 0
+    data = json.loads(result.stdout)
+    assert data["valid"] is True
+    assert data["spec"]["decode"]["top_k"] == 77
+    table = command("export.inspect", engine).stdout
+    for words in ("TensorRT-RTX 1.", "sm_86", "100.0 % fp16", "RetinaFaceDecodeNMS", "score_threshold 0.3", "valid "):
+        assert words in table
+    engine.with_suffix(".copy").write_bytes(engine.read_bytes())
+    assert command("export.inspect", engine.with_suffix(".copy")).returncode == 1
+
+
+def test_inspect_onnx(static_onnx: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    found = inspect(static_onnx)
+    assert (found.kind, found.valid, found.precision) == ("portable ONNX", True, {"fp32": 1.0})
+    options = _engine(tmp_path, onnx_only=True, profile=DYNAMIC, decode=DecodeSpec(score_threshold=0.3, iou_threshold=0.55))
+    assert build_engine(options) is None
+    assert os.listdir(tmp_path) == ["f.plugin.onnx"]
+    found = inspect(options.plugin_form)
+    assert (found.kind, found.valid, found.precision) == ("plugin form", True, {"fp32": 1.0})
+    assert found.inputs == {"images": "uint8 [batch, height, width, 3]"}
+    # a plugin that does not do what the spec says
+    model = onnx.load(options.plugin_form)
+    next(a for a in model.graph.node[-1].attribute if a.name == "iou_threshold").f = 0.5
+    onnx.save(model, tmp_path / "other.onnx")
+    assert "iou_threshold is 0.5" in inspect(tmp_path / "other.onnx").problems[0]
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    assert "not written by this toolkit" in inspect(tmp_path / "foreign.onnx").problems[0]
+    assert "no such file" in refused("export.inspect", tmp_path / "none.engine")
+    assert "checkpoint" in refused("export.inspect", _touch(tmp_path / "w.pth"))
+    assert "not an ONNX file" in refused("export.inspect", _touch(tmp_path / "w.onnx"))
+
+
+def _touch(path: Path) -> Path:
+    path.write_bytes(b"x")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--int8 --calib widerface_val", "use --fp16"),
+        ("--size 640", "HEIGHTxWIDTH"),
+        ("--size 640x640:320x320", "three of them"),
+        ("--size 640x640:320x320:640x640", "do not ascend"),
+        ("--size 100x100", "not a multiple of 32"),
+        ("--batch 0", "from 1"),
+        ("--batch 1:8", "MIN:OPT:MAX"),
+        ("--batch 4:2:8", "ascending"),
+        ("--batch 99999 --size 4096x4096", "pixels"),
+        ("--compute-capability 90", "builds for 75,80"),
+        ("--compute-capability eight", "give numbers"),
+        ("--flavor tensorrt --compute-capability 86", "for the GPU at hand"),
+        ("--flavor other", "invalid choice"),
+        ("--fp16 --fp32", "not allowed with"),
+        ("--score 2", "between 0 and 1"),
+        ("--top-k 0", "top_k"),
+        ("--out x.onnx", "not an ONNX file"),
+        ("--weights none.pth", "none.pth"),
+        ("--out Makefile/x.engine", "cannot be written"),
+    ],
+)
+def test_wrong_arguments(arguments: str, message: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    _touch(tmp_path / "Makefile")
+    assert message in refused("export.to_trt", *arguments.split())
+    assert os.listdir(tmp_path) == ["Makefile"]
+
+
+def test_sizes_and_batches() -> None:
+    options = parse_arguments(["--size", "320x640", "--batch", "4"])
+    assert options.profile.shapes == {name: (4, 320, 640, 3) for name in ("min", "opt", "max")}
+    assert options.profile.fixed_hw == (320, 640)
+    options = parse_arguments(["--size", "32x64:320x640:640x1280", "--batch", "1:2:3", "--compute-capability", "86,89"])
+    assert options.profile.shapes == {"min": (1, 32, 64, 3), "opt": (2, 320, 640, 3), "max": (3, 640, 1280, 3)}
+    assert options.profile.fixed_hw is None
+    assert options.capabilities == (86, 89)
+    assert options.precision == "fp32"
+    assert options.command == "python -m export.to_trt --size 32x64:320x640:640x1280 --batch 1:2:3 --compute-capability 86,89"
+    with pytest.raises(SpecError):
+        Profile((1, 1, 1), ((33, 32), (64, 64), (64, 64)))
+
+
+@pytest.mark.skipif(TENSORRT.installed() or gpu_capability() is not None, reason="TensorRT or a GPU is at hand")
+def test_without_tensorrt_one_line_says_what_is_there_and_what_to_type(
+    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    result = command("export.to_trt", "--flavor", "tensorrt", "--size", "320x320")
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    for words in ("TensorRT is not installed", "pip install", "[trt]", "python -m export.to_trt", "retinaface.plugin.onnx"):
+        assert words in line
+    assert os.listdir(tmp_path) == ["retinaface.plugin.onnx"]
+    # installed, as far as Python can tell, and no GPU
+    (tmp_path / "tensorrt.py").write_text("raise AssertionError('must not be imported here')")
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    result = command("export.to_trt", "--flavor", "tensorrt", "--size", "320x320", env=environment)
+    assert result.returncode == 1
+    assert "builds on the GPU" in result.stderr
+    assert "--flavor rtx" in result.stderr
+
+
+@needs_rtx
+def test_a_build_that_fails_keeps_its_log_and_the_old_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = _engine(tmp_path, profile=Profile(sizes_hw=((320, 320),) * 3))
+    options.out.write_bytes(b"old")
+    monkeypatch.setenv("RETINAFACE_PLUGIN", str(_touch(tmp_path / "no_library.so")))
+    with pytest.raises(BuildError, match=r"no_library\.so cannot be loaded.*\(log: .*f\.engine\.log\).*f\.plugin\.onnx"):
+        build_engine(options)
+    assert "no_library.so" in options.log.read_text()
+    assert options.out.read_bytes() == b"old"
+    monkeypatch.setenv("RETINAFACE_PLUGIN", str(tmp_path / "missing.so"))
+    with pytest.raises(MissingToolError, match="no such file"):
+        build_engine(options)
+    monkeypatch.delenv("RETINAFACE_PLUGIN")
+    build_engine(options)
+    assert not options.log.exists()
+    assert check_engine(options.out, read_sidecar(options.out)) == []
+
+
+def _request(folder: Path, module: str) -> dict[str, object]:
+    (folder / "m.onnx").write_bytes(b"not ONNX")
+    shapes = {name: [1, 320, 320, 3] for name in ("min", "opt", "max")}
+    files = {name: str(folder / name) for name in ("log", "out", "plugin", "timing_cache_out")}
+    name = [PLUGIN.name, PLUGIN.version, PLUGIN.namespace]
+    more = {"onnx": str(folder / "m.onnx"), "profile": shapes, "capabilities": [], "timing_cache": None}
+    return {"module": module, "plugin_name": name, **files, **more}
+
+
+def test_a_builder_that_dies_is_reported(tmp_path: Path) -> None:
+    """TensorRT may abort the process it runs in: here a module that does so stands in its place."""
+    (tmp_path / "aborts.py").write_text("import os, sys; print('terminate called', file=sys.stderr, flush=True); os.abort()")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    with pytest.raises(BuildError, match="killed by signal 6: terminate called"):
+        _run_builder(_request(tmp_path, "aborts"), environment, TENSORRT, False)
+    with pytest.raises(BuildError, match="No module named 'missing_tensorrt'"):
+        _run_builder(_request(tmp_path, "missing_tensorrt"), environment, TENSORRT, False)
+
+
+@pytest.mark.parametrize("version", ["10.16", "11.4"])
+def test_the_builder_over_stub_libraries_fails_in_one_line(version: str, tmp_path: Path) -> None:
+    """The real Python bindings of TensorRT without a TensorRT behind them."""
+    bindings = ROOT / ".venv" / f"tensorrt-{version}"
+    if not bindings.is_dir():
+        pytest.skip(f"the bindings of TensorRT {version} are not there (make test installs them)")
+    make_stubs(tmp_path, int(version.split(".")[0]))
+    paths = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{bindings}"}
+    with pytest.raises(BuildError, match="TensorRT: .*factory function returned nullptr"):
+        _run_builder(_request(tmp_path, "tensorrt_bindings"), {**os.environ, **paths}, TENSORRT, False)
+
+
+@needs_rtx
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "export.to_trt", "--flavor", "rtx", "--size", "320x320", "--out", str(tmp_path / "f.engine")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    for printed in process.stdout:
+        if printed.startswith("wrote"):
+            break
+    process.terminate()  # the child process is starting, or building
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["f.plugin.onnx"]
+
+
+def test_plugin_form_computes_in_half(tmp_path: Path) -> None:
+    options = _engine(tmp_path, onnx_only=True, precision="fp16")
+    build_engine(options)
+    model = onnx.load(options.plugin_form)
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    casts = [a.i for node in model.graph.node if node.op_type == "Cast" for a in node.attribute]
+    assert casts == [onnx.TensorProto.FLOAT16]
+    assert np.isfinite(onnx.numpy_helper.to_array(model.graph.initializer[0])).all()

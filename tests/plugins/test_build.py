@@ -1,0 +1,147 @@
+"""What python -m plugins.build and CMake make, with the compilers at hand."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import plugins.build
+from facespec.errors import MissingToolError
+from plugins import PLUGIN
+from plugins.build import ARCHITECTURES, ensure, find_nvcc, find_tensorrt_headers, library_path, read_report
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def plugin() -> Path:
+    """The plugin library, built if it is not up to date."""
+    try:
+        find_nvcc(), find_tensorrt_headers()
+    except MissingToolError as error:
+        pytest.skip(str(error))
+    return ensure("plugin")
+
+
+def test_every_architecture_without_spills(plugin: Path) -> None:
+    report = read_report(plugin)
+    if report["left_out"]:
+        pytest.skip(f"{report['compiler_version']} does not know {report['left_out']}")
+    kernels = report["kernels"]
+    assert isinstance(kernels, list)
+    expected = {(kernel, heads, sm) for kernel in ("scan", "finish") for heads in ("fp32", "fp16") for sm in ARCHITECTURES}
+    assert {(row["kernel"], row["heads"], row["sm"]) for row in kernels} == expected
+    for row in kernels:
+        assert row["spill_bytes"] == row["stack_bytes"] == 0, row
+        # a multiprocessor has 65,536 registers: one finish block of 1024 threads, three scan blocks of 512
+        assert row["registers"] <= (64 if row["kernel"] == "finish" else 42), row
+    # what the repository says about them, from the same sources
+    table = json.loads((ROOT / "benchmarks" / "results" / "plugin_kernels.json").read_text())
+    assert {(row["kernel"], row["heads"], row["sm"]) for row in table["results"]} == expected
+    assert table["sources_sha256"] == report["sources_sha256"], "python -m benchmarks.plugin_kernels"
+
+
+def test_the_library_stands_alone(plugin: Path) -> None:
+    dynamic = subprocess.run(["readelf", "-d", plugin], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\.so", dynamic))
+    assert needed <= {"libc", "libm", "libdl", "libpthread", "librt", "ld-linux-x86-64", "ld-linux-aarch64"}
+    symbols = subprocess.run(["nm", "-D", "--defined-only", plugin], capture_output=True, text=True, check=True).stdout
+    ours = {"getCreators", "setLoggerFinder", "retinaface_check", "retinaface_launch", "retinaface_workspace_bytes"}
+    assert {line.split()[-1] for line in symbols.splitlines() if " T " in line} == ours
+
+
+def test_the_plugin_through_its_interfaces(plugin: Path, tmp_path: Path) -> None:
+    """Creation, serialisation, formats, shapes and workspace, driven by a C++ program as TensorRT would."""
+    headers = find_tensorrt_headers()[0]
+    source = Path(__file__).with_name("plugin_main.cpp")
+    program = tmp_path / "plugin_main"
+    compiler = [find_nvcc(), "-std=c++17", "-isystem", headers, *plugins.build.toolkit_paths(find_nvcc())]
+    subprocess.run([*compiler, source, "-o", program, "-ldl"], check=True)
+    result = subprocess.run([program, plugin], capture_output=True, text=True)
+    assert result.stdout.splitlines() == [f"{PLUGIN.name} {PLUGIN.version} {PLUGIN.namespace}", "passed"], result.stderr
+    assert result.stderr.count(PLUGIN.name) >= 17  # each refusal says why
+
+
+@pytest.mark.slow
+def test_cmake_makes_the_same_library(plugin: Path, tmp_path: Path) -> None:
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake")
+    headers = find_tensorrt_headers()[0]
+    settings = [f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", "-DCMAKE_CUDA_ARCHITECTURES=86"]
+    build = ["cmake", "-S", str(ROOT / "plugins"), "-B", str(tmp_path), *settings]
+    subprocess.run(build, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
+    library = ctypes.CDLL(str(tmp_path / plugin.name))
+    for name in ("getCreators", "setLoggerFinder", "retinaface_launch"):
+        assert hasattr(library, name)
+    # one list of architectures
+    text = (ROOT / "plugins" / "CMakeLists.txt").read_text()
+    listed = re.search(r"CMAKE_CUDA_ARCHITECTURES ([^)]*)\)\n", text)
+    assert listed is not None
+    assert tuple(int(name.split("-")[0]) for name in listed[1].split()) == ARCHITECTURES
+
+
+def test_a_library_is_built_once_and_again_when_its_sources_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins.build, "LIBRARY_FOLDER", tmp_path)
+    path = ensure("host")
+    assert path == library_path("host", tmp_path)
+    first = path.stat().st_mtime_ns
+    assert ensure("host").stat().st_mtime_ns == first
+    report = path.with_suffix(".json")
+    report.write_text(report.read_text().replace(str(read_report(path)["sources_sha256"]), "0" * 64))
+    assert ensure("host").stat().st_mtime_ns > first
+    report.write_text("not JSON")
+    assert read_report(path) == {}
+    assert ensure("host").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["libretinaface_host.json", "libretinaface_host.so"]
+
+
+def test_what_is_missing_is_named(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "apt install g++" in refused("plugins.build", "host", env={"CXX": "no-such-compiler"})
+    assert "kernel-lens" in refused("plugins.build", env={"TENSORRT_INCLUDE_DIR": str(tmp_path)})
+    (tmp_path / "NvInferRuntime.h").touch()
+    (tmp_path / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 6\n")
+    assert "IPluginV3 needs 10.0" in refused("plugins.build", env={"TENSORRT_INCLUDE_DIR": str(tmp_path)})
+    assert "give numbers" in refused("plugins.build", "--arch", "sm_86")
+    assert "knows none of" in refused("plugins.build", "kernels", "--arch", "13")
+    assert "invalid choice" in refused("plugins.build", "everything")
+    assert "cannot be written" in refused("plugins.build", "host", "--out", tmp_path / "NvInferVersion.h" / "x")
+
+
+def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_HOME, PATH, the usual place, then NVIDIA's pip packages."""
+    places = {
+        "pip": tmp_path / "site-packages" / "nvidia" / "cu13" / "bin" / "nvcc",
+        "usual": tmp_path / "usual" / "bin" / "nvcc",
+        "path": tmp_path / "path" / "nvcc",
+        "home": tmp_path / "home" / "bin" / "nvcc",
+    }
+    monkeypatch.setattr(plugins.build, "SYSTEM_CUDA", tmp_path / "usual")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "site-packages"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    with pytest.raises(MissingToolError, match=re.escape("pip install '.[nvcc]'")):
+        find_nvcc()
+    for place in places.values():
+        place.parent.mkdir(parents=True)
+        place.touch()
+        place.chmod(0o755)
+        assert find_nvcc() == place
+
+
+def test_a_compiler_error_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: it does not compile' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    assert "it does not compile" in refused("plugins.build", "host", "--out", tmp_path / "lib", env={"CXX": str(compiler)})
+    assert not list((tmp_path / "lib").glob("*")) if (tmp_path / "lib").exists() else True

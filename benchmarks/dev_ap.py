@@ -1,4 +1,4 @@
-"""WIDER FACE AP of the published weights, through PyTorch and through the exported ONNX, on the images at hand.
+"""WIDER FACE AP of the published weights, through PyTorch and both exported ONNX forms, on the images at hand.
 
 python -m benchmarks.dev_ap --data WIDERFACE [--out benchmarks/results/dev_ap.json]
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.environment import write_result
 from export.to_onnx import ExportOptions, export_onnx
+from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.spec import DecodeSpec
 from trainer.average_precision import LEVELS
 from trainer.evaluate import EvaluateOptions, evaluate
@@ -28,11 +29,22 @@ def main() -> int:
         dynamic, fixed = Path(folder) / "dynamic.onnx", Path(folder) / "640.onnx"
         export_onnx(ExportOptions("mobilenet0.25", dynamic, None, DecodeSpec()))
         export_onnx(ExportOptions("mobilenet0.25", fixed, (640, 640), DecodeSpec()))
+        plugin, plugin_fixed, half = (Path(folder) / f"{name}.onnx" for name in ("plugin", "plugin_640", "plugin_fp16"))
+        any_size = Profile(sizes_hw=((320, 320), (640, 640), (1088, 1920)))
+        for path, profile, precision in (
+            (plugin, any_size, "fp32"),
+            (plugin_fixed, Profile(), "fp32"),
+            (half, any_size, "fp16"),
+        ):
+            build_engine(EngineOptions("mobilenet0.25", path, profile, precision, onnx_only=True))
         for backend, detector, protocol in (
             ("PyTorch", "mobilenet0.25", "original"),
             ("ONNX", str(dynamic), "original"),
+            ("plugin form", str(plugin), "original"),
+            ("plugin form fp16", str(half), "original"),
             ("PyTorch", "mobilenet0.25", "letterbox"),
             ("ONNX", str(fixed), "letterbox"),
+            ("plugin form", str(plugin_fixed), "letterbox"),
         ):
             options = EvaluateOptions(args.data / "gt", detector=detector, data=args.data, protocol=protocol)
             result = evaluate(options)
@@ -42,7 +54,8 @@ def main() -> int:
             results.append({"backend": backend, "protocol": protocol, **kept})
     what = (
         "WIDER FACE AP in percent of the published mobilenet0.25; score 0.02, NMS 0.4, top 5000, keep 750; "
-        "letterbox is 640x640"
+        "letterbox is 640x640; plugin form: the network in ONNX Runtime, the plugin's kernels on the host (fp16 there rounds "
+        "what layers hand on, not what they add up)"
     )
     write_result(args.out, what, results, "torch", "onnxruntime", "onnxsim", "numpy", "opencv-python")
     for row in results:

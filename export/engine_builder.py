@@ -86,7 +86,7 @@ def parse(trt: Any, network: Any, logger: Any, content: bytes) -> None:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(content):
         problem = parser.get_error(0) if parser.num_errors else None
-        raise BuildFailedError(f"the ONNX parser refuses the graph: {problem.desc() if problem else 'it does not say why'}")
+        raise BuildFailedError(f"the ONNX parser refuses the graph: {problem.desc() if problem else 'no reason given'}")
     if network.num_outputs == 0:  # of what is no ONNX at all the parser makes an empty network
         raise BuildFailedError("the ONNX parser found no outputs in the graph")
 

@@ -1,4 +1,4 @@
-"""The ONNX graph of a detector: preprocessing, network, decoding and NMS, the last two in operators or as one plugin."""
+"""The ONNX graph of a detector: preprocessing, network, then decoding and NMS in operators or as a plugin."""
 
 from __future__ import annotations
 

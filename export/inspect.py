@@ -167,7 +167,9 @@ def inspect_onnx(path: Path) -> Inspection:
     found.inputs = {value.name: _type(onnx, value) for value in model.graph.input}
     found.outputs = {value.name: _type(onnx, value) for value in model.graph.output}
     found.plugin = {
-        attribute.name: _plain(onnx.helper.get_attribute_value(attribute)) for node in plugins for attribute in node.attribute
+        attribute.name: _plain(onnx.helper.get_attribute_value(attribute))
+        for node in plugins
+        for attribute in node.attribute
     }
     try:
         onnx.checker.check_model(model)
@@ -250,8 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 1 if something speaks against the file."""
     parser = ArgumentParser(
         prog="python -m export.inspect",
-        description="Show what is inside an engine or an ONNX file: inputs, outputs, precision, plugin, model, and whether "
-        "the engine is the one its sidecar describes. It needs no GPU and loads nothing that could run.",
+        description="Show what is inside an engine or an ONNX file: inputs, outputs, precision, plugin, model, and "
+        "whether the engine is the one its sidecar describes. It needs no GPU and loads nothing that could run.",
     )
     parser.add_argument("file", type=Path, help="engine, or ONNX file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

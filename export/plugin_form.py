@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-
 import onnx
 
 from export.graph import add_plugin
 from export.portable import build_heads, check_graph
 from export.quantize import to_fp16
 from facespec.errors import ModelFileError
-
 from plugins.host import make_params
 from trainer.model import RetinaFace
 
@@ -35,5 +33,3 @@ def build_plugin_form(model: RetinaFace, size_hw: tuple[int, int] | None, precis
     add_plugin(graph, model.spec)
     check_graph(graph)
     return graph
-
-

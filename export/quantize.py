@@ -61,8 +61,8 @@ def _half(tensor: onnx.TensorProto) -> onnx.TensorProto:
 def conv_macs(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> dict[str, int]:
     """Return the multiply-accumulates of all convolutions for one image, by the precision they are computed in.
 
-    A convolution counts as int8 where its input and its weight come from DequantizeLinear of int8, otherwise by the type
-    of its input.
+    A convolution counts as int8 where its input and its weight come from DequantizeLinear of int8, otherwise by the
+    type of its input.
 
     Args:
         graph: Any detector graph, batch first in `images`.

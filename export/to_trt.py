@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Profile:
                 raise SpecError(f"--size: the {('heights', 'widths')[side]} {low}, {best}, {high} do not ascend")
         pixels = self.batch[2] * self.sizes_hw[2][0] * self.sizes_hw[2][1]
         if pixels > MAX_NETWORK_PIXELS * 8:
-            raise SpecError(f"--batch times --size is {pixels} pixels at most; an engine takes {MAX_NETWORK_PIXELS * 8}")
+            raise SpecError(f"--batch times --size is up to {pixels} pixels, an engine takes {MAX_NETWORK_PIXELS * 8}")
 
     @property
     def fixed_hw(self) -> tuple[int, int] | None:
@@ -108,7 +108,7 @@ class EngineOptions:
     out: Path
     profile: Profile = Profile()
     precision: str = "fp32"
-    decode: DecodeSpec = DecodeSpec()
+    decode: DecodeSpec = field(default_factory=DecodeSpec)
     flavor: str = AUTO
     capabilities: tuple[int, ...] = ()
     onnx_only: bool = False
@@ -195,10 +195,12 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     outputs: list[tuple[str, Path | None]] = [("--out", options.plugin_form)]
     if not options.onnx_only:
         if options.out.suffix.lower() == ".onnx":
-            raise OutputError(f"--out {options.out}: an engine is not an ONNX file: name it .engine, or add --onnx-only")
+            raise OutputError(f"--out {options.out}: an engine is no ONNX file: name it .engine, or add --onnx-only")
         outputs += [("--out", path) for path in (options.out, sidecar_path(options.out), options.log)]
         outputs.append(("--timing-cache", options.timing_cache))
-    inputs = [options.weights, *([options.parity_images] if options.parity_images else [])]
+    inputs: list[str | Path] = [options.weights]
+    if options.parity_images:
+        inputs.append(options.parity_images)
     check_outputs(outputs, inputs)
     graph = export_plugin_form(options)
     shares = ", ".join(f"{share:.0%} {kind}" for kind, share in graph.mac_shares.items())
@@ -246,7 +248,8 @@ def _capabilities(options: EngineOptions, flavor: Flavor) -> tuple[int, ...]:
     """Return the compute capabilities an engine is for."""
     present = gpu_capability()
     if flavor is RTX:
-        return tuple(sorted(set(options.capabilities or ((present,) if present in RTX.capabilities else AHEAD_OF_TIME))))
+        default = (present,) if present in RTX.capabilities else AHEAD_OF_TIME
+        return tuple(sorted(set(options.capabilities or default)))
     if present is None:
         raise MissingToolError(
             "TensorRT builds on the GPU it builds for, and there is none here, or no driver: use --flavor rtx, "
@@ -316,7 +319,8 @@ def _run_builder(request: dict[str, Any], environment: dict[str, str], flavor: F
     )
     last: dict[str, Any] = {}
     try:
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
         with suppress(BrokenPipeError):
             child.stdin.write(json.dumps(request))
             child.stdin.close()
@@ -384,7 +388,9 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
         "--weights", default=DEFAULT_WEIGHTS, help="checkpoint (.pth), or the name of published weights"
     )
     parser.add_argument(
-        "--size", default="640x640", help="HEIGHTxWIDTH, multiples of 32; or MIN:OPT:MAX, such as 320x320:640x640:1088x1920"
+        "--size",
+        default="640x640",
+        help="HEIGHTxWIDTH, multiples of 32; or MIN:OPT:MAX, as 320x320:640x640:1088x1920",
     )
     parser.add_argument("--batch", default="1:1:8", help="frames in a call: a number, or MIN:OPT:MAX")
     parser.add_argument(
@@ -412,7 +418,10 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
     parser.add_argument("--onnx-only", action="store_true", help="write the plugin form alone")
     add_decode_arguments(parser)
     parser.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="what TensorRT has measured (default: in ~/.cache/retinaface-trt)"
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="what TensorRT measured (default: in ~/.cache/retinaface-trt)",
     )
     args = parser.parse_args(argv)
     if args.precision == "int8" or args.calib:

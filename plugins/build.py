@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -43,6 +42,12 @@ TARGETS = {
 
 SYSTEM_CUDA = Path("/usr/local/cuda")
 HOST_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread")
+NVCC_FLAGS = (
+    *("-std=c++17", "-O3", "-shared", "-cudart", "static", "--threads", "0", "-Xptxas", "-v"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"),
+    # what the library needs lies within it, so that it loads beside any TensorRT and any C++ runtime
+    *("-Xlinker", "--exclude-libs,ALL", "-Xcompiler", "-static-libstdc++,-static-libgcc"),
+)
 HEADERS_COMMAND = "pip install --no-deps kernel-lens"
 NVCC_COMMAND = "in the project's folder, pip install '.[nvcc]'"
 COMPILER_COMMAND = "apt install g++"
@@ -161,18 +166,15 @@ def find_tensorrt_headers() -> tuple[Path, str]:
 
 def _header_version(path: Path) -> str:
     text = path.read_text(encoding="utf-8", errors="replace")
-    values = dict(re.findall(r"#define\s+(\w+)\s+(\w+)", text))
+    values: dict[str, str] = dict(re.findall(r"#define\s+(\w+)\s+(\w+)", text))
 
-    def number(name: str) -> str:
-        value = values.get(name, "0")
-        return values.get(value, value)
-
-    return ".".join(number(f"NV_TENSORRT_{part}") for part in ("MAJOR", "MINOR", "PATCH"))
+    numbers = [values.get(f"NV_TENSORRT_{part}", "0") for part in ("MAJOR", "MINOR", "PATCH")]
+    return ".".join(values.get(number, number) for number in numbers)  # some are names of other macros
 
 
 def sources_sha256(target: str, settings: Sequence[object] = ()) -> str:
     """Return a hash of everything a library is made from but the compiler."""
-    digest = hashlib.sha256(repr((target, TARGETS[target], HOST_FLAGS, tuple(settings))).encode())
+    digest = hashlib.sha256(repr((target, TARGETS[target], HOST_FLAGS, NVCC_FLAGS, tuple(settings))).encode())
     for path in sorted([*(ROOT / "src").iterdir(), *(ROOT / "include").iterdir()]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -188,7 +190,9 @@ def _call(command: Sequence[str | Path]) -> str:
     output = result.stdout + result.stderr
     if result.returncode:
         errors = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or ["?"]
-        raise BuildError(f"{Path(command[0]).name} failed: {errors[0].strip()} (command: {' '.join(map(str, command))})")
+        raise BuildError(
+            f"{Path(command[0]).name} failed: {errors[0].strip()} (command: {' '.join(map(str, command))})"
+        )
     return output
 
 
@@ -225,7 +229,9 @@ def _resources(log: str) -> tuple[dict[str, int | str], ...]:
     return tuple(sorted(rows, key=lambda row: (row["kernel"], row["heads"], row["sm"])))
 
 
-def build(target: str = "plugin", architectures: Sequence[int] = ARCHITECTURES, folder: Path | None = None) -> BuildReport:
+def build(
+    target: str = "plugin", architectures: Sequence[int] = ARCHITECTURES, folder: Path | None = None
+) -> BuildReport:
     """Compile a library and write it and its report; return the report.
 
     Args:
@@ -256,25 +262,20 @@ def build(target: str = "plugin", architectures: Sequence[int] = ARCHITECTURES, 
             raise BuildError(f"{nvcc} knows none of the architectures {list(architectures)}")
         if headers:
             include += ["-isystem", headers]
-        flags = ["-std=c++17", "-O3", "-ccbin", compiler, "--threads", "0", "-Xptxas", "-v"]
+        flags: list[str | Path] = [*NVCC_FLAGS, "-ccbin", compiler, *toolkit_paths(nvcc)]
         for architecture in supported:
             flags += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
         if _supported(nvcc, (PTX_ARCHITECTURE,)):
             flags += ["-gencode", f"arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"]
-        host_flags = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
-        flags += ["-Xcompiler", ",".join(host_flags), "-shared", "-cudart", "static"]
-        flags += toolkit_paths(nvcc)
-        # what the plugin needs lies within it, so that it loads beside any TensorRT and any C++ runtime
-        link = ["-Xlinker", "--exclude-libs,ALL", "-Xcompiler", "-static-libstdc++,-static-libgcc"]
         with atomic_path(out) as temporary:
-            log = _call([nvcc, *flags, *include, *sources, *link, "-o", temporary])
-        version = _call([nvcc, "--version"]).strip().splitlines()
+            log = _call([nvcc, *flags, *include, *sources, "-o", temporary])
+        said = _call([nvcc, "--version"]).strip().splitlines()
         report = BuildReport(
             target,
             out.name,
             digest,
             str(nvcc),
-            next((line for line in version if "release" in line), "?").strip(),
+            next((line for line in said if "release" in line), "?").strip(),
             supported,
             tuple(a for a in architectures if a not in supported),
             str(headers or ""),
@@ -325,8 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = ArgumentParser(
         prog="python -m plugins.build",
-        description="Compile the decode + NMS kernels. It needs a C++ compiler; for the GPU also nvcc (PATH, CUDA_HOME, "
-        f"/usr/local/cuda, or pip: {NVCC_COMMAND}); for the TensorRT plugin also TensorRT's headers "
+        description="Compile the decode + NMS kernels. It needs a C++ compiler; for the GPU also nvcc (PATH, "
+        f"CUDA_HOME, /usr/local/cuda, or pip: {NVCC_COMMAND}); for the TensorRT plugin also TensorRT's headers "
         f"(TENSORRT_INCLUDE_DIR, a system installation, or {HEADERS_COMMAND}).",
     )
     parser.add_argument("target", nargs="?", default="plugin", choices=list(TARGETS), help="what to build")

@@ -134,7 +134,7 @@ def decode_nms(
         spec: Its `anchors` and `decode`.
         order: How the loops of a thread block are run; the result never depends on it. For tests.
         seed: Of the order "shuffled".
-        shared_capacity: Candidates, a power of two from 64 to 4096, beyond which the other of two places in memory is used; the
+        shared_capacity: Candidates, a power of two from 64 to 4096, beyond which they are kept in other memory; the
             result never depends on it. For tests.
 
     Returns:

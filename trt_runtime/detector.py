@@ -183,7 +183,9 @@ def load_detector(path: str | Path, **options: Any) -> OrtRetinaFace:
     if suffix in CHECKPOINT_SUFFIXES:
         raise ModelFileError(f"{path}: a checkpoint; export it first: python -m export.to_onnx --weights {path}")
     if suffix == ".engine":
-        raise ModelFileError(f"{path}: this version builds TensorRT engines and does not run them yet: use the .onnx file")
+        raise ModelFileError(
+            f"{path}: this version builds TensorRT engines and does not run them yet: use the ONNX file"
+        )
     if suffix != ".onnx":
         raise ModelFileError(f"{path}: expected a .onnx file written by python -m export.to_onnx")
     return OrtRetinaFace(path, **options)

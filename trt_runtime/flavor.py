@@ -103,8 +103,8 @@ def child_environment(flavor: Flavor) -> Iterator[dict[str, str]]:
     """Yield the environment in which a child process can use a flavour.
 
     TensorRT-RTX's ONNX parser opens its core library by a bare name, `libtensorrt_rtx.so`, when it meets a plugin, and
-    aborts if that is not found. The pip package has `libtensorrt_rtx.so.1` only, so a link to it goes on the search path
-    of the dynamic loader, which reads that when a process starts.
+    aborts if that is not found. The pip package has `libtensorrt_rtx.so.1` only, so a link to it goes on the search
+    path of the dynamic loader, which reads that when a process starts.
     """
     environment = dict(os.environ)
     package = importlib.util.find_spec("tensorrt_rtx_libs") if flavor is RTX else None

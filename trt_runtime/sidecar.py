@@ -21,6 +21,8 @@ RTX_MAGIC = b"vtrt"
 RTX_HEADER_BYTES = 64
 RTX_CAPABILITY_BITS = {75: 1, 80: 2, 86: 4, 89: 8, 120: 16, 121: 32}
 
+_JSON_TYPES = {"str": str, "int": int, "tuple": list, "dict": dict, "ModelSpec": dict}
+
 Shape = tuple[int, ...]
 
 
@@ -64,7 +66,7 @@ class Sidecar:
         """Return the JSON form."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         text = json.dumps({"format": FORMAT_VERSION, **values, "spec": json.loads(self.spec.to_json())}, indent=2)
-        return re.sub(r"\[[^\[\]{}]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text) + "\n"  # short lists on one line
+        return re.sub(r"\[[^\[\]{}]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Sidecar:
@@ -83,8 +85,7 @@ class Sidecar:
         if set(data) != set(fields):
             raise SpecError(f"fields missing or unknown: {sorted(set(data) ^ set(fields))}")
         for name, kind in fields.items():
-            expected = {"str": str, "int": int, "ModelSpec": dict}.get(kind, list if kind.startswith("tuple") else dict)
-            if not isinstance(data[name], expected):
+            if not isinstance(data[name], _JSON_TYPES[str(kind).split("[")[0]]):
                 raise SpecError(f"{name} is not of the type it should be")
         data["spec"] = ModelSpec.from_json(json.dumps(data["spec"]))
         data["compute_capabilities"] = tuple(data["compute_capabilities"])
@@ -152,7 +153,7 @@ def read_sidecar(engine: str | Path) -> Sidecar:
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
     except SpecError as error:
-        raise ModelFileError(f"{path}: {error}; build the engine again: python -m export.to_trt --out {engine}") from None
+        raise ModelFileError(f"{path}: {error}; build again: python -m export.to_trt --out {engine}") from None
 
 
 def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:

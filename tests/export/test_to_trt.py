@@ -17,7 +17,7 @@ import pytest
 
 from export.inspect import inspect
 from export.to_trt import EngineOptions, Profile, _run_builder, build_engine, parse_arguments
-from facespec.errors import BuildError, MissingToolError, ModelFileError, OutputError, SpecError
+from facespec.errors import BuildError, MissingToolError, ModelFileError, SpecError
 from facespec.spec import DecodeSpec, ModelSpec
 from plugins import PLUGIN
 from tests.export.trt_stubs import make_stubs
@@ -37,7 +37,9 @@ def _engine(folder: Path, **changes: object) -> EngineOptions:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp16 engine of fixed size for all GPUs."""
-    options = _engine(tmp_path_factory.mktemp("engine"), precision="fp16", decode=DecodeSpec(score_threshold=0.3, top_k=77))
+    options = _engine(
+        tmp_path_factory.mktemp("engine"), precision="fp16", decode=DecodeSpec(score_threshold=0.3, top_k=77)
+    )
     build_engine(options)
     return options.out
 
@@ -97,9 +99,18 @@ def test_an_engine_that_changed_is_noticed(engine: Path, tmp_path: Path) -> None
     assert "kind unknown" in problems(b"\0" * 100, sidecar)[1]
     assert "compute capabilities" in problems(content, sidecar.replace("[75, 80, 86, 89, 120]", "[75, 90]"))[0]
     assert "sidecar 9.9" in problems(content, sidecar.replace('"version": "1.7', '"version": "9.9.1.7'))[0]
-    assert "plugin is RetinaFaceDecodeNMS 2" in problems(content, sidecar.replace('"version": "1",', '"version": "2",'))[0]
+    assert (
+        "plugin is RetinaFaceDecodeNMS 2" in problems(content, sidecar.replace('"version": "1",', '"version": "2",'))[0]
+    )
     assert "no RetinaFaceDecodeNMS in it" in problems(content.replace(b"RetinaFaceD", b"retinafaced"), sidecar)[1]
-    for broken in ("", "{}", "[1]", sidecar.replace('"profile"', '"x"'), sidecar.replace('"opt"', '"best"'), "[" * 100_000):
+    for broken in (
+        "",
+        "{}",
+        "[1]",
+        sidecar.replace('"profile"', '"x"'),
+        sidecar.replace('"opt"', '"best"'),
+        "[" * 100_000,
+    ):
         assert "json" in problems(content, broken)[0]
     assert "top_k" in problems(content, sidecar.replace('"top_k": 77', '"top_k": -1'))[0]
     side.unlink()
@@ -126,7 +137,9 @@ def test_inspect_in_table_and_json(engine: Path, command: Callable[..., subproce
 def test_inspect_onnx(static_onnx: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     found = inspect(static_onnx)
     assert (found.kind, found.valid, found.precision) == ("portable ONNX", True, {"fp32": 1.0})
-    options = _engine(tmp_path, onnx_only=True, profile=DYNAMIC, decode=DecodeSpec(score_threshold=0.3, iou_threshold=0.55))
+    options = _engine(
+        tmp_path, onnx_only=True, profile=DYNAMIC, decode=DecodeSpec(score_threshold=0.3, iou_threshold=0.55)
+    )
     assert build_engine(options) is None
     assert os.listdir(tmp_path) == ["f.plugin.onnx"]
     found = inspect(options.plugin_form)
@@ -189,7 +202,10 @@ def test_sizes_and_batches() -> None:
     assert options.profile.fixed_hw is None
     assert options.capabilities == (86, 89)
     assert options.precision == "fp32"
-    assert options.command == "python -m export.to_trt --size 32x64:320x640:640x1280 --batch 1:2:3 --compute-capability 86,89"
+    assert (
+        options.command
+        == "python -m export.to_trt --size 32x64:320x640:640x1280 --batch 1:2:3 --compute-capability 86,89"
+    )
     with pytest.raises(SpecError):
         Profile((1, 1, 1), ((33, 32), (64, 64), (64, 64)))
 
@@ -201,7 +217,13 @@ def test_without_tensorrt_one_line_says_what_is_there_and_what_to_type(
     result = command("export.to_trt", "--flavor", "tensorrt", "--size", "320x320")
     assert result.returncode == 1
     (line,) = result.stderr.strip().splitlines()
-    for words in ("TensorRT is not installed", "pip install", "[trt]", "python -m export.to_trt", "retinaface.plugin.onnx"):
+    for words in (
+        "TensorRT is not installed",
+        "pip install",
+        "[trt]",
+        "python -m export.to_trt",
+        "retinaface.plugin.onnx",
+    ):
         assert words in line
     assert os.listdir(tmp_path) == ["retinaface.plugin.onnx"]
     # installed, as far as Python can tell, and no GPU
@@ -218,7 +240,9 @@ def test_a_build_that_fails_keeps_its_log_and_the_old_engine(tmp_path: Path, mon
     options = _engine(tmp_path, profile=Profile(sizes_hw=((320, 320),) * 3))
     options.out.write_bytes(b"old")
     monkeypatch.setenv("RETINAFACE_PLUGIN", str(_touch(tmp_path / "no_library.so")))
-    with pytest.raises(BuildError, match=r"no_library\.so cannot be loaded.*\(log: .*f\.engine\.log\).*f\.plugin\.onnx"):
+    with pytest.raises(
+        BuildError, match=r"no_library\.so cannot be loaded.*\(log: .*f\.engine\.log\).*f\.plugin\.onnx"
+    ):
         build_engine(options)
     assert "no_library.so" in options.log.read_text()
     assert options.out.read_bytes() == b"old"
@@ -242,7 +266,9 @@ def _request(folder: Path, module: str) -> dict[str, object]:
 
 def test_a_builder_that_dies_is_reported(tmp_path: Path) -> None:
     """TensorRT may abort the process it runs in: here a module that does so stands in its place."""
-    (tmp_path / "aborts.py").write_text("import os, sys; print('terminate called', file=sys.stderr, flush=True); os.abort()")
+    (tmp_path / "aborts.py").write_text(
+        "import os, sys; print('terminate called', file=sys.stderr, flush=True); os.abort()"
+    )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     with pytest.raises(BuildError, match="killed by signal 6: terminate called"):
         _run_builder(_request(tmp_path, "aborts"), environment, TENSORRT, False)
@@ -258,13 +284,23 @@ def test_the_builder_over_stub_libraries_fails_in_one_line(version: str, tmp_pat
         pytest.skip(f"the bindings of TensorRT {version} are not there (make test installs them)")
     make_stubs(tmp_path, int(version.split(".")[0]))
     paths = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{bindings}"}
-    with pytest.raises(BuildError, match="TensorRT: .*factory function returned nullptr"):
+    with pytest.raises(BuildError, match=r"TensorRT: .*factory function returned nullptr"):
         _run_builder(_request(tmp_path, "tensorrt_bindings"), {**os.environ, **paths}, TENSORRT, False)
 
 
 @needs_rtx
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "export.to_trt", "--flavor", "rtx", "--size", "320x320", "--out", str(tmp_path / "f.engine")]
+    line = [
+        sys.executable,
+        "-m",
+        "export.to_trt",
+        "--flavor",
+        "rtx",
+        "--size",
+        "320x320",
+        "--out",
+        str(tmp_path / "f.engine"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None

@@ -38,7 +38,9 @@ def test_every_architecture_without_spills(plugin: Path) -> None:
         pytest.skip(f"{report['compiler_version']} does not know {report['left_out']}")
     kernels = report["kernels"]
     assert isinstance(kernels, list)
-    expected = {(kernel, heads, sm) for kernel in ("scan", "finish") for heads in ("fp32", "fp16") for sm in ARCHITECTURES}
+    expected = {
+        (kernel, heads, sm) for kernel in ("scan", "finish") for heads in ("fp32", "fp16") for sm in ARCHITECTURES
+    }
     assert {(row["kernel"], row["heads"], row["sm"]) for row in kernels} == expected
     for row in kernels:
         assert row["spill_bytes"] == row["stack_bytes"] == 0, row
@@ -76,7 +78,11 @@ def test_cmake_makes_the_same_library(plugin: Path, tmp_path: Path) -> None:
     if not shutil.which("cmake"):
         pytest.skip("no cmake")
     headers = find_tensorrt_headers()[0]
-    settings = [f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", "-DCMAKE_CUDA_ARCHITECTURES=86"]
+    settings = [
+        f"-DTENSORRT_INCLUDE_DIR={headers}",
+        f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+        "-DCMAKE_CUDA_ARCHITECTURES=86",
+    ]
     build = ["cmake", "-S", str(ROOT / "plugins"), "-B", str(tmp_path), *settings]
     subprocess.run(build, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
@@ -90,7 +96,9 @@ def test_cmake_makes_the_same_library(plugin: Path, tmp_path: Path) -> None:
     assert tuple(int(name.split("-")[0]) for name in listed[1].split()) == ARCHITECTURES
 
 
-def test_a_library_is_built_once_and_again_when_its_sources_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_is_built_once_and_again_when_its_sources_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plugins.build, "LIBRARY_FOLDER", tmp_path)
     path = ensure("host")
     assert path == library_path("host", tmp_path)
@@ -143,5 +151,7 @@ def test_a_compiler_error_is_one_line(refused: Callable[..., str], tmp_path: Pat
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: it does not compile' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    assert "it does not compile" in refused("plugins.build", "host", "--out", tmp_path / "lib", env={"CXX": str(compiler)})
+    assert "it does not compile" in refused(
+        "plugins.build", "host", "--out", tmp_path / "lib", env={"CXX": str(compiler)}
+    )
     assert not list((tmp_path / "lib").glob("*")) if (tmp_path / "lib").exists() else True

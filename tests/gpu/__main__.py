@@ -1,0 +1,167 @@
+"""Everything that needs a GPU, in one command: python -m tests.gpu.
+
+It needs nvcc, g++, python3 with torch (CUDA) and numpy, and this checkout. It builds the kernels for the present GPU,
+compares them with the host version bit for bit, runs them under compute-sanitizer and times them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from facespec.cli import ArgumentParser, run
+from facespec.errors import RetinaFaceError
+from facespec.files import check_outputs, write_text
+from plugins import host
+from plugins.build import find_nvcc, read_report
+from tests.gpu.kernel import ROOT, build_kernels, capability, gpu_problem
+
+RESULT = ROOT / "benchmarks" / "results" / "gpu_kernel.json"
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TESTS_S, TOOL_S, BENCHMARK_S = 180, 60, 150
+"""Limits of the steps; together they stay under ten minutes."""
+
+ERROR_EXITCODE = 9
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of one step: passed, FAILED or not run."""
+
+    name: str
+    state: str
+    seconds: float
+    note: str = ""
+
+
+def call(name: str, command: Sequence[object], limit_s: float, read_summaries: bool = False) -> Step:
+    """Run a command in the project's folder, its output shown; it fails by its exit code or by running too long.
+
+    Args:
+        name: Of the step.
+        command: Program and arguments.
+        limit_s: Seconds it may take.
+        read_summaries: It also fails unless it prints the summaries of compute-sanitizer, and these count no errors.
+    """
+    print(f"\n== {name}: {' '.join(map(str, command))}", flush=True)
+    start = time.perf_counter()
+    environment = {**os.environ, "RETINAFACE_REQUIRE_GPU": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE if read_summaries else None,
+        stderr=subprocess.STDOUT if read_summaries else None,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that what it has started ends with it
+    )
+    note = ""
+    try:
+        output = process.communicate(timeout=limit_s)[0]
+        if process.returncode:
+            note = f"exit code {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0]
+        note = f"stopped after {limit_s:g} s"
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if read_summaries:
+        print(output, end="", flush=True)
+        counts = re.findall(r"SUMMARY: (\d+) (?:error|hazard)", output)
+        if not note and not counts:
+            note = "it printed no summary"
+        elif not note and any(map(int, counts)):
+            note = f"{sum(map(int, counts))} errors or hazards"
+    return Step(name, "FAILED" if note else "passed", time.perf_counter() - start, note)
+
+
+def find_sanitizer() -> Path | None:
+    """Return compute-sanitizer: on PATH, or where nvcc and CUDA are."""
+    on_path = shutil.which("compute-sanitizer")
+    if on_path:
+        return Path(on_path)
+    homes = [find_nvcc().resolve().parent.parent, Path("/usr/local/cuda")]
+    for home in homes:
+        for place in (home / "bin" / "compute-sanitizer", home / "compute-sanitizer" / "compute-sanitizer"):
+            if os.access(place, os.X_OK):
+                return place
+    return None
+
+
+def sanitize(library: Path) -> list[Step]:
+    """Run the tools of compute-sanitizer."""
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        print("\ncompute-sanitizer: not found on PATH, beside nvcc or in /usr/local/cuda; not run", file=sys.stderr)
+        return [Step(tool, "not run", 0, "no compute-sanitizer") for tool in TOOLS]
+    steps = []
+    for tool in TOOLS:
+        options = ["--tool", tool, "--error-exitcode", str(ERROR_EXITCODE), "--target-processes", "all"]
+        driver: list[object] = [sys.executable, "-m", "tests.gpu.sanitize", library]
+        steps.append(call(tool, [sanitizer, *options, *driver], TOOL_S, read_summaries=True))
+    return steps
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = ArgumentParser(
+        prog="python -m tests.gpu", description="Build, test, sanitize and time the kernels on a GPU."
+    )
+    parser.add_argument("--skip-benchmark", action="store_true", help="no timing")
+    parser.add_argument("--skip-sanitizer", action="store_true", help="no compute-sanitizer")
+    parser.add_argument("--out", type=Path, default=RESULT, help="result file of the benchmark")
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
+    if not args.skip_benchmark:
+        check_outputs([("--out", out)], [])
+    problem = gpu_problem()
+    if problem:
+        raise RetinaFaceError(f"the GPU tests need an NVIDIA GPU and torch with CUDA: {problem}")
+    start = time.perf_counter()
+    library = build_kernels(capability())
+    host.library()
+    steps = [Step("build", "passed", time.perf_counter() - start)]
+    report = read_report(library)
+    print(f"{library}: {report['compiler']} ({report['compiler_version']})")
+    print(f"machine code for sm_{capability()}")
+    for kernel in report["kernels"]:  # type: ignore[attr-defined]
+        print("  " + ", ".join(f"{key} {value}" for key, value in kernel.items()))
+    steps.append(call("tests", [sys.executable, "-m", "unittest", "-v", "tests.gpu.test_kernel"], TESTS_S))
+    if importlib.util.find_spec("pytest") and importlib.util.find_spec("cv2"):
+        others = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--ignore", "tests/gpu"]
+        steps.append(call("other tests", others, TESTS_S))
+    else:
+        steps.append(Step("other tests", "not run", 0, "pytest or opencv-python is not installed"))
+    steps += (
+        [Step(tool, "not run", 0, "--skip-sanitizer") for tool in TOOLS] if args.skip_sanitizer else sanitize(library)
+    )
+    if args.skip_benchmark:
+        steps.append(Step("benchmark", "not run", 0, "--skip-benchmark"))
+    else:
+        before = out.stat().st_mtime_ns if out.is_file() else 0
+        steps.append(call("benchmark", [sys.executable, "-m", "benchmarks.gpu_kernel", "--out", out], BENCHMARK_S))
+        if out.is_file() and out.stat().st_mtime_ns != before:
+            record = json.loads(out.read_text(encoding="utf-8"))
+            record["checks"] = {step.name: " ".join(filter(None, (step.state, step.note))) for step in steps}
+            write_text(out, json.dumps(record, indent=2) + "\n")
+    print("\nstep        state     seconds")
+    for step in steps:
+        print(f"{step.name:<11} {step.state:<9} {step.seconds:7.1f}  {step.note}".rstrip())
+    return 1 if any(step.state == "FAILED" for step in steps) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

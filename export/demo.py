@@ -1,4 +1,4 @@
-"""The main job on real photographs, on any machine: published weights -> ONNX -> faces, in pictures, JSON and video.
+"""The main job on real photographs, on any machine: published weights -> ONNX and engine -> faces in pictures and video.
 
 python -m export.demo --out build/demo    (or: make demo)
 """
@@ -15,11 +15,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from export.inspect import inspect
 from export.to_onnx import ExportOptions, export_onnx
+from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.cli import ArgumentParser, run
 from facespec.detections import Detections
 from facespec.draw import draw_detections
-from facespec.errors import DataError, RetinaFaceError
+from facespec.errors import DataError, MissingPackageError, MissingToolError, RetinaFaceError
 from facespec.files import write_text
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
@@ -27,6 +29,7 @@ from facespec.samples import sample_photographs
 from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.detector import OrtRetinaFace
+from trt_runtime.flavor import RTX
 from trt_runtime.timing import StageTimer
 from trt_runtime.video import VideoWriter
 
@@ -72,6 +75,34 @@ def contact_sheet(photographs: Sequence[Frame], found: Sequence[Detections]) -> 
     return np.hstack([part for column in columns for part in (gap, column)][1:])
 
 
+def demo_engine(out: Path, photographs: Sequence[Frame]) -> str:
+    """Build an engine ahead of time, run what it was built from on the CPU, and return what to do with it.
+
+    Raises:
+        RetinaFaceError: The build fails, or what it builds from does not find the faces. Where TensorRT-RTX or a compiler
+            is missing it says so, and goes on.
+    """
+    path = out / "retinaface.engine"
+    profile = Profile(batch=(1, 1, 4), sizes_hw=((320, 320), NETWORK_HW, (1088, 1920)))
+    command = f"python -m export.to_trt --fp16 --size 320x320:640x640:1088x1920 --batch 1:1:4 --flavor rtx --out {path}"
+    options = EngineOptions(DEFAULT_WEIGHTS, path, profile, "fp16", flavor=RTX.name, command=command)
+    try:
+        build_engine(options)
+    except (MissingPackageError, MissingToolError) as error:
+        print(f"   not built: {error}")
+        return ""
+    detector = OrtRetinaFace(options.plugin_form, size_hw=NETWORK_HW)
+    faces = [len(detector.detect(photograph)) for photograph in photographs]
+    print(f"\n{inspect(path)}")
+    print(f"   {options.plugin_form.name} on the CPU, its plugin compiled for the host: {sum(faces)} faces")
+    if 0 in faces:
+        raise RetinaFaceError(f"{options.plugin_form} does not find the face in a photograph")
+    return f"""
+An engine for GPUs of your own, and what is inside:
+  {command}
+  python -m export.inspect {path}"""
+
+
 def demo(out: Path) -> None:
     """Export the default weights, find faces in sample photographs and in a video, and write what was found to `out`.
 
@@ -110,7 +141,10 @@ def demo(out: Path) -> None:
         summary = detect(DetectOptions(str(out / "sample.mp4"), model, output=out / "faces.mp4", json=str(video_lines)))
         lines += video_lines.read_text(encoding="utf-8").splitlines()
     write_text(out / "faces.json", "\n".join(lines) + "\n")
-    print("3. video\n   " + str(summary).replace("\n", "\n   "))
+    print("3. video\n   " + str(summary).replace("\n", "\n   ") + "\n")
+
+    print("4. TensorRT engine")
+    engine = demo_engine(out, photographs)
     print(
         f"""
 Look at {out / "faces.png"} and {out / "faces.mp4"}; {out / "faces.json"} holds boxes and landmarks.
@@ -121,7 +155,8 @@ Next, with your own pictures (activate the environment first: source .venv/bin/a
   python -m trt_runtime.detect 0 --model {model} --show
 or in Python:
   from trt_runtime import load_detector
-  faces = load_detector("{model}").detect(frame)   # uint8 BGR, as cv2.imread gives"""
+  faces = load_detector("{model}").detect(frame)   # uint8 BGR, as cv2.imread gives
+{engine}"""
     )
 
 

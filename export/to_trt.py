@@ -40,7 +40,7 @@ from facespec.errors import (
 from facespec.files import atomic_path, check_outputs, write_text
 from facespec.spec import DEFAULT_WEIGHTS, MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, check_size, parse_size
 from plugins import PLUGIN
-from plugins.build import ensure, sources_sha256
+from plugins.build import ensure, is_current, read_report
 from trt_runtime.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
 from trt_runtime.sidecar import Sidecar, check_engine, sidecar_path
 
@@ -210,6 +210,8 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     try:
         flavor = find_flavor(RTX.name if options.capabilities else options.flavor)
         capabilities = _capabilities(options, flavor)
+        if not (os.environ.get("RETINAFACE_PLUGIN") or is_current("plugin")):
+            print("compiling the plugin, which is needed once", flush=True)
         plugin = ensure("plugin")
         version = _build(options, graph, flavor, capabilities, plugin)
     except RetinaFaceError as error:
@@ -226,7 +228,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
             "name": PLUGIN.name,
             "version": PLUGIN.version,
             "namespace": PLUGIN.namespace,
-            "sources_sha256": sources_sha256("plugin"),
+            "sources_sha256": str(read_report(plugin).get("sources_sha256", "")),
         },
         precision=options.precision,
         mac_shares=graph.mac_shares,

@@ -302,6 +302,13 @@ def read_report(library: Path) -> dict[str, object]:
     return report if isinstance(report, dict) else {}
 
 
+def is_current(target: str = "plugin") -> bool:
+    """Whether the library of a target is there and made of the sources as they are."""
+    path = library_path(target)
+    settings = ARCHITECTURES if target != "host" else ()
+    return path.is_file() and read_report(path).get("sources_sha256") == sources_sha256(target, settings)
+
+
 def ensure(target: str = "plugin") -> Path:
     """Return the library of a target, built anew if it is missing or its sources have changed.
 
@@ -315,11 +322,9 @@ def ensure(target: str = "plugin") -> Path:
         if not Path(chosen).is_file():
             raise BuildError(f"RETINAFACE_PLUGIN={chosen}: no such file")
         return Path(chosen).resolve()
-    path = library_path(target)
-    settings = ARCHITECTURES if target != "host" else ()
-    if not path.is_file() or read_report(path).get("sources_sha256") != sources_sha256(target, settings):
+    if not is_current(target):
         build(target)
-    return path
+    return library_path(target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    *("export.demo", "export.inspect", "export.to_onnx", "export.to_trt"),
+    *("plugins.build", "trainer.evaluate", "trt_runtime.detect"),
+]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
@@ -51,7 +55,7 @@ def test_links_and_commands_of_the_documents_exist() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("module", ["export.to_onnx", "export.demo", "trainer.evaluate", "trt_runtime.detect"])
+@pytest.mark.parametrize("module", COMMANDS)
 def test_every_command_explains_itself(module: str) -> None:
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0

@@ -180,7 +180,13 @@ def test_sizes_are_height_first() -> None:
         parse_arguments(["--size", "large"])
 
 
-@pytest.mark.parametrize("module", ["export.to_onnx", "export.demo", "trainer.evaluate", "trt_runtime.detect"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("export.to_onnx", "export.to_trt", "export.inspect", "export.demo"),
+        *("trainer.evaluate", "trt_runtime.detect"),
+    ],
+)
 def test_missing_packages_are_named_in_one_line(
     module: str, refused: Callable[..., str], static_onnx: Path, tmp_path: Path, astronaut: Frame
 ) -> None:
@@ -197,6 +203,8 @@ def test_missing_packages_are_named_in_one_line(
     write_image(tmp_path / "a.png", astronaut)
     arguments = {
         "export.to_onnx": [],
+        "export.to_trt": [],
+        "export.inspect": [static_onnx],
         "export.demo": [],
         "trainer.evaluate": ["--detector", "mobilenet0.25", "--data", tmp_path],
         "trt_runtime.detect": ["a.png", "--model", static_onnx],

@@ -1,4 +1,4 @@
-"""The main job on real photographs, on any machine: published weights -> ONNX and engine -> faces in pictures and video.
+"""The main job on real photographs, on any machine: weights -> ONNX and engine -> faces in pictures and video.
 
 python -m export.demo --out build/demo    (or: make demo)
 """
@@ -79,8 +79,8 @@ def demo_engine(out: Path, photographs: Sequence[Frame]) -> str:
     """Build an engine ahead of time, run what it was built from on the CPU, and return what to do with it.
 
     Raises:
-        RetinaFaceError: The build fails, or what it builds from does not find the faces. Where TensorRT-RTX or a compiler
-            is missing it says so, and goes on.
+        RetinaFaceError: The build fails, or what it builds from does not find the faces. Where TensorRT-RTX or a
+            compiler is missing it says so, and goes on.
     """
     path = out / "retinaface.engine"
     profile = Profile(batch=(1, 1, 4), sizes_hw=((320, 320), NETWORK_HW, (1088, 1920)))

@@ -1,0 +1,87 @@
+"""The plugin form on the CPU: network in ONNX Runtime, the plugin's kernels on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export.to_trt import EngineOptions, Profile, build_engine
+from facespec.errors import ModelFileError, NonFiniteError
+from facespec.letterbox import Frame
+from trt_runtime import load_detector
+from trt_runtime.onnx_file import read_onnx
+from trt_runtime.plugin_form import cut_plugin
+
+
+@pytest.fixture(scope="module")
+def plugin_form(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published weights at any size."""
+    path = tmp_path_factory.mktemp("plugin") / "f.onnx"
+    sizes = ((320, 320), (320, 320), (640, 640))
+    build_engine(EngineOptions("mobilenet0.25", path, Profile(sizes_hw=sizes), onnx_only=True))
+    return path
+
+
+def test_same_faces_as_the_portable_form(plugin_form: Path, dynamic_onnx: Path, crowd: Frame, astronaut: Frame) -> None:
+    """Down to the floor of 0.02, on frames of several sizes in one batch."""
+    plugin, portable = (load_detector(path, score_threshold=0.02) for path in (plugin_form, dynamic_onnx))
+    assert plugin.spec == portable.spec
+    frames = [crowd, astronaut, np.ascontiguousarray(crowd[::-1]), np.zeros((70, 333, 3), np.uint8), astronaut]
+    for ours, theirs in zip(plugin.detect_batch(frames), portable.detect_batch(frames), strict=True):
+        assert len(ours) == len(theirs)
+        np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=1e-3)
+        np.testing.assert_allclose(ours.landmarks, theirs.landmarks, atol=1e-3)
+        np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-6)
+    assert len(plugin.detect(crowd)) >= 3
+
+
+def test_threads_share_a_detector(plugin_form: Path, crowd: Frame, astronaut: Frame) -> None:
+    detector = load_detector(plugin_form)
+    frames = [crowd, astronaut] * 20
+    expected = [detector.detect(frame) for frame in frames[:2]]
+    with ThreadPoolExecutor(4) as pool:
+        for index, found in enumerate(pool.map(detector.detect, frames)):
+            np.testing.assert_array_equal(found.boxes, expected[index % 2].boxes)
+
+
+def test_a_network_that_gives_nan_raises(plugin_form: Path, tmp_path: Path, astronaut: Frame) -> None:
+    model = onnx.load(plugin_form)
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    with pytest.raises(NonFiniteError):
+        load_detector(tmp_path / "nan.onnx").detect(astronaut)
+
+
+def test_graphs_that_are_not_plugin_forms_are_refused(
+    plugin_form: Path, dynamic_onnx: Path, tmp_path: Path, astronaut: Frame
+) -> None:
+    with pytest.raises(ModelFileError, match="found 0"):
+        cut_plugin(dynamic_onnx.read_bytes())
+    model = onnx.load(plugin_form)
+    assert read_onnx(plugin_form)[1].domains == {"", "trt.plugins"}
+    model.graph.node[-1].op_type = "EfficientNMS_TRT"
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(ModelFileError, match=r"other\.onnx: expected one RetinaFaceDecodeNMS"):
+        load_detector(tmp_path / "other.onnx")
+    # a spec of other anchors than the graph has maps for
+    model = onnx.load(plugin_form)
+    spec = load_detector(plugin_form).spec
+    other = dataclasses.replace(spec, anchors=dataclasses.replace(spec.anchors, strides=(4, 8, 16)))
+    onnx.helper.set_model_props(model, {"retinaface.spec": other.to_json()})
+    onnx.save(model, tmp_path / "anchors.onnx")
+    with pytest.raises(ModelFileError, match="at odds with its spec"):
+        load_detector(tmp_path / "anchors.onnx").detect(astronaut)
+
+
+def test_engines_are_not_run_yet(tmp_path: Path) -> None:
+    (tmp_path / "f.engine").write_bytes(b"x")
+    with pytest.raises(ModelFileError, match="does not run them yet"):
+        load_detector(tmp_path / "f.engine")

@@ -34,6 +34,10 @@ def test_committed_results_hold_what_they_promise() -> None:
     for row in ap:
         if row["protocol"] == "original":
             assert {level: row[level] for level in published} == pytest.approx(published, abs=0.10)
+    by_backend = {(row["protocol"], row["backend"]): row for row in ap}
+    for protocol in ("original", "letterbox"):
+        portable, plugin = by_backend[protocol, "ONNX"], by_backend[protocol, "plugin form"]
+        assert all(abs(portable[level] - plugin[level]) <= 0.02 for level in published)
     speed = json.loads((ROOT / "benchmarks" / "results" / "cpu_vs_tiny.json").read_text())["results"]
     assert [row["threads"] for row in speed] == [1, 2]
     assert speed[0]["ours_around_ms"] < 2.5

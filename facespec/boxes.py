@@ -151,17 +151,18 @@ def decode_detections(
         return Decoded(
             np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2), np.float32), empty, -1
         )
-    difference = class_logits[:, 1] - class_logits[:, 0]
-    candidates = np.flatnonzero(difference >= np.float32(decode.logit_threshold))
-    best = candidates[np.argsort(-difference[candidates], kind="stable")[: decode.top_k]]
     with np.errstate(over="ignore", invalid="ignore"):  # a size that overflows is not finite: detectors report that
+        difference = class_logits[:, 1] - class_logits[:, 0]
+        candidates = np.flatnonzero(difference >= np.float32(decode.logit_threshold))
+        best = candidates[np.argsort(-difference[candidates], kind="stable")[: decode.top_k]]
         boxes = decode_boxes(box_deltas[best], priors_cxcywh[best], decode.variances)
         kept = nms(boxes, decode.iou_threshold, decode.max_detections)
-    index = best[kept]
+        index = best[kept]
+        landmarks = decode_landmarks(landmark_deltas[index], priors_cxcywh[index], decode.variances)
     return Decoded(
         boxes=boxes[kept],
         scores=sigmoid(difference[index]),
-        landmarks=decode_landmarks(landmark_deltas[index], priors_cxcywh[index], decode.variances),
+        landmarks=landmarks,
         prior_index=index,
         num_candidates=len(candidates),
     )

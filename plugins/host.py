@@ -143,6 +143,7 @@ def decode_nms(
 
     Raises:
         ValueError: Types or shapes do not fit together.
+        SpecError: More levels or priors per cell than the kernels are made for.
         BuildError: The library must be compiled, and there is no C++ compiler.
     """
     batch = len(heads[0]) if heads else 0

@@ -63,7 +63,8 @@ template <typename T>
 void run(const DecodeParams& params, HeadType type, const void* const* heads, const Outputs& outputs, int32_t capacity,
          const Schedule& schedule) {
   const Geometry geometry = make_geometry(params, type);
-  std::vector<uint64_t> workspace(workspace_bytes(params) / sizeof(uint64_t) + 1);
+  // not zeros, which would hide a read of what nobody wrote
+  std::vector<uint64_t> workspace(workspace_bytes(params) / sizeof(uint64_t) + 1, 0xa5a5a5a5a5a5a5a5u);
   Problem<T> problem{params, geometry, {}, outputs, workspace.data()};
   for (int32_t level = 0; level < params.levels; ++level) problem.heads[level] = static_cast<const T*>(heads[level]);
   if (schedule.order == kThreads) {

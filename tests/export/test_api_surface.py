@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.trt_stubs import make_stubs
+from tests.export.trt_stubs import VERSIONS, bindings_environment
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "export" / "engine_builder.py",)
@@ -129,14 +129,9 @@ def test_the_names_are_really_found() -> None:
     assert len(names) > 25
 
 
-@pytest.mark.parametrize("version", ["10.16", "11.4"])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_tensorrt(version: str, tmp_path: Path) -> None:
-    bindings = ROOT / ".venv" / f"tensorrt-{version}"
-    if not bindings.is_dir():
-        pytest.skip(f"the bindings of TensorRT {version} are not there (make test installs them)")
-    make_stubs(tmp_path, int(version.split(".")[0]))
-    environment = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(bindings)}
-    found_version, found = _look_up("tensorrt_bindings", environment)
+    found_version, found = _look_up("tensorrt_bindings", bindings_environment(version, tmp_path))
     assert found_version.startswith(version + ".")
     assert found["ComputeCapability"] is None  # a name that is missing is noticed
     _check(found, RTX_ONLY)

@@ -20,7 +20,7 @@ from export.to_trt import EngineOptions, Profile, _run_builder, build_engine, pa
 from facespec.errors import BuildError, MissingToolError, ModelFileError, SpecError
 from facespec.spec import DecodeSpec, ModelSpec
 from plugins import PLUGIN
-from tests.export.trt_stubs import make_stubs
+from tests.export.trt_stubs import VERSIONS, bindings_environment
 from trt_runtime.flavor import RTX, TENSORRT, gpu_capability
 from trt_runtime.sidecar import check_engine, read_header, read_sidecar, sidecar_path
 
@@ -276,14 +276,10 @@ def test_a_builder_that_dies_is_reported(tmp_path: Path) -> None:
         _run_builder(_request(tmp_path, "missing_tensorrt"), environment, TENSORRT, False)
 
 
-@pytest.mark.parametrize("version", ["10.16", "11.4"])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_the_builder_over_stub_libraries_fails_in_one_line(version: str, tmp_path: Path) -> None:
     """The real Python bindings of TensorRT without a TensorRT behind them."""
-    bindings = ROOT / ".venv" / f"tensorrt-{version}"
-    if not bindings.is_dir():
-        pytest.skip(f"the bindings of TensorRT {version} are not there (make test installs them)")
-    make_stubs(tmp_path, int(version.split(".")[0]))
-    paths = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{bindings}"}
+    paths = bindings_environment(version, tmp_path)
     with pytest.raises(BuildError, match=r"TensorRT: .*factory function returned nullptr"):
         _run_builder(_request(tmp_path, "tensorrt_bindings"), {**os.environ, **paths}, TENSORRT, False)
 

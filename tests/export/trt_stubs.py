@@ -10,6 +10,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = ("10.16", "11.4")
+"""Versions whose bindings `make test` installs, side by side."""
+
 EXPORTS = {
     "nvinfer": (
         "createInferBuilder_INTERNAL",
@@ -38,3 +44,12 @@ def make_stubs(folder: Path, major: int) -> None:
         source = "".join(f"void *{function}(void) {{ return 0; }}\n" for function in functions)
         command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-x", "c", "-", "-o", str(folder / name)]
         subprocess.run(command, input=source, text=True, check=True)
+
+
+def bindings_environment(version: str, folder: Path) -> dict[str, str]:
+    """Return the environment in which `tensorrt_bindings` of a version imports; the stubs go to `folder`."""
+    bindings = ROOT / ".venv" / f"tensorrt-{version}"
+    if not bindings.is_dir():
+        pytest.skip(f"the bindings of TensorRT {version} are not there (make test installs them)")
+    make_stubs(folder, int(version.split(".")[0]))
+    return {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": f"{ROOT}:{bindings}"}

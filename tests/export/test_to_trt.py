@@ -20,8 +20,9 @@ from export.to_trt import EngineOptions, Profile, _run_builder, build_engine, pa
 from facespec.errors import BuildError, MissingToolError, ModelFileError, SpecError
 from facespec.spec import DecodeSpec, ModelSpec
 from plugins import PLUGIN
+from plugins.build import ensure
 from tests.export.trt_stubs import VERSIONS, bindings_environment
-from trt_runtime.flavor import RTX, TENSORRT, gpu_capability
+from trt_runtime.flavor import RTX, TENSORRT, child_environment, gpu_capability
 from trt_runtime.sidecar import check_engine, read_header, read_sidecar, sidecar_path
 
 ROOT = Path(__file__).parents[2]
@@ -282,6 +283,26 @@ def test_the_builder_over_stub_libraries_fails_in_one_line(version: str, tmp_pat
     paths = bindings_environment(version, tmp_path)
     with pytest.raises(BuildError, match=r"TensorRT: .*factory function returned nullptr"):
         _run_builder(_request(tmp_path, "tensorrt_bindings"), {**os.environ, **paths}, TENSORRT, False)
+
+
+@needs_rtx
+def test_the_builder_tells_how_far_it_is(engine: Path, tmp_path: Path) -> None:
+    """Through IProgressMonitor, as events on stdout; everything TensorRT says goes to the log."""
+    request = _request(tmp_path, RTX.module) | {"onnx": str(engine.with_suffix(".plugin.onnx")), "capabilities": [86]}
+    request |= {"plugin": str(ensure("plugin")), "profile": {name: [1, 640, 640, 3] for name in ("min", "opt", "max")}}
+    with child_environment(RTX) as environment:
+        line = [sys.executable, "-m", "export.engine_builder"]
+        result = subprocess.run(line, input=json.dumps(request), capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    *progress, done = [json.loads(event) for event in result.stdout.splitlines()]
+    assert done == {"event": "done", "version": RTX.version()}
+    shares = [event["share"] for event in progress]
+    assert len(shares) > 20
+    assert min(shares) == 0
+    assert 0.5 < max(shares) <= 1
+    assert len({event["phase"] for event in progress}) > 4
+    assert "INFO" in (tmp_path / "log").read_text()
+    assert read_header((tmp_path / "out").read_bytes()).compute_capabilities == (86,)
 
 
 @needs_rtx

@@ -315,12 +315,13 @@ def ensure(target: str = "plugin") -> Path:
     A plugin library named by RETINAFACE_PLUGIN is taken as it is.
 
     Raises:
-        BuildError: It must be built, and cannot be.
+        MissingToolError: It must be built, and a compiler or header is missing; or RETINAFACE_PLUGIN names no file.
+        BuildError: It does not compile.
     """
     chosen = os.environ.get("RETINAFACE_PLUGIN")
     if target == "plugin" and chosen:
         if not Path(chosen).is_file():
-            raise BuildError(f"RETINAFACE_PLUGIN={chosen}: no such file")
+            raise MissingToolError(f"RETINAFACE_PLUGIN={chosen}: no such file")
         return Path(chosen).resolve()
     if not is_current(target):
         build(target)

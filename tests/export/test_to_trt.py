@@ -183,7 +183,7 @@ def _touch(path: Path) -> Path:
         ("--fp16 --fp32", "not allowed with"),
         ("--score 2", "between 0 and 1"),
         ("--top-k 0", "top_k"),
-        ("--out x.onnx", "not an ONNX file"),
+        ("--out x.onnx", "no ONNX file"),
         ("--weights none.pth", "none.pth"),
         ("--out Makefile/x.engine", "cannot be written"),
     ],

@@ -21,7 +21,7 @@ $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	@echo "installing retinaface-trt[$*] into $(VENV); the first time takes a minute or two"
 	@$(PIP) --editable ".[$*]"
 	@$(PIP) --no-deps kernel-lens==2.0.1  # TensorRT's headers; its dependencies are of no use here
-	@$(RUN) -c "from plugins.build import find_nvcc; find_nvcc()" 2>/dev/null || $(PIP) ".[nvcc]"
+	@$(RUN) -c "from plugins.build import find_nvcc; find_nvcc()" 2>/dev/null || $(PIP) --editable ".[nvcc]"
 	@touch $@
 
 # the real Python bindings of two TensorRT versions, to check names against; side by side, so outside site-packages
@@ -46,5 +46,5 @@ test-gpu:
 	done; exec $(PYTHON) -m tests.gpu
 
 clean:
-	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build plugins/lib $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

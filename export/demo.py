@@ -17,7 +17,7 @@ import numpy as np
 
 from export.inspect import inspect
 from export.to_onnx import ExportOptions, export_onnx
-from export.to_trt import EngineOptions, Profile, build_engine
+from export.to_trt import EngineOptions, Profile, build_engine, engine_line
 from facespec.cli import ArgumentParser, run
 from facespec.detections import Detections
 from facespec.draw import draw_detections
@@ -84,22 +84,24 @@ def demo_engine(out: Path, photographs: Sequence[Frame]) -> str:
     """
     path = out / "retinaface.engine"
     profile = Profile(batch=(1, 1, 4), sizes_hw=((320, 320), NETWORK_HW, (1088, 1920)))
-    command = f"python -m export.to_trt --fp16 --size 320x320:640x640:1088x1920 --batch 1:1:4 --flavor rtx --out {path}"
-    options = EngineOptions(DEFAULT_WEIGHTS, path, profile, "fp16", flavor=RTX.name, command=command)
+    options = EngineOptions(DEFAULT_WEIGHTS, path, profile, "fp16", flavor=RTX.name)
     try:
-        build_engine(options)
+        sidecar = build_engine(options)
     except (MissingPackageError, MissingToolError) as error:
         print(f"   not built: {error}")
         return ""
     detector = OrtRetinaFace(options.plugin_form, size_hw=NETWORK_HW)
     faces = [len(detector.detect(photograph)) for photograph in photographs]
-    print(f"\n{inspect(path)}")
+    found = inspect(path)
+    if sidecar is None or not found.valid:
+        raise RetinaFaceError(f"{path}: {found.problems}")
+    print(engine_line(path, sidecar))
     print(f"   {options.plugin_form.name} on the CPU, its plugin compiled for the host: {sum(faces)} faces")
     if 0 in faces:
         raise RetinaFaceError(f"{options.plugin_form} does not find the face in a photograph")
     return f"""
 An engine for GPUs of your own, and what is inside:
-  {command}
+  {options.command()}
   python -m export.inspect {path}"""
 
 
@@ -111,7 +113,7 @@ def demo(out: Path) -> None:
     """
     samples = sample_photographs()
     if not samples:
-        raise DataError("no sample photographs: pip install '.[demo]'")
+        raise DataError("no sample photographs: pip install -e '.[demo]'")
     out.mkdir(parents=True, exist_ok=True)
     model = out / "retinaface.onnx"
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,9 +23,13 @@ class BuildFailedError(Exception):
     """A step of the build failed."""
 
 
+# stdout as it was when the process started; what libraries print goes to stderr instead
+events = os.fdopen(os.dup(1), "w") if __name__ == "__main__" else sys.stdout
+
+
 def tell(**event: Any) -> None:
     """Send an event to the parent."""
-    print(json.dumps(event), file=sys.__stdout__, flush=True)
+    print(json.dumps(event), file=events, flush=True)
 
 
 def make_logger(trt: Any, log: Any, errors: list[str]) -> Any:
@@ -111,6 +116,7 @@ def build(request: dict[str, Any], trt: Any, logger: Any) -> Any:
     parse(trt, network, logger, Path(request["onnx"]).read_bytes())
 
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; fp32 is to mean fp32
     config.progress_monitor = make_monitor(trt)
     if request["capabilities"]:
         config.num_compute_capabilities = len(request["capabilities"])
@@ -140,7 +146,7 @@ def build(request: dict[str, Any], trt: Any, logger: Any) -> Any:
 def main() -> int:
     """Build what the request on stdin asks for; return 0, or 1 after an event that says why not."""
     request = json.load(sys.stdin)
-    sys.stdout = sys.stderr  # stdout is for events alone
+    os.dup2(2, 1)
     errors: list[str] = []
     with open(request["log"], "w", encoding="utf-8", errors="backslashreplace", buffering=1) as log:
         try:

@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import CHECKPOINT_SUFFIXES, SPEC_KEY, DecodeSpec, ModelSpec
 from plugins import PLUGIN
 from trt_runtime.flavor import FLAVORS, gpu_capability
 from trt_runtime.onnx_file import read_onnx
+from trt_runtime.plugin_form import load_graph, plugin_attributes, plugin_problem
 from trt_runtime.sidecar import RTX_HEADER_BYTES, Sidecar, check_engine, read_header, read_sidecar
 
 COUNTED_HW = (640, 640)
@@ -34,21 +33,21 @@ class Inspection:
 
     Attributes:
         file: Path.
-        kind: "engine", "portable ONNX" or "plugin form".
-        summary: What there is to say, by name, in the order of the table.
-        inputs: Type and shape by name.
-        outputs: Type and shape by name.
+        kind: "engine", "portable ONNX", "plugin form", or "ONNX" of another origin.
+        facts: What there is to say, by name, in the order of the table.
+        inputs: Type and shape, or shapes by name, of each input.
+        outputs: Type and shape of each output; dimensions that are free have names.
         precision: Share of the convolutions' multiply-accumulates by precision.
-        plugin: What the plugin is called, and its attributes.
+        plugin: What the plugin is called, or its attributes.
         spec: The model.
         problems: What speaks against using the file; empty if it is valid.
     """
 
     file: str
     kind: str
-    summary: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     precision: dict[str, float] = field(default_factory=dict)
     plugin: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
@@ -65,30 +64,33 @@ class Inspection:
 
     def __str__(self) -> str:
         rows: list[tuple[str, str]] = [("file", self.file), ("kind", self.kind)]
-        rows += [(name, str(value)) for name, value in self.summary.items()]
-        rows += [("input", f"{name} {kind}") for name, kind in self.inputs.items()]
-        rows += [("output", f"{name} {kind}") for name, kind in self.outputs.items()]
+        rows += [(name, _short(value)) for name, value in self.facts.items()]
+        for title, tensors in (("input", self.inputs), ("output", self.outputs)):
+            rows += [(title, f"{name}: {_short(tensor)}") for name, tensor in tensors.items()]
         if self.precision:
             shares = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in self.precision.items())
             rows.append(("convolutions", f"{shares} (by multiply-accumulates)"))
         if self.plugin:
-            rows.append(("plugin", ", ".join(f"{name} {_short(value)}" for name, value in self.plugin.items())))
-        for part, values in self.spec.items():
-            if isinstance(values, dict):
-                rows.append((part, ", ".join(f"{name} {_short(value)}" for name, value in values.items())))
-            elif part != "format":
-                rows.append((part, _short(values)))
+            rows.append(("plugin", _short(self.plugin)))
+        rows += [(part, _short(values)) for part, values in self.spec.items() if part != "format"]
         rows += [("PROBLEM", problem) for problem in self.problems] or [("valid", "yes")]
-        return "\n".join(f"{name:18} {value}".rstrip() for name, value in rows)
+        return "\n".join(_printable(f"{name.replace('_', ' '):20} {value}") for name, value in rows)
 
 
 def _short(value: Any) -> str:
-    return json.dumps(value).replace('"', "") if value != "" else "unknown"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(item)}" for name, item in value.items())
+    text = json.dumps(value, ensure_ascii=False).replace('"', "") if value is not None and value != "" else "unknown"
+    return f"{text[:12]}..." if len(text) == 64 and " " not in text else text  # hashes: whole ones are in the JSON
 
 
-def _contract(decode: DecodeSpec, batch: str) -> dict[str, str]:
-    shapes = decode.outputs.items()
-    return {name: f"{kind} [{', '.join([batch, *map(str, shape)])}]" for name, (kind, shape) in shapes}
+def _printable(line: str) -> str:
+    """Return a line without what could steer a terminal: a file must not draw its own table."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line).rstrip()
+
+
+def _contract(decode: DecodeSpec, batch: str) -> dict[str, dict[str, Any]]:
+    return {name: {"type": kind, "shape": [batch, *shape]} for name, (kind, shape) in decode.outputs.items()}
 
 
 def inspect_engine(path: Path) -> Inspection:
@@ -104,13 +106,12 @@ def inspect_engine(path: Path) -> Inspection:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
     found = Inspection(str(path), "engine")
     if header.kind == "rtx":
-        found.summary["built by"] = f"TensorRT-RTX {header.version}"
-        found.summary["runs on"] = " ".join(f"sm_{number}" for number in header.compute_capabilities)
+        found.facts = {"flavor": "rtx", "version": header.version, "compute_capabilities": header.compute_capabilities}
     try:
         sidecar = read_sidecar(path)
     except ModelFileError as error:
         if header.kind == "unknown":
-            raise ModelFileError(f"{path}: not a TensorRT engine, and {error}") from None
+            raise ModelFileError(f"{path}: not a TensorRT engine (an ONNX file must be named .onnx); {error}") from None
         found.problems.append(str(error))
         return found
     found.problems += check_engine(path, sidecar)
@@ -119,25 +120,21 @@ def inspect_engine(path: Path) -> Inspection:
 
 
 def _describe(found: Inspection, sidecar: Sidecar) -> None:
-    title = FLAVORS[sidecar.flavor].title if sidecar.flavor in FLAVORS else sidecar.flavor
     present = gpu_capability()
-    runs_on = " ".join(f"sm_{number}" for number in sidecar.compute_capabilities)
-    if present is None:
-        runs_on += " (there is no GPU here)"
-    elif present not in sidecar.compute_capabilities:
-        found.problems.append(f"the GPU here is an sm_{present}: build the engine again: {sidecar.command}")
-    found.summary |= {
-        "built by": f"{title} {sidecar.version}",
-        "runs on": runs_on,
+    found.facts |= {
+        "flavor": FLAVORS[sidecar.flavor].title if sidecar.flavor in FLAVORS else sidecar.flavor,
+        "version": sidecar.version,
+        "compute_capabilities": list(sidecar.compute_capabilities),
+        "gpu_here": present or "none",
+        "precision": sidecar.precision,
+        "bytes": sidecar.engine_bytes,
+        "sha256": sidecar.engine_sha256,
+        "onnx_sha256": sidecar.onnx_sha256,
         "built": sidecar.built,
         "toolkit": sidecar.toolkit,
-        "size": f"{sidecar.engine_bytes / 1e6:.1f} MB",
-        "sha256": sidecar.engine_sha256,
-        "precision": sidecar.precision,
         "command": sidecar.command,
     }
-    low, best, high = (list(sidecar.profile[name]) for name in ("min", "opt", "max"))
-    found.inputs["images"] = f"uint8 min {low}, opt {best}, max {high}"
+    found.inputs = {"images": {"type": "uint8", **{name: list(shape) for name, shape in sidecar.profile.items()}}}
     found.outputs = _contract(sidecar.spec.decode, "B")
     found.precision = sidecar.mac_shares
     found.plugin = dict(sidecar.plugin)
@@ -145,93 +142,75 @@ def _describe(found: Inspection, sidecar: Sidecar) -> None:
 
 
 def inspect_onnx(path: Path) -> Inspection:
-    """Return what an ONNX file of this toolkit holds.
+    """Return what an ONNX file holds.
 
     Raises:
-        ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
+        ModelFileError: Missing, damaged or unsafe.
         MissingPackageError: The package onnx is not installed.
     """
     content, header = read_onnx(path)
-    onnx = require("onnx", "train", "export.inspect")
-    from export.quantize import mac_shares
-
-    model = onnx.load_model_from_string(content)
-    plugins = [node for node in model.graph.node if node.domain == PLUGIN.domain]
-    found = Inspection(str(path), "plugin form" if plugins else "portable ONNX")
-    kinds = Counter(node.op_type for node in model.graph.node)
-    found.summary = {
-        "operators": ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
-        "operator sets": ", ".join(f"{item.domain or 'ai.onnx'} {item.version}" for item in model.opset_import),
-        "size": f"{path.stat().st_size / 1e6:.1f} MB",
-    }
-    found.inputs = {value.name: _type(onnx, value) for value in model.graph.input}
-    found.outputs = {value.name: _type(onnx, value) for value in model.graph.output}
-    found.plugin = {
-        attribute.name: _plain(onnx.helper.get_attribute_value(attribute))
-        for node in plugins
-        for attribute in node.attribute
-    }
     try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        found.problems.append(f"the ONNX checker finds a fault: {' '.join(str(error).split())[:200]}")
+        model = load_graph(content, "export.inspect")
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+    plugins = [node for node in model.graph.node if node.domain == PLUGIN.domain]
+    found = Inspection(str(path), "plugin form" if plugins else "ONNX")
+    kinds = Counter(node.op_type for node in model.graph.node)
+    found.facts = {
+        "operators": ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
+        "operator_sets": {item.domain or "ai.onnx": item.version for item in model.opset_import},
+        "bytes": len(content),
+    }
+    found.inputs = {value.name: _tensor(value) for value in model.graph.input}
+    found.outputs = {value.name: _tensor(value) for value in model.graph.output}
+    for node in plugins:
+        found.plugin |= plugin_attributes(node)
+    problem = _checker_problem(model)
+    if problem:
+        found.problems.append(problem)
     if SPEC_KEY not in header.metadata:
         found.problems.append("not written by this toolkit: there is no model spec in its metadata")
         return found
+    found.kind = found.kind if plugins else "portable ONNX"
     try:
         spec = ModelSpec.from_json(header.metadata[SPEC_KEY])
     except SpecError as error:
         found.problems.append(str(error))
         return found
     found.spec = json.loads(spec.to_json())
-    expected = _contract(spec.decode, "batch")
-    if found.outputs != expected:
+    if found.outputs != _contract(spec.decode, "batch"):
         found.problems.append("its outputs are not those of a detector with its spec")
-    dims = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] if model.graph.input else []
-    size_hw = (dims[1], dims[2]) if len(dims) == 4 and dims[1] and dims[2] else COUNTED_HW
+    sides = found.inputs.get("images", {}).get("shape", [])[1:3]
+    size_hw = (sides[0], sides[1]) if len(sides) == 2 and all(isinstance(side, int) for side in sides) else COUNTED_HW
     try:
+        from export.quantize import mac_shares
+
         found.precision = mac_shares(model, size_hw)
-    except Exception as error:  # a foreign or damaged graph: whatever shape inference makes of it
+    except Exception as error:  # whatever shape inference makes of a foreign or damaged graph
         found.problems.append(f"its convolutions cannot be counted: {' '.join(str(error).split())[:200]}")
-    if plugins:
-        problem = _plugin_problem(found.plugin, spec)
-        if problem:
-            found.problems.append(problem)
+    problem = plugin_problem(found.plugin, spec) if plugins else None
+    if problem:
+        found.problems.append(problem)
     return found
 
 
-def _type(onnx: Any, value: Any) -> str:
-    tensor = value.type.tensor_type
-    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) if tensor.elem_type else "?"
-    return f"{kind} [{', '.join(str(dim.dim_param or dim.dim_value) for dim in tensor.shape.dim)}]"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, float):
-        return float(str(np.float32(value)))  # 0.4, and not what float32 makes of it
-    return [_plain(item) for item in value] if not isinstance(value, (str, int)) else value
-
-
-def _plugin_problem(attributes: dict[str, Any], spec: ModelSpec) -> str | None:
-    """Return where the plugin's attributes are not those of the spec."""
-    sizes = [_plain(float(size)) for level in spec.anchors.min_sizes for size in level]
-    expected = {
-        "plugin_version": PLUGIN.version,
-        "plugin_namespace": PLUGIN.namespace,
-        "strides": list(spec.anchors.strides),
-        "min_sizes": sizes,
-        "variances": _plain(spec.decode.variances),
-        "logit_threshold": _plain(spec.decode.logit_threshold),
-        "iou_threshold": _plain(spec.decode.iou_threshold),
-        "top_k": spec.decode.top_k,
-        "max_detections": spec.decode.max_detections,
-    }
-    for name, value in expected.items():
-        if attributes.get(name) != value:
-            return f"the plugin's {name} is {attributes.get(name)}, the spec says {value}"
+def _checker_problem(model: Any) -> str | None:
+    onnx = require("onnx", "cpu", "export.inspect")
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:  # it has more than one class of its own
+        return f"the ONNX checker finds a fault: {' '.join(str(error).split())[:200]}"
     return None
+
+
+def _tensor(value: Any) -> dict[str, Any]:
+    onnx = require("onnx", "cpu", "export.inspect")
+    tensor = value.type.tensor_type
+    try:
+        kind = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    except KeyError:
+        kind = f"type {tensor.elem_type}"
+    return {"type": kind, "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]}
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -242,9 +221,13 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelFileError(f"{path}: no such file")
+        raise ModelFileError(
+            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give an engine or an ONNX file"
+        )
     if path.suffix.lower() in CHECKPOINT_SUFFIXES:
         raise ModelFileError(f"{path}: a checkpoint: this command looks into engines and ONNX files")
+    if path.suffix.lower() == ".json" and path.with_suffix("").is_file():
+        raise ModelFileError(f"{path}: a sidecar; give the engine: python -m export.inspect {path.with_suffix('')}")
     return inspect_onnx(path) if path.suffix.lower() == ".onnx" else inspect_engine(path)
 
 
@@ -253,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
         prog="python -m export.inspect",
         description="Show what is inside an engine or an ONNX file: inputs, outputs, precision, plugin, model, and "
-        "whether the engine is the one its sidecar describes. It needs no GPU and loads nothing that could run.",
+        "whether the engine is the one its sidecar describes. It needs no GPU and loads nothing that could run. Of an "
+        "engine, all but version, GPUs, size, hash and the plugin's attributes is what the sidecar says.",
     )
     parser.add_argument("file", type=Path, help="engine, or ONNX file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

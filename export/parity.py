@@ -96,17 +96,21 @@ class ParityReport:
 
     spec: ModelSpec
     rows: tuple[ParityRow, ...]
+    title: str = "ONNX"
 
     def __str__(self) -> str:
-        lines = [
-            f"{'ONNX against PyTorch':26} {'size':>9} {'heads':>8} {'boxes px':>9} {'lmk px':>8} {'faces':>6} unmatched"
-        ]
+        title = f"{self.title} against PyTorch"
+        lines = [f"{title:26} {'size':>9} {'heads':>8} {'boxes px':>9} {'lmk px':>8} {'faces':>6} unmatched"]
         for row in self.rows:
             size = f"{row.size_hw[0]}x{row.size_hw[1]}"
             lines.append(
                 f"{row.image[-26:]:26} {size:>9} {row.heads:8.1e} {row.boxes_px:9.1e} {row.landmarks_px:8.1e} "
                 f"{row.faces:6d} {row.unmatched:9d}{'' if row.equal else '  DIFFERS'}"
             )
+        limit = self.rows[0].tolerance
+        allowed = f"heads {limit.heads:g}, boxes and landmarks {limit.pixels:g} px, scores {limit.scores:g}"
+        verdict = "equal" if all(row.equal for row in self.rows) else "it differs"
+        lines.append(f"{verdict}; allowed: {allowed}")
         return "\n".join(lines)
 
     def require_equal(self) -> None:
@@ -117,7 +121,8 @@ class ParityReport:
                 f"the exported graph differs from PyTorch on {bad[0].image}: heads {bad[0].heads:.2g} (at most "
                 f"{bad[0].tolerance.heads:g}), boxes {bad[0].boxes_px:.2g} px, landmarks {bad[0].landmarks_px:.2g} px "
                 f"(at most {bad[0].tolerance.pixels:g}), scores {bad[0].scores:.2g} (at most "
-                f"{bad[0].tolerance.scores:g}), unmatched faces {bad[0].unmatched}; nothing was written"
+                f"{bad[0].tolerance.scores:g}), unmatched faces {bad[0].unmatched}; nothing was written. "
+                "Other images: --parity-images"
             )
         if not any(row.faces for row in self.rows):
             raise ParityError("nothing was compared: the model finds no face on any of the images; try --parity-images")
@@ -135,7 +140,7 @@ def _portable_runner(graph: onnx.ModelProto) -> Runner:
 
 def _plugin_runner(graph: onnx.ModelProto, spec: ModelSpec) -> Runner:
     """Return what runs a plugin form: the network in ONNX Runtime, the plugin on the host."""
-    content, heads = cut_plugin(graph.SerializeToString())
+    content, heads = cut_plugin(graph.SerializeToString(), spec)
     session = _session(content)
 
     def call(batch: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -181,7 +186,7 @@ def check_parity(
         expected = torch_side.decode(heads, box.size_hw)
         raw = np.concatenate(heads, axis=1)
         rows.append(_compare(name, model.spec, box.size_hw, raw, expected, found, TOLERANCES[precision]))
-    return ParityReport(model.spec, tuple(rows))
+    return ParityReport(model.spec, tuple(rows), "plugin form" if plugin else "ONNX")
 
 
 def _rows_from_maps(maps: list[NDArray[np.float32]], per_cell: int) -> NDArray[np.float32]:

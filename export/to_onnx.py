@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 MAX_PARITY_IMAGES = 8
 
 
+DECODE_OPTIONS = {
+    "--score": "score_threshold",
+    "--iou": "iou_threshold",
+    "--top-k": "top_k",
+    "--max-detections": "max_detections",
+}
+"""Options of every export, and the fields of `DecodeSpec` they set."""
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What to export.
@@ -58,13 +67,16 @@ def parity_frames(source: Path | None) -> dict[str, Frame]:
     if source is None:
         paths = list(sample_photographs())
         if not paths:
-            raise DataError("no photographs to compare the export on: pip install '.[export]', or --parity-images DIR")
+            raise DataError(
+                "no photographs to compare the export on: pip install -e '.[export]', or --parity-images DIR"
+            )
     else:
         paths = find_images(source) if source.is_dir() else [source]
         if not paths:
             raise DataError(f"{source}: no images in this folder")
         paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, MAX_PARITY_IMAGES).astype(int))]
-    return {path.name: read_image(path) for path in paths}
+    root = source if source is not None and source.is_dir() else None
+    return {str(path.relative_to(root)) if root else path.name: read_image(path) for path in paths}
 
 
 def export_onnx(options: ExportOptions) -> ParityReport:
@@ -98,27 +110,26 @@ def export_onnx(options: ExportOptions) -> ParityReport:
 def add_decode_arguments(parser: ArgumentParser) -> None:
     """Add what every export takes: thresholds and limits, and images to compare on."""
     default = DecodeSpec()
-    parser.add_argument(
-        "--score", type=float, default=default.score_threshold, help="floor: lower scores are never seen"
-    )
-    parser.add_argument("--iou", type=float, default=default.iou_threshold, help="NMS drops boxes that overlap more")
-    parser.add_argument("--top-k", type=int, default=default.top_k, help="candidates that enter NMS")
-    parser.add_argument("--max-detections", type=int, default=default.max_detections, help="faces per image at most")
+    texts = {
+        "--score": "floor: lower scores are never seen",
+        "--iou": "NMS drops boxes that overlap more",
+        "--top-k": "candidates that enter NMS",
+        "--max-detections": "faces per image at most",
+    }
+    for option, name in DECODE_OPTIONS.items():
+        value = getattr(default, name)
+        parser.add_argument(option, dest=name, type=type(value), default=value, help=texts[option])
     parser.add_argument(
         "--parity-images",
         type=Path,
-        help="image or folder to compare on (default: sample photographs that packages ship)",
+        help=f"image, or folder of which {MAX_PARITY_IMAGES} are taken, to compare on (default: sample photographs "
+        "that packages ship)",
     )
 
 
 def decode_spec(args: Namespace) -> DecodeSpec:
     """Return the thresholds and limits of parsed arguments; see `add_decode_arguments`."""
-    return DecodeSpec(
-        score_threshold=args.score,
-        iou_threshold=args.iou,
-        top_k=args.top_k,
-        max_detections=args.max_detections,
-    )
+    return DecodeSpec(**{name: getattr(args, name) for name in DECODE_OPTIONS.values()})
 
 
 def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:

@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from export.to_onnx import add_decode_arguments, decode_spec, parity_frames
+from export.to_onnx import DECODE_OPTIONS, add_decode_arguments, decode_spec, parity_frames
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import (
     BuildError,
@@ -37,15 +37,19 @@ from facespec.errors import (
     RetinaFaceError,
     SpecError,
 )
-from facespec.files import atomic_path, check_outputs, write_text
+from facespec.files import atomic_path, cache_folder, check_outputs, write_text
 from facespec.spec import DEFAULT_WEIGHTS, MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, check_size, parse_size
 from plugins import PLUGIN
-from plugins.build import ensure, is_current, read_report
+from plugins.build import ARCHITECTURES, ensure, find_library, read_report
 from trt_runtime.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
 from trt_runtime.sidecar import Sidecar, check_engine, sidecar_path
 
 AHEAD_OF_TIME = (75, 80, 86, 89, 120)
 """Compute capabilities a TensorRT-RTX engine is built for where no GPU tells."""
+
+
+MAX_BATCH = 65535
+"""What the plugin's grid of thread blocks takes."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,10 @@ class Profile:
     def __post_init__(self) -> None:
         for size in self.sizes_hw:
             check_size(size)
-        if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
-            raise SpecError(f"--batch {':'.join(map(str, self.batch))}: give MIN:OPT:MAX from 1, ascending")
+        if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2] <= MAX_BATCH:
+            raise SpecError(
+                f"--batch {':'.join(map(str, self.batch))}: give MIN:OPT:MAX, ascending, from 1 to {MAX_BATCH}"
+            )
         for side in (0, 1):
             low, best, high = (size[side] for size in self.sizes_hw)
             if not low <= best <= high:
@@ -100,7 +106,6 @@ class EngineOptions:
         onnx_only: Stop after the plugin form.
         parity_images: Image file or folder for the parity report; None takes sample photographs of installed packages.
         timing_cache: File that makes the next build faster; None for a file in the user's cache folder. TensorRT only.
-        command: What builds it again; written to the sidecar.
         progress: Whether to draw a progress bar.
     """
 
@@ -114,10 +119,13 @@ class EngineOptions:
     onnx_only: bool = False
     parity_images: Path | None = None
     timing_cache: Path | None = None
-    command: str = ""
     progress: bool = False
 
     def __post_init__(self) -> None:
+        if not self.out.name:
+            raise OutputError(f"--out {str(self.out)!r}: give the name of a file")
+        if self.out.suffix.lower() == ".onnx" and not self.onnx_only:
+            raise OutputError(f"--out {self.out}: an engine is no ONNX file: name it .engine, or add --onnx-only")
         if self.capabilities and self.flavor == TENSORRT.name:
             raise SpecError("--compute-capability is for --flavor rtx: TensorRT builds for the GPU at hand")
         unknown = sorted(set(self.capabilities) - set(RTX.capabilities))
@@ -130,12 +138,31 @@ class EngineOptions:
     @property
     def plugin_form(self) -> Path:
         """The ONNX file: `out` itself if it ends in .onnx, else beside the engine."""
-        return self.out if self.out.suffix.lower() == ".onnx" else self.out.with_suffix(".plugin.onnx")
+        if self.out.suffix.lower() == ".onnx":
+            return self.out
+        name = self.out.stem if self.out.suffix == ".engine" else self.out.name
+        return self.out.with_name(f"{name}.plugin.onnx")
 
     @property
     def log(self) -> Path:
         """The build log, kept if the build fails."""
         return Path(f"{self.out}.log")
+
+    def command(self, flavor: str | None = None, capabilities: Sequence[int] = ()) -> str:
+        """Return the command line that builds this, with what was left to choose filled in."""
+        sizes = ["x".join(map(str, size)) for size in self.profile.sizes_hw]
+        batch = [str(number) for number in self.profile.batch]
+        words = ["python", "-m", "export.to_trt", "--weights", self.weights, f"--{self.precision}"]
+        words += ["--size", ":".join(sizes if len(set(sizes)) > 1 else sizes[:1])]
+        words += ["--batch", ":".join(batch if len(set(batch)) > 1 else batch[:1])]
+        words += ["--flavor", flavor or self.flavor]
+        if capabilities or self.capabilities:
+            words += ["--compute-capability", ",".join(map(str, capabilities or self.capabilities))]
+        default = DecodeSpec()
+        for option, name in DECODE_OPTIONS.items():
+            if getattr(self.decode, name) != getattr(default, name):
+                words += [option, str(getattr(self.decode, name))]
+        return shlex.join([*words, "--out", str(self.out)])
 
 
 @dataclass(frozen=True)
@@ -144,14 +171,14 @@ class ExportedGraph:
 
     Attributes:
         path: The file.
+        content: What was written to it.
         spec: Its model.
-        sha256: Of the file.
         mac_shares: Share of the convolutions' multiply-accumulates in each precision.
     """
 
     path: Path
+    content: bytes
     spec: ModelSpec
-    sha256: str
     mac_shares: dict[str, float]
 
 
@@ -183,7 +210,7 @@ def export_plugin_form(options: EngineOptions) -> ExportedGraph:
     content = graph.SerializeToString()
     with atomic_path(options.plugin_form) as temporary:
         temporary.write_bytes(content)
-    return ExportedGraph(options.plugin_form, model.spec, hashlib.sha256(content).hexdigest(), shares)
+    return ExportedGraph(options.plugin_form, content, model.spec, shares)
 
 
 def build_engine(options: EngineOptions) -> Sidecar | None:
@@ -194,8 +221,6 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     """
     outputs: list[tuple[str, Path | None]] = [("--out", options.plugin_form)]
     if not options.onnx_only:
-        if options.out.suffix.lower() == ".onnx":
-            raise OutputError(f"--out {options.out}: an engine is no ONNX file: name it .engine, or add --onnx-only")
         outputs += [("--out", path) for path in (options.out, sidecar_path(options.out), options.log)]
         outputs.append(("--timing-cache", options.timing_cache))
     inputs: list[str | Path] = [options.weights]
@@ -204,20 +229,20 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     check_outputs(outputs, inputs)
     graph = export_plugin_form(options)
     shares = ", ".join(f"{share:.0%} {kind}" for kind, share in graph.mac_shares.items())
-    print(f"wrote {graph.path}: {graph.spec.backbone}, convolutions {shares}, {graph.path.stat().st_size / 1e6:.1f} MB")
+    print(f"wrote {graph.path}: {graph.spec.backbone}, convolutions {shares}, {len(graph.content) / 1e6:.1f} MB")
     if options.onnx_only:
         return None
     try:
         flavor = find_flavor(RTX.name if options.capabilities else options.flavor)
         capabilities = _capabilities(options, flavor)
-        if not (os.environ.get("RETINAFACE_PLUGIN") or is_current("plugin")):
-            print("compiling the plugin, which is needed once", flush=True)
+        if not (os.environ.get("RETINAFACE_PLUGIN") or find_library("plugin")):
+            print(f"compiling the plugin for {len(ARCHITECTURES)} architectures, once; about 15 s", flush=True)
         plugin = ensure("plugin")
-        version = _build(options, graph, flavor, capabilities, plugin)
+        engine, version = _build(options, graph, flavor, capabilities, plugin)
     except RetinaFaceError as error:
-        again = f"; then {options.command}" if isinstance(error, (MissingPackageError, MissingToolError)) else ""
+        missing = isinstance(error, (MissingPackageError, MissingToolError))
+        again = f"; then {options.command()}" if missing else ""
         raise type(error)(f"{error}{again}. No engine was built; its ONNX form is there: {graph.path}") from None
-    engine = options.out.read_bytes()
     sidecar = Sidecar(
         engine_sha256=hashlib.sha256(engine).hexdigest(),
         engine_bytes=len(engine),
@@ -233,17 +258,27 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         precision=options.precision,
         mac_shares=graph.mac_shares,
         profile=options.profile.shapes,
-        onnx_sha256=graph.sha256,
+        onnx_sha256=hashlib.sha256(graph.content).hexdigest(),
         spec=graph.spec,
         built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        toolkit=importlib.metadata.version("retinaface-trt"),
-        command=options.command,
+        toolkit=_toolkit_version(),
+        command=options.command(flavor.name, capabilities if flavor is RTX else ()),
     )
+    with atomic_path(options.out) as temporary:
+        temporary.write_bytes(engine)
     write_text(sidecar_path(options.out), sidecar.to_json())
+    options.log.unlink(missing_ok=True)  # of an earlier build that failed
     problems = check_engine(options.out, sidecar)
     if problems:
         raise BuildError(f"{options.out}: {problems[0]}")
     return sidecar
+
+
+def _toolkit_version() -> str:
+    try:
+        return importlib.metadata.version("retinaface-trt")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "?"
 
 
 def _capabilities(options: EngineOptions, flavor: Flavor) -> tuple[int, ...]:
@@ -266,20 +301,20 @@ def _timing_cache(options: EngineOptions, flavor: Flavor) -> Path | None:
         return None
     if options.timing_cache:
         return options.timing_cache
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "retinaface-trt" / f"timing-{flavor.version()}.cache"
+    return cache_folder() / f"timing-{flavor.version()}.cache"
 
 
 def _build(
     options: EngineOptions, graph: ExportedGraph, flavor: Flavor, capabilities: tuple[int, ...], plugin: Path
-) -> str:
-    """Build in a child process, write the engine, and return the version of TensorRT."""
+) -> tuple[bytes, str]:
+    """Build in a child process, in a folder of its own; return the engine and the version of TensorRT."""
     cache = _timing_cache(options, flavor)
     with child_environment(flavor) as environment, tempfile.TemporaryDirectory(prefix="retinaface-") as folder:
         work = Path(folder)
+        (work / "graph.onnx").write_bytes(graph.content)
         request = {
             "module": flavor.module,
-            "onnx": str(graph.path.resolve()),
+            "onnx": str(work / "graph.onnx"),
             "plugin": str(plugin),
             "plugin_name": [PLUGIN.name, PLUGIN.version, PLUGIN.namespace],
             "profile": options.profile.shapes,
@@ -292,17 +327,13 @@ def _build(
         try:
             version = _run_builder(request, environment, flavor, options.progress)
         except BuildError as error:
-            log = (work / "build.log").read_text(encoding="utf-8") if (work / "build.log").exists() else ""
-            write_text(options.log, log)
+            log = work / "build.log"
+            write_text(options.log, log.read_text(encoding="utf-8") if log.exists() else "")
             raise BuildError(f"{error} (log: {options.log})") from None
-        with atomic_path(options.out) as temporary:
-            temporary.write_bytes((work / "engine").read_bytes())
         if cache and (work / "timing.cache").exists():
-            with suppress(OutputError):  # it saves time, no more
-                with atomic_path(cache) as temporary:
-                    temporary.write_bytes((work / "timing.cache").read_bytes())
-    options.log.unlink(missing_ok=True)  # of an earlier build that failed
-    return version
+            with suppress(OutputError), atomic_path(cache) as temporary:  # it saves time, no more
+                temporary.write_bytes((work / "timing.cache").read_bytes())
+        return (work / "engine").read_bytes(), version
 
 
 def _run_builder(request: dict[str, Any], environment: dict[str, str], flavor: Flavor, progress: bool) -> str:
@@ -311,43 +342,44 @@ def _run_builder(request: dict[str, Any], environment: dict[str, str], flavor: F
     Raises:
         BuildError: It failed, or died.
     """
-    child = subprocess.Popen(
-        [sys.executable, "-m", "export.engine_builder"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
     last: dict[str, Any] = {}
-    try:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        with suppress(BrokenPipeError):
-            child.stdin.write(json.dumps(request))
-            child.stdin.close()
-        with tqdm(total=100, desc=f"{flavor.title} builds", unit="%", disable=not progress, bar_format=_BAR) as bar:
-            for line in child.stdout:
-                last = json.loads(line)
-                if last["event"] == "progress":
-                    bar.set_postfix_str(last["phase"][:40], refresh=False)
-                    bar.update(max(100 * last["share"] - bar.n, 0))
-                elif last["event"] == "done":
-                    bar.set_postfix_str("", refresh=False)
-                    bar.update(100 - bar.n)
-        code = child.wait()
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
+    command = [sys.executable, "-m", "export.engine_builder"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as said:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+        )
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            with suppress(BrokenPipeError):
+                child.stdin.write(json.dumps(request))
+                child.stdin.close()
+            with tqdm(total=100, desc=f"{flavor.title} builds", disable=not progress, bar_format=_BAR) as bar:
+                for line in child.stdout:
+                    try:
+                        event = json.loads(line)
+                    except ValueError:  # printed before the builder had stdout to itself
+                        continue
+                    last = event if isinstance(event, dict) and "event" in event else last
+                    if last.get("event") == "progress":
+                        bar.set_postfix_str(last["phase"][:40], refresh=False)
+                        bar.update(max(100 * last["share"] - bar.n, 0))
+                    elif last.get("event") == "done":
+                        bar.set_postfix_str("", refresh=False)
+                        bar.update(100 - bar.n)
+            code = child.wait()
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        said.seek(0)
+        words = said.read().strip().splitlines()[-1:]
     if last.get("event") == "done" and code == 0:
         return str(last["version"])
     if last.get("event") == "failed":
-        detail = f": {last['detail'][0]}" if last["detail"] else ""
-        raise BuildError(f"{flavor.title}: {last['message']}{detail}")
-    said = (child.stderr.read() if child.stderr else "").strip().splitlines()
+        raise BuildError(": ".join([f"{flavor.title}: {last['message']}", *last["detail"]]))
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    raise BuildError(f"{flavor.title}: the build process {how}{': ' + said[-1] if said else ''}")
+    raise BuildError(": ".join([f"{flavor.title}: the build process {how}", *words]))
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar:24}| {elapsed} {postfix}"
@@ -426,11 +458,10 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
         help="what TensorRT measured (default: in ~/.cache/retinaface-trt)",
     )
     args = parser.parse_args(argv)
-    if args.precision == "int8" or args.calib:
+    if args.precision == "int8" or args.calib is not None:
         raise SpecError("INT8 is not in this version of export.to_trt: use --fp16")
     if args.compute_capability and not re.fullmatch(r"\d{2,3}(,\d{2,3})*", args.compute_capability, re.ASCII):
         raise SpecError(f"--compute-capability {args.compute_capability}: give numbers like 86,89,120")
-    words = list(argv) if argv is not None else sys.argv[1:]
     return EngineOptions(
         weights=args.weights,
         out=args.out,
@@ -442,9 +473,16 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
         onnx_only=args.onnx_only,
         parity_images=args.parity_images,
         timing_cache=args.timing_cache,
-        command=shlex.join(["python", "-m", "export.to_trt", *words]),
         progress=sys.stderr.isatty(),
     )
+
+
+def engine_line(path: Path, sidecar: Sidecar) -> str:
+    """Return what was built, in a line."""
+    gpus = " ".join(f"sm_{number}" for number in sidecar.compute_capabilities)
+    title = f"{FLAVORS[sidecar.flavor].title} {sidecar.version}"
+    size = f"{sidecar.engine_bytes / 1e6:.1f} MB"
+    return f"wrote {path}: {title}, {sidecar.precision}, {gpus}, {size}, and {sidecar_path(path).name}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -453,12 +491,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     sidecar = build_engine(options)
     if sidecar is not None:
-        gpus = " ".join(f"sm_{number}" for number in sidecar.compute_capabilities)
-        print(
-            f"wrote {options.out}: {FLAVORS[sidecar.flavor].title} {sidecar.version}, {sidecar.precision}, {gpus}, "
-            f"{sidecar.engine_bytes / 1e6:.1f} MB, and {sidecar_path(options.out).name}; "
-            f"{time.perf_counter() - start:.1f} s"
-        )
+        print(f"{engine_line(options.out, sidecar)}; {time.perf_counter() - start:.1f} s")
+        if 75 in sidecar.compute_capabilities and sidecar.engine_bytes > 20e6:
+            print(
+                "note: for sm_75, TensorRT-RTX makes large engines of one fixed shape; --batch 1:1:2 makes a small one"
+            )
+    if options.timing_cache and (sidecar is None or sidecar.flavor == RTX.name):
+        print("note: --timing-cache was not used: it is for TensorRT alone")
     return 0
 
 

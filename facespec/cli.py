@@ -54,7 +54,7 @@ def require(module: str, extra: str, why: str) -> ModuleType:
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module.split(".")[0]
         found = "is not installed" if missing else f"cannot be imported ({error})"
         raise MissingPackageError(
-            f"{why} needs {module}, which {found}: in the project's folder, pip install '.[{extra}]'"
+            f"{why} needs {module}, which {found}: in the project's folder, pip install -e '.[{extra}]'"
         ) from error
 
 

@@ -84,7 +84,7 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
         taken[place] = what
         folders.update(place.parents)
 
-    for source in inputs:
+    for source in filter(str, inputs):
         with suppress(OSError, RuntimeError):  # what cannot be found cannot be destroyed
             take(Path(source).resolve(), "is a file that is read")
     for option, path in wanted:
@@ -101,3 +101,12 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
                     writable.add(folder)
             except OSError as error:
                 raise OutputError(f"{option} {path}: cannot be written ({error.strerror})") from None
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: $XDG_CACHE_HOME/retinaface-trt, or ~/.cache/retinaface-trt."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(home or Path.home() / ".cache") / "retinaface-trt"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"retinaface-trt-{os.getuid()}"

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import struct
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,11 @@ def _is_number(value: object) -> bool:
     )
 
 
+def _single(value: float) -> float:
+    """Return what float32, in which detectors compute, makes of a number."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
 @dataclass(frozen=True)
 class AnchorSpec:
     """Prior boxes: one square per entry of `min_sizes` in every cell of every pyramid level.
@@ -76,7 +82,7 @@ class AnchorSpec:
             f"every level must have the same number of min_sizes, got {self.min_sizes}",
         )
         _require(
-            all(_is_number(size) and size > 0 for level in self.min_sizes for size in level),
+            all(_is_number(size) and _single(size) > 0 for level in self.min_sizes for size in level),
             f"min_sizes must be positive, got {self.min_sizes}",
         )
 
@@ -134,7 +140,7 @@ class DecodeSpec:
 
     def __post_init__(self) -> None:
         _require(
-            len(self.variances) == 2 and all(_is_number(v) and v > 0 for v in self.variances),
+            len(self.variances) == 2 and all(_is_number(v) and _single(v) > 0 for v in self.variances),
             f"variances must be two positive numbers, got {self.variances}",
         )
         _require(
@@ -142,7 +148,7 @@ class DecodeSpec:
             f"score_threshold must lie between 0 and 1, got {self.score_threshold}",
         )
         _require(
-            _is_number(self.iou_threshold) and 0 < self.iou_threshold < 1,
+            _is_number(self.iou_threshold) and 0 < _single(self.iou_threshold) < 1,
             f"iou_threshold must lie between 0 and 1, got {self.iou_threshold}",
         )
         for name in ("top_k", "max_detections"):

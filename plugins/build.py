@@ -11,11 +11,13 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,10 +25,11 @@ from pathlib import Path
 
 from facespec.cli import ArgumentParser, run
 from facespec.errors import BuildError, MissingToolError
-from facespec.files import atomic_path, write_text
+from facespec.files import atomic_path, cache_folder, write_text
 
 ROOT = Path(__file__).parent
 LIBRARY_FOLDER = ROOT / "lib"
+"""Where libraries go; where it cannot be written, as in a system's site-packages, the user's cache folder serves."""
 
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 120)
 """Compute capabilities that get machine code: Turing to Blackwell. Later ones run the PTX."""
@@ -49,7 +52,7 @@ NVCC_FLAGS = (
     *("-Xlinker", "--exclude-libs,ALL", "-Xcompiler", "-static-libstdc++,-static-libgcc"),
 )
 HEADERS_COMMAND = "pip install --no-deps kernel-lens"
-NVCC_COMMAND = "in the project's folder, pip install '.[nvcc]'"
+NVCC_COMMAND = "in the project's folder, pip install -e '.[nvcc]'"
 COMPILER_COMMAND = "apt install g++"
 
 
@@ -60,6 +63,8 @@ class BuildReport:
     Attributes:
         target: Key of `TARGETS`.
         library: File name.
+        library_sha256: Of the file.
+        machine: What it runs on, for instance x86_64.
         sources_sha256: Of the sources and the settings: a library of other sources is rebuilt.
         compiler: Path of nvcc, or of g++ for the host.
         compiler_version: What it says about itself.
@@ -72,6 +77,8 @@ class BuildReport:
 
     target: str
     library: str
+    library_sha256: str
+    machine: str
     sources_sha256: str
     compiler: str
     compiler_version: str
@@ -87,7 +94,7 @@ class BuildReport:
             lines.append(f"TensorRT   headers {self.headers_version} in {self.headers}")
         if self.architectures:
             names = " ".join(f"sm_{a}" for a in self.architectures)
-            lines.append(f"machine code for {names}; PTX of compute_{PTX_ARCHITECTURE} for later ones")
+            lines.append(f"machine code for {names}; PTX of compute_{PTX_ARCHITECTURE} for later GPUs")
         if self.left_out:
             names = " ".join(f"sm_{a}" for a in self.left_out)
             lines.append(f"left out, this nvcc does not know them: {names}")
@@ -121,7 +128,7 @@ def find_nvcc() -> Path:
 
 
 def find_compiler() -> Path:
-    """Return the C++ compiler: $CXX or g++.
+    """Return the C++ compiler: $CXX, a program without arguments, or g++.
 
     Raises:
         MissingToolError: There is none.
@@ -180,19 +187,24 @@ def sources_sha256(target: str, settings: Sequence[object] = ()) -> str:
     return digest.hexdigest()
 
 
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _call(command: Sequence[str | Path]) -> str:
     """Run a compiler; return what it printed.
 
     Raises:
         BuildError: It failed; the message holds its first error.
     """
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    with tempfile.TemporaryDirectory(prefix="retinaface-") as folder:  # nvcc leaves files behind when it is stopped
+        environment = {**os.environ, "TMPDIR": folder}
+        result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
     output = result.stdout + result.stderr
     if result.returncode:
-        errors = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or ["?"]
-        raise BuildError(
-            f"{Path(command[0]).name} failed: {errors[0].strip()} (command: {' '.join(map(str, command))})"
-        )
+        lines = [line.strip() for line in output.splitlines() if "ld returned" not in line] or ["it does not say why"]
+        errors = [line for line in lines if "error" in line.lower() or "No space" in line]
+        raise BuildError(f"{Path(command[0]).name} failed: {(errors or lines[-1:])[0]}")
     return output
 
 
@@ -246,14 +258,14 @@ def build(
     """
     out = library_path(target, folder)
     compiler = find_compiler()
-    digest = sources_sha256(target, architectures if target != "host" else ())
+    digest = sources_sha256(target, sorted(architectures) if target != "host" else ())
     include: list[str | Path] = [f"-I{ROOT / 'include'}", f"-I{ROOT / 'src'}"]
     sources = [ROOT / "src" / name for name in TARGETS[target]]
     if target == "host":
         with atomic_path(out) as temporary:
             _call([compiler, *HOST_FLAGS, *include, "-shared", *sources, "-o", temporary])
         version = _call([compiler, "--version"]).splitlines()[0]
-        report = BuildReport(target, out.name, digest, str(compiler), version)
+        report = BuildReport(target, out.name, _sha256(out), platform.machine(), digest, str(compiler), version)
     else:
         nvcc = find_nvcc()
         headers, headers_version = find_tensorrt_headers() if target == "plugin" else (None, "")
@@ -273,6 +285,8 @@ def build(
         report = BuildReport(
             target,
             out.name,
+            _sha256(out),
+            platform.machine(),
             digest,
             str(nvcc),
             next((line for line in said if "release" in line), "?").strip(),
@@ -282,6 +296,8 @@ def build(
             headers_version,
             _resources(log),
         )
+    if not out.read_bytes().startswith(b"\x7fELF"):
+        raise BuildError(f"{compiler} made no library of the sources: is it a C++ compiler?")
     write_text(out.with_suffix(".json"), json.dumps(asdict(report), indent=2) + "\n")
     return report
 
@@ -302,30 +318,53 @@ def read_report(library: Path) -> dict[str, object]:
     return report if isinstance(report, dict) else {}
 
 
-def is_current(target: str = "plugin") -> bool:
-    """Whether the library of a target is there and made of the sources as they are."""
-    path = library_path(target)
-    settings = ARCHITECTURES if target != "host" else ()
-    return path.is_file() and read_report(path).get("sources_sha256") == sources_sha256(target, settings)
+def is_current(target: str = "plugin", folder: Path | None = None) -> bool:
+    """Whether the library of a target is there, whole, for this machine, and made of the sources as they are."""
+    path = library_path(target, folder)
+    report = read_report(path)
+    architectures = [*_numbers(report.get("architectures")), *_numbers(report.get("left_out"))]
+    return (
+        path.is_file()
+        and report.get("machine") == platform.machine()
+        and report.get("sources_sha256") == sources_sha256(target, sorted(architectures))
+        and report.get("library_sha256") == _sha256(path)
+    )
+
+
+def _numbers(value: object) -> list[int]:
+    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
+
+
+def find_library(target: str = "plugin") -> Path | None:
+    """Return the library of a target if it is current, in `LIBRARY_FOLDER` or in the user's cache folder."""
+    for folder in (LIBRARY_FOLDER, cache_folder() / "lib"):
+        if is_current(target, folder):
+            return library_path(target, folder)
+    return None
 
 
 def ensure(target: str = "plugin") -> Path:
-    """Return the library of a target, built anew if it is missing or its sources have changed.
+    """Return the library of a target, built anew if it is missing, damaged, or its sources have changed.
 
     A plugin library named by RETINAFACE_PLUGIN is taken as it is.
 
     Raises:
         MissingToolError: It must be built, and a compiler or header is missing; or RETINAFACE_PLUGIN names no file.
         BuildError: It does not compile.
+        OutputError: There is no folder it could be written to.
     """
     chosen = os.environ.get("RETINAFACE_PLUGIN")
     if target == "plugin" and chosen:
         if not Path(chosen).is_file():
             raise MissingToolError(f"RETINAFACE_PLUGIN={chosen}: no such file")
         return Path(chosen).resolve()
-    if not is_current(target):
-        build(target)
-    return library_path(target)
+    found = find_library(target)
+    if found is None:
+        present = LIBRARY_FOLDER if LIBRARY_FOLDER.is_dir() else LIBRARY_FOLDER.parent
+        folder = LIBRARY_FOLDER if os.access(present, os.W_OK) else cache_folder() / "lib"
+        build(target, folder=folder)
+        found = library_path(target, folder)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -338,14 +377,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("target", nargs="?", default="plugin", choices=list(TARGETS), help="what to build")
     parser.add_argument(
-        "--arch", default=",".join(map(str, ARCHITECTURES)), help="compute capabilities that get machine code"
+        "--arch",
+        metavar="LIST",
+        help=f"compute capabilities that get machine code (default: {','.join(map(str, ARCHITECTURES))}, those of them "
+        "that nvcc knows)",
     )
     parser.add_argument("--out", type=Path, default=LIBRARY_FOLDER, help="folder to write to")
     args = parser.parse_args(argv)
-    if not re.fullmatch(r"\d{2,3}(,\d{2,3})*", args.arch):
-        raise BuildError(f"--arch {args.arch}: give numbers like 75,86,89")
+    architectures: tuple[int, ...] = ARCHITECTURES
+    if args.arch is not None and args.target != "host":
+        if not re.fullmatch(r"\d{2,3}(,\d{2,3})*", args.arch, re.ASCII):
+            raise BuildError(f"--arch {args.arch}: give numbers like 75,86,89")
+        architectures = tuple(sorted({int(number) for number in args.arch.split(",")}))
+        unknown = sorted(set(architectures) - set(_supported(find_nvcc(), architectures)))
+        if unknown:
+            raise BuildError(f"--arch {args.arch}: {find_nvcc()} does not know {','.join(map(str, unknown))}")
     start = time.perf_counter()
-    report = build(args.target, tuple(int(number) for number in args.arch.split(",")), args.out)
+    print(f"compiling {', '.join(TARGETS[args.target])}", flush=True)
+    report = build(args.target, architectures, args.out)
     path = library_path(args.target, args.out)
     print(report)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s")

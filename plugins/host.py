@@ -1,4 +1,4 @@
-"""The plugin's kernels on a CPU: the same source, compiled by g++, with the same bits as on a GPU."""
+"""The plugin's kernels on a CPU: the same source, compiled by g++; made to give the bits a GPU gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from facespec.errors import SpecError
+from facespec.errors import BuildError, SpecError
 from facespec.spec import AnchorSpec, DecodeSpec
 from plugins.build import ensure
 
@@ -109,9 +109,12 @@ def library() -> Any:
     Raises:
         BuildError: It must be compiled, and there is no C++ compiler.
     """
-    host = ctypes.CDLL(str(ensure("host")))
+    path = ensure("host")
+    try:
+        host = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded ({error}): python -m plugins.build host") from None
     host.retinaface_host_check.restype = ctypes.c_char_p
-    host.retinaface_host_decode_nms.restype = None
     return host
 
 
@@ -131,7 +134,7 @@ def decode_nms(
             class, box and landmark channels in this order. Arrays that are all channels-last in memory are read as they
             are; others are copied unless they are contiguous.
         size_hw: Height and width of the network input in pixels.
-        spec: Its `anchors` and `decode`.
+        spec: A `facespec.ModelSpec`: its `anchors` and `decode`.
         order: How the loops of a thread block are run; the result never depends on it. For tests.
         seed: Of the order "shuffled".
         shared_capacity: Candidates, a power of two from 64 to 4096, beyond which they are kept in other memory; the
@@ -145,6 +148,7 @@ def decode_nms(
         ValueError: Types or shapes do not fit together.
         SpecError: More levels or priors per cell than the kernels are made for.
         BuildError: The library must be compiled, and there is no C++ compiler.
+        MemoryError: There is not enough memory.
     """
     batch = len(heads[0]) if heads else 0
     grids = spec.anchors.grids_hw(size_hw)
@@ -173,7 +177,7 @@ def decode_nms(
     maps = last if params.channels_last else [np.ascontiguousarray(head) for head in heads]
     addresses = (ctypes.c_void_p * len(maps))(*(head.ctypes.data for head in maps))
     schedule = Schedule(order=ORDERS.index(order), threads=8, warp_size=4, skipped_line=0, seed=seed)
-    library().retinaface_host_decode_nms(
+    failed = library().retinaface_host_decode_nms(
         ctypes.byref(params),
         HEAD_TYPES[kinds.pop()],
         addresses,
@@ -181,4 +185,6 @@ def decode_nms(
         shared_capacity,
         ctypes.byref(schedule),
     )
+    if failed:
+        raise MemoryError(f"no memory to decode {batch} images of {size_hw[1]}x{size_hw[0]}")
     return outputs

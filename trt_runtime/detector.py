@@ -73,7 +73,7 @@ class OrtRetinaFace:
             if header.external_files:
                 raise ModelFileError(f"{path}: a plugin form with weights in other files cannot be run on the CPU")
             try:
-                model, self._heads = cut_plugin(content)
+                model, self._heads = cut_plugin(content, self.spec)
             except ModelFileError as error:
                 raise ModelFileError(f"{path}: {error}") from None
             library()  # compiled now, if need be, and not with the first frame
@@ -200,7 +200,7 @@ def _open_session(model: str | bytes, path: str | Path, threads: int | None) -> 
             raise SpecError(f"threads must be a number from 1 to 256, got {threads!r}")
         options.intra_op_num_threads = threads
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # ONNX Runtime has a class for every kind of failure
         raise ModelFileError(f"{path}: ONNX Runtime cannot load it ({_reason(error)})") from None
 

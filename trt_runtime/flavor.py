@@ -44,7 +44,7 @@ class Flavor:
         """Raise MissingPackageError, with the command that installs it, if it is not installed."""
         if not self.installed():
             raise MissingPackageError(
-                f"{self.title} is not installed: in the project's folder, pip install '.[{self.extra}]'"
+                f"{self.title} is not installed: in the project's folder, pip install -e '.[{self.extra}]'"
             )
 
     def version(self) -> str:
@@ -78,7 +78,7 @@ def find_flavor(name: str = AUTO) -> Flavor:
         return RTX
     raise MissingPackageError(
         "neither TensorRT with a GPU nor TensorRT-RTX is at hand: in the project's folder, "
-        "pip install '.[rtx]' (builds without a GPU) or pip install '.[trt]'"
+        "pip install -e '.[rtx]' (builds without a GPU) or pip install -e '.[trt]'"
     )
 
 
@@ -108,7 +108,9 @@ def child_environment(flavor: Flavor) -> Iterator[dict[str, str]]:
     """
     environment = dict(os.environ)
     package = importlib.util.find_spec("tensorrt_rtx_libs") if flavor is RTX else None
-    with tempfile.TemporaryDirectory(prefix="retinaface-") as folder:
+    # a list of paths cannot hold a name with a colon in it
+    parent = "/tmp" if os.pathsep in tempfile.gettempdir() else None
+    with tempfile.TemporaryDirectory(prefix="retinaface-", dir=parent) as folder:
         for place in (package.submodule_search_locations or []) if package else []:
             for library in Path(place).glob("lib*.so.*"):
                 link = Path(folder) / f"{library.name.split('.so')[0]}.so"

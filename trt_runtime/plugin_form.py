@@ -4,26 +4,88 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from facespec.cli import require
 from facespec.errors import ModelFileError
+from facespec.spec import ModelSpec
 from plugins import PLUGIN
 
 
-def cut_plugin(content: bytes) -> tuple[bytes, list[str]]:
+def load_graph(content: bytes, why: str) -> Any:
+    """Return a decoded ONNX model.
+
+    Args:
+        content: The file.
+        why: What needs the package onnx, for the message.
+
+    Raises:
+        ModelFileError: It cannot be decoded.
+        MissingPackageError: The package onnx is not installed.
+    """
+    onnx = require("onnx", "cpu", why)
+    try:
+        return onnx.load_model_from_string(content)
+    except Exception as error:  # of protobuf, which is not ours to import
+        raise ModelFileError(f"not an ONNX file, or damaged ({' '.join(str(error).split())[:100]})") from None
+
+
+def plugin_attributes(node: Any) -> dict[str, Any]:
+    """Return the attributes of a plugin node that are numbers, lists of numbers or text; None for others."""
+    kinds = {1: "f", 2: "i", 3: "s", 6: "floats", 7: "ints"}  # onnx.AttributeProto.AttributeType
+    values = {item.name: getattr(item, kinds[item.type]) if item.type in kinds else None for item in node.attribute}
+    return {name: plain(value) for name, value in values.items()}
+
+
+def plain(value: Any) -> Any:
+    """Return numbers as people write them: 0.4, and not what float32 makes of it; bytes as text."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float):
+        return float(str(np.float32(value)))
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return [plain(item) for item in value]
+
+
+def plugin_problem(attributes: dict[str, Any], spec: ModelSpec) -> str | None:
+    """Return where the attributes of a plugin node are not what a spec says, or None."""
+    expected = {
+        "plugin_version": PLUGIN.version,
+        "plugin_namespace": PLUGIN.namespace,
+        "strides": list(spec.anchors.strides),
+        "min_sizes": [plain(float(size)) for level in spec.anchors.min_sizes for size in level],
+        "variances": plain(spec.decode.variances),
+        "logit_threshold": plain(spec.decode.logit_threshold),
+        "iou_threshold": plain(spec.decode.iou_threshold),
+        "top_k": spec.decode.top_k,
+        "max_detections": spec.decode.max_detections,
+    }
+    for name, value in expected.items():
+        if attributes.get(name) != value:
+            return f"the plugin's {name} is {attributes.get(name)}, the spec says {value}"
+    return None
+
+
+def cut_plugin(content: bytes, spec: ModelSpec) -> tuple[bytes, list[str]]:
     """Return a plugin form that ends at the head maps, and their names.
 
     Args:
         content: An encoded ONNX model with one node of the plugin at its end.
+        spec: What the plugin must do.
 
     Raises:
-        ModelFileError: It has no such node.
+        ModelFileError: It has no such node, or the node does something else.
         MissingPackageError: The package onnx is not installed.
     """
-    onnx: Any = require("onnx", "train", "running a plugin form on the CPU")
-    model = onnx.load_model_from_string(content)
+    model = load_graph(content, "running a plugin form on the CPU")
+    onnx = require("onnx", "cpu", "running a plugin form on the CPU")
     plugins = [node for node in model.graph.node if (node.domain, node.op_type) == (PLUGIN.domain, PLUGIN.name)]
     if len(plugins) != 1:
         raise ModelFileError(f"expected one {PLUGIN.name} node in the graph, found {len(plugins)}")
+    problem = plugin_problem(plugin_attributes(plugins[0]), spec)
+    if problem:
+        raise ModelFileError(problem)
     heads = list(plugins[0].input)
     model.graph.node.remove(plugins[0])
     half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)

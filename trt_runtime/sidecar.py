@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ RTX_MAGIC = b"vtrt"
 RTX_HEADER_BYTES = 64
 RTX_CAPABILITY_BITS = {75: 1, 80: 2, 86: 4, 89: 8, 120: 16, 121: 32}
 
-_JSON_TYPES = {"str": str, "int": int, "tuple": list, "dict": dict, "ModelSpec": dict}
+_SELF_HASH = "sidecar_sha256"
 
 Shape = tuple[int, ...]
 
@@ -63,42 +63,81 @@ class Sidecar:
     command: str
 
     def to_json(self) -> str:
-        """Return the JSON form."""
+        """Return the JSON form: one field a line, and a hash of them all against slips of the hand."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        text = json.dumps({"format": FORMAT_VERSION, **values, "spec": json.loads(self.spec.to_json())}, indent=2)
-        return re.sub(r"\[[^\[\]{}]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text) + "\n"
+        data = {"format": FORMAT_VERSION, **values, "spec": json.loads(self.spec.to_json())}
+        data[_SELF_HASH] = _digest(data)
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in data.items()]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Sidecar:
         """Read `to_json`'s form.
 
         Raises:
-            SpecError: Not that form, or written by another version of it.
+            SpecError: Not that form, impossible values, edited, or written by another version.
         """
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SpecError(f"not JSON: {error}") from None
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT_VERSION:
+        if not isinstance(data, dict) or data.get("format") != FORMAT_VERSION:
             raise SpecError(f"not a sidecar of format {FORMAT_VERSION}")
-        fields = {item.name: item.type for item in dataclasses.fields(cls)}
-        if set(data) != set(fields):
-            raise SpecError(f"fields missing or unknown: {sorted(set(data) ^ set(fields))}")
-        for name, kind in fields.items():
-            if not isinstance(data[name], _JSON_TYPES[str(kind).split("[")[0]]):
-                raise SpecError(f"{name} is not of the type it should be")
+        digest = data.pop(_SELF_HASH, None)
+        if digest != _digest(data):
+            raise SpecError("it is not as it was written: its own hash differs")
+        del data["format"]
+        names = {item.name for item in dataclasses.fields(cls)}
+        if set(data) != names:
+            raise SpecError(f"fields missing or unknown: {sorted(set(data) ^ names)}")
+        for name, is_right in _CHECKS.items():
+            if not is_right(data[name]):
+                raise SpecError(f"{name} is not what it should be: {json.dumps(data[name])[:80]}")
         data["spec"] = ModelSpec.from_json(json.dumps(data["spec"]))
         data["compute_capabilities"] = tuple(data["compute_capabilities"])
-        data["profile"] = {str(name): tuple(shape) for name, shape in data["profile"].items() if _is_shape(shape)}
-        if set(data["profile"]) != {"min", "opt", "max"}:
-            raise SpecError("profile does not have min, opt and max of four numbers each")
-        if not all(isinstance(number, int) for number in data["compute_capabilities"]):
-            raise SpecError("compute_capabilities are not numbers")
+        data["profile"] = {name: tuple(shape) for name, shape in data["profile"].items()}
         return cls(**data)
 
 
-def _is_shape(shape: Any) -> bool:
-    return isinstance(shape, list) and len(shape) == 4 and all(isinstance(side, int) and side > 0 for side in shape)
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) < 10_000
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 48
+
+
+def _are_shares(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(share, float) and 0 <= share <= 1 for share in value.values()):
+        return False
+    return abs(sum(value.values()) - 1) < 1e-6
+
+
+def _is_profile(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"min", "opt", "max"}:
+        return False
+    shapes = [value[name] for name in ("min", "opt", "max")]
+    if not all(isinstance(shape, list) and len(shape) == 4 and all(map(_is_count, shape)) for shape in shapes):
+        return False
+    return (
+        all(low <= best <= high for low, best, high in zip(*shapes, strict=True)) and shapes[0][3] == shapes[2][3] == 3
+    )
+
+
+_CHECKS = {
+    **dict.fromkeys(("engine_sha256", "flavor", "version", "precision", "onnx_sha256"), _is_text),
+    **dict.fromkeys(("built", "toolkit", "command"), _is_text),
+    "engine_bytes": _is_count,
+    "compute_capabilities": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "plugin": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    "mac_shares": _are_shares,
+    "profile": _is_profile,
+    "spec": lambda value: isinstance(value, dict),
+}
 
 
 @dataclass(frozen=True)
@@ -134,7 +173,7 @@ def read_header(data: bytes) -> EngineHeader:
         (mask,) = struct.unpack_from("<Q", data, 32)
         found = tuple(capability for capability, bit in RTX_CAPABILITY_BITS.items() if mask & bit)
         return EngineHeader("rtx", ".".join(str(byte) for byte in data[24:28]), found, size)
-    return EngineHeader("tensorrt" if data[:4] in (b"ftrt", b"trtf") else "unknown")
+    return EngineHeader("tensorrt" if data[:4] == b"ftrt" else "unknown")
 
 
 def read_sidecar(engine: str | Path) -> Sidecar:
@@ -145,15 +184,15 @@ def read_sidecar(engine: str | Path) -> Sidecar:
     """
     path = sidecar_path(engine)
     try:
+        if not path.is_file():
+            raise ModelFileError(f"{path}: missing, an engine is used with the file that was written beside it")
         if path.stat().st_size > MAX_SIDECAR_BYTES:
             raise ModelFileError(f"{path}: too large for a sidecar")
         return Sidecar.from_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelFileError(f"{path}: missing, an engine is used with the file that was written beside it") from None
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
     except SpecError as error:
-        raise ModelFileError(f"{path}: {error}; build again: python -m export.to_trt --out {engine}") from None
+        raise ModelFileError(f"{path}: {error}; build the engine again with python -m export.to_trt") from None
 
 
 def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
@@ -162,28 +201,33 @@ def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
     Raises:
         ModelFileError: The file is missing or cannot be read.
     """
-    try:
-        content = Path(engine).read_bytes()
-    except FileNotFoundError:
-        raise ModelFileError(f"{engine}: no such engine") from None
-    except OSError as error:
-        raise ModelFileError(f"{engine}: cannot be read ({error.strerror})") from None
-    header = read_header(content)
     problems = []
-    if hashlib.sha256(content).hexdigest() != sidecar.engine_sha256:
-        problems.append("the engine is not the one its sidecar describes: its SHA-256 differs")
-    if sidecar.plugin.get("name") != PLUGIN.name or sidecar.plugin.get("version") != PLUGIN.version:
+    if [sidecar.plugin.get(part) for part in ("name", "version", "namespace")] != [
+        *(PLUGIN.name, PLUGIN.version, PLUGIN.namespace)
+    ]:
         problems.append(
             f"its plugin is {sidecar.plugin.get('name')} {sidecar.plugin.get('version')}, this version has "
             f"{PLUGIN.name} {PLUGIN.version}: build the engine again: {sidecar.command}"
         )
-    if header.kind != sidecar.flavor:
+    try:
+        size = Path(engine).stat().st_size
+        if size != sidecar.engine_bytes:
+            return [f"the file has {size} bytes, its sidecar says {sidecar.engine_bytes}", *problems]
+        with open(engine, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if hashlib.sha256(content).hexdigest() != sidecar.engine_sha256:
+                problems.append("the engine is not the one its sidecar describes: its SHA-256 differs")
+            header = read_header(content[:RTX_HEADER_BYTES])
+            if header.kind == "rtx":
+                problems += _missing_from_rtx(content, sidecar)
+    except FileNotFoundError:
+        raise ModelFileError(f"{engine}: no such engine") from None
+    except OSError as error:
+        raise ModelFileError(f"{engine}: cannot be read ({error.strerror})") from None
+    if header.kind != sidecar.flavor and (header.kind, sidecar.flavor) != ("unknown", "tensorrt"):
         problems.append(f"the file is of kind {header.kind}, its sidecar says {sidecar.flavor}")
     if header.kind == "rtx":
-        if header.size != len(content):
-            problems.append(f"the file has {len(content)} bytes, its header says {header.size}")
-        if PLUGIN.name.encode() not in content:  # TensorRT-RTX stores names and attributes of plugins as they are
-            problems.append(f"there is no {PLUGIN.name} in it")
+        if header.size != size:
+            problems.append(f"the file has {size} bytes, its header says {header.size}")
         if header.version != sidecar.version:
             problems.append(f"its header says TensorRT-RTX {header.version}, its sidecar {sidecar.version}")
         if header.compute_capabilities != sidecar.compute_capabilities:
@@ -192,3 +236,26 @@ def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
                 f"its sidecar {list(sidecar.compute_capabilities)}"
             )
     return problems
+
+
+def _missing_from_rtx(content: mmap.mmap, sidecar: Sidecar) -> list[str]:
+    """Return what of the plugin is not in an engine; TensorRT-RTX stores its name and attributes as they are."""
+    start = content.find(PLUGIN.name.encode())
+    if start < 0:
+        return [f"there is no {PLUGIN.name} in it"]
+    anchors, decode = sidecar.spec.anchors, sidecar.spec.decode
+    sizes = [size for level in anchors.min_sizes for size in level]
+    attributes = {
+        "strides": struct.pack(f"<{len(anchors.strides)}i", *anchors.strides),
+        "min_sizes": struct.pack(f"<{len(sizes)}f", *sizes),
+        "variances": struct.pack("<2f", *decode.variances),
+        "logit_threshold": struct.pack("<f", decode.logit_threshold),
+        "iou_threshold": struct.pack("<f", decode.iou_threshold),
+        "top_k": struct.pack("<i", decode.top_k),
+        "max_detections": struct.pack("<i", decode.max_detections),
+    }
+    for name, value in attributes.items():
+        at = content.find(name.encode(), start, start + 4096)
+        if at < 0 or content.find(value, at, at + 256) < 0:
+            return [f"the plugin in it does not have the {name} its sidecar says"]
+    return []

@@ -1,5 +1,6 @@
 // The kernels on the host, for callers that speak C: plugins/host.py and the tests.
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -90,15 +91,19 @@ RF_EXPORT const char* retinaface_host_check(const retinaface::DecodeParams* para
 }
 
 // `capacity`: candidates held in what is shared memory on the device, a power of two from 64 to 4096.
-RF_EXPORT void retinaface_host_decode_nms(const retinaface::DecodeParams* params, int32_t head_type,
-                                          const void* const* heads, const retinaface::Outputs* outputs,
-                                          int32_t capacity, const retinaface::Schedule* schedule) {
+// 0, or 1 if there is no memory.
+RF_EXPORT int32_t retinaface_host_decode_nms(const retinaface::DecodeParams* params, int32_t head_type,
+                                             const void* const* heads, const retinaface::Outputs* outputs,
+                                             int32_t capacity, const retinaface::Schedule* schedule) try {
   const auto type = static_cast<retinaface::HeadType>(head_type);
   if (type == retinaface::HeadType::kHalf) {
     retinaface::run<retinaface::Half>(*params, type, heads, *outputs, capacity, *schedule);
   } else {
     retinaface::run<float>(*params, type, heads, *outputs, capacity, *schedule);
   }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
 }
 
 // The elementary functions, for tests.

@@ -41,7 +41,11 @@ cudaError_t launch_typed(const DecodeParams& params, const Geometry& geometry, c
 
 }  // namespace
 
-int32_t load(HeadType type) { return type == HeadType::kHalf ? load_typed<Half>() : load_typed<float>(); }
+int32_t load(HeadType type) {
+  const cudaError_t error = type == HeadType::kHalf ? load_typed<Half>() : load_typed<float>();
+  if (error) cudaGetLastError();  // told here, and not again by the next launch
+  return error;
+}
 
 int32_t launch(const DecodeParams& params, HeadType type, const void* const* heads, const Outputs& outputs,
                void* workspace, CUstream_st* stream) {

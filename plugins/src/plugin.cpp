@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "decode_nms.h"
@@ -131,7 +132,10 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
                         public nvinfer1::IPluginV3OneBuild,
                         public nvinfer1::IPluginV3OneRuntime {
  public:
-  DecodeNMS(Attributes attributes, const DecodeParams& params) : attributes_(std::move(attributes)), params_(params) {}
+  DecodeNMS(Attributes attributes, const DecodeParams& params)
+      : attributes_(std::move(attributes)),
+        params_(params),
+        timing_id_("top_k " + std::to_string(params.top_k) + " keep " + std::to_string(params.max_detections)) {}
 
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {
     switch (type) {
@@ -198,6 +202,12 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
   int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
                           int32_t outputs) noexcept override {
     if (inputs != params_.levels || outputs != kOutputs) return -1;
+    const DecodeParams largest = at_maximum(in);
+    const char* const problem = largest.batch > 0 ? check(largest) : nullptr;  // a profile may not be known yet
+    if (problem) {
+      report(problem);
+      return -1;
+    }
     for (int32_t level = 0; level < inputs; ++level) {
       if (in[level].desc.dims.nbDims != 4 || in[level].desc.dims.d[1] != 16 * params_.per_cell) {
         report("a map does not have 16 channels for each prior of a cell");
@@ -209,14 +219,12 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
 
   size_t getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t, const DynamicPluginTensorDesc*,
                           int32_t) const noexcept override {
-    DecodeParams p = params_;
-    p.batch = int32_t(in[0].max.d[0]);
-    for (int32_t level = 0; level < p.levels; ++level) {
-      p.grid_h[level] = int32_t(in[level].max.d[2]);
-      p.grid_w[level] = int32_t(in[level].max.d[3]);
-    }
-    return check(p) ? 0 : workspace_bytes(p);
+    const DecodeParams p = at_maximum(in);
+    return check(p) ? 0 : workspace_bytes(p);  // configurePlugin has refused what does not pass
   }
+
+  // The timing of two plugins may be shared where these are equal.
+  const char* getTimingCacheID() noexcept override { return timing_id_.c_str(); }
 
   int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc*, int32_t) noexcept override {
     if (inputs != params_.levels) return -1;
@@ -258,6 +266,17 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
     return output == 0 || output == kOutputs - 1 ? DataType::kINT32 : DataType::kFLOAT;
   }
 
+  // The parameters at the largest shapes of a profile.
+  DecodeParams at_maximum(const DynamicPluginTensorDesc* in) const {
+    DecodeParams p = params_;
+    p.batch = int32_t(in[0].max.d[0]);
+    for (int32_t level = 0; level < p.levels; ++level) {
+      p.grid_h[level] = int32_t(in[level].max.d[2]);
+      p.grid_w[level] = int32_t(in[level].max.d[3]);
+    }
+    return p;
+  }
+
   static HeadType head_type(const PluginTensorDesc* in) {
     return in[0].type == DataType::kHALF ? HeadType::kHalf : HeadType::kFloat;
   }
@@ -275,6 +294,7 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
 
   Attributes attributes_;
   DecodeParams params_;
+  std::string timing_id_;
   std::vector<PluginField> fields_;
   PluginFieldCollection collection_{};
 };

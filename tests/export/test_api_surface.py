@@ -33,7 +33,7 @@ CLASSES = {
     "cache": "ITimingCache",
 }
 # variables, and attributes they may have, that are none of TensorRT's
-PLAIN = {"json", "sys", "time", "importlib", "log", "errors", "self", "message", "path", "start"}
+PLAIN = {"json", "os", "sys", "time", "importlib", "log", "errors", "self", "message", "path", "start"}
 RTX_ONLY = {"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability"}
 
 

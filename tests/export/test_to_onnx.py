@@ -211,4 +211,4 @@ def test_missing_packages_are_named_in_one_line(
     }[module]
     root = Path(__file__).parents[2]
     line = refused(module, *arguments, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"})
-    assert "pip install '.[" in line or "no sample photographs" in line
+    assert "pip install -e '.[" in line or "no sample photographs" in line

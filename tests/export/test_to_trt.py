@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
+import shlex
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +21,7 @@ import pytest
 
 from export.inspect import inspect
 from export.to_trt import EngineOptions, Profile, _run_builder, build_engine, parse_arguments
-from facespec.errors import BuildError, MissingToolError, ModelFileError, SpecError
+from facespec.errors import BuildError, MissingToolError, SpecError
 from facespec.spec import DecodeSpec, ModelSpec
 from plugins import PLUGIN
 from plugins.build import ensure
@@ -31,7 +35,7 @@ DYNAMIC = Profile((1, 2, 8), ((320, 320), (640, 640), (1088, 1920)))
 
 
 def _engine(folder: Path, **changes: object) -> EngineOptions:
-    options = EngineOptions("mobilenet0.25", folder / "f.engine", flavor="rtx", command="python -m export.to_trt")
+    options = EngineOptions("mobilenet0.25", folder / "f.engine", flavor="rtx")
     return dataclasses.replace(options, **changes)
 
 
@@ -65,7 +69,9 @@ def test_an_engine_for_each_gpu_with_profiles(precision: str, capability: int, t
     found = inspect(options.out)
     assert found.valid
     assert found.precision == {precision: 1.0}
-    assert found.inputs["images"] == "uint8 min [1, 320, 320, 3], opt [2, 640, 640, 3], max [8, 1088, 1920, 3]"
+    shapes = {"min": [1, 320, 320, 3], "opt": [2, 640, 640, 3], "max": [8, 1088, 1920, 3]}
+    assert found.inputs == {"images": {"type": "uint8", **shapes}}
+    assert found.outputs["landmarks"] == {"type": "float32", "shape": ["B", 750, 5, 2]}
     assert read_sidecar(options.out) == sidecar
     assert sidecar is not None
     assert sidecar.compute_capabilities == (capability,)
@@ -81,44 +87,117 @@ def test_a_precision_is_held(tmp_path: Path, engine: Path) -> None:
     assert read_header(engine.read_bytes()).compute_capabilities == (75, 80, 86, 89, 120)
 
 
+def _problems(folder: Path, content: bytes, sidecar: str) -> list[str]:
+    """Return what inspect says of an engine with a sidecar."""
+    copy = folder / "c.engine"
+    copy.write_bytes(content)
+    sidecar_path(copy).write_text(sidecar)
+    found = inspect(copy)
+    assert str(found).count("\nPROBLEM") == len(found.problems)
+    assert found.valid == (not found.problems)
+    return found.problems
+
+
 @needs_rtx
 def test_an_engine_that_changed_is_noticed(engine: Path, tmp_path: Path) -> None:
-    copy, side = tmp_path / "c.engine", tmp_path / "c.engine.json"
+    content, sidecar = engine.read_bytes(), read_sidecar(engine)
 
-    def problems(content: bytes, sidecar: str) -> list[str]:
-        copy.write_bytes(content)
-        side.write_text(sidecar)
-        found = inspect(copy)
-        assert not found.valid
-        assert str(found).count("PROBLEM") == len(found.problems)
-        return found.problems
+    def problems(content: bytes = content, **changes: Any) -> list[str]:
+        return _problems(tmp_path, content, dataclasses.replace(sidecar, **changes).to_json())
 
+    assert problems() == []
+    assert "SHA-256" in problems(content[:100_000] + bytes([content[100_000] ^ 1]) + content[100_001:])[0]
+    assert "bytes" in problems(content[:-1])[0]
+    assert "bytes" in problems(b"")[0]
+    assert "kind unknown" in problems(b"\0" * len(content))[1]
+    assert "no RetinaFaceDecodeNMS in it" in problems(content.replace(b"RetinaFaceD", b"retinafaced"))[1]
+    assert "compute capabilities" in problems(compute_capabilities=(75, 86))[0]
+    assert "sidecar 9.9" in problems(version="9.9")[0]
+    assert "plugin is RetinaFaceDecodeNMS 2" in problems(plugin={**sidecar.plugin, "version": "2"})[0]
+    assert "build the engine again" in problems(plugin={**sidecar.plugin, "namespace": "other"})[0]
+    # the plugin's own attributes are read off the engine
+    for change in ({"score_threshold": 0.31}, {"top_k": 78}, {"iou_threshold": 0.41}, {"max_detections": 749}):
+        decode = dataclasses.replace(sidecar.spec.decode, **change)
+        name = next(iter(change)).replace("score", "logit")
+        assert problems(spec=dataclasses.replace(sidecar.spec, decode=decode)) == [
+            f"the plugin in it does not have the {name} its sidecar says"
+        ]
+    anchors = dataclasses.replace(sidecar.spec.anchors, min_sizes=((16, 32), (64, 128), (256, 500)))
+    assert "min_sizes" in problems(spec=dataclasses.replace(sidecar.spec, anchors=anchors))[0]
+
+
+@needs_rtx
+def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     content, sidecar = engine.read_bytes(), sidecar_path(engine).read_text()
-    flipped = content[:100_000] + bytes([content[100_000] ^ 1]) + content[100_001:]
-    assert "SHA-256" in problems(flipped, sidecar)[0]
-    assert "bytes" in problems(content[:-1], sidecar)[1]
-    assert "kind unknown" in problems(b"\0" * 100, sidecar)[1]
-    assert "compute capabilities" in problems(content, sidecar.replace("[75, 80, 86, 89, 120]", "[75, 90]"))[0]
-    assert "sidecar 9.9" in problems(content, sidecar.replace('"version": "1.7', '"version": "9.9.1.7'))[0]
-    assert (
-        "plugin is RetinaFaceDecodeNMS 2" in problems(content, sidecar.replace('"version": "1",', '"version": "2",'))[0]
-    )
-    assert "no RetinaFaceDecodeNMS in it" in problems(content.replace(b"RetinaFaceD", b"retinafaced"), sidecar)[1]
+    # slips of the hand, and rubbish
     for broken in (
-        "",
-        "{}",
-        "[1]",
-        sidecar.replace('"profile"', '"x"'),
-        sidecar.replace('"opt"', '"best"'),
-        "[" * 100_000,
+        *("", "{}", "[1]", "[" * 100_000, sidecar.replace('"profile"', '"x"')),
+        *(
+            sidecar.replace('"fp16"', '"int8"'),
+            sidecar.replace("104", "0"),
+            sidecar.replace('"top_k": 77', '"top_k": 7'),
+        ),
     ):
-        assert "json" in problems(content, broken)[0]
-    assert "top_k" in problems(content, sidecar.replace('"top_k": 77', '"top_k": -1'))[0]
-    side.unlink()
-    assert "missing" in inspect(copy).problems[0]
-    copy.write_bytes(b"text")
-    with pytest.raises(ModelFileError, match="not a TensorRT engine"):
-        inspect(copy)
+        (problem,) = _problems(tmp_path, content, broken)
+        assert "json" in problem
+    # written with care, to harm
+    data = json.loads(sidecar)
+    del data["sidecar_sha256"]
+    for name, value in (
+        *(
+            ("mac_shares", value)
+            for value in ({"fp16": "x"}, {"fp16": [1]}, {"fp16": float("nan")}, {"fp16": 17.0}, {})
+        ),
+        *(("engine_bytes", value) for value in (10**400, -1, "1", True)),
+        *(
+            ("profile", {**data["profile"], "max": value})
+            for value in ([1, 32, 32, 3], [1, 640, 640], [1, 640, 640, 9])
+        ),
+        *(("compute_capabilities", value) for value in (86, ["86"], [[86]])),
+        *(("plugin", {"name": 1}), ("spec", []), ("command", 7), ("built", None), ("command", "x" * 20_000)),
+    ):
+        hostile = {**data, name: value}
+        hostile["sidecar_sha256"] = hashlib.sha256(json.dumps(hostile, sort_keys=True).encode()).hexdigest()
+        (problem,) = _problems(tmp_path, content, json.dumps(hostile))
+        assert name in problem
+    # a row of the table cannot be forged
+    forged = dataclasses.replace(
+        read_sidecar(engine), command="x\nvalid                yes\x1b[2J", engine_sha256="0" * 64
+    )
+    _problems(tmp_path, content, forged.to_json())
+    assert "\nvalid" not in str(inspect(tmp_path / "c.engine"))
+    # not files
+    sidecar_path(tmp_path / "c.engine").unlink()
+    assert "missing" in inspect(tmp_path / "c.engine").problems[0]
+    os.mkfifo(sidecar_path(tmp_path / "c.engine"))
+    assert "missing" in inspect(tmp_path / "c.engine").problems[0]
+    with open(tmp_path / "large.engine", "wb") as file:
+        file.truncate(1 << 40)
+    sidecar_path(tmp_path / "large.engine").write_text(sidecar)
+    assert "1099511627776 bytes" in inspect(tmp_path / "large.engine").problems[0]
+    (tmp_path / "text.engine").write_bytes(b"text")
+    assert "not a TensorRT engine" in refused("export.inspect", tmp_path / "text.engine")
+    assert "a sidecar" in refused("export.inspect", sidecar_path(engine))
+
+
+@needs_rtx
+def test_two_builds_of_one_engine_do_not_mix(tmp_path: Path) -> None:
+    lines = [
+        [sys.executable, "-m", "export.to_trt", "--flavor", "rtx", precision, "--out", str(tmp_path / "f.engine")]
+        for precision in ("--fp16", "--fp32")
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    processes = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) for line in lines]
+    sizes = {}
+    for process in processes:
+        printed, _ = process.communicate(timeout=300)
+        for precision, size in re.findall(r"wrote \S+f\.engine: .*?, (fp\d\d), .*?, ([\d.]+) MB", printed):
+            sizes[precision] = float(size)
+    assert sizes
+    assert all(size < 3.8 if precision == "fp16" else size > 4 for precision, size in sizes.items())
+    found = inspect(tmp_path / "f.engine")
+    if found.valid:  # else it says that the two files do not belong together
+        assert (found.facts["bytes"] < 3.8e6) == (found.precision == {"fp16": 1.0})
 
 
 @needs_rtx
@@ -129,7 +208,7 @@ def test_inspect_in_table_and_json(engine: Path, command: Callable[..., subproce
     assert data["valid"] is True
     assert data["spec"]["decode"]["top_k"] == 77
     table = command("export.inspect", engine).stdout
-    for words in ("TensorRT-RTX 1.", "sm_86", "100.0 % fp16", "RetinaFaceDecodeNMS", "score_threshold 0.3", "valid "):
+    for words in ("TensorRT-RTX", "75, 80, 86", "100.0 % fp16", "RetinaFaceDecodeNMS", "score_threshold 0.3", "valid "):
         assert words in table
     engine.with_suffix(".copy").write_bytes(engine.read_bytes())
     assert command("export.inspect", engine.with_suffix(".copy")).returncode == 1
@@ -145,7 +224,7 @@ def test_inspect_onnx(static_onnx: Path, tmp_path: Path, refused: Callable[..., 
     assert os.listdir(tmp_path) == ["f.plugin.onnx"]
     found = inspect(options.plugin_form)
     assert (found.kind, found.valid, found.precision) == ("plugin form", True, {"fp32": 1.0})
-    assert found.inputs == {"images": "uint8 [batch, height, width, 3]"}
+    assert found.inputs == {"images": {"type": "uint8", "shape": ["batch", "height", "width", 3]}}
     # a plugin that does not do what the spec says
     model = onnx.load(options.plugin_form)
     next(a for a in model.graph.node[-1].attribute if a.name == "iou_threshold").f = 0.5
@@ -175,7 +254,7 @@ def _touch(path: Path) -> Path:
         ("--batch 0", "from 1"),
         ("--batch 1:8", "MIN:OPT:MAX"),
         ("--batch 4:2:8", "ascending"),
-        ("--batch 99999 --size 4096x4096", "pixels"),
+        ("--batch 9999 --size 4096x4096", "pixels"),
         ("--compute-capability 90", "builds for 75,80"),
         ("--compute-capability eight", "give numbers"),
         ("--flavor tensorrt --compute-capability 86", "for the GPU at hand"),
@@ -186,6 +265,12 @@ def _touch(path: Path) -> Path:
         ("--out x.onnx", "no ONNX file"),
         ("--weights none.pth", "none.pth"),
         ("--out Makefile/x.engine", "cannot be written"),
+        ("--out .", "give the name of a file"),
+        ("--out=", "give the name of a file"),
+        ("--calib=", "use --fp16"),
+        ("--batch 1:1:70000 --size 32x32", "65535"),
+        ("--iou 1e-300", "iou_threshold"),
+        ("--iou 0.99999999999", "iou_threshold"),
     ],
 )
 def test_wrong_arguments(arguments: str, message: str, refused: Callable[..., str], tmp_path: Path) -> None:
@@ -203,10 +288,12 @@ def test_sizes_and_batches() -> None:
     assert options.profile.fixed_hw is None
     assert options.capabilities == (86, 89)
     assert options.precision == "fp32"
-    assert (
-        options.command
-        == "python -m export.to_trt --size 32x64:320x640:640x1280 --batch 1:2:3 --compute-capability 86,89"
-    )
+    # what builds it again, and builds the same
+    command = options.command("rtx", (86, 89))
+    again = parse_arguments(shlex.split(command)[3:])
+    assert again == dataclasses.replace(options, flavor="rtx")
+    odd = dataclasses.replace(options, out=Path("a  b/[c  d] ü.engine"), decode=DecodeSpec(iou_threshold=0.35, top_k=9))
+    assert parse_arguments(shlex.split(odd.command())[3:]) == odd
     with pytest.raises(SpecError):
         Profile((1, 1, 1), ((33, 32), (64, 64), (64, 64)))
 
@@ -275,6 +362,19 @@ def test_a_builder_that_dies_is_reported(tmp_path: Path) -> None:
         _run_builder(_request(tmp_path, "aborts"), environment, TENSORRT, False)
     with pytest.raises(BuildError, match="No module named 'missing_tensorrt'"):
         _run_builder(_request(tmp_path, "missing_tensorrt"), environment, TENSORRT, False)
+
+
+@needs_rtx
+def test_what_libraries_print_does_no_harm(engine: Path, tmp_path: Path) -> None:
+    """More than a pipe holds on stderr, and words among the events."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.stderr.write('x' * 300_000); print('hello', flush=True)"
+    )
+    request = _request(tmp_path, RTX.module) | {"onnx": str(engine.with_suffix(".plugin.onnx")), "capabilities": [86]}
+    request |= {"plugin": str(ensure("plugin")), "profile": {name: [1, 640, 640, 3] for name in ("min", "opt", "max")}}
+    with child_environment(RTX) as environment:
+        environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}"
+        assert _run_builder(request, environment, RTX, False) == RTX.version()
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -47,7 +47,8 @@ def _run(body: str) -> subprocess.CompletedProcess[str]:
         ("ArgumentParser(prog='tool').parse_args(['--wrong'])", 1,
          "error: unrecognized arguments: --wrong (tool --help)\n"),
         ("require('no_such_module', 'cpu', 'this')", 1,
-         "error: this needs no_such_module, which is not installed: in the project's folder, pip install '.[cpu]'\n"),
+         "error: this needs no_such_module, which is not installed: "
+         "in the project's folder, pip install -e '.[cpu]'\n"),
     ],
 )  # fmt: skip
 def test_commands_end_in_one_line(body: str, code: int, message: str) -> None:

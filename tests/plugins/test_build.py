@@ -18,7 +18,15 @@ import pytest
 import plugins.build
 from facespec.errors import MissingToolError
 from plugins import PLUGIN
-from plugins.build import ARCHITECTURES, ensure, find_nvcc, find_tensorrt_headers, library_path, read_report
+from plugins.build import (
+    ARCHITECTURES,
+    ensure,
+    find_nvcc,
+    find_tensorrt_headers,
+    is_current,
+    library_path,
+    read_report,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,21 +102,42 @@ def test_cmake_makes_the_same_library(plugin: Path, tmp_path: Path) -> None:
     assert tuple(int(name.split("-")[0]) for name in listed[1].split()) == ARCHITECTURES
 
 
-def test_a_library_is_built_once_and_again_when_its_sources_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plugins.build, "LIBRARY_FOLDER", tmp_path)
+def test_a_library_is_built_once_and_again_when_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins.build, "LIBRARY_FOLDER", tmp_path / "lib")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = ensure("host")
-    assert path == library_path("host", tmp_path)
+    assert path == library_path("host", tmp_path / "lib")
     first = path.stat().st_mtime_ns
     assert ensure("host").stat().st_mtime_ns == first
     report = path.with_suffix(".json")
-    report.write_text(report.read_text().replace(str(read_report(path)["sources_sha256"]), "0" * 64))
-    assert ensure("host").stat().st_mtime_ns > first
+    for name in ("sources_sha256", "library_sha256", "machine"):
+        report.write_text(report.read_text().replace(json.dumps(read_report(path)[name]), '"other"'))
+        assert not is_current("host", path.parent)
+        assert ensure("host") == path
+        assert is_current("host", path.parent)
     report.write_text("not JSON")
     assert read_report(path) == {}
-    assert ensure("host").is_file()
-    assert sorted(os.listdir(tmp_path)) == ["libretinaface_host.json", "libretinaface_host.so"]
+    assert ensure("host") == path
+    os.truncate(path, 3000)
+    ctypes.CDLL(str(ensure("host")))
+    assert sorted(os.listdir(path.parent)) == ["libretinaface_host.json", "libretinaface_host.so"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_where_the_package_cannot_be_written_the_cache_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins.build, "LIBRARY_FOLDER", Path("/proc/retinaface/lib"))  # nobody may write there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = ensure("host")
+    assert path == library_path("host", tmp_path / "retinaface-trt" / "lib")
+    first = path.stat().st_mtime_ns
+    assert ensure("host").stat().st_mtime_ns == first
+
+
+def test_fewer_architectures_are_as_good(plugin: Path, tmp_path: Path) -> None:
+    """Who builds for one GPU does not have it built again for all."""
+    plugins.build.build("kernels", (86,), tmp_path)
+    assert is_current("kernels", tmp_path)
+    assert read_report(library_path("kernels", tmp_path))["architectures"] == [86]
 
 
 def test_what_is_missing_is_named(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -118,7 +147,8 @@ def test_what_is_missing_is_named(refused: Callable[..., str], tmp_path: Path) -
     (tmp_path / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 6\n")
     assert "IPluginV3 needs 10.0" in refused("plugins.build", env={"TENSORRT_INCLUDE_DIR": str(tmp_path)})
     assert "give numbers" in refused("plugins.build", "--arch", "sm_86")
-    assert "knows none of" in refused("plugins.build", "kernels", "--arch", "13")
+    assert "does not know 13" in refused("plugins.build", "kernels", "--arch", "13,86")
+    assert "is it a C++ compiler" in refused("plugins.build", "host", "--out", tmp_path / "o", env={"CXX": "true"})
     assert "invalid choice" in refused("plugins.build", "everything")
     assert "cannot be written" in refused("plugins.build", "host", "--out", tmp_path / "NvInferVersion.h" / "x")
 
@@ -136,7 +166,7 @@ def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    with pytest.raises(MissingToolError, match=re.escape("pip install '.[nvcc]'")):
+    with pytest.raises(MissingToolError, match=re.escape("pip install -e '.[nvcc]'")):
         find_nvcc()
     for place in places.values():
         place.parent.mkdir(parents=True)

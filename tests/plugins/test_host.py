@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -745,3 +748,26 @@ def test_every_half_becomes_the_float_it_is() -> None:
     nan = np.isnan(expected)
     assert (actual[~nan].view(np.uint32) == expected[~nan].view(np.uint32)).all()
     assert np.isnan(actual[nan]).all()
+
+
+def test_too_little_memory_is_an_exception() -> None:
+    """In a process of its own: nothing of C++ may reach the interpreter."""
+    code = """
+import resource
+import numpy as np
+from facespec.spec import ModelSpec
+from plugins import host
+
+spec, size = ModelSpec(), (2048, 2048)
+heads = [np.zeros((8, 32, *grid), np.float16) for grid in spec.anchors.grids_hw(size)]
+host.library()
+outputs = host.decode_nms([head[:1] for head in heads], size, spec)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20),) * 2)
+try:
+    host.decode_nms(heads, size, spec)
+except MemoryError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "no memory to decode 8 images" in result.stdout, result.stdout + result.stderr

@@ -43,7 +43,7 @@ def test_auto_takes_what_can_build_here(monkeypatch: pytest.MonkeyPatch) -> None
     if RTX.installed() and gpu_capability() is None:
         assert find_flavor("auto") is RTX
     if not TENSORRT.installed():
-        with pytest.raises(MissingPackageError, match=r"pip install '\.\[trt\]'"):
+        with pytest.raises(MissingPackageError, match=r"pip install -e '\.\[trt\]'"):
             find_flavor("tensorrt")
     monkeypatch.setattr(Flavor, "installed", lambda self: False)
     with pytest.raises(MissingPackageError, match=r"\[rtx\].*\[trt\]"):

@@ -13,6 +13,7 @@ import pytest
 from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.errors import ModelFileError, NonFiniteError
 from facespec.letterbox import Frame
+from facespec.spec import ModelSpec
 from trt_runtime import load_detector
 from trt_runtime.onnx_file import read_onnx
 from trt_runtime.plugin_form import cut_plugin
@@ -64,21 +65,36 @@ def test_graphs_that_are_not_plugin_forms_are_refused(
     plugin_form: Path, dynamic_onnx: Path, tmp_path: Path, astronaut: Frame
 ) -> None:
     with pytest.raises(ModelFileError, match="found 0"):
-        cut_plugin(dynamic_onnx.read_bytes())
+        cut_plugin(dynamic_onnx.read_bytes(), ModelSpec())
     model = onnx.load(plugin_form)
     assert read_onnx(plugin_form)[1].domains == {"", "trt.plugins"}
     model.graph.node[-1].op_type = "EfficientNMS_TRT"
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(ModelFileError, match=r"other\.onnx: expected one RetinaFaceDecodeNMS"):
         load_detector(tmp_path / "other.onnx")
-    # a spec of other anchors than the graph has maps for
+    # the plugin does something else than the spec says
     model = onnx.load(plugin_form)
     spec = load_detector(plugin_form).spec
     other = dataclasses.replace(spec, anchors=dataclasses.replace(spec.anchors, strides=(4, 8, 16)))
     onnx.helper.set_model_props(model, {"retinaface.spec": other.to_json()})
     onnx.save(model, tmp_path / "anchors.onnx")
+    with pytest.raises(ModelFileError, match="strides"):
+        load_detector(tmp_path / "anchors.onnx")
+    # they agree, and the network has maps of another size
+    strides = next(item for item in model.graph.node[-1].attribute if item.name == "strides")
+    strides.ints[:] = [4, 8, 16]
+    onnx.save(model, tmp_path / "anchors.onnx")
     with pytest.raises(ModelFileError, match="at odds with its spec"):
         load_detector(tmp_path / "anchors.onnx").detect(astronaut)
+    # bytes that protobuf cannot read, behind a header that can be read
+    content = plugin_form.read_bytes()
+    with pytest.raises(ModelFileError):
+        cut_plugin(content[: len(content) // 2], spec)
+    for attribute in model.graph.node[-1].attribute:
+        attribute.type = onnx.AttributeProto.GRAPH
+    onnx.save(model, tmp_path / "types.onnx")
+    with pytest.raises(ModelFileError, match="plugin_version is None"):
+        load_detector(tmp_path / "types.onnx")
 
 
 def test_engines_are_not_run_yet(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ NVCC_FLAGS = (
     # what the library needs lies within it, so that it loads beside any TensorRT and any C++ runtime
     *("-Xlinker", "--exclude-libs,ALL", "-Xcompiler", "-static-libstdc++,-static-libgcc"),
 )
-HEADERS_COMMAND = "pip install --no-deps kernel-lens"
+HEADERS_COMMAND = "pip install --no-deps kernel-lens (or apt install libnvinfer-headers-dev)"
 NVCC_COMMAND = "in the project's folder, pip install -e '.[nvcc]'"
 COMPILER_COMMAND = "apt install g++"
 

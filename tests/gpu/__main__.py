@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command: python -m tests.gpu.
 
 It needs nvcc, g++, python3 with torch (CUDA) and numpy, and this checkout. It builds the kernels for the present GPU,
-compares them with the host version bit for bit, runs them under compute-sanitizer and times them.
+compares them with the host version bit for bit, drives the TensorRT plugin where TensorRT's headers are, runs the kernels
+under compute-sanitizer and times them.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from facespec.cli import ArgumentParser, run
-from facespec.errors import RetinaFaceError
+from facespec.errors import BuildError, MissingToolError, RetinaFaceError
 from facespec.files import check_outputs, write_text
 from plugins import host
-from plugins.build import find_nvcc, read_report
+from plugins.build import find_compiler, find_nvcc, find_tensorrt_headers, read_report, toolkit_paths
 from tests.gpu.kernel import ROOT, build_kernels, capability, gpu_problem
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu_kernel.json"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TESTS_S, TOOL_S, BENCHMARK_S = 180, 60, 150
-"""Limits of the steps; together they stay under ten minutes."""
+TESTS_S, PLUGIN_S, TOOL_S, BENCHMARK_S = 180, 60, 60, 150
+"""Seconds a step, and for the plugin its compilation too, may take."""
 
 ERROR_EXITCODE = 9
 
@@ -115,6 +116,29 @@ def sanitize(library: Path) -> list[Step]:
     return steps
 
 
+def plugin_step() -> Step:
+    """Build the TensorRT plugin and drive it as TensorRT does; only TensorRT's headers are needed."""
+    name = "plugin"
+    try:
+        headers, _ = find_tensorrt_headers()
+    except MissingToolError as error:
+        print(f"\n{name}: {error}; not run", file=sys.stderr)
+        return Step(name, "not run", 0, str(error))
+    start = time.perf_counter()
+    try:
+        library = build_kernels(capability(), "plugin")
+    except BuildError as error:
+        return Step(name, "FAILED", time.perf_counter() - start, str(error))
+    source, program = Path(__file__).with_name("plugin_main.cpp"), library.with_name("plugin_main")
+    nvcc = find_nvcc()
+    compiler: list[object] = [nvcc, "-std=c++17", "-cudart", "static", "-ccbin", find_compiler(), *toolkit_paths(nvcc)]
+    include: list[object] = ["-isystem", headers, "-I", ROOT / "plugins" / "include"]
+    step = call(name, [*compiler, *include, source, "-o", program, "-ldl"], PLUGIN_S)
+    if step.state == "passed":
+        step = call(name, [program, library], PLUGIN_S)
+    return replace(step, seconds=time.perf_counter() - start)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = ArgumentParser(
@@ -140,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kernel in report["kernels"]:  # type: ignore[attr-defined]
         print("  " + ", ".join(f"{key} {value}" for key, value in kernel.items()))
     steps.append(call("tests", [sys.executable, "-m", "unittest", "-v", "tests.gpu.test_kernel"], TESTS_S))
+    steps.append(plugin_step())
     if importlib.util.find_spec("pytest") and importlib.util.find_spec("cv2"):
         others = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--ignore", "tests/gpu"]
         steps.append(call("other tests", others, TESTS_S))

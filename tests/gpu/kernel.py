@@ -43,17 +43,17 @@ def capability() -> int:
     return 10 * major + minor
 
 
-def build_kernels(architecture: int) -> Path:
+def build_kernels(architecture: int, target: str = "kernels") -> Path:
     """Return the library with machine code for one architecture, built anew if its sources have changed.
 
     Raises:
         BuildError: It must be built, and cannot be.
     """
     folder = ROOT / "build" / "gpu" / f"sm_{architecture}"
-    path = library_path("kernels", folder)
-    wanted = sources_sha256("kernels", (architecture,))
+    path = library_path(target, folder)
+    wanted = sources_sha256(target, (architecture,))
     if not path.is_file() or read_report(path).get("sources_sha256") != wanted:
-        build("kernels", (architecture,), folder)
+        build(target, (architecture,), folder)
     return path
 
 

@@ -27,6 +27,7 @@ from plugins.build import (
     library_path,
     read_report,
 )
+from trt_runtime.flavor import gpu_capability
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,16 +71,26 @@ def test_the_library_stands_alone(plugin: Path) -> None:
     assert {line.split()[-1] for line in symbols.splitlines() if " T " in line} == ours
 
 
+def _compile_driver(source: Path, program: Path) -> None:
+    include = ["-isystem", find_tensorrt_headers()[0], f"-I{plugins.build.ROOT / 'include'}"]
+    nvcc = find_nvcc()
+    flags = ["-std=c++17", *include, *plugins.build.toolkit_paths(nvcc)]
+    subprocess.run([nvcc, *flags, source, "-o", program, "-ldl"], check=True)
+
+
 def test_the_plugin_through_its_interfaces(plugin: Path, tmp_path: Path) -> None:
     """Creation, serialisation, formats, shapes and workspace, driven by a C++ program as TensorRT would."""
-    headers = find_tensorrt_headers()[0]
-    source = Path(__file__).with_name("plugin_main.cpp")
-    program = tmp_path / "plugin_main"
-    compiler = [find_nvcc(), "-std=c++17", "-isystem", headers, *plugins.build.toolkit_paths(find_nvcc())]
-    subprocess.run([*compiler, source, "-o", program, "-ldl"], check=True)
-    result = subprocess.run([program, plugin], capture_output=True, text=True)
+    _compile_driver(Path(__file__).with_name("plugin_main.cpp"), tmp_path / "plugin_main")
+    result = subprocess.run([tmp_path / "plugin_main", plugin], capture_output=True, text=True)
     assert result.stdout.splitlines() == [f"{PLUGIN.name} {PLUGIN.version} {PLUGIN.namespace}", "passed"], result.stderr
     assert result.stderr.count(PLUGIN.name) >= 17  # each refusal says why
+
+
+def test_what_drives_the_plugin_on_a_gpu_compiles(plugin: Path, tmp_path: Path) -> None:
+    """`make test-gpu` runs it; here it finds no GPU, or passes."""
+    _compile_driver(ROOT / "tests" / "gpu" / "plugin_main.cpp", tmp_path / "plugin_main")
+    result = subprocess.run([tmp_path / "plugin_main", plugin], capture_output=True, text=True)
+    assert result.returncode == (2 if gpu_capability() is None else 0), result.stdout
 
 
 @pytest.mark.slow

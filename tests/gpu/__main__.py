@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command: python -m tests.gpu.
 
 It needs nvcc, g++, python3 with torch (CUDA) and numpy, and this checkout. It builds the kernels for the present GPU,
-compares them with the host version bit for bit, drives the TensorRT plugin where TensorRT's headers are, runs the kernels
-under compute-sanitizer and times them.
+compares them with the host version bit for bit, drives the TensorRT plugin where TensorRT's headers are, runs the
+kernels under compute-sanitizer and times them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make demo      find faces in sample photographs and a short video; no GPU, no data set (build/demo)"
 	@echo "make test      run the tests"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff, mypy and clang-format"
 	@echo "make test-gpu  test, sanitize and time the CUDA kernels; needs an NVIDIA GPU, nvcc and torch, installs nothing"
 	@echo "make clean     remove build/, caches and .venv"
 
@@ -38,6 +38,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror plugins/include/*.h plugins/src/* tests/*/*.cpp
 
 # No installation: on a machine with a GPU, nvcc and a torch that sees the GPU, in $(VENV) or not
 test-gpu:

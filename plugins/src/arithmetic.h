@@ -1,7 +1,7 @@
 // Arithmetic that gives the same bits on the device and on the host.
 //
-// Neither side may fuse a * b + c on its own: the device uses the _rn intrinsics, which the compiler never contracts, and the
-// host is compiled with -ffp-contract=off. Where a fused operation is wanted it is written fma().
+// Neither side may fuse a * b + c on its own: the device uses the _rn intrinsics, which the compiler never contracts,
+// and the host is compiled with -ffp-contract=off. Where a fused operation is wanted it is written fma().
 #pragma once
 
 #include <cmath>
@@ -82,8 +82,8 @@ RF_FN float to_float(Half x) {
 #endif
 }
 
-// exp(x) to 1.1 ulp, by Cody and Waite's reduction x = k ln 2 + r and a polynomial in r; infinity above 88.72, 0 below -104.
-// Like the true one it never falls while x rises: seen on all floats from 1e-6 in magnitude to both ends.
+// exp(x) to 1.1 ulp, by Cody and Waite's reduction x = k ln 2 + r and a polynomial in r; infinity above 88.72, 0 below
+// -104. Like the true one it never falls while x rises: seen on all floats from 1e-6 in magnitude to both ends.
 RF_FN float exponential(float x) {
   if (x > 88.72284f) return float_of(0x7f800000u);
   if (x < -104.f) return 0.f;

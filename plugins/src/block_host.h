@@ -1,7 +1,7 @@
 // A thread block as the kernels see it, on the host: loops in a chosen order, or real threads. See block_device.cuh.
 //
-// The order of a loop must not matter, and neither must the interleaving of threads: tests run every order, and the threads
-// under ThreadSanitizer, which reports a barrier that is missing.
+// The order of a loop must not matter, and neither must the interleaving of threads: tests run every order, and the
+// threads under ThreadSanitizer, which reports a barrier that is missing.
 #pragma once
 
 #include <pthread.h>

@@ -43,7 +43,7 @@ struct FinishShared {
   int32_t broken;
   int32_t appended;
   int32_t kept;
-  uint32_t tile_kept;        // the boxes of the tile that are kept, a bit each
+  uint32_t tile_kept;  // the boxes of the tile that are kept, a bit each
 };
 static_assert(sizeof(FinishShared) <= 48 * 1024, "more shared memory than every GPU gives without being asked");
 
@@ -234,9 +234,9 @@ RF_FN void compare_exchange(uint64_t* keys, int32_t i, int32_t stride, int32_t r
   }
 }
 
-// Sort `count` keys, a power of two of at least 64, the greatest first. Pairs up to 32 apart stay within 64 keys, which one
-// warp takes through all its stages without a barrier of the block.
-// Source: Batcher, Sorting networks and their applications, AFIPS 1968.
+// Sort `count` keys, a power of two of at least 64, the greatest first. Pairs up to 32 apart stay within 64 keys, which
+// one warp takes through all its stages without a barrier of the block. Source: Batcher, Sorting networks and their
+// applications, AFIPS 1968.
 template <typename Block>
 RF_BODY void sort(Block& block, uint64_t* keys, int32_t count) {
   block.each_warp(count / 64, [&](auto& warp, int32_t chunk) {

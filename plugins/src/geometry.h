@@ -1,4 +1,5 @@
-// How the work of a launch is divided, and where everything lies. Worked out on the host, passed to the kernels by value.
+// How the work of a launch is divided, and where everything lies. Worked out on the host, passed to the kernels by
+// value.
 #pragma once
 
 #include "arithmetic.h"
@@ -6,13 +7,13 @@
 
 namespace retinaface {
 
-constexpr int32_t kMaxSlices = 1024;       // scan blocks per image
-constexpr int32_t kMinSlicePriors = 128;   // priors of a slice: at 640x640 there are as many slices as an H200 has SMs
-constexpr int32_t kScanThreads = 512;       // with fp32 at 640x640, 16 bytes of a slice for each
+constexpr int32_t kMaxSlices = 1024;      // scan blocks per image
+constexpr int32_t kMinSlicePriors = 128;  // priors of a slice: at 640x640 there are as many slices as an H200 has SMs
+constexpr int32_t kScanThreads = 512;     // with fp32 at 640x640, 16 bytes of a slice for each
 constexpr int32_t kFinishThreads = 1024;
-constexpr int32_t kTile = 32;              // boxes that are resolved together: the bits of a word
-constexpr int32_t kMinCapacity = 64;       // two keys for each lane of a warp
-constexpr int32_t kSharedKeys = 4096;      // candidates whose keys are sorted in shared memory; more are in the workspace
+constexpr int32_t kTile = 32;          // boxes that are resolved together: the bits of a word
+constexpr int32_t kMinCapacity = 64;   // two keys for each lane of a warp
+constexpr int32_t kSharedKeys = 4096;  // candidates whose keys are sorted in shared memory; more are in the workspace
 
 struct alignas(16) Box {
   float x1, y1, x2, y2;
@@ -25,7 +26,7 @@ struct Geometry {
   int32_t slices;                        // of one image
   int32_t slice_priors;
   int64_t slice_vectors;
-  int32_t spill_capacity;                // candidates that fit in the workspace: a power of two
+  int32_t spill_capacity;  // candidates that fit in the workspace: a power of two
 };
 
 inline int32_t power_of_two(int64_t at_least) {
@@ -40,7 +41,8 @@ inline Geometry make_geometry(const DecodeParams& p, HeadType type) {
   for (int32_t level = 0; level < p.levels; ++level) {
     const int32_t cells = p.grid_h[level] * p.grid_w[level];
     g.first_prior[level + 1] = g.first_prior[level] + cells * p.per_cell;
-    g.first_vector[level + 1] = g.first_vector[level] + int64_t(cells) * p.per_cell * value_bytes;  // 16 values / 16 bytes
+    g.first_vector[level + 1] =
+        g.first_vector[level] + int64_t(cells) * p.per_cell * value_bytes;  // 16 values / 16 bytes
   }
   g.priors = g.first_prior[p.levels];
   g.slice_priors = kMinSlicePriors;
@@ -53,13 +55,13 @@ inline Geometry make_geometry(const DecodeParams& p, HeadType type) {
 
 // The part of the workspace that belongs to one image. Nothing in it is initialised before the scan.
 struct Workspace {
-  uint64_t* keys;     // [slices * slice_priors]: slice s fills the front of its own part
-  int32_t* counts;    // [slices]: candidates of each slice; -1 if a value in it is not finite
-  Box* boxes;         // [spill_capacity], of the sorted candidates
-  int32_t* kept;      // [spill_capacity]: which of them NMS keeps
+  uint64_t* keys;   // [slices * slice_priors]: slice s fills the front of its own part
+  int32_t* counts;  // [slices]: candidates of each slice; -1 if a value in it is not finite
+  Box* boxes;       // [spill_capacity], of the sorted candidates
+  int32_t* kept;    // [spill_capacity]: which of them NMS keeps
   // used where there are more candidates than fit in shared memory
-  uint64_t* sorted;   // [spill_capacity]
-  uint32_t* alive;    // [spill_capacity / 32]
+  uint64_t* sorted;  // [spill_capacity]
+  uint32_t* alive;   // [spill_capacity / 32]
 };
 
 RF_FN size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }

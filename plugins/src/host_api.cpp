@@ -17,10 +17,10 @@ enum Order : int32_t { kForward, kReverse, kShuffled, kThreads };
 
 struct Schedule {
   int32_t order;
-  int32_t threads;        // kThreads: threads of a block, a multiple of warp_size
+  int32_t threads;  // kThreads: threads of a block, a multiple of warp_size
   int32_t warp_size;
-  int32_t skipped_line;   // kThreads: line of decode_nms.cuh whose barrier is left out; 0 for none
-  uint64_t seed;          // kShuffled
+  int32_t skipped_line;  // kThreads: line of decode_nms.cuh whose barrier is left out; 0 for none
+  uint64_t seed;         // kShuffled
 };
 
 template <typename T, typename Block>

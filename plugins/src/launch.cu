@@ -14,8 +14,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(const __grid_constan
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kFinishThreads, 1)
-    finish_kernel(const __grid_constant__ Problem<T> problem) {
+__global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const __grid_constant__ Problem<T> problem) {
   __shared__ FinishShared shared;
   DeviceBlock block;
   finish(block, problem, int32_t(blockIdx.x), shared, kSharedKeys);
@@ -53,8 +52,9 @@ int32_t launch(const DecodeParams& params, HeadType type, const void* const* hea
   const void* const small[] = {outputs.num_detections, outputs.scores, outputs.landmarks, outputs.num_candidates};
   const void* const large[] = {workspace, outputs.boxes};
   const auto misplaced = [](const void* address, uintptr_t alignment) {
-    return !address ? cudaErrorInvalidValue
-           : reinterpret_cast<uintptr_t>(address) % alignment ? cudaErrorMisalignedAddress : cudaSuccess;
+    return !address                                           ? cudaErrorInvalidValue
+           : reinterpret_cast<uintptr_t>(address) % alignment ? cudaErrorMisalignedAddress
+                                                              : cudaSuccess;
   };
   for (const void* address : small) {
     if (const cudaError_t error = misplaced(address, 4)) return error;

@@ -1,4 +1,5 @@
-// RetinaFaceDecodeNMS, version 1: the kernels as a TensorRT plugin (IPluginV3), for TensorRT 10 and 11 and TensorRT-RTX.
+// RetinaFaceDecodeNMS, version 1: the kernels as a TensorRT plugin (IPluginV3), for TensorRT 10 and 11 and
+// TensorRT-RTX.
 //
 // inputs   one map for each pyramid level, see include/decode_nms.h; fp32 or fp16, planar or channels-last
 // outputs  num_detections int32 [B], boxes [B,K,4], scores [B,K], landmarks [B,K,5,2] fp32, num_candidates int32 [B]
@@ -49,9 +50,9 @@ void report(const char* message) {
 
 // The attributes of a node, as ONNX has them and as an engine stores them.
 struct Attributes {
-  std::vector<int32_t> strides;      // of each level, pixels
-  std::vector<float> min_sizes;      // of each level, one for each prior of a cell, pixels
-  std::vector<float> variances;      // of centres and landmarks, of sizes
+  std::vector<int32_t> strides;        // of each level, pixels
+  std::vector<float> min_sizes;        // of each level, one for each prior of a cell, pixels
+  std::vector<float> variances;        // of centres and landmarks, of sizes
   std::vector<float> logit_threshold;  // log(p / (1 - p)) of DecodeSpec.score_threshold
   std::vector<float> iou_threshold;
   std::vector<int32_t> top_k;
@@ -156,7 +157,8 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
 
   int32_t getNbOutputs() const noexcept override { return kOutputs; }
 
-  int32_t getOutputDataTypes(DataType* types, int32_t outputs, const DataType*, int32_t inputs) const noexcept override {
+  int32_t getOutputDataTypes(DataType* types, int32_t outputs, const DataType*,
+                             int32_t inputs) const noexcept override {
     if (outputs != kOutputs || inputs != params_.levels) return -1;
     for (int32_t i = 0; i < kOutputs; ++i) types[i] = output_type(i);
     return 0;
@@ -226,7 +228,8 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
   // The timing of two plugins may be shared where these are equal.
   const char* getTimingCacheID() noexcept override { return timing_id_.c_str(); }
 
-  int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc*, int32_t) noexcept override {
+  int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc*,
+                        int32_t) noexcept override {
     if (inputs != params_.levels) return -1;
     const DecodeParams p = shaped(in);
     for (int32_t level = 1; level < inputs; ++level) {
@@ -245,8 +248,9 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
 
   int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs, void* const* outputs,
                   void* workspace, cudaStream_t stream) noexcept override {
-    const Outputs out{static_cast<int32_t*>(outputs[0]), static_cast<float*>(outputs[1]), static_cast<float*>(outputs[2]),
-                      static_cast<float*>(outputs[3]), static_cast<int32_t*>(outputs[4])};
+    const Outputs out{static_cast<int32_t*>(outputs[0]), static_cast<float*>(outputs[1]),
+                      static_cast<float*>(outputs[2]), static_cast<float*>(outputs[3]),
+                      static_cast<int32_t*>(outputs[4])};
     return launch(shaped(in), head_type(in), inputs, out, workspace, stream);
   }
 
@@ -342,7 +346,8 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1:
   retinaface::logger_finder = finder;
 }
 
-extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
+    int32_t& count) {
   static retinaface::Creator creator;
   static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
   count = 1;

@@ -71,10 +71,13 @@ DynamicPluginTensorDesc tensor(DataType type, TensorFormat format, std::vector<i
   return desc;
 }
 
-std::vector<DynamicPluginTensorDesc> tensors(DataType type, TensorFormat format, int64_t batch, int64_t height, int64_t width) {
+std::vector<DynamicPluginTensorDesc> tensors(DataType type, TensorFormat format, int64_t batch, int64_t height,
+                                             int64_t width) {
   std::vector<DynamicPluginTensorDesc> all;
-  for (const int64_t stride : {8, 16, 32}) all.push_back(tensor(type, format, {batch, 32, height / stride, width / stride}));
-  for (const DataType output : {DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT32}) {
+  for (const int64_t stride : {8, 16, 32})
+    all.push_back(tensor(type, format, {batch, 32, height / stride, width / stride}));
+  for (const DataType output :
+       {DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT32}) {
     all.push_back(tensor(output, TensorFormat::kLINEAR, {batch}));
   }
   return all;
@@ -104,7 +107,8 @@ int main(int, char** argv) {
   expect(first.at("strides") == std::string("\x08\0\0\0\x10\0\0\0\x20\0\0\0", 12), "strides");
   expect(!std::memcmp(first.at("min_sizes").data(), good.min_sizes.data(), 24), "min_sizes");
   expect(!std::memcmp(first.at("logit_threshold").data(), &good.logit, 4), "logit_threshold");
-  const auto* stored = capability<IPluginV3OneRuntime>(plugin.get(), PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
+  const auto* stored =
+      capability<IPluginV3OneRuntime>(plugin.get(), PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
   std::unique_ptr<IPluginV3> again{
       create(creator, {stored->fields, stored->fields + stored->nbFields}, TensorRTPhase::kRUNTIME)};
   expect(again && serialized(again.get()) == first, "the same from an engine");
@@ -144,8 +148,8 @@ int main(int, char** argv) {
   expect(build->getNbOutputs() == 5, "five outputs");
   DataType types[5];
   const DataType inputs[3] = {DataType::kHALF, DataType::kHALF, DataType::kHALF};
-  expect(build->getOutputDataTypes(types, 5, inputs, 3) == 0 && types[0] == DataType::kINT32 && types[1] == DataType::kFLOAT &&
-             types[4] == DataType::kINT32,
+  expect(build->getOutputDataTypes(types, 5, inputs, 3) == 0 && types[0] == DataType::kINT32 &&
+             types[1] == DataType::kFLOAT && types[4] == DataType::kINT32,
          "types of the outputs");
   const auto supported = [&](const std::vector<DynamicPluginTensorDesc>& all) {
     for (int32_t i = 0; i < 8; ++i) {
@@ -175,7 +179,8 @@ int main(int, char** argv) {
   const size_t bytes = build->getWorkspaceSize(small.data(), 3, small.data() + 3, 5);
   const auto large = tensors(DataType::kFLOAT, TensorFormat::kLINEAR, 8, 1088, 1920);
   const size_t more = build->getWorkspaceSize(large.data(), 3, large.data() + 3, 5);
-  expect(bytes >= 2 * 126 * 2 * 8 && more >= size_t(8) * 85680 * 8 && more < (16 << 20), "workspace grows with the priors");
+  expect(bytes >= 2 * 126 * 2 * 8 && more >= size_t(8) * 85680 * 8 && more < (16 << 20),
+         "workspace grows with the priors");
   auto* runtime = capability<IPluginV3OneRuntime>(plugin.get(), PluginCapabilityType::kRUNTIME);
   PluginTensorDesc shaped[3] = {small[0].desc, small[1].desc, small[2].desc};
   expect(runtime->onShapeChange(shaped, 3, nullptr, 5) == 0, "a shape is accepted");

@@ -30,7 +30,8 @@ struct Case {
   int32_t top_k, max_detections, capacity;
 };
 
-// 392 candidates unless kFew. Selection takes one digit of the key where scores are spread, and all eight where they are tied.
+// 392 candidates unless kFew. Selection takes one digit of the key where scores are spread, and all eight where they
+// are tied.
 constexpr Case kCases[] = {
     {"few", Scores::kFew, false, 500, 100, 64},
     {"all, in shared memory, many tiles", Scores::kSpread, true, 500, 300, 512},
@@ -87,7 +88,8 @@ std::vector<float> outputs_of(const Case& c, const std::vector<float>& heads, Ru
   const DecodeParams params = make_params(c);
   const retinaface::Geometry geometry = make_geometry(params, retinaface::HeadType::kFloat);
   const size_t k = size_t(kBatch) * c.max_detections;
-  std::vector<retinaface::Box> storage((2 * kBatch + 15 * k) / 4 + 4);  // for the alignment of its boxes, which come first
+  std::vector<retinaface::Box> storage((2 * kBatch + 15 * k) / 4 +
+                                       4);  // for the alignment of its boxes, which come first
   std::memset(storage.data(), 0xa5, storage.size() * sizeof storage[0]);
   float* const all = &storage[0].x1;
   const retinaface::Outputs outputs{reinterpret_cast<int32_t*>(all + 15 * k), all, all + 4 * k, all + 5 * k,

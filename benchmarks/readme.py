@@ -42,9 +42,9 @@ def tables() -> dict[str, str]:
     """Return each table by the name of its marker."""
     return {
         "dev_ap": _table(
-            "| weights | protocol | through | easy | medium | hard |",
+            "| weights | protocol | through | precision | easy | medium | hard |",
             [
-                f"| mobilenet0.25 | {row['protocol']} | {row['backend']} "
+                f"| mobilenet0.25 | {row['protocol']} | {row['backend']} | {row['precision']} "
                 f"| {row['easy']:.2f} | {row['medium']:.2f} | {row['hard']:.2f} |"
                 for row in _load("dev_ap")
             ],

@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 from tqdm import tqdm
 
+from export.calibration_options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions
 from export.quantize import Ranges, conv_inputs
 from facespec.cli import require
 from facespec.errors import DataError, ImageError, OutputError
@@ -24,30 +25,8 @@ from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
 from facespec.spec import ModelSpec
 
-WIDERFACE = {"widerface_val": "val", "widerface_train": "train"}
-"""Sets of WIDER FACE that have a name, and their folders."""
-
-DEMO = "demo"
-MIN_IMAGES = 8
 UNREADABLE_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What to calibrate on.
-
-    Attributes:
-        source: Key of `WIDERFACE`, "demo" (sample photographs that packages ship, cropped and mirrored: a last resort),
-            or a folder of images.
-        data: WIDER FACE folder; None looks at $WIDERFACE_ROOT, then at data/widerface.
-        images: Images used at most.
-        seed: Of the choice of images.
-    """
-
-    source: str
-    data: Path | None = None
-    images: int = 128
-    seed: int = 0
+"""Share of files that may be damaged; more is a mistake."""
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,15 @@ _TYPES = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
 class GraphBuilder:
     """Collects ONNX nodes; every method returns the name of a tensor, so that formulas read like formulas."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self._prefix = prefix
         self._counter = 0
 
     def _name(self, kind: str) -> str:
         self._counter += 1
-        return f"{kind}_{self._counter}"
+        return f"{self._prefix}{kind}_{self._counter}"
 
     def const(self, value: Any, dtype: Any) -> str:
         """Add a constant tensor."""
@@ -230,6 +231,28 @@ def add_plugin(model: onnx.ModelProto, spec: ModelSpec) -> None:
     del model.graph.output[:]
     model.graph.output.extend(outputs)
     model.opset_import.append(helper.make_opsetid(PLUGIN.domain, 1))
+
+
+def add_decoding(heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> None:
+    """Add decoding and NMS in operators to a heads graph of any precision; they compute in float32.
+
+    Args:
+        heads_graph: A graph whose outputs are the head maps, float32 or float16.
+        spec: Its `anchors` and `decode`.
+        size_hw: Fixed height and width, or None for dynamic ones.
+    """
+    g = GraphBuilder("decode_")
+    heads = [
+        g.op("Cast", head.name, to=TensorProto.FLOAT)
+        if head.type.tensor_type.elem_type == TensorProto.FLOAT16
+        else head.name
+        for head in heads_graph.graph.output
+    ]
+    add_decode_nms(g, heads, spec, size_hw)
+    heads_graph.graph.node.extend(g.nodes)
+    heads_graph.graph.initializer.extend(g.initializers)
+    del heads_graph.graph.output[:]
+    heads_graph.graph.output.extend(detector_outputs(spec))
 
 
 def assemble(

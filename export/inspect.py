@@ -127,6 +127,7 @@ def _describe(found: Inspection, sidecar: Sidecar) -> None:
         "compute_capabilities": list(sidecar.compute_capabilities),
         "gpu_here": present or "none",
         "precision": sidecar.precision,
+        **({"calibration": sidecar.calibration} if sidecar.calibration else {}),
         "bytes": sidecar.engine_bytes,
         "sha256": sidecar.engine_sha256,
         "onnx_sha256": sidecar.onnx_sha256,

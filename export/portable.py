@@ -11,7 +11,7 @@ import onnxsim
 import torch
 from torch import Tensor, nn
 
-from export.graph import HEAD_NAMES, OPSET, assemble
+from export.graph import HEAD_NAMES, OPSET, add_decoding, assemble
 from facespec.errors import ModelFileError
 from facespec.spec import SPEC_KEY, ModelSpec
 from trainer.model import RetinaFace
@@ -76,6 +76,18 @@ def build_portable(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.M
 def build_heads(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
     """Return the detector graph up to the three head maps; see `build_portable`."""
     return finished(assemble(export_network(model, size_hw), model.spec, size_hw, heads_only=True), model.spec)
+
+
+def portable_of(heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the portable detector around a heads graph of any precision; see `build_portable`.
+
+    It is not simplified again: that would fold the Q/DQ pairs of INT8 away.
+    """
+    graph = onnx.ModelProto()
+    graph.CopyFrom(heads_graph)
+    add_decoding(graph, spec, size_hw)
+    check_graph(graph)
+    return graph
 
 
 def finished(graph: onnx.ModelProto, spec: ModelSpec) -> onnx.ModelProto:

@@ -1,6 +1,7 @@
 """Export weights to a portable ONNX detector: uint8 frames in, faces out, proven equal to PyTorch.
 
 python -m export.to_onnx --weights mobilenet0.25 --size 640x640 --out retinaface.onnx
+python -m export.to_onnx --int8 --calib widerface_val --out int8.onnx
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.calibration_options import CalibrationOptions, check_calibration
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import DataError, OutputError
-from facespec.files import atomic_path, check_outputs
+from facespec.files import atomic_path, check_outputs, write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
 from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec, parse_size
 
 if TYPE_CHECKING:
+    from export.calibration import Calibration
     from export.parity import ParityReport
 
 MAX_PARITY_IMAGES = 8
+CALIBRATION_HW = (640, 640)
+"""Size a graph of dynamic size is calibrated at."""
 
 
 DECODE_OPTIONS = {
@@ -48,6 +53,8 @@ class ExportOptions:
         out: ONNX file to write.
         size_hw: Fixed network size, or None for any multiple of 32.
         decode: Thresholds and limits built into the graph.
+        precision: "fp32", "fp16" or "int8".
+        calibration: Images for INT8.
         parity_images: Image file or folder for the parity report; None takes sample photographs of installed packages.
     """
 
@@ -55,7 +62,17 @@ class ExportOptions:
     out: Path
     size_hw: tuple[int, int] | None
     decode: DecodeSpec
+    precision: str = "fp32"
+    calibration: CalibrationOptions | None = None
     parity_images: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_calibration(self.precision, self.calibration)
+
+    @property
+    def calibration_list(self) -> Path:
+        """The names of the images INT8 was calibrated on, one a line."""
+        return Path(f"{self.out}.calibration.txt")
 
 
 def parity_frames(source: Path | None) -> dict[str, Frame]:
@@ -89,22 +106,67 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     """
     if options.out.suffix.lower() != ".onnx":
         raise OutputError(f"--out {options.out}: give a name that ends in .onnx")
-    check_outputs([("--out", options.out)], [options.weights])
+    names = options.calibration_list if options.calibration else None
+    check_outputs([("--out", options.out), ("--out", names)], [options.weights])
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "export.to_onnx")
     from export.parity import check_parity
-    from export.portable import build_portable
+    from export.portable import build_heads, build_portable, portable_of
+    from export.precision import with_precision
     from trainer.checkpoint import load_model
 
     frames = parity_frames(options.parity_images)
     model = load_model(options.weights)
     model.spec = dataclasses.replace(model.spec, decode=options.decode)
-    graph = build_portable(model, options.size_hw)
-    report = check_parity(graph, model, frames, options.size_hw)
+    if options.precision == "fp32":
+        graph = build_portable(model, options.size_hw)
+    else:
+        heads = build_heads(model, options.size_hw)
+        size_hw = options.size_hw or CALIBRATION_HW
+        heads, used = with_precision(
+            heads, options.precision, options.calibration, size_hw, model.spec, sys.stderr.isatty()
+        )
+        if used:
+            report_calibration(used, options.calibration_list)
+        graph = portable_of(heads, model.spec, options.size_hw)
+    report = check_parity(graph, model, frames, options.size_hw, options.precision)
     report.require_equal()
     with atomic_path(options.out) as temporary:
         temporary.write_bytes(graph.SerializeToString())
     return report
+
+
+def add_precision_arguments(parser: ArgumentParser) -> None:
+    """Add what every export takes about precision."""
+    precision = parser.add_mutually_exclusive_group()
+    for name, text in (
+        ("fp32", "single precision (default)"),
+        ("fp16", "half precision; decoding and NMS stay in single"),
+        ("int8", "8-bit integers, calibrated on images, the rest in half precision"),
+    ):
+        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=text)
+    parser.add_argument(
+        "--calib",
+        metavar="NAME|PATH",
+        help="images to calibrate --int8 on: widerface_val, widerface_train, a folder, or demo (a last resort)",
+    )
+    calibration = CalibrationOptions("demo")
+    parser.add_argument("--calib-images", type=int, default=calibration.images, help="how many of them at most")
+    parser.add_argument("--seed", type=int, default=calibration.seed, help="of their choice")
+    parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
+
+
+def calibration_options(args: Namespace) -> CalibrationOptions | None:
+    """Return what INT8 is calibrated on from parsed arguments; see `add_precision_arguments`."""
+    return None if args.calib is None else CalibrationOptions(args.calib, args.data, args.calib_images, args.seed)
+
+
+def report_calibration(used: Calibration, path: Path) -> None:
+    """Say what was calibrated on, and write the names of the images, one a line."""
+    skipped = f", {len(used.skipped)} could not be read" if used.skipped else ""
+    cached = " (as before, from the cache)" if used.cached else ""
+    print(f"calibrated on {len(used.images)} images{skipped}{cached}; their names are in {path}")
+    write_text(path, "\n".join(used.images) + "\n")
 
 
 def add_decode_arguments(parser: ArgumentParser) -> None:
@@ -146,6 +208,7 @@ def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
         "--size", default="640x640", help="HEIGHTxWIDTH, multiples of 32; or 'dynamic' for any such size"
     )
     parser.add_argument("--out", type=Path, default=Path("retinaface.onnx"), help="file to write")
+    add_precision_arguments(parser)
     add_decode_arguments(parser)
     args = parser.parse_args(argv)
     return ExportOptions(
@@ -153,6 +216,8 @@ def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
         out=args.out,
         size_hw=None if args.size == "dynamic" else parse_size(args.size),
         decode=decode_spec(args),
+        precision=args.precision or "fp32",
+        calibration=calibration_options(args),
         parity_images=args.parity_images,
     )
 

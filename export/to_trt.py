@@ -26,13 +26,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from export.to_onnx import DECODE_OPTIONS, add_decode_arguments, decode_spec, parity_frames
+from export.calibration_options import CalibrationOptions, check_calibration
+from export.to_onnx import (
+    DECODE_OPTIONS,
+    add_decode_arguments,
+    add_precision_arguments,
+    calibration_options,
+    decode_spec,
+    parity_frames,
+    report_calibration,
+)
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import (
     BuildError,
     MissingPackageError,
     MissingToolError,
-    ModelFileError,
     OutputError,
     RetinaFaceError,
     SpecError,
@@ -99,7 +107,8 @@ class EngineOptions:
         weights: Checkpoint, or the name of published weights.
         out: Engine to write; the plugin form goes beside it, see `plugin_form`.
         profile: Batches and sizes.
-        precision: "fp32" or "fp16".
+        precision: "fp32", "fp16" or "int8".
+        calibration: Images for INT8.
         decode: Thresholds and limits built in.
         flavor: "auto", "tensorrt" or "rtx".
         capabilities: Compute capabilities of a TensorRT-RTX engine; empty for the GPU at hand, or `AHEAD_OF_TIME`.
@@ -113,6 +122,7 @@ class EngineOptions:
     out: Path
     profile: Profile = Profile()
     precision: str = "fp32"
+    calibration: CalibrationOptions | None = None
     decode: DecodeSpec = field(default_factory=DecodeSpec)
     flavor: str = AUTO
     capabilities: tuple[int, ...] = ()
@@ -126,6 +136,7 @@ class EngineOptions:
             raise OutputError(f"--out {str(self.out)!r}: give the name of a file")
         if self.out.suffix.lower() == ".onnx" and not self.onnx_only:
             raise OutputError(f"--out {self.out}: an engine is no ONNX file: name it .engine, or add --onnx-only")
+        check_calibration(self.precision, self.calibration)
         if self.capabilities and self.flavor == TENSORRT.name:
             raise SpecError("--compute-capability is for --flavor rtx: TensorRT builds for the GPU at hand")
         unknown = sorted(set(self.capabilities) - set(RTX.capabilities))
@@ -144,6 +155,11 @@ class EngineOptions:
         return self.out.with_name(f"{name}.plugin.onnx")
 
     @property
+    def calibration_list(self) -> Path:
+        """The names of the images INT8 was calibrated on, one a line."""
+        return Path(f"{self.out}.calibration.txt")
+
+    @property
     def log(self) -> Path:
         """The build log, kept if the build fails."""
         return Path(f"{self.out}.log")
@@ -153,6 +169,10 @@ class EngineOptions:
         sizes = ["x".join(map(str, size)) for size in self.profile.sizes_hw]
         batch = [str(number) for number in self.profile.batch]
         words = ["python", "-m", "export.to_trt", "--weights", self.weights, f"--{self.precision}"]
+        if self.calibration:
+            words += ["--calib", self.calibration.source, "--calib-images", str(self.calibration.images)]
+            words += ["--seed", str(self.calibration.seed)]
+            words += ["--data", str(self.calibration.data)] if self.calibration.data else []
         words += ["--size", ":".join(sizes if len(set(sizes)) > 1 else sizes[:1])]
         words += ["--batch", ":".join(batch if len(set(batch)) > 1 else batch[:1])]
         words += ["--flavor", flavor or self.flavor]
@@ -193,20 +213,25 @@ def export_plugin_form(options: EngineOptions) -> ExportedGraph:
         require(module, "export", "export.to_trt")
     from export.parity import check_parity
     from export.plugin_form import build_plugin_form
+    from export.portable import build_heads
+    from export.precision import with_precision
     from export.quantize import mac_shares
     from trainer.checkpoint import load_model
 
     frames = parity_frames(options.parity_images)
     model = load_model(options.weights)
     model.spec = dataclasses.replace(model.spec, decode=options.decode)
-    graph = build_plugin_form(model, options.profile.fixed_hw, options.precision)
-    best_hw = options.profile.sizes_hw[1]
+    fixed_hw, best_hw = options.profile.fixed_hw, options.profile.sizes_hw[1]
+    heads, used = with_precision(
+        build_heads(model, fixed_hw), options.precision, options.calibration, best_hw, model.spec, options.progress
+    )
+    if used:
+        report_calibration(used, options.calibration_list)
+    graph = build_plugin_form(heads, model.spec, fixed_hw)
     report = check_parity(graph, model, frames, best_hw, options.precision)
     print(report, flush=True)
     report.require_equal()
     shares = mac_shares(graph, best_hw)
-    if shares != {options.precision: 1.0}:
-        raise ModelFileError(f"{options.precision} was asked for, the convolutions compute in {shares}")
     content = graph.SerializeToString()
     with atomic_path(options.plugin_form) as temporary:
         temporary.write_bytes(content)
@@ -220,6 +245,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         RetinaFaceError: A step failed. If the plugin form was written by then, the message says so.
     """
     outputs: list[tuple[str, Path | None]] = [("--out", options.plugin_form)]
+    outputs.append(("--out", options.calibration_list if options.calibration else None))
     if not options.onnx_only:
         outputs += [("--out", path) for path in (options.out, sidecar_path(options.out), options.log)]
         outputs.append(("--timing-cache", options.timing_cache))
@@ -257,6 +283,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         },
         precision=options.precision,
         mac_shares=graph.mac_shares,
+        calibration=_calibration_record(options),
         profile=options.profile.shapes,
         onnx_sha256=hashlib.sha256(graph.content).hexdigest(),
         spec=graph.spec,
@@ -272,6 +299,11 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     if problems:
         raise BuildError(f"{options.out}: {problems[0]}")
     return sidecar
+
+
+def _calibration_record(options: EngineOptions) -> dict[str, Any]:
+    chosen = options.calibration
+    return {"source": chosen.source, "images": chosen.images, "seed": chosen.seed} if chosen else {}
 
 
 def _toolkit_version() -> str:
@@ -434,14 +466,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
         help="tensorrt: 10 or 11, builds on the GPU it is for; rtx: TensorRT-RTX, builds ahead of time, without a GPU; "
         "auto: tensorrt where it and a GPU are at hand, else rtx",
     )
-    precision = parser.add_mutually_exclusive_group()
-    for name, text in (
-        ("fp32", "single precision (default)"),
-        ("fp16", "half precision; decoding and NMS stay in single"),
-        ("int8", "not in this version"),
-    ):
-        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=text)
-    parser.add_argument("--calib", metavar="NAME|PATH", help="calibration images of --int8; not in this version")
+    add_precision_arguments(parser)
     parser.add_argument(
         "--compute-capability",
         metavar="LIST",
@@ -458,8 +483,6 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
         help="what TensorRT measured (default: in ~/.cache/retinaface-trt)",
     )
     args = parser.parse_args(argv)
-    if args.precision == "int8" or args.calib is not None:
-        raise SpecError("INT8 is not in this version of export.to_trt: use --fp16")
     if args.compute_capability and not re.fullmatch(r"\d{2,3}(,\d{2,3})*", args.compute_capability, re.ASCII):
         raise SpecError(f"--compute-capability {args.compute_capability}: give numbers like 86,89,120")
     return EngineOptions(
@@ -467,6 +490,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
         out=args.out,
         profile=Profile(parse_batch(args.batch), parse_sizes(args.size)),
         precision=args.precision or "fp32",
+        calibration=calibration_options(args),
         decode=decode_spec(args),
         flavor=args.flavor,
         capabilities=tuple(int(number) for number in (args.compute_capability or "").split(",") if number),

@@ -32,12 +32,15 @@ def test_committed_results_hold_what_they_promise() -> None:
     published = {"easy": 92.36, "medium": 89.47, "hard": 80.44}
     ap = json.loads((ROOT / "benchmarks" / "results" / "dev_ap.json").read_text())["results"]
     for row in ap:
-        if row["protocol"] == "original":
+        if (row["protocol"], row["precision"]) == ("original", "fp32"):
             assert {level: row[level] for level in published} == pytest.approx(published, abs=0.10)
-    by_backend = {(row["protocol"], row["backend"]): row for row in ap}
+    rows = {(row["protocol"], row["backend"], row["precision"]): row for row in ap}
     for protocol in ("original", "letterbox"):
-        portable, plugin = by_backend[protocol, "ONNX"], by_backend[protocol, "plugin form"]
+        portable, plugin = (rows[protocol, backend, "fp32"] for backend in ("ONNX", "plugin form"))
         assert all(abs(portable[level] - plugin[level]) <= 0.02 for level in published)
+        for precision, budget in (("fp16", (0.1, 0.1, 0.1)), ("int8", (0.5, 0.5, 1.0))):
+            cheaper = rows[protocol, "plugin form", precision]
+            assert all(plugin[level] - cheaper[level] <= most for level, most in zip(published, budget, strict=True))
     speed = json.loads((ROOT / "benchmarks" / "results" / "cpu_vs_tiny.json").read_text())["results"]
     assert [row["threads"] for row in speed] == [1, 2]
     assert speed[0]["ours_around_ms"] < 2.5

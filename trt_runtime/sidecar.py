@@ -37,9 +37,10 @@ class Sidecar:
         version: Version of that TensorRT.
         compute_capabilities: GPUs it was built for, 86 for 8.6.
         plugin: Name, version, namespace, and hash of the sources, of the decode + NMS plugin.
-        precision: What was asked for: "fp32", "fp16".
+        precision: What was asked for: "fp32", "fp16", "int8".
         mac_shares: Share of the convolutions' multiply-accumulates in each precision, from the strongly typed graph.
         profile: Smallest, best and largest (B, H, W, 3) of the input `images`.
+        calibration: Source, number of images and seed that INT8 was calibrated with; {} for the others.
         onnx_sha256: Of the plugin form it was built from.
         spec: The model.
         built: Date, ISO 8601.
@@ -56,6 +57,7 @@ class Sidecar:
     precision: str
     mac_shares: dict[str, float]
     profile: dict[str, Shape]
+    calibration: dict[str, Any]
     onnx_sha256: str
     spec: ModelSpec
     built: str
@@ -136,7 +138,7 @@ _CHECKS = {
     "plugin": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "mac_shares": _are_shares,
     "profile": _is_profile,
-    "spec": lambda value: isinstance(value, dict),
+    **dict.fromkeys(("spec", "calibration"), lambda value: isinstance(value, dict)),
 }
 
 

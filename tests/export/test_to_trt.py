@@ -246,7 +246,10 @@ def _touch(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--int8 --calib widerface_val", "use --fp16"),
+        ("--int8 --calib widerface_val", "WIDERFACE_ROOT"),
+        ("--int8", "--calib widerface_val"),
+        ("--calib demo", "is for --int8"),
+        ("--int8 --calib demo --calib-images 1", "from 8"),
         ("--size 640", "HEIGHTxWIDTH"),
         ("--size 640x640:320x320", "three of them"),
         ("--size 640x640:320x320:640x640", "do not ascend"),
@@ -267,7 +270,7 @@ def _touch(path: Path) -> Path:
         ("--out Makefile/x.engine", "cannot be written"),
         ("--out .", "give the name of a file"),
         ("--out=", "give the name of a file"),
-        ("--calib=", "use --fp16"),
+        ("--int8 --calib=", "give widerface_val"),
         ("--batch 1:1:70000 --size 32x32", "65535"),
         ("--iou 1e-300", "iou_threshold"),
         ("--iou 0.99999999999", "iou_threshold"),

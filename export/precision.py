@@ -1,0 +1,53 @@
+"""A heads graph in the precision that was asked for."""
+
+from __future__ import annotations
+
+import onnx
+
+from export.calibration import Calibration, CalibrationOptions, calibrate
+from export.quantize import PRECISIONS, mac_shares, to_fp16, to_int8
+from facespec.errors import ModelFileError, SpecError
+from facespec.spec import ModelSpec
+
+MIN_INT8_SHARE = 0.5
+"""Share of the convolutions' multiply-accumulates below which a graph is not called INT8."""
+
+
+def with_precision(
+    heads_graph: onnx.ModelProto,
+    precision: str,
+    calibration: CalibrationOptions | None,
+    size_hw: tuple[int, int],
+    spec: ModelSpec,
+    progress: bool = False,
+) -> tuple[onnx.ModelProto, Calibration | None]:
+    """Return a heads graph in a precision, and what INT8 was calibrated on.
+
+    Args:
+        heads_graph: From `export.portable.build_heads`, float32.
+        precision: One of `PRECISIONS`. What INT8 leaves in float computes in float16.
+        calibration: For INT8.
+        size_hw: Network size to calibrate and to count at.
+        spec: Of the model.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        SpecError: INT8 without calibration images, or no such precision.
+        DataError: The images are no calibration set.
+        ModelFileError: A weight does not fit, or the precision asked for is not what the graph would compute in.
+    """
+    if precision not in PRECISIONS:
+        raise SpecError(f"no such precision: {precision}")
+    used = None
+    graph = heads_graph
+    if precision == "fp16":
+        graph = to_fp16(heads_graph)
+    elif precision == "int8":
+        if calibration is None:
+            raise SpecError("--int8 needs images to calibrate on: --calib widerface_val, or --calib FOLDER")
+        used = calibrate(heads_graph, calibration, size_hw, spec, progress)
+        graph = to_fp16(to_int8(heads_graph, used.ranges))
+    shares = mac_shares(graph, size_hw)
+    if shares.get(precision, 0) < (MIN_INT8_SHARE if precision == "int8" else 1):
+        raise ModelFileError(f"{precision} was asked for, the convolutions would compute in {shares}")
+    return graph, used

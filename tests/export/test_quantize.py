@@ -1,0 +1,262 @@
+"""FP16 and INT8 as transformations of graphs, and what INT8 is calibrated on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper
+
+from export import calibration as calibration_module
+from export.calibration import calibrate, demo_frames, find_calibration_images, load_inputs
+from export.calibration_options import CalibrationOptions
+from export.inspect import inspect
+from export.portable import build_heads
+from export.precision import with_precision
+from export.quantize import Int8Recipe, conv_inputs, equalize, lint_qdq, mac_shares, to_fp16, to_int8
+from export.to_trt import EngineOptions, Profile, build_engine
+from facespec.errors import DataError, ModelFileError, SpecError
+from facespec.images import write_image
+from facespec.letterbox import Frame
+from facespec.spec import ModelSpec
+from trainer import load_model
+from trt_runtime.flavor import RTX
+from trt_runtime.sidecar import read_sidecar
+
+SIZE = (320, 320)
+DEMO = CalibrationOptions("demo", images=16)
+needs_rtx = pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed (Linux on x86_64 only)")
+
+
+@pytest.fixture(scope="module")
+def heads() -> onnx.ModelProto:
+    """The published weights up to the head maps."""
+    return build_heads(load_model(), SIZE)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "retinaface-trt" / "calibration"
+
+
+def _run(graph: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
+    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    return [np.asarray(output, np.float32) for output in session.run(None, {"images": images})]
+
+
+def _pixels(seed: int = 3) -> np.ndarray:
+    names, pixels, skipped = load_inputs(CalibrationOptions("demo", images=8, seed=seed), SIZE, ModelSpec())
+    assert len(names) == 8
+    assert not skipped
+    return np.stack(pixels)
+
+
+def test_calibration_sees_the_largest_number(heads: onnx.ModelProto, cache: Path) -> None:
+    """Against the activations of the same images in one batch."""
+    found = calibrate(heads, DEMO, SIZE, ModelSpec())
+    assert set(found.ranges) == set(conv_inputs(heads))
+    _, pixels, _ = load_inputs(DEMO, SIZE, ModelSpec())
+    probe = onnx.ModelProto()
+    probe.CopyFrom(heads)
+    name = conv_inputs(heads)[7]
+    probe.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    expected = np.abs(_run(probe, np.stack(pixels))[-1]).max(axis=(0, 2, 3))
+    np.testing.assert_allclose(found.ranges[name], expected, rtol=1e-5)
+    # the same images of another seed are others; the same again come from the cache
+    assert not found.cached
+    again = calibrate(heads, DEMO, SIZE, ModelSpec())
+    assert again.cached
+    assert all((again.ranges[key] == values).all() for key, values in found.ranges.items())
+    assert not calibrate(heads, CalibrationOptions("demo", images=16, seed=1), SIZE, ModelSpec()).cached
+    (first, *_) = sorted(cache.iterdir())
+    first.write_bytes(b"rubbish")
+    assert len(calibrate(heads, DEMO, SIZE, ModelSpec()).ranges) == len(found.ranges)
+
+
+def test_equalisation_changes_nothing_but_ranges(heads: onnx.ModelProto, cache: Path) -> None:
+    ranges = calibrate(heads, DEMO, SIZE, ModelSpec()).ranges
+    graph, evened = equalize(heads, ranges)
+    images = _pixels()
+    for before, after in zip(_run(heads, images), _run(graph, images), strict=True):
+        np.testing.assert_allclose(after, before, atol=2e-4)
+    # the ranges it promises are the ones the new graph has
+    seen = calibrate(graph, DEMO, SIZE, ModelSpec()).ranges
+    spread = {}
+    for name, values in evened.items():
+        np.testing.assert_allclose(seen[name], values, rtol=2e-3, atol=1e-4)
+        spread[name] = (ranges[name].max() / np.median(ranges[name]), values.max() / np.median(values))
+    changed = [name for name in ranges if not np.array_equal(ranges[name], evened[name])]
+    assert len(changed) > 25
+    before, after = (np.array([spread[name][side] for name in changed]) for side in (0, 1))
+    assert (after < 1.001).sum() >= 12  # in front of depthwise convolutions all channels fill the range
+    assert after.mean() < 0.7 * before.mean()
+
+
+def test_int8_graph(heads: onnx.ModelProto, cache: Path) -> None:
+    ranges = calibrate(heads, DEMO, SIZE, ModelSpec()).ranges
+    graph = to_int8(heads, ranges)
+    onnx.checker.check_model(graph, full_check=True)
+    assert lint_qdq(graph) == []
+    shares = mac_shares(graph, SIZE)
+    assert shares == pytest.approx({"int8": 0.914, "fp32": 0.086}, abs=0.001)
+    assert mac_shares(to_fp16(graph), SIZE) == pytest.approx({"int8": 0.914, "fp16": 0.086}, abs=0.001)
+    assert mac_shares(to_int8(heads, ranges, Int8Recipe(float_layers=())), SIZE) == {"int8": 1.0}
+    weights = [
+        tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and tensor.dims
+    ]
+    assert all(np.abs(numpy_helper.to_array(tensor).astype(int)).max() <= 127 for tensor in weights)
+    # the recipe is worth what it costs: closer to float than without
+    images = _pixels()
+    reference = _run(heads, images)
+
+    def error(candidate: onnx.ModelProto) -> float:
+        return float(
+            np.mean([np.square(a - b).mean() for a, b in zip(reference, _run(candidate, images), strict=True)])
+        )
+
+    plain = error(to_int8(heads, ranges, Int8Recipe(equalize=False, float_layers=())))
+    evened = error(to_int8(heads, ranges, Int8Recipe(float_layers=())))
+    assert error(graph) < evened < plain / 2
+    with pytest.raises(ModelFileError, match="calibrate again"):
+        to_int8(heads, dict(list(ranges.items())[1:]))
+
+
+def test_the_linter_knows_what_tensorrt_takes_wrongly(heads: onnx.ModelProto, cache: Path) -> None:
+    good = to_int8(heads, calibrate(heads, DEMO, SIZE, ModelSpec()).ranges)
+
+    def broken(change: Callable[[onnx.ModelProto], None]) -> str:
+        graph = onnx.ModelProto()
+        graph.CopyFrom(good)
+        change(graph)
+        return " ".join(lint_qdq(graph))
+
+    def tensor(graph: onnx.ModelProto, name: str) -> onnx.TensorProto:
+        return next(item for item in graph.graph.initializer if item.name == name)
+
+    quantize = next(node for node in good.graph.node if node.op_type == "QuantizeLinear")
+    weight = next(node for node in good.graph.node if node.op_type == "DequantizeLinear" and node.attribute)
+    conv = next(node for node in good.graph.node if node.op_type == "Conv" and node.input[0].endswith("_dq"))
+
+    def node(graph: onnx.ModelProto, like: onnx.NodeProto) -> onnx.NodeProto:
+        return next(item for item in graph.graph.node if item.name == like.name)
+
+    def replace(name: str, array: np.ndarray) -> Callable[[onnx.ModelProto], None]:
+        return lambda graph: tensor(graph, name).CopyFrom(numpy_helper.from_array(array, name))
+
+    assert "missing" in broken(lambda graph: node(graph, quantize).input.pop())
+    assert "not int8" in broken(replace(quantize.input[2], np.uint8(0)))
+    assert "not 0" in broken(replace(quantize.input[2], np.int8(3)))
+    for scale in (0.0, -1.0, np.nan, np.inf):
+        assert "not positive" in broken(replace(quantize.input[1], np.float32(scale)))
+    assert "opset 19" in broken(
+        lambda graph: (
+            replace(quantize.input[1], np.float16(0.1))(graph),
+            setattr(graph.opset_import[0], "version", 18),
+        )
+    )
+    assert "axis 0" in broken(lambda graph: setattr(node(graph, weight).attribute[0], "i", 1))
+    assert "axis 0" in broken(replace(quantize.input[1], np.ones(8, np.float32)))
+    assert "only one" in broken(lambda graph: node(graph, conv).input.__setitem__(0, quantize.input[0]))
+    assert "bias" in broken(lambda graph: node(graph, conv).input.__setitem__(2, conv.input[1]))
+
+
+def test_a_precision_that_is_not_held_fails(
+    heads: onnx.ModelProto, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModelSpec()
+    with pytest.raises(SpecError, match="--calib"):
+        with_precision(heads, "int8", None, SIZE, spec)
+    with pytest.raises(SpecError, match="no such precision"):
+        with_precision(heads, "fp8", None, SIZE, spec)
+    # a transformation that does nothing, as a flag that is ignored would
+    monkeypatch.setattr("export.precision.to_fp16", lambda graph: graph)
+    with pytest.raises(ModelFileError, match="fp16 was asked for"):
+        with_precision(heads, "fp16", None, SIZE, spec)
+    monkeypatch.setattr("export.precision.to_int8", lambda graph, ranges: graph)
+    with pytest.raises(ModelFileError, match="int8 was asked for"):
+        with_precision(heads, "int8", DEMO, SIZE, spec)
+
+
+def test_a_weight_too_large_for_fp16_is_named(heads: onnx.ModelProto) -> None:
+    graph = onnx.ModelProto()
+    graph.CopyFrom(heads)
+    weight = next(tensor for tensor in graph.graph.initializer if len(tensor.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1e6, weight.name))
+    with pytest.raises(ModelFileError, match="does not fit in fp16"):
+        to_fp16(graph)
+
+
+def _folder(path: Path, frames: list[Frame]) -> Path:
+    for index, frame in enumerate(frames):
+        write_image(path / f"{index:02d}.png", frame)
+    return path
+
+
+def test_wrong_calibration_data_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
+    frames = [frame for _, frame in demo_frames(12, 0)]
+
+    def message(source: object, *more: object) -> str:
+        return refused("export.to_trt", "--int8", "--calib", source, "--onnx-only", "--size", "320x320", *more)
+
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in message(tmp_path / "empty")
+    assert "neither a folder" in message("widerface_vall")
+    assert "--data or WIDERFACE_ROOT" in message("widerface_val")
+    assert "too few" in message(_folder(tmp_path / "few", frames[:5]))
+    assert "copies" in message(_folder(tmp_path / "copies", frames[:1] * 12))
+    damaged = _folder(tmp_path / "damaged", frames)
+    for index in range(4):
+        (damaged / f"{index:02d}.png").write_bytes(b"no picture")
+    assert "4 of 12 images cannot be read" in message(damaged)
+    assert "--calib-images 3" in message("demo", "--calib-images", 3)
+    assert not [name for name in os.listdir(tmp_path) if "retinaface" in name]
+
+
+def test_calibration_images_are_chosen_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _folder(tmp_path / "data" / "train" / "images" / "0--Event", [frame for _, frame in demo_frames(30, 0)])
+    (folder / "05.png").write_bytes(b"no picture")
+    monkeypatch.setenv("WIDERFACE_ROOT", str(tmp_path / "data"))
+    options = CalibrationOptions("widerface_train", images=20, seed=4)
+    assert len(find_calibration_images(options)) == 30
+    first, again = (load_inputs(options, SIZE, ModelSpec()) for _ in range(2))
+    other = load_inputs(CalibrationOptions("widerface_train", images=20, seed=5), SIZE, ModelSpec())
+    assert first[0] == again[0] != other[0]
+    assert len(first[0]) + len(first[2]) == 20
+    everything = load_inputs(CalibrationOptions("widerface_train", tmp_path / "data", 500), SIZE, ModelSpec())
+    assert (len(everything[0]), len(everything[2])) == (29, 1)
+
+
+def test_a_network_that_gives_nan_cannot_be_calibrated(heads: onnx.ModelProto, cache: Path) -> None:
+    graph = onnx.ModelProto()
+    graph.CopyFrom(heads)
+    weight = next(tensor for tensor in graph.graph.initializer if len(tensor.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(weight), np.nan), weight.name))
+    with pytest.raises(DataError, match="not finite"):
+        calibrate(graph, DEMO, SIZE, ModelSpec())
+    assert not cache.exists()
+
+
+@needs_rtx
+@pytest.mark.parametrize("capability", [86, 89, 120])
+def test_int8_engines(capability: int, tmp_path: Path, cache: Path) -> None:
+    profile = Profile((1, 1, 4), ((320, 320), (320, 320), (640, 640)))
+    options = EngineOptions(
+        "mobilenet0.25", tmp_path / "f.engine", profile, "int8", DEMO, flavor="rtx", capabilities=(capability,)
+    )
+    build_engine(options)
+    names = (tmp_path / "f.engine.calibration.txt").read_text().splitlines()
+    assert len(names) == 16
+    sidecar = read_sidecar(options.out)
+    assert sidecar.precision == "int8"
+    assert sidecar.calibration == {"source": "demo", "images": 16, "seed": 0}
+    found = inspect(options.out)
+    assert found.valid
+    assert found.precision == pytest.approx({"int8": 0.914, "fp16": 0.086}, abs=0.001)
+    assert inspect(options.plugin_form).precision == found.precision
+    assert calibration_module.MIN_IMAGES == 8

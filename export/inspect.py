@@ -20,7 +20,7 @@ from facespec.spec import CHECKPOINT_SUFFIXES, SPEC_KEY, DecodeSpec, ModelSpec
 from plugins import PLUGIN
 from trt_runtime.flavor import FLAVORS, gpu_capability
 from trt_runtime.onnx_file import read_onnx
-from trt_runtime.plugin_form import load_graph, plugin_attributes, plugin_problem
+from trt_runtime.plugin_form import find_plugin, load_graph, plugin_attributes, plugin_problem, text
 from trt_runtime.sidecar import RTX_HEADER_BYTES, Sidecar, check_engine, read_header, read_sidecar
 
 COUNTED_HW = (640, 640)
@@ -156,16 +156,19 @@ def inspect_onnx(path: Path) -> Inspection:
         raise ModelFileError(f"{path}: {error}") from None
     plugins = [node for node in model.graph.node if node.domain == PLUGIN.domain]
     found = Inspection(str(path), "plugin form" if plugins else "ONNX")
-    kinds = Counter(node.op_type for node in model.graph.node)
+    kinds = Counter(text(node.op_type) for node in model.graph.node)
     found.facts = {
         "operators": ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
-        "operator_sets": {item.domain or "ai.onnx": item.version for item in model.opset_import},
+        "operator_sets": {text(item.domain) or "ai.onnx": item.version for item in model.opset_import},
         "bytes": len(content),
     }
-    found.inputs = {value.name: _tensor(value) for value in model.graph.input}
-    found.outputs = {value.name: _tensor(value) for value in model.graph.output}
-    for node in plugins:
-        found.plugin |= plugin_attributes(node)
+    found.inputs = {text(value.name): _tensor(value) for value in model.graph.input}
+    found.outputs = {text(value.name): _tensor(value) for value in model.graph.output}
+    if plugins:
+        try:
+            found.plugin = plugin_attributes(find_plugin(model))
+        except ModelFileError as error:
+            found.problems.append(str(error))
     problem = _checker_problem(model)
     if problem:
         found.problems.append(problem)
@@ -189,7 +192,7 @@ def inspect_onnx(path: Path) -> Inspection:
         found.precision = mac_shares(model, size_hw)
     except Exception as error:  # whatever shape inference makes of a foreign or damaged graph
         found.problems.append(f"its convolutions cannot be counted: {' '.join(str(error).split())[:200]}")
-    problem = plugin_problem(found.plugin, spec) if plugins else None
+    problem = plugin_problem(found.plugin, spec) if found.plugin else None
     if problem:
         found.problems.append(problem)
     return found
@@ -211,7 +214,7 @@ def _tensor(value: Any) -> dict[str, Any]:
         kind = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     except KeyError:
         kind = f"type {tensor.elem_type}"
-    return {"type": kind, "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]}
+    return {"type": kind, "shape": [text(dim.dim_param) or dim.dim_value for dim in tensor.shape.dim]}
 
 
 def inspect(path: str | Path) -> Inspection:

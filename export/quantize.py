@@ -75,7 +75,7 @@ def conv_macs(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> dict[str, int
     for dim, size in zip(fixed.graph.input[0].type.tensor_type.shape.dim, (1, *size_hw, 3), strict=True):
         dim.dim_value = size
     del fixed.graph.value_info[:]
-    inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+    inferred = onnx.shape_inference.infer_shapes(fixed)
     tensors = {value.name: value.type.tensor_type for value in (*inferred.graph.value_info, *inferred.graph.output)}
     weights = {tensor.name: list(tensor.dims) for tensor in graph.graph.initializer}
     weight_types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}

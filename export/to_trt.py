@@ -48,7 +48,7 @@ from facespec.errors import (
 from facespec.files import atomic_path, cache_folder, check_outputs, write_text
 from facespec.spec import DEFAULT_WEIGHTS, MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, check_size, parse_size
 from plugins import PLUGIN
-from plugins.build import ARCHITECTURES, ensure, find_library, read_report
+from plugins.build import ARCHITECTURES, PTX_ARCHITECTURE, ensure, find_library, read_report
 from trt_runtime.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
 from trt_runtime.sidecar import Sidecar, check_engine, sidecar_path
 
@@ -162,7 +162,7 @@ class EngineOptions:
     @property
     def log(self) -> Path:
         """The build log, kept if the build fails."""
-        return Path(f"{self.out}.log")
+        return Path(f"{self.out}.build.log")
 
     def command(self, flavor: str | None = None, capabilities: Sequence[int] = ()) -> str:
         """Return the command line that builds this, with what was left to choose filled in."""
@@ -182,7 +182,8 @@ class EngineOptions:
         for option, name in DECODE_OPTIONS.items():
             if getattr(self.decode, name) != getattr(default, name):
                 words += [option, str(getattr(self.decode, name))]
-        return shlex.join([*words, "--out", str(self.out)])
+        out = str(self.out)
+        return shlex.join([*words, "--out", f"./{out}" if out.startswith("-") else out])
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         if not (os.environ.get("RETINAFACE_PLUGIN") or find_library("plugin")):
             print(f"compiling the plugin for {len(ARCHITECTURES)} architectures, once; about 15 s", flush=True)
         plugin = ensure("plugin")
+        _note_missing_code(plugin, capabilities)
         engine, version = _build(options, graph, flavor, capabilities, plugin)
     except RetinaFaceError as error:
         missing = isinstance(error, (MissingPackageError, MissingToolError))
@@ -306,6 +308,16 @@ def _calibration_record(options: EngineOptions) -> dict[str, Any]:
     return {"source": chosen.source, "images": chosen.images, "seed": chosen.seed} if chosen else {}
 
 
+def _note_missing_code(plugin: Path, capabilities: Sequence[int]) -> None:
+    """Say so if a plugin library has no machine code for a GPU, nor PTX that the GPU could take."""
+    known = read_report(plugin).get("architectures")
+    if isinstance(known, list):
+        served = {c for c in capabilities if c >= PTX_ARCHITECTURE or any(a // 10 == c // 10 and a <= c for a in known)}
+        lacking = ", ".join(f"sm_{c}" for c in capabilities if c not in served)
+        if lacking:
+            print(f"note: the plugin library here has no code for {lacking}: there, python -m plugins.build")
+
+
 def _toolkit_version() -> str:
     try:
         return importlib.metadata.version("retinaface-trt")
@@ -318,6 +330,8 @@ def _capabilities(options: EngineOptions, flavor: Flavor) -> tuple[int, ...]:
     present = gpu_capability()
     if flavor is RTX:
         default = (present,) if present in RTX.capabilities else AHEAD_OF_TIME
+        if present and not options.capabilities and present not in RTX.capabilities:
+            print(f"note: TensorRT-RTX does not build for the GPU here, sm_{present}; building for others")
         return tuple(sorted(set(options.capabilities or default)))
     if present is None:
         raise MissingToolError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -108,5 +109,10 @@ def cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(home or Path.home() / ".cache") / "retinaface-trt"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"retinaface-trt-{os.getuid()}"
+    except RuntimeError:  # a user without a home gets a folder of this process: others could have made a known one
+        return _own_folder()
+
+
+@functools.cache
+def _own_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="retinaface-trt-"))

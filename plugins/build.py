@@ -323,11 +323,14 @@ def is_current(target: str = "plugin", folder: Path | None = None) -> bool:
     path = library_path(target, folder)
     report = read_report(path)
     architectures = [*_numbers(report.get("architectures")), *_numbers(report.get("left_out"))]
+    try:
+        digest = _sha256(path)
+    except OSError:  # missing, or not ours to read
+        return False
     return (
-        path.is_file()
-        and report.get("machine") == platform.machine()
+        report.get("machine") == platform.machine()
         and report.get("sources_sha256") == sources_sha256(target, sorted(architectures))
-        and report.get("library_sha256") == _sha256(path)
+        and report.get("library_sha256") == digest
     )
 
 

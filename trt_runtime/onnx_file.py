@@ -103,6 +103,8 @@ def _walk(kind: str, data: memoryview, header: OnnxHeader, depth: int) -> None:
         inner = _FIELDS[kind].get(number)
         if inner is None:
             continue
+        if inner == "function":  # they may nest without bounds, and this toolkit writes none
+            raise ValueError("functions are not taken")
         if inner == "metadata":
             key, value = _entry(content)
             header.metadata[key] = value

@@ -30,19 +30,37 @@ def load_graph(content: bytes, why: str) -> Any:
         raise ModelFileError(f"not an ONNX file, or damaged ({' '.join(str(error).split())[:100]})") from None
 
 
+def find_plugin(model: Any) -> Any:
+    """Return the plugin node of a decoded plugin form.
+
+    Raises:
+        ModelFileError: There is none, or something else beside it in its domain.
+    """
+    nodes = [node for node in model.graph.node if node.domain == PLUGIN.domain]
+    if len(nodes) != 1 or nodes[0].op_type != PLUGIN.name:
+        named = sum(node.op_type == PLUGIN.name for node in nodes)
+        raise ModelFileError(f"expected one {PLUGIN.name} node in the graph, found {named} among {len(nodes)} plugins")
+    return nodes[0]
+
+
+def text(value: str | bytes) -> str:
+    """Return a name of an ONNX model: protobuf hands back bytes where it is not UTF-8."""
+    return value if isinstance(value, str) else value.decode("utf-8", "replace")
+
+
 def plugin_attributes(node: Any) -> dict[str, Any]:
     """Return the attributes of a plugin node that are numbers, lists of numbers or text; None for others."""
     kinds = {1: "f", 2: "i", 3: "s", 6: "floats", 7: "ints"}  # onnx.AttributeProto.AttributeType
     values = {item.name: getattr(item, kinds[item.type]) if item.type in kinds else None for item in node.attribute}
-    return {name: plain(value) for name, value in values.items()}
+    return {text(name): plain(value) for name, value in values.items()}
 
 
 def plain(value: Any) -> Any:
     """Return numbers as people write them: 0.4, and not what float32 makes of it; bytes as text."""
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
+        return text(value)
     if isinstance(value, float):
-        return float(str(np.float32(value)))
+        return float(str(np.float32(value))) if np.isfinite(value) else str(value)
     if value is None or isinstance(value, (str, int)):
         return value
     return [plain(item) for item in value]
@@ -80,14 +98,12 @@ def cut_plugin(content: bytes, spec: ModelSpec) -> tuple[bytes, list[str]]:
     """
     model = load_graph(content, "running a plugin form on the CPU")
     onnx = require("onnx", "cpu", "running a plugin form on the CPU")
-    plugins = [node for node in model.graph.node if (node.domain, node.op_type) == (PLUGIN.domain, PLUGIN.name)]
-    if len(plugins) != 1:
-        raise ModelFileError(f"expected one {PLUGIN.name} node in the graph, found {len(plugins)}")
-    problem = plugin_problem(plugin_attributes(plugins[0]), spec)
+    plugin = find_plugin(model)
+    problem = plugin_problem(plugin_attributes(plugin), spec)
     if problem:
         raise ModelFileError(problem)
-    heads = list(plugins[0].input)
-    model.graph.node.remove(plugins[0])
+    heads = list(plugin.input)
+    model.graph.node.remove(plugin)
     half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
     kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
     del model.graph.output[:]

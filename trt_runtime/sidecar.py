@@ -81,13 +81,15 @@ class Sidecar:
         """
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            if not isinstance(data, dict) or data.get("format") != FORMAT_VERSION:
+                raise SpecError(f"not a sidecar of format {FORMAT_VERSION}")
+            digest = data.pop(_SELF_HASH, None)
+            if digest != _digest(data):
+                raise SpecError("it is not as it was written: its own hash differs")
+        except SpecError:
+            raise
+        except (ValueError, RecursionError) as error:  # to write it again may go deeper than to read it
             raise SpecError(f"not JSON: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT_VERSION:
-            raise SpecError(f"not a sidecar of format {FORMAT_VERSION}")
-        digest = data.pop(_SELF_HASH, None)
-        if digest != _digest(data):
-            raise SpecError("it is not as it was written: its own hash differs")
         del data["format"]
         names = {item.name for item in dataclasses.fields(cls)}
         if set(data) != names:

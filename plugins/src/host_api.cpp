@@ -1,6 +1,6 @@
 // The kernels on the host, for callers that speak C: plugins/host.py and the tests.
+#include <exception>
 #include <memory>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -102,7 +102,7 @@ RF_EXPORT int32_t retinaface_host_decode_nms(const retinaface::DecodeParams* par
     retinaface::run<float>(*params, type, heads, *outputs, capacity, *schedule);
   }
   return 0;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {  // no memory, or no thread
   return 1;
 }
 

@@ -13,6 +13,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "decode_nms.h"
@@ -80,7 +81,11 @@ bool read_field(const PluginField& field, std::vector<Value>& values) {
   if (field.length < 1 || field.length > kMaxLevels * kMaxPerCell || !field.data) return false;
   values.clear();
   const auto copy = [&](const auto* data) {
-    for (int32_t i = 0; i < field.length; ++i) values.push_back(static_cast<Value>(data[i]));
+    for (int32_t i = 0; i < field.length; ++i) {
+      // what does not fit, NaN included, becomes 0, which check() refuses
+      const bool fits = std::is_floating_point_v<Value> || (data[i] >= -2147483647 && data[i] <= 2147483647);
+      values.push_back(fits ? static_cast<Value>(data[i]) : Value{});
+    }
     return true;
   };
   switch (field.type) {

@@ -94,7 +94,7 @@ def test_equalisation_changes_nothing_but_ranges(heads: onnx.ModelProto, cache: 
     changed = [name for name in ranges if not np.array_equal(ranges[name], evened[name])]
     assert len(changed) > 25
     before, after = (np.array([spread[name][side] for name in changed]) for side in (0, 1))
-    assert (after < 1.001).sum() >= 12  # in front of depthwise convolutions all channels fill the range
+    assert (after < 1.001).sum() >= 10  # in front of depthwise convolutions all channels fill the range
     assert after.mean() < 0.7 * before.mean()
 
 

@@ -21,7 +21,7 @@ import pytest
 
 from export.inspect import inspect
 from export.to_trt import EngineOptions, Profile, _run_builder, build_engine, parse_arguments
-from facespec.errors import BuildError, MissingToolError, SpecError
+from facespec.errors import BuildError, MissingToolError, ModelFileError, SpecError
 from facespec.spec import DecodeSpec, ModelSpec
 from plugins import PLUGIN
 from plugins.build import ensure
@@ -130,8 +130,9 @@ def test_an_engine_that_changed_is_noticed(engine: Path, tmp_path: Path) -> None
 def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     content, sidecar = engine.read_bytes(), sidecar_path(engine).read_text()
     # slips of the hand, and rubbish
+    deep = '{"format": 1, "x": ' + "[" * 985 + "]" * 985 + "}"
     for broken in (
-        *("", "{}", "[1]", "[" * 100_000, sidecar.replace('"profile"', '"x"')),
+        *("", "{}", "[1]", deep, "[" * 100_000, sidecar.replace('"profile"', '"x"')),
         *(
             sidecar.replace('"fp16"', '"int8"'),
             sidecar.replace("104", "0"),
@@ -230,6 +231,25 @@ def test_inspect_onnx(static_onnx: Path, tmp_path: Path, refused: Callable[..., 
     next(a for a in model.graph.node[-1].attribute if a.name == "iou_threshold").f = 0.5
     onnx.save(model, tmp_path / "other.onnx")
     assert "iou_threshold is 0.5" in inspect(tmp_path / "other.onnx").problems[0]
+    model.graph.node[-1].op_type = "SomethingElse"
+    onnx.save(model, tmp_path / "other.onnx")
+    assert "found 0 among 1" in inspect(tmp_path / "other.onnx").problems[0]
+    # shapes that would double with every node, and functions that would nest without bounds
+    model = onnx.load(options.plugin_form)
+    model.graph.node.insert(0, onnx.helper.make_node("Shape", ["images"], ["s0"]))
+    for index in range(40):
+        doubled = onnx.helper.make_node("Concat", [f"s{index}"] * 2, [f"s{index + 1}"], axis=0)
+        model.graph.node.insert(index + 1, doubled)
+    onnx.save(model, tmp_path / "bomb.onnx")
+    assert inspect(tmp_path / "bomb.onnx").precision == {"fp32": 1.0}
+    model = onnx.load(options.plugin_form)
+    model.functions.append(
+        onnx.helper.make_function("x", "f", ["a"], ["b"], [onnx.helper.make_node("Relu", ["a"], ["b"])], [])
+    )
+    onnx.save(model, tmp_path / "function.onnx")
+    with pytest.raises(ModelFileError, match="functions are not taken"):
+        inspect(tmp_path / "function.onnx")
+    model = onnx.load(options.plugin_form)
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "foreign.onnx")
     assert "not written by this toolkit" in inspect(tmp_path / "foreign.onnx").problems[0]
@@ -332,7 +352,7 @@ def test_a_build_that_fails_keeps_its_log_and_the_old_engine(tmp_path: Path, mon
     options.out.write_bytes(b"old")
     monkeypatch.setenv("RETINAFACE_PLUGIN", str(_touch(tmp_path / "no_library.so")))
     with pytest.raises(
-        BuildError, match=r"no_library\.so cannot be loaded.*\(log: .*f\.engine\.log\).*f\.plugin\.onnx"
+        BuildError, match=r"no_library\.so cannot be loaded.*\(log: .*f\.engine\.build\.log\).*f\.plugin\.onnx"
     ):
         build_engine(options)
     assert "no_library.so" in options.log.read_text()

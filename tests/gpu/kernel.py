@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from plugins.build import build, library_path, read_report, sources_sha256
+from plugins.build import build, is_current, library_path
 from plugins.host import HEAD_TYPES, DecodeParams, HeadSpec, Outputs, make_params
 
 Array = NDArray[Any]
@@ -51,8 +51,7 @@ def build_kernels(architecture: int, target: str = "kernels") -> Path:
     """
     folder = ROOT / "build" / "gpu" / f"sm_{architecture}"
     path = library_path(target, folder)
-    wanted = sources_sha256(target, (architecture,))
-    if not path.is_file() or read_report(path).get("sources_sha256") != wanted:
+    if not is_current(target, folder):
         build(target, (architecture,), folder)
     return path
 

@@ -206,7 +206,7 @@ class Sensitivity:
         """
         from export.quantize import Int8Recipe
 
-        return Int8Recipe(float_layers=self.step(budget).float_layers)
+        return Int8Recipe(float_depthwise=False, float_layers=self.step(budget).float_layers)
 
     def to_json(self) -> str:
         """Return everything as JSON."""
@@ -298,7 +298,7 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     counts = [0, *np.unique(np.geomspace(1, len(order), MAX_STEPS - 1).round().astype(int)).tolist()]
     steps: list[Step] = []
     for count in tqdm(counts, desc="steps", unit="step", disable=not progress):
-        step = measured(Int8Recipe(float_layers=tuple(order[:count])))
+        step = measured(Int8Recipe(float_depthwise=False, float_layers=tuple(order[:count])))
         # a name that is part of another takes that one along: its own turn then changes nothing
         if not steps or step.int8_share < steps[-1].int8_share:
             steps.append(step)
@@ -536,7 +536,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _source(recipe: Any) -> str:
     """Return a recipe as Python."""
     lines = "".join(f"    {name!r},\n" for name in recipe.float_layers)
-    return f"Int8Recipe(float_layers=(\n{lines}))" if lines else "Int8Recipe(float_layers=())"
+    return (
+        f"Int8Recipe(float_depthwise=False, float_layers=(\n{lines}))"
+        if lines
+        else "Int8Recipe(float_depthwise=False, float_layers=())"
+    )
 
 
 if __name__ == "__main__":

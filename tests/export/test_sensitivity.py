@@ -84,7 +84,7 @@ def test_a_recipe_holds_what_it_says(measured: Sensitivity, monkeypatch: pytest.
     assert step.agreement.holds(budget)
     assert not any(before.agreement.holds(budget) for before in measured.steps[: measured.steps.index(step)])
     recipe = measured.recipe(budget)
-    assert recipe == Int8Recipe(float_layers=step.float_layers)
+    assert recipe == Int8Recipe(float_depthwise=False, float_layers=step.float_layers)
     # again through the calibration and the transformation of a build
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = load_model()
@@ -146,7 +146,7 @@ def test_command(
     assert (tmp_path / "a.svg").is_file()
     printed = capsys.readouterr().out
     assert "100.0 % of multiply-accumulates in INT8 hold recall >= 50 %, landmark error <= 50 %" in printed
-    assert "Int8Recipe(float_layers=())" in printed
+    assert "Int8Recipe(float_depthwise=False, float_layers=())" in printed
     # what was measured is written even where no recipe holds the budget
     (tmp_path / "a.json").unlink()
     with pytest.raises(ModelFileError, match="no graph"):

@@ -21,7 +21,6 @@ _MAX_FIELDS = 5_000_000
 _FIELDS: dict[str, dict[int, str]] = {
     "model": {7: "graph", 8: "opset", 14: "metadata", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
-    "function": {7: "node", 11: "attribute"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},

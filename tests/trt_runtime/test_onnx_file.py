@@ -44,7 +44,7 @@ def _model(place: str, location: str) -> onnx.ModelProto:
     return helper.make_model(graph, functions=functions)
 
 
-PLACES = ["initializer", "attribute", "subgraph", "sparse attribute", "sparse initializer", "function"]
+PLACES = ["initializer", "attribute", "subgraph", "sparse attribute", "sparse initializer"]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -65,6 +65,13 @@ def test_external_data_inside_the_folder_is_found(place: str, tmp_path: Path) ->
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "data.bin").write_bytes(bytes(4))
     assert set(read_onnx(tmp_path / "m.onnx")[1].external_files) == {"weights/data.bin"}
+
+
+def test_functions_are_refused(tmp_path: Path) -> None:
+    """They could nest without bounds, and hide anything."""
+    (tmp_path / "m.onnx").write_bytes(_model("function", "data.bin").SerializeToString())
+    with pytest.raises(ModelFileError, match="functions are not taken"):
+        read_onnx(tmp_path / "m.onnx")
 
 
 def test_a_link_does_not_lead_outside(tmp_path: Path) -> None:

@@ -53,18 +53,18 @@ class ExportOptions:
         out: ONNX file to write.
         size_hw: Fixed network size, or None for any multiple of 32.
         decode: Thresholds and limits built into the graph.
+        parity_images: Image file or folder for the parity report; None takes sample photographs of installed packages.
         precision: "fp32", "fp16" or "int8".
         calibration: Images for INT8.
-        parity_images: Image file or folder for the parity report; None takes sample photographs of installed packages.
     """
 
     weights: str
     out: Path
     size_hw: tuple[int, int] | None
     decode: DecodeSpec
+    parity_images: Path | None = None
     precision: str = "fp32"
     calibration: CalibrationOptions | None = None
-    parity_images: Path | None = None
 
     def __post_init__(self) -> None:
         check_calibration(self.precision, self.calibration)

@@ -375,6 +375,13 @@ def _request(folder: Path, module: str) -> dict[str, object]:
     return {"module": module, "plugin_name": name, **files, **more}
 
 
+def _rtx_request(folder: Path, engine: Path) -> dict[str, object]:
+    """Return a request that TensorRT-RTX can fulfil: the plugin form of an engine, for one GPU."""
+    shapes = {name: [1, 640, 640, 3] for name in ("min", "opt", "max")}
+    files = {"onnx": str(engine.with_suffix(".plugin.onnx")), "plugin": str(ensure("plugin"))}
+    return _request(folder, RTX.module) | files | {"profile": shapes, "capabilities": [86]}
+
+
 def test_a_builder_that_dies_is_reported(tmp_path: Path) -> None:
     """TensorRT may abort the process it runs in: here a module that does so stands in its place."""
     (tmp_path / "aborts.py").write_text(
@@ -393,8 +400,7 @@ def test_what_libraries_print_does_no_harm(engine: Path, tmp_path: Path) -> None
     (tmp_path / "sitecustomize.py").write_text(
         "import sys; sys.stderr.write('x' * 300_000); print('hello', flush=True)"
     )
-    request = _request(tmp_path, RTX.module) | {"onnx": str(engine.with_suffix(".plugin.onnx")), "capabilities": [86]}
-    request |= {"plugin": str(ensure("plugin")), "profile": {name: [1, 640, 640, 3] for name in ("min", "opt", "max")}}
+    request = _rtx_request(tmp_path, engine)
     with child_environment(RTX) as environment:
         environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}"
         assert _run_builder(request, environment, RTX, False) == RTX.version()
@@ -411,8 +417,7 @@ def test_the_builder_over_stub_libraries_fails_in_one_line(version: str, tmp_pat
 @needs_rtx
 def test_the_builder_tells_how_far_it_is(engine: Path, tmp_path: Path) -> None:
     """Through IProgressMonitor, as events on stdout; everything TensorRT says goes to the log."""
-    request = _request(tmp_path, RTX.module) | {"onnx": str(engine.with_suffix(".plugin.onnx")), "capabilities": [86]}
-    request |= {"plugin": str(ensure("plugin")), "profile": {name: [1, 640, 640, 3] for name in ("min", "opt", "max")}}
+    request = _rtx_request(tmp_path, engine)
     with child_environment(RTX) as environment:
         line = [sys.executable, "-m", "export.engine_builder"]
         result = subprocess.run(line, input=json.dumps(request), capture_output=True, text=True, env=environment)
@@ -432,8 +437,7 @@ def test_the_builder_tells_how_far_it_is(engine: Path, tmp_path: Path) -> None:
 def test_the_timing_cache_goes_round(engine: Path, tmp_path: Path) -> None:
     """As for TensorRT; TensorRT-RTX has the same calls and keeps nothing in it."""
     cache, out = tmp_path / "timing.cache", tmp_path / "timing_cache_out"
-    request = _request(tmp_path, RTX.module) | {"onnx": str(engine.with_suffix(".plugin.onnx")), "capabilities": [86]}
-    request |= {"plugin": str(ensure("plugin")), "profile": {name: [1, 640, 640, 3] for name in ("min", "opt", "max")}}
+    request = _rtx_request(tmp_path, engine)
     with child_environment(RTX) as environment:
         environment["PYTHONWARNINGS"] = "ignore"  # it says that they keep nothing
         for content in (None, b"", b"rubbish"):

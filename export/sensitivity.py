@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from export.agreement import landmark_errors, match_faces
 from export.calibration_options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions
 from export.graph import HEAD_NAMES
-from facespec.boxes import iou_matrix
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
 from facespec.files import atomic_path, check_outputs, write_text
@@ -44,7 +44,6 @@ PROXY_LOGIT = -1.0
 """Priors count for the cost of a layer if FP32 gives them a face logit over this: a probability over 0.27."""
 
 MAX_STEPS = 20
-MATCH_IOU = 0.5
 BARS = 16
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -391,21 +390,18 @@ def _faces(heads: Heads, size_hw: tuple[int, int], spec: ModelSpec) -> Faces:
 def agreement(reference: Sequence[Faces], found: Sequence[Faces]) -> Agreement:
     """Return how far the faces of images are those of a reference; each is matched once, the best overlap first."""
     overlaps: list[float] = []
-    distances: list[float] = []
+    errors: list[float] = []
     for (boxes, points), (own_boxes, own_points) in zip(reference, found, strict=True):
-        iou = iou_matrix(boxes, own_boxes)
-        while iou.size and iou.max() >= MATCH_IOU:
-            row, column = np.unravel_index(iou.argmax(), iou.shape)
-            overlaps.append(float(iou[row, column]))
-            iou[row], iou[:, column] = -1, -1
-            side = math.sqrt(max(float(np.prod(boxes[row, 2:] - boxes[row, :2])), 1e-12))
-            distances.append(float(np.linalg.norm(points[row] - own_points[column], axis=1).mean()) / side)
+        matches = match_faces(boxes, own_boxes)
+        same = matches.reference
+        overlaps += matches.iou.tolist()
+        errors += landmark_errors(boxes[same], points[same], own_points[matches.candidate]).tolist()
     total, own = (sum(len(boxes) for boxes, _ in faces) for faces in (reference, found))
     return Agreement(
         recall=100 * len(overlaps) / total if total else 100.0,
         precision=100 * len(overlaps) / own if own else 100.0,
         mean_iou=float(np.mean(overlaps)) if overlaps else 0.0,
-        landmark_error=100 * float(np.mean(distances)) if distances else 100.0,
+        landmark_error=float(np.mean(errors)) if errors else 100.0,
     )
 
 

@@ -9,31 +9,27 @@ from __future__ import annotations
 import functools
 import json
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from facespec.boxes import box_areas, iou_matrix
-from facespec.cli import ArgumentParser, quiet_libraries, require, run
+from export.agreement import Agreement
+from export.disagreements import Sample, draw_disagreements
+from export.sides import ModelInfo, Side
+from facespec.cli import ArgumentParser, quiet_libraries, run
 from facespec.detections import Detections
-from facespec.errors import DataError, ModelFileError, OutputError, SpecError
+from facespec.errors import DataError, OutputError, SpecError
 from facespec.files import check_outputs, write_text
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
-
-MATCH_IOU = 0.5
-"""Least overlap of two boxes that are one face."""
 
 DEFAULT_HW = (640, 640)
 EXTRA_SIZES = ((640, 640), (480, 640), (640, 384))
@@ -48,12 +44,8 @@ BATCH = 4
 BATCH_IOU = 0.98
 """Least IoU of a face of a batch and the same face alone: they may be computed in another order of additions."""
 
-ENGINE_SUFFIXES = (".engine", ".plan")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 HEAD_PARTS = {"boxes": slice(0, 4), "class logits": slice(4, 6), "landmarks": slice(6, 16)}
-
-_GREEN, _RED, _INK = (80, 220, 60), (60, 60, 255), (235, 235, 235)
-_TILE_PX, _LABEL_PX, _GAP_PX, _COLUMNS, _TILES = 224, 40, 8, 3, 12
 
 
 @dataclass(frozen=True)
@@ -161,22 +153,6 @@ def _number(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class ModelInfo:
-    """One side of the comparison: its kind, its precision, and the share of its multiply-accumulates in each."""
-
-    name: str
-    kind: str
-    precision: str
-    mac_shares: dict[str, float]
-    size_hw: tuple[int, int] | None
-
-    def __str__(self) -> str:
-        shares = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in self.mac_shares.items())
-        size = f"{self.size_hw[0]}x{self.size_hw[1]}" if self.size_hw else "any size"
-        return f"{self.name}: {self.kind}, {shares or self.precision}, {size}"
-
-
-@dataclass(frozen=True)
 class Verification:
     """What was found; `str()` gives a table.
 
@@ -228,313 +204,38 @@ class Verification:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Matches:
-    """Faces of two sides that are one: (n,) indices into each, and their overlap."""
-
-    reference: NDArray[np.int64]
-    candidate: NDArray[np.int64]
-    iou: NDArray[np.float32]
-
-
-def match_faces(reference_xyxy: NDArray[np.float32], candidate_xyxy: NDArray[np.float32]) -> Matches:
-    """Pair boxes (N, 4) and (M, 4) with an IoU of at least `MATCH_IOU`, each once, the greatest overlap first."""
-    iou = iou_matrix(reference_xyxy, candidate_xyxy)
-    left, right = np.nonzero(iou >= MATCH_IOU)
-    pairs: list[tuple[int, int]] = []
-    free_left, free_right = np.ones(iou.shape[0], bool), np.ones(iou.shape[1], bool)
-    for index in np.argsort(-iou[left, right], kind="stable"):
-        i, j = int(left[index]), int(right[index])
-        if free_left[i] and free_right[j]:
-            free_left[i] = free_right[j] = False
-            pairs.append((i, j))
-    found = np.array(sorted(pairs), np.int64).reshape(-1, 2)
-    return Matches(found[:, 0], found[:, 1], iou[found[:, 0], found[:, 1]])
-
-
-def landmark_errors(reference: Detections, candidate: Detections) -> NDArray[np.float32]:
-    """Return (n,) mean distances of the five landmarks in percent of sqrt(w * h) of the reference's box.
+def _face_rows(agreement: Agreement, case: str, budget: Budget | None, special: bool = False) -> list[Row]:
+    """Return the figures of an agreement.
 
     Args:
-        reference: n faces.
-        candidate: The same n faces.
+        agreement: What was added up.
+        case: On what they were taken.
+        budget: Limits, if any.
+        special: Of few images: hold the wider limit.
     """
-    size = np.sqrt(box_areas(reference.boxes))
-    distance = np.linalg.norm(reference.landmarks - candidate.landmarks, axis=2).mean(axis=1)
-    return np.asarray(100 * distance / np.maximum(size, 1e-6), np.float32)
-
-
-@dataclass(frozen=True)
-class Disagreement:
-    """A face the two sides do not agree on; the greater `badness`, the worse."""
-
-    image: int
-    badness: float
-    text: str
-    box_xyxy: tuple[float, ...]
-
-
-@dataclass
-class Agreement:
-    """How far two sides agree on faces, added up over images.
-
-    A face counts for recall where the reference's score is at least `score`, and for precision where the candidate's
-    is; the other side must have it at that score, too.
-    """
-
-    score: float = DEFAULT_SCORE_THRESHOLD
-    images: int = 0
-    faces: int = 0
-    candidate_faces: int = 0
-    iou: list[float] = field(default_factory=list)
-    landmarks: list[float] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    disagreements: list[Disagreement] = field(default_factory=list)
-
-    def add(self, reference: Detections, candidate: Detections, image: int = 0) -> None:
-        """Add the faces of one image; what is below `score` is left out."""
-        left, right = (side.with_min_score(self.score) for side in (reference, candidate))
-        matches = match_faces(left.boxes, right.boxes)
-        errors = landmark_errors(left[matches.reference], right[matches.candidate])
-        self.images += 1
-        self.faces += len(left)
-        self.candidate_faces += len(right)
-        self.iou += matches.iou.tolist()
-        self.landmarks += errors.tolist()
-        self.scores += np.abs(left.scores[matches.reference] - right.scores[matches.candidate]).tolist()
-        for side, other, taken, base, word in (
-            (left, candidate, matches.reference, 2.0, "missed"),
-            (right, reference, matches.candidate, 1.0, "extra"),
-        ):
-            alone = np.setdiff1d(np.arange(len(side)), taken)
-            near = iou_matrix(side.boxes[alone], other.boxes) >= MATCH_IOU
-            weaker = np.where(near, other.scores[None], 0).max(axis=1, initial=0)  # its score on the other side
-            for i, rest in zip(alone, weaker.tolist(), strict=True):
-                score = float(side.scores[i])
-                text = f"{word}: score {score:.2f}, {f'{rest:.2f}' if rest else 'not there'} on the other side"
-                box = tuple(side.boxes[i].tolist())
-                self.disagreements.append(Disagreement(image, 1000 * base + score - rest, text, box))
-        for i, overlap, error in zip(matches.reference, matches.iou, errors, strict=True):
-            text = f"landmarks {error:.1f} %, IoU {overlap:.2f}"
-            badness = float(error) + 100 * (1 - float(overlap))
-            self.disagreements.append(Disagreement(image, badness, text, tuple(left.boxes[i].tolist())))
-
-    @property
-    def recall(self) -> float | None:
-        """Percent of the reference's faces that the candidate has."""
-        return 100 * len(self.iou) / self.faces if self.faces else None
-
-    @property
-    def precision(self) -> float | None:
-        """Percent of the candidate's faces that the reference has."""
-        return 100 * len(self.iou) / self.candidate_faces if self.candidate_faces else None
-
-    def rows(self, case: str, budget: Budget | None, special: bool = False) -> list[Row]:
-        """Return the figures.
-
-        Args:
-            case: On what they were taken.
-            budget: Limits, if any.
-            special: Of few images: hold the wider limit.
-        """
-        recall = error = None
-        if budget is not None and self.faces:
-            recall = budget.case_recall if special else budget.recall
-            error = None if special else budget.landmark_error
-        note = f"{self.faces} faces in {self.images} images"
-        rows = [Row("boxes", case, "recall %", self.recall, recall, True, note)]
-        rows.append(Row("boxes", case, "precision %", self.precision, note=f"{self.candidate_faces} faces"))
-        rows.append(Row("boxes", case, "mean IoU", _of(np.mean, self.iou)))
-        rows.append(Row("landmarks", case, "mean error, % of face", _of(np.mean, self.landmarks), error))
-        if special:
-            return rows
-        p95 = functools.partial(np.percentile, q=95)
-        rows.append(Row("landmarks", case, "95 % below, % of face", _of(p95, self.landmarks)))
-        rows.append(Row("scores", case, "mean drift", _of(np.mean, self.scores)))
-        rows.append(Row("scores", case, "largest drift", _of(np.max, self.scores)))
+    recall = error = None
+    if budget is not None and agreement.faces:
+        recall = budget.case_recall if special else budget.recall
+        error = None if special else budget.landmark_error
+    note = f"{agreement.faces} faces in {agreement.images} images"
+    rows = [Row("boxes", case, "recall %", agreement.recall, recall, True, note)]
+    rows.append(Row("boxes", case, "precision %", agreement.precision, note=f"{agreement.candidate_faces} faces"))
+    rows.append(Row("boxes", case, "mean IoU", _of(np.mean, agreement.iou)))
+    rows.append(Row("landmarks", case, "mean error, % of face", _of(np.mean, agreement.landmarks), error))
+    if special:
         return rows
+    p95 = functools.partial(np.percentile, q=95)
+    rows.append(Row("landmarks", case, "95 % below, % of face", _of(p95, agreement.landmarks)))
+    rows.append(Row("scores", case, "mean drift", _of(np.mean, agreement.scores)))
+    rows.append(Row("scores", case, "largest drift", _of(np.max, agreement.scores)))
+    return rows
 
 
 def _of(function: Callable[[Any], Any], values: Sequence[float]) -> float | None:
     return float(function(values)) if len(values) else None
 
 
-class _Side:
-    """A model, what is known about it, and the ways to run it."""
-
-    def __init__(self, name: str) -> None:
-        suffix = Path(name).suffix.lower()
-        if suffix in ENGINE_SUFFIXES:
-            raise ModelFileError(
-                f"{name}: an engine needs the GPU it was built for, and the runtime of a later version: "
-                "compare the plugin form it was built from"
-            )
-        self.name = name
-        self.runner: Callable[[Frame], NDArray[np.float32]] | None = None
-        self.detector: Any
-        self.notes: list[str] = []
-        if suffix == ".onnx":
-            from export.inspect import inspect
-            from trt_runtime.detector import load_detector
-
-            self.detector = load_detector(name)
-            self.fixed_hw: tuple[int, int] | None = self.detector.size_hw
-            inspection = inspect(name)
-            shares = inspection.precision
-            precision = next((kind for kind in ("int8", "fp16") if shares.get(kind)), "fp32")
-            self.info = ModelInfo(name, inspection.kind, precision, shares, self.fixed_hw)
-            self.notes += [f"{name}: {problem}" for problem in inspection.problems]
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(name)
-                if shares.get("fp16") and not _has_external_weights(path):
-                    path = Path(folder) / "emulated.onnx"
-                    path.write_bytes(emulate_fp16(Path(name).read_bytes()))
-                    self.detector = load_detector(path)
-                    self.notes.append(f"{name}: its fp16 is emulated, the CPU rounds what is stored between operators")
-                self.runner = _head_runner(path, self.detector.spec)
-        else:
-            require("torch", "train", "comparing a checkpoint")
-            from trainer.checkpoint import load_model
-            from trainer.detector import TorchRetinaFace
-
-            torch_side = TorchRetinaFace(load_model(name))
-            self.detector, self.fixed_hw = torch_side, None
-            self.info = ModelInfo(name, "checkpoint", "fp32", {"fp32": 1.0}, None)
-            self.runner = lambda image: _joined(torch_side.heads(image))
-        self.spec: ModelSpec = self.detector.spec
-        self.detector.score_threshold = self.spec.decode.score_threshold
-        if self.runner is None:
-            self.notes.append(f"{name} does not show its raw heads")
-
-    def at(self, size_hw: tuple[int, int] | None) -> _Recorder:
-        """Return a detector at a network size; None runs frames at their own."""
-        self.detector.size_hw = size_hw
-        return _Recorder(self.detector)
-
-
-def _has_external_weights(path: Path) -> bool:
-    from trt_runtime.onnx_file import read_onnx
-
-    return bool(read_onnx(path)[1].external_files)
-
-
-def _joined(heads: tuple[NDArray[np.float32], ...]) -> NDArray[np.float32]:
-    return np.concatenate(heads, axis=1)
-
-
-class _Recorder:
-    """A detector that keeps what it found."""
-
-    def __init__(self, detector: Any) -> None:
-        self.detector = detector
-        self.faces: list[Detections] = []
-
-    def detect(self, frame: Frame) -> Detections:
-        found: Detections = self.detector.detect(frame)
-        self.faces.append(found)
-        return found
-
-    def detect_batch(self, frames: Iterable[Frame]) -> list[Detections]:
-        found: list[Detections] = self.detector.detect_batch(frames)
-        self.faces += found
-        return found
-
-
-def _head_runner(path: Path, spec: ModelSpec) -> Callable[[Frame], NDArray[np.float32]] | None:
-    """Return what gives (N, 16) boxes, logits and landmarks of a letterboxed image, or None if a graph hides them."""
-    from export.graph import HEAD_NAMES
-    from export.parity import rows_from_maps
-    from plugins import PLUGIN
-    from trt_runtime.onnx_file import read_onnx
-    from trt_runtime.plugin_form import cut_plugin, load_graph
-
-    onnx = require("onnx", "cpu", "export.verify")
-    ort = require("onnxruntime", "cpu", "export.verify")
-    content, header = read_onnx(path)
-    names = list(HEAD_NAMES)
-    if header.external_files:
-        return None
-    if PLUGIN.domain in header.domains:
-        content, names = cut_plugin(content, spec)
-    else:
-        graph = load_graph(content, "export.verify")
-        if not set(names) <= {name for node in graph.graph.node for name in node.output}:
-            return None
-        half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.graph.initializer)
-        inferred = {value.name: value for value in onnx.shape_inference.infer_shapes(graph).graph.value_info}
-        kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
-        graph.graph.output.extend(
-            inferred.get(name) or onnx.helper.make_tensor_value_info(name, kind, None) for name in names
-        )
-        content = graph.SerializeToString()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception:  # the detector itself loads: only its heads cannot be had
-        return None
-
-    def call(image: Frame) -> NDArray[np.float32]:
-        maps = [np.asarray(level, np.float32) for level in session.run(names, {"images": image[None]})]
-        return rows_from_maps(maps, spec.anchors.per_cell)
-
-    return call
-
-
-def emulate_fp16(content: bytes) -> bytes:
-    """Return a graph in float32 that rounds to float16 whatever a float16 graph stores between its operators.
-
-    ONNX Runtime computes float16 graphs in float32 on a CPU and leaves that rounding out: they would look too good.
-    Sums inside an operator stay in float32, as they do on a GPU. int8 is left as it is.
-
-    Args:
-        content: An encoded ONNX model.
-    """
-    onnx = require("onnx", "cpu", "export.verify")
-    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
-    model = onnx.load_model_from_string(content)
-    inferred = onnx.shape_inference.infer_shapes(model)
-    known = (*inferred.graph.value_info, *inferred.graph.output)
-    stored = {value.name for value in known if value.type.tensor_type.elem_type == half}
-
-    def widen(tensor: Any) -> None:
-        if tensor.data_type == half:
-            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-
-    for tensor in model.graph.initializer:
-        widen(tensor)
-    nodes = []
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                widen(attribute.t)
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
-                attribute.i = single
-        outputs = [name for name in node.output if name in stored and node.op_type != "DequantizeLinear"]
-        nodes.append(node)
-        for name in outputs:
-            node.output[list(node.output).index(name)] = f"{name}/wide"
-            nodes.append(onnx.helper.make_node("Cast", [f"{name}/wide"], [f"{name}/half"], f"{name}/half", to=half))
-            nodes.append(onnx.helper.make_node("Cast", [f"{name}/half"], [name], f"{name}/back", to=single))
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # they belong to the list below
-    del model.graph.node[:], model.graph.value_info[:]
-    model.graph.node.extend(copies)
-    for output in model.graph.output:
-        if output.type.tensor_type.elem_type == half:
-            output.type.tensor_type.elem_type = single
-    return bytes(model.SerializeToString())
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """An image that is read when it is needed."""
-
-    name: str
-    load: Callable[[], Frame]
-
-
-def _demo_samples(count: int) -> list[_Sample]:
+def _demo_samples(count: int) -> list[Sample]:
     from export.calibration import demo_frames
 
     if not sample_photographs():
@@ -543,7 +244,7 @@ def _demo_samples(count: int) -> list[_Sample]:
     tiles = [cv2.resize(frame, (240, 240), interpolation=cv2.INTER_AREA) for _, frame in frames]
     rows = [np.hstack([tiles[(4 * row + column) % count] for column in range(4)]) for row in range(4)]
     crowd = np.asarray(np.vstack(rows), np.uint8)
-    return [_Sample(name, functools.partial(_same, frame)) for name, frame in [*frames, ("crowd of sixteen", crowd)]]
+    return [Sample(name, functools.partial(_same, frame)) for name, frame in [*frames, ("crowd of sixteen", crowd)]]
 
 
 def _same(frame: Frame) -> Frame:
@@ -563,7 +264,7 @@ def _empty_frames(size_hw: tuple[int, int], spec: ModelSpec) -> Iterator[tuple[s
     yield "gradient", np.ascontiguousarray(np.broadcast_to(ramp[None, :, None], (*size_hw, 3)))
 
 
-def _network_size(options: VerifyOptions, reference: _Side, candidate: _Side) -> tuple[int, int]:
+def _network_size(options: VerifyOptions, reference: Side, candidate: Side) -> tuple[int, int]:
     fixed = [side for side in (reference, candidate) if side.fixed_hw]
     size_hw = options.size_hw or (fixed[0].fixed_hw if fixed else None) or DEFAULT_HW
     for side in fixed:
@@ -578,7 +279,7 @@ def _network_size(options: VerifyOptions, reference: _Side, candidate: _Side) ->
     return size_hw
 
 
-def _preprocessing(reference: _Side, candidate: _Side, frame: Frame, size_hw: tuple[int, int]) -> tuple[Row, list[str]]:
+def _preprocessing(reference: Side, candidate: Side, frame: Frame, size_hw: tuple[int, int]) -> tuple[Row, list[str]]:
     """Compare what the networks are given, and say where the specs part."""
     inputs = []
     for side in (reference, candidate):
@@ -599,7 +300,7 @@ def _preprocessing(reference: _Side, candidate: _Side, frame: Frame, size_hw: tu
     return Row("preprocessing", f"letterbox {size}", "largest difference", worst), notes
 
 
-def _raw_heads(reference: _Side, candidate: _Side, frames: list[Frame], size_hw: tuple[int, int]) -> list[Row]:
+def _raw_heads(reference: Side, candidate: Side, frames: list[Frame], size_hw: tuple[int, int]) -> list[Row]:
     if reference.runner is None or candidate.runner is None or reference.spec.anchors != candidate.spec.anchors:
         return []
     largest: dict[str, float] = dict.fromkeys(HEAD_PARTS, 0.0)
@@ -626,7 +327,7 @@ def _raw_heads(reference: _Side, candidate: _Side, frames: list[Frame], size_hw:
     ]
 
 
-def _batch_rows(candidate: _Side, frames: list[Frame], size_hw: tuple[int, int], limited: bool) -> list[Row]:
+def _batch_rows(candidate: Side, frames: list[Frame], size_hw: tuple[int, int], limited: bool) -> list[Row]:
     """Every slot of a batch must give what the frame gives alone."""
     detector = candidate.at(size_hw).detector
     alone = [detector.detect(frame) for frame in frames]
@@ -647,7 +348,7 @@ def _batch_rows(candidate: _Side, frames: list[Frame], size_hw: tuple[int, int],
     return rows
 
 
-def _empty_rows(reference: _Side, candidate: _Side, size_hw: tuple[int, int], limited: bool) -> list[Row]:
+def _empty_rows(reference: Side, candidate: Side, size_hw: tuple[int, int], limited: bool) -> list[Row]:
     rows = []
     for name, frame in _empty_frames(size_hw, reference.spec):
         counts = [
@@ -659,7 +360,7 @@ def _empty_rows(reference: _Side, candidate: _Side, size_hw: tuple[int, int], li
     return rows
 
 
-def _widerface(options: VerifyOptions, data: Path) -> tuple[list[_Sample], dict[Any, Any]]:
+def _widerface(options: VerifyOptions, data: Path) -> tuple[list[Sample], dict[Any, Any]]:
     """Return the images that exist, evenly thinned out, and their ground truth, in the same order."""
     from trainer.average_precision import load_ground_truth
 
@@ -670,7 +371,7 @@ def _widerface(options: VerifyOptions, data: Path) -> tuple[list[_Sample], dict[
     if not keys:
         raise DataError(f"{folder}: none of the {len(truth)} WIDER FACE images is there (event/name.jpg)")
     keys = [keys[i] for i in _evenly(len(keys), options.images or len(keys))]
-    samples = [_Sample("/".join(key), functools.partial(_read, paths[key])) for key in keys]
+    samples = [Sample("/".join(key), functools.partial(_read, paths[key])) for key in keys]
     return samples, {key: truth[key] for key in keys}
 
 
@@ -681,9 +382,9 @@ def _read(path: Path) -> Frame:
 
 def _run_all(
     options: VerifyOptions,
-    sides: tuple[_Side, _Side],
+    sides: tuple[Side, Side],
     size_hw: tuple[int, int] | None,
-    samples: list[_Sample],
+    samples: list[Sample],
     truth: dict[Any, Any],
 ) -> tuple[list[list[Detections]], dict[str, dict[str, float | None]]]:
     """Return what each side finds on every image, and the AP of both by level where there is ground truth."""
@@ -719,7 +420,7 @@ def verify(options: VerifyOptions) -> Verification:
     if options.data:
         read += [str(path) for path in (options.data / "gt").glob("*.mat")]
     check_outputs(outputs, read)
-    reference, candidate = _Side(options.reference), _Side(options.candidate)
+    reference, candidate = Side(options.reference), Side(options.candidate)
     size_hw = _network_size(options, reference, candidate)
     name = options.budget or ("int8" if candidate.info.precision == "int8" else "fp16")
     budget = BUDGETS.get(name)
@@ -745,7 +446,7 @@ def verify(options: VerifyOptions) -> Verification:
         agreement = _agreement(faces, range(len(samples)))
         if not agreement.faces:
             raise DataError("nothing was compared: the reference finds no face on any of the images")
-        rows += agreement.rows(case, budget)
+        rows += _face_rows(agreement, case, budget)
         if precision:
             average_precision[protocol] = precision
             rows += _ap_rows(case, precision, budget)
@@ -753,7 +454,7 @@ def verify(options: VerifyOptions) -> Verification:
             picture, shown = agreement, faces
             counts = [len(found.with_min_score(DEFAULT_SCORE_THRESHOLD)) for found in faces[0]]
             crowds = sorted(range(len(samples)), key=lambda i: -counts[i])[:CROWD_IMAGES]
-            rows += _agreement(faces, crowds).rows(f"crowds, {case}", budget, special=True)
+            rows += _face_rows(_agreement(faces, crowds), f"crowds, {case}", budget, special=True)
     if reference.fixed_hw or candidate.fixed_hw:
         notes.append(f"no other size was tried: a model takes {size_hw[0]}x{size_hw[1]} only")
     else:
@@ -762,7 +463,7 @@ def verify(options: VerifyOptions) -> Verification:
                 chosen = [samples[i] for i in _evenly(len(samples), SIZE_IMAGES)]
                 found, _ = _run_all(options, (reference, candidate), extra, chosen, {})
                 case = f"letterbox {extra[0]}x{extra[1]}"
-                rows += _agreement(found, range(len(chosen))).rows(case, budget, special=True)
+                rows += _face_rows(_agreement(found, range(len(chosen))), case, budget, special=True)
     batch = [samples[i].load() for i in crowds[:BATCH]]
     rows += _batch_rows(candidate, batch, size_hw, budget is not None)
     rows += _empty_rows(reference, candidate, size_hw, budget is not None)
@@ -802,63 +503,6 @@ def _ap_rows(case: str, precision: dict[str, dict[str, float | None]], budget: B
         limit = budget.ap_loss[index] if budget else None
         rows.append(Row("AP", case, f"{level}, loss", before - after, limit, note=f"{before:.2f} -> {after:.2f}"))
     return rows
-
-
-def draw_disagreements(
-    disagreements: list[Disagreement], samples: Sequence[_Sample], faces: Sequence[Sequence[Detections]]
-) -> Frame:
-    """Return a picture of the worst: the reference in green on the left, the candidate in red on the right.
-
-    Args:
-        disagreements: Of all images; no more than two of each are shown.
-        samples: The images.
-        faces: What the reference and the candidate found on each.
-    """
-    worst: list[Disagreement] = []
-    taken: Counter[int] = Counter()
-    for item in sorted(disagreements, key=lambda item: -item.badness):
-        if taken[item.image] < 2 and len(worst) < _TILES:
-            taken[item.image] += 1
-            worst.append(item)
-    height, width = _TILE_PX + _LABEL_PX + _GAP_PX, 2 * _TILE_PX + 2 * _GAP_PX
-    rows = max(1, -(-len(worst) // _COLUMNS))
-    canvas = np.full((rows * height + _GAP_PX, _COLUMNS * width + _GAP_PX, 3), 32, np.uint8)
-    for index, item in enumerate(worst):
-        top, left = _GAP_PX + index // _COLUMNS * height, _GAP_PX + index % _COLUMNS * width
-        sample = samples[item.image]
-        for line, text in enumerate((sample.name[-52:], item.text)):
-            _write(canvas, text, left, top + 14 + 17 * line)
-        frame = sample.load()
-        for side, colour in enumerate((_GREEN, _RED)):
-            found = faces[side][item.image].with_min_score(DEFAULT_SCORE_THRESHOLD)
-            tile = _tile(frame, found, item.box_xyxy, colour)
-            start = left + side * _TILE_PX
-            canvas[top + _LABEL_PX : top + _LABEL_PX + _TILE_PX, start : start + _TILE_PX] = tile
-    return canvas
-
-
-def _write(canvas: Frame, text: str, x: int, y: int) -> None:
-    plain = text.encode("ascii", "replace").decode()
-    cv2.putText(canvas, plain, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, _INK, 1, cv2.LINE_AA)
-
-
-def _tile(frame: Frame, faces: Detections, box_xyxy: tuple[float, ...], colour: tuple[int, int, int]) -> Frame:
-    """Return the surroundings of a box, with the faces that lie there."""
-    x1, y1, x2, y2 = box_xyxy
-    side = max(2.5 * max(x2 - x1, y2 - y1), 32.0)
-    scale = _TILE_PX / side
-    low = np.array([(x1 + x2 - side) / 2, (y1 + y2 - side) / 2])
-    # pixel centres lie at +0.5 in our coordinates, at whole numbers in cv2's
-    shift = -low * scale + (scale - 1) / 2
-    matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]]])
-    tile = cv2.warpAffine(frame, matrix, (_TILE_PX, _TILE_PX), flags=cv2.INTER_LINEAR, borderValue=(64, 64, 64))
-    limit = 4 * _TILE_PX
-    for box, points in zip(faces.boxes, faces.landmarks, strict=True):
-        corners = np.clip(np.rint((box.reshape(2, 2) - low) * scale), -limit, limit).astype(int).tolist()
-        cv2.rectangle(tile, corners[0], corners[1], colour, 1, cv2.LINE_AA)
-        for point in np.clip(np.rint((points - low) * scale), -limit, limit).astype(int).tolist():
-            cv2.circle(tile, point, 2, colour, -1, cv2.LINE_AA)
-    return np.asarray(tile, np.uint8)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> VerifyOptions:

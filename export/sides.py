@@ -1,0 +1,177 @@
+"""A model on one side of a comparison: what is known about it, and the ways to run it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.emulation import emulate_fp16
+from facespec.cli import require
+from facespec.detections import Detections
+from facespec.letterbox import Frame
+from facespec.spec import ModelSpec
+
+DEPLOYED_SUFFIXES = (".onnx", ".engine", ".plan")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One side of the comparison: its kind, its precision, and the share of its multiply-accumulates in each."""
+
+    name: str
+    kind: str
+    precision: str
+    mac_shares: dict[str, float]
+    size_hw: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in self.mac_shares.items())
+        size = f"{self.size_hw[0]}x{self.size_hw[1]}" if self.size_hw else "any size"
+        return f"{self.name}: {self.kind}, {shares or self.precision}, {size}"
+
+
+class Side:
+    """A model, what is known about it, and the ways to run it.
+
+    Args:
+        name: Checkpoint, name of published weights, ONNX file, or an engine where its GPU is present.
+
+    Attributes:
+        info: What it is.
+        spec: Its geometry and decoding.
+        detector: Finds faces, down to the model's own floor.
+        runner: Gives the raw heads, (N, 16) boxes, logits and landmarks, of a letterboxed image; None if they cannot
+            be had.
+        fixed_hw: The one network size it takes, or None.
+        notes: What a reader of the comparison should know.
+
+    Raises:
+        ModelFileError: It cannot be opened, or not here.
+    """
+
+    def __init__(self, name: str) -> None:
+        suffix = Path(name).suffix.lower()
+        self.name = name
+        self.runner: Callable[[Frame], NDArray[np.float32]] | None = None
+        self.detector: Any
+        self.notes: list[str] = []
+        if suffix in DEPLOYED_SUFFIXES:
+            from export.inspect import inspect
+            from trt_runtime.detector import load_detector
+
+            self.detector = load_detector(name)
+            self.fixed_hw: tuple[int, int] | None = self.detector.size_hw
+            inspection = inspect(name)
+            shares = inspection.precision
+            precision = next((kind for kind in ("int8", "fp16") if shares.get(kind)), "fp32")
+            self.info = ModelInfo(name, inspection.kind, precision, shares, self.fixed_hw)
+            self.notes += [f"{name}: {problem}" for problem in inspection.problems]
+            if suffix == ".onnx":
+                self._open_graph(Path(name), bool(shares.get("fp16")))
+        else:
+            require("torch", "train", "comparing a checkpoint")
+            from trainer.checkpoint import load_model
+            from trainer.detector import TorchRetinaFace
+
+            torch_side = TorchRetinaFace(load_model(name))
+            self.detector, self.fixed_hw = torch_side, None
+            self.info = ModelInfo(name, "checkpoint", "fp32", {"fp32": 1.0}, None)
+            self.runner = lambda image: _joined(torch_side.heads(image))
+        self.spec: ModelSpec = self.detector.spec
+        self.detector.score_threshold = self.spec.decode.score_threshold
+        if self.runner is None:
+            self.notes.append(f"{name} does not show its raw heads")
+
+    def _open_graph(self, path: Path, half: bool) -> None:
+        from trt_runtime.detector import load_detector
+
+        with tempfile.TemporaryDirectory() as folder:
+            if half and not _has_external_weights(path):
+                emulated = Path(folder) / "emulated.onnx"
+                emulated.write_bytes(emulate_fp16(path.read_bytes()))
+                path = emulated
+                self.detector = load_detector(path)
+                self.notes.append(f"{self.name}: its fp16 is emulated, the CPU rounds what is stored between operators")
+            self.runner = _head_runner(path, self.detector.spec)
+
+    def at(self, size_hw: tuple[int, int] | None) -> Recorder:
+        """Return a detector at a network size; None runs frames at their own."""
+        self.detector.size_hw = size_hw
+        return Recorder(self.detector)
+
+
+def _has_external_weights(path: Path) -> bool:
+    from trt_runtime.onnx_file import read_onnx
+
+    return bool(read_onnx(path)[1].external_files)
+
+
+def _joined(heads: tuple[NDArray[np.float32], ...]) -> NDArray[np.float32]:
+    return np.concatenate(heads, axis=1)
+
+
+class Recorder:
+    """A detector that keeps what it found."""
+
+    def __init__(self, detector: Any) -> None:
+        self.detector = detector
+        self.faces: list[Detections] = []
+
+    def detect(self, frame: Frame) -> Detections:
+        """Return the faces of a frame."""
+        found: Detections = self.detector.detect(frame)
+        self.faces.append(found)
+        return found
+
+    def detect_batch(self, frames: Iterable[Frame]) -> list[Detections]:
+        """Return the faces of several frames."""
+        found: list[Detections] = self.detector.detect_batch(frames)
+        self.faces += found
+        return found
+
+
+def _head_runner(path: Path, spec: ModelSpec) -> Callable[[Frame], NDArray[np.float32]] | None:
+    """Return what gives (N, 16) boxes, logits and landmarks of a letterboxed image, or None if a graph hides them."""
+    from export.graph import HEAD_NAMES
+    from export.parity import rows_from_maps
+    from plugins import PLUGIN
+    from trt_runtime.onnx_file import read_onnx
+    from trt_runtime.plugin_form import cut_plugin, load_graph
+
+    onnx = require("onnx", "cpu", "export.verify")
+    ort = require("onnxruntime", "cpu", "export.verify")
+    content, header = read_onnx(path)
+    names = list(HEAD_NAMES)
+    if header.external_files:
+        return None
+    if PLUGIN.domain in header.domains:
+        content, names = cut_plugin(content, spec)
+    else:
+        graph = load_graph(content, "export.verify")
+        if not set(names) <= {name for node in graph.graph.node for name in node.output}:
+            return None
+        half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.graph.initializer)
+        inferred = {value.name: value for value in onnx.shape_inference.infer_shapes(graph).graph.value_info}
+        kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
+        graph.graph.output.extend(
+            inferred.get(name) or onnx.helper.make_tensor_value_info(name, kind, None) for name in names
+        )
+        content = graph.SerializeToString()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception:  # the detector itself loads: only its heads cannot be had
+        return None
+
+    def call(image: Frame) -> NDArray[np.float32]:
+        maps = [np.asarray(level, np.float32) for level in session.run(names, {"images": image[None]})]
+        return rows_from_maps(maps, spec.anchors.per_cell)
+
+    return call

@@ -117,6 +117,7 @@ def build(request: dict[str, Any], trt: Any, logger: Any) -> Any:
 
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; fp32 is to mean fp32
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names and types of layers, for EngineInspector
     config.progress_monitor = make_monitor(trt)
     if request["capabilities"]:
         config.num_compute_capabilities = len(request["capabilities"])

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from export.engine_layers import engine_shares, is_readable
 from facespec.cli import ArgumentParser, require, run
-from facespec.errors import ModelFileError, SpecError
+from facespec.errors import ModelFileError, RetinaFaceError, SpecError
 from facespec.spec import CHECKPOINT_SUFFIXES, SPEC_KEY, DecodeSpec, ModelSpec
 from plugins import PLUGIN
 from trt_runtime.flavor import FLAVORS, gpu_capability
@@ -138,6 +139,13 @@ def _describe(found: Inspection, sidecar: Sidecar) -> None:
     found.inputs = {"images": {"type": "uint8", **{name: list(shape) for name, shape in sidecar.profile.items()}}}
     found.outputs = _contract(sidecar.spec.decode, "B")
     found.precision = sidecar.mac_shares
+    if is_readable(sidecar) and not found.problems:
+        try:
+            shares, problems = engine_shares(Path(found.file), sidecar)
+        except RetinaFaceError as error:
+            shares, problems = {}, [str(error)]
+        found.facts["engine_inspector"] = {kind: f"{100 * share:.1f} %" for kind, share in shares.items()}
+        found.problems += problems
     found.plugin = dict(sidecar.plugin)
     found.spec = json.loads(sidecar.spec.to_json())
 
@@ -240,8 +248,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
         prog="python -m export.inspect",
         description="Show what is inside an engine or an ONNX file: inputs, outputs, precision, plugin, model, and "
-        "whether the engine is the one its sidecar describes. It needs no GPU and loads nothing that could run. Of an "
-        "engine, all but version, GPUs, size, hash and the plugin's attributes is what the sidecar says.",
+        "whether the engine is the one its sidecar describes. It needs no GPU and loads nothing that could run; only "
+        "where an engine is as its sidecar says and its GPU is here does TensorRT load it, to tell what its layers "
+        "compute in. Of an engine, all but version, GPUs, size, hash and the plugin's attributes is what the sidecar "
+        "says.",
     )
     parser.add_argument("file", type=Path, help="engine, or ONNX file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

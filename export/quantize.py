@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from facespec.errors import ModelFileError
+from trt_runtime.sidecar import Convolutions, precision_shares
 
 PRECISIONS = ("fp32", "fp16", "int8")
 """Precisions a graph can be given; what INT8 leaves in float computes in float16."""
@@ -60,8 +61,8 @@ def _half(tensor: onnx.TensorProto) -> onnx.TensorProto:
     return numpy_helper.from_array(half, tensor.name)
 
 
-def conv_macs(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> dict[str, int]:
-    """Return the multiply-accumulates of all convolutions for one image, by the precision they are computed in.
+def convolutions(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> Convolutions:
+    """Return the multiply-accumulates for one image, and the precision, of each convolution, by the name of its node.
 
     A convolution counts as int8 where its input and its weight come from DequantizeLinear of int8, otherwise by the
     type of its input.
@@ -80,7 +81,7 @@ def conv_macs(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> dict[str, int
     weights = {tensor.name: list(tensor.dims) for tensor in graph.graph.initializer}
     weight_types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
     source = {name: node for node in inferred.graph.node for name in node.output}
-    macs: Counter[str] = Counter()
+    found: Convolutions = {}
 
     def stored_type(name: str) -> int:
         node = source.get(name)
@@ -98,15 +99,22 @@ def conv_macs(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> dict[str, int
         rows, columns = (dim.dim_value for dim in tensors[node.output[0]].shape.dim[2:])
         kinds = {stored_type(data), stored_type(weight)}
         kind = kinds.pop() if len(kinds) == 1 else tensors[data].elem_type
-        macs[_NAMES.get(kind, f"type {kind}")] += int(np.prod(shape)) * rows * columns
+        name = node.name if node.name and node.name not in found else node.output[0]
+        found[name] = int(np.prod(shape)) * rows * columns, _NAMES.get(kind, f"type {kind}")
+    return found
+
+
+def conv_macs(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> dict[str, int]:
+    """Return the multiply-accumulates of all convolutions for one image, by precision; see `convolutions`."""
+    macs: Counter[str] = Counter()
+    for count, kind in convolutions(graph, size_hw).values():
+        macs[kind] += count
     return dict(macs)
 
 
 def mac_shares(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> dict[str, float]:
     """Return `conv_macs` as shares of their sum, the greatest first."""
-    macs = conv_macs(graph, size_hw)
-    total = sum(macs.values())
-    return {kind: macs[kind] / total for kind in sorted(macs, key=lambda kind: -macs[kind])}
+    return precision_shares(convolutions(graph, size_hw))
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     frames = parity_frames(options.parity_images)
     model = load_model(options.weights)
     model.spec = dataclasses.replace(model.spec, decode=options.decode)
+    used = None
     if options.precision == "fp32":
         graph = build_portable(model, options.size_hw)
     else:
@@ -126,11 +127,11 @@ def export_onnx(options: ExportOptions) -> ParityReport:
         heads, used = with_precision(
             heads, options.precision, options.calibration, size_hw, model.spec, sys.stderr.isatty()
         )
-        if used:
-            report_calibration(used, options.calibration_list)
         graph = portable_of(heads, model.spec, options.size_hw)
     report = check_parity(graph, model, frames, options.size_hw, options.precision)
     report.require_equal()
+    if used:
+        report_calibration(used, options.calibration_list)
     with atomic_path(options.out) as temporary:
         temporary.write_bytes(graph.SerializeToString())
     return report

@@ -27,6 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from export.calibration_options import CalibrationOptions, check_calibration
+from export.engine_layers import engine_shares, is_readable
 from export.to_onnx import (
     DECODE_OPTIONS,
     add_decode_arguments,
@@ -50,7 +51,7 @@ from facespec.spec import DEFAULT_WEIGHTS, MAX_NETWORK_PIXELS, DecodeSpec, Model
 from plugins import PLUGIN
 from plugins.build import ARCHITECTURES, PTX_ARCHITECTURE, ensure, find_library, read_report
 from trt_runtime.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
-from trt_runtime.sidecar import Sidecar, check_engine, sidecar_path
+from trt_runtime.sidecar import Convolutions, Sidecar, check_engine, precision_shares, sidecar_path
 
 AHEAD_OF_TIME = (75, 80, 86, 89, 120)
 """Compute capabilities a TensorRT-RTX engine is built for where no GPU tells."""
@@ -194,13 +195,13 @@ class ExportedGraph:
         path: The file.
         content: What was written to it.
         spec: Its model.
-        mac_shares: Share of the convolutions' multiply-accumulates in each precision.
+        convolutions: Multiply-accumulates and precision of each convolution.
     """
 
     path: Path
     content: bytes
     spec: ModelSpec
-    mac_shares: dict[str, float]
+    convolutions: Convolutions
 
 
 def export_plugin_form(options: EngineOptions) -> ExportedGraph:
@@ -216,7 +217,7 @@ def export_plugin_form(options: EngineOptions) -> ExportedGraph:
     from export.plugin_form import build_plugin_form
     from export.portable import build_heads
     from export.precision import with_precision
-    from export.quantize import mac_shares
+    from export.quantize import convolutions
     from trainer.checkpoint import load_model
 
     frames = parity_frames(options.parity_images)
@@ -226,17 +227,16 @@ def export_plugin_form(options: EngineOptions) -> ExportedGraph:
     heads, used = with_precision(
         build_heads(model, fixed_hw), options.precision, options.calibration, best_hw, model.spec, options.progress
     )
-    if used:
-        report_calibration(used, options.calibration_list)
     graph = build_plugin_form(heads, model.spec, fixed_hw)
     report = check_parity(graph, model, frames, best_hw, options.precision)
     print(report, flush=True)
     report.require_equal()
-    shares = mac_shares(graph, best_hw)
+    if used:
+        report_calibration(used, options.calibration_list)
     content = graph.SerializeToString()
     with atomic_path(options.plugin_form) as temporary:
         temporary.write_bytes(content)
-    return ExportedGraph(options.plugin_form, content, model.spec, shares)
+    return ExportedGraph(options.plugin_form, content, model.spec, convolutions(graph, best_hw))
 
 
 def build_engine(options: EngineOptions) -> Sidecar | None:
@@ -255,7 +255,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         inputs.append(options.parity_images)
     check_outputs(outputs, inputs)
     graph = export_plugin_form(options)
-    shares = ", ".join(f"{share:.0%} {kind}" for kind, share in graph.mac_shares.items())
+    shares = ", ".join(f"{share:.0%} {kind}" for kind, share in precision_shares(graph.convolutions).items())
     print(f"wrote {graph.path}: {graph.spec.backbone}, convolutions {shares}, {len(graph.content) / 1e6:.1f} MB")
     if options.onnx_only:
         return None
@@ -284,7 +284,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
             "sources_sha256": str(read_report(plugin).get("sources_sha256", "")),
         },
         precision=options.precision,
-        mac_shares=graph.mac_shares,
+        convolutions=graph.convolutions,
         calibration=_calibration_record(options),
         profile=options.profile.shapes,
         onnx_sha256=hashlib.sha256(graph.content).hexdigest(),
@@ -298,6 +298,11 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     write_text(sidecar_path(options.out), sidecar.to_json())
     options.log.unlink(missing_ok=True)  # of an earlier build that failed
     problems = check_engine(options.out, sidecar)
+    if is_readable(sidecar) and not problems:
+        try:
+            _, problems = engine_shares(options.out, sidecar)
+        except BuildError as error:
+            print(f"note: what the layers compute in could not be read back: {error}")
     if problems:
         raise BuildError(f"{options.out}: {problems[0]}")
     return sidecar

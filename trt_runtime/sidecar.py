@@ -7,6 +7,7 @@ import hashlib
 import json
 import mmap
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,17 @@ _SELF_HASH = "sidecar_sha256"
 
 Shape = tuple[int, ...]
 
+Convolutions = dict[str, tuple[int, str]]
+"""Multiply-accumulates for one image, and precision, of each convolution, by the name of its node in the ONNX graph."""
+
+
+def precision_shares(convolutions: Convolutions) -> dict[str, float]:
+    """Return the share of the multiply-accumulates in each precision, the greatest first."""
+    macs: Counter[str] = Counter()
+    for count, kind in convolutions.values():
+        macs[kind] += count
+    return {kind: count / macs.total() for kind, count in macs.most_common()}
+
 
 @dataclass(frozen=True)
 class Sidecar:
@@ -38,7 +50,7 @@ class Sidecar:
         compute_capabilities: GPUs it was built for, 86 for 8.6.
         plugin: Name, version, namespace, and hash of the sources, of the decode + NMS plugin.
         precision: What was asked for: "fp32", "fp16", "int8".
-        mac_shares: Share of the convolutions' multiply-accumulates in each precision, from the strongly typed graph.
+        convolutions: Multiply-accumulates and precision of each convolution in the strongly typed graph.
         profile: Smallest, best and largest (B, H, W, 3) of the input `images`.
         calibration: Source, number of images and seed that INT8 was calibrated with; {} for the others.
         onnx_sha256: Of the plugin form it was built from.
@@ -55,7 +67,7 @@ class Sidecar:
     compute_capabilities: tuple[int, ...]
     plugin: dict[str, str]
     precision: str
-    mac_shares: dict[str, float]
+    convolutions: Convolutions
     profile: dict[str, Shape]
     calibration: dict[str, Any]
     onnx_sha256: str
@@ -63,6 +75,11 @@ class Sidecar:
     built: str
     toolkit: str
     command: str
+
+    @property
+    def mac_shares(self) -> dict[str, float]:
+        """Share of the convolutions' multiply-accumulates in each precision, the greatest first."""
+        return precision_shares(self.convolutions)
 
     def to_json(self) -> str:
         """Return the JSON form: one field a line, and a hash of them all against slips of the hand."""
@@ -99,6 +116,7 @@ class Sidecar:
                 raise SpecError(f"{name} is not what it should be: {json.dumps(data[name])[:80]}")
         data["spec"] = ModelSpec.from_json(json.dumps(data["spec"]))
         data["compute_capabilities"] = tuple(data["compute_capabilities"])
+        data["convolutions"] = {name: tuple(found) for name, found in data["convolutions"].items()}
         data["profile"] = {name: tuple(shape) for name, shape in data["profile"].items()}
         return cls(**data)
 
@@ -115,10 +133,11 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 48
 
 
-def _are_shares(value: Any) -> bool:
-    if not isinstance(value, dict) or not all(isinstance(share, float) and 0 <= share <= 1 for share in value.values()):
-        return False
-    return abs(sum(value.values()) - 1) < 1e-6
+def _are_convolutions(value: Any) -> bool:
+    pairs = value.values() if isinstance(value, dict) else [None]
+    return bool(value) and all(
+        isinstance(pair, list) and len(pair) == 2 and _is_count(pair[0]) and _is_text(pair[1]) for pair in pairs
+    )
 
 
 def _is_profile(value: Any) -> bool:
@@ -138,7 +157,7 @@ _CHECKS = {
     "engine_bytes": _is_count,
     "compute_capabilities": lambda value: isinstance(value, list) and all(map(_is_count, value)),
     "plugin": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
-    "mac_shares": _are_shares,
+    "convolutions": _are_convolutions,
     "profile": _is_profile,
     **dict.fromkeys(("spec", "calibration"), lambda value: isinstance(value, dict)),
 }

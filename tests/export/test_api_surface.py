@@ -18,7 +18,7 @@ import pytest
 from tests.export.trt_stubs import VERSIONS, bindings_environment
 
 ROOT = Path(__file__).parents[2]
-SOURCES = (ROOT / "export" / "engine_builder.py",)
+SOURCES = (ROOT / "export" / "engine_builder.py", ROOT / "export" / "engine_inspector.py")
 
 # what a variable of this name is, in these files
 CLASSES = {
@@ -31,6 +31,10 @@ CLASSES = {
     "profile": "IOptimizationProfile",
     "registry": "IPluginRegistry",
     "cache": "ITimingCache",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "inspector": "EngineInspector",
 }
 # variables, and attributes they may have, that are none of TensorRT's
 PLAIN = {"json", "os", "sys", "time", "importlib", "log", "errors", "self", "message", "path", "start"}

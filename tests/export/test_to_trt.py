@@ -146,8 +146,8 @@ def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, re
     del data["sidecar_sha256"]
     for name, value in (
         *(
-            ("mac_shares", value)
-            for value in ({"fp16": "x"}, {"fp16": [1]}, {"fp16": float("nan")}, {"fp16": 17.0}, {})
+            ("convolutions", value)
+            for value in ({"a": "x"}, {"a": [1]}, {"a": [float("nan"), "fp16"]}, {"a": [17, 3]}, {"a": [0, "fp16"]}, {})
         ),
         *(("engine_bytes", value) for value in (10**400, -1, "1", True)),
         *(

@@ -11,7 +11,7 @@ import pytest
 from export.agreement import Agreement, landmark_errors, match_faces
 from export.disagreements import draw_disagreements
 from export.emulation import emulate_fp16
-from export.verify import BUDGETS, Row, VerifyOptions, parse_arguments, verify
+from export.verify import BUDGETS, Row, VerifyOptions, _face_rows, parse_arguments, verify
 from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.images import read_image

@@ -1,0 +1,132 @@
+"""What the layers of an engine compute in, as TensorRT's EngineInspector tells where the engine's GPU is present."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from facespec.errors import BuildError
+from plugins.build import ensure
+from trt_runtime.flavor import FLAVORS, child_environment, gpu_capability
+from trt_runtime.sidecar import Convolutions, Sidecar, precision_shares
+
+UNKNOWN = "unknown"
+
+# words of a "Format/Datatype" or of a weight's type
+_WORDS = {
+    "int8": "int8",
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp16": "fp16",
+    "half": "fp16",
+    "fp32": "fp32",
+    "float": "fp32",
+}
+_WIDEST_LAST = ("int8", "bf16", "fp16", "fp32")
+
+
+def is_readable(sidecar: Sidecar) -> bool:
+    """Whether EngineInspector can be asked about an engine here: its TensorRT is installed, its GPU present."""
+    flavor = FLAVORS.get(sidecar.flavor)
+    return flavor is not None and flavor.installed() and gpu_capability() in sidecar.compute_capabilities
+
+
+def read_information(engine: Path, sidecar: Sidecar) -> dict[str, Any]:
+    """Return EngineInspector's JSON for an engine at the best shape of its profile.
+
+    The engine is loaded: check it first.
+
+    Raises:
+        BuildError: TensorRT does not load it, or has died.
+    """
+    flavor = FLAVORS[sidecar.flavor]
+    with child_environment(flavor) as environment, tempfile.TemporaryDirectory(prefix="retinaface-") as folder:
+        out = Path(folder) / "layers.json"
+        request = {
+            "module": flavor.module,
+            "engine": str(engine.resolve()),
+            "plugin": str(ensure("plugin")),
+            "shape": sidecar.profile["opt"],
+            "log": str(Path(folder) / "log"),
+            "out": str(out),
+        }
+        command = [sys.executable, "-m", "export.engine_inspector"]
+        done = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, errors="replace", env=environment
+        )
+        if done.returncode:
+            said = done.stderr.strip().splitlines()
+            raise BuildError(f"{engine}: EngineInspector fails: {said[-1] if said else f'exit code {done.returncode}'}")
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return found
+
+
+def layer_precisions(information: dict[str, Any], names: set[str]) -> dict[str, str]:
+    """Return the precision of convolutions by name; those that no layer names, or names without a type, are left out.
+
+    A layer tells which nodes of the graph went into it by its metadata, and what it computes in by the types of its
+    weights and inputs. Where several name a convolution, those that are convolutions count; where these differ, the
+    widest type does.
+
+    Args:
+        information: EngineInspector's JSON of an engine built with detailed profiling verbosity.
+        names: Nodes of the ONNX graph to look for.
+    """
+    found: dict[str, list[tuple[bool, str]]] = {}
+    for layer in information.get("Layers", []):
+        if not isinstance(layer, dict):  # a name alone: built without the details
+            continue
+        named = set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(layer.get("Metadata", ""))))
+        named |= set(str(layer.get("Name", "")).split(" + "))
+        precision = _precision(layer)
+        if precision:
+            kind = " ".join(str(layer.get(key, "")) for key in ("ParameterType", "LayerType", "TacticName")).lower()
+            for name in named & names:
+                found.setdefault(name, []).append(("conv" in kind, precision))
+    result = {}
+    for name, options in found.items():
+        best = [precision for is_conv, precision in options if is_conv] or [precision for _, precision in options]
+        result[name] = max(best, key=_WIDEST_LAST.index)
+    return result
+
+
+def _precision(layer: dict[str, Any]) -> str | None:
+    weights = layer.get("Weights")
+    inputs = layer.get("Inputs") or []
+    texts = [str(weights.get("Type", ""))] if isinstance(weights, dict) else []
+    texts += [str(tensor.get("Format/Datatype", "")) for tensor in inputs if isinstance(tensor, dict)][:1]
+    known = [_WORDS[word] for text in texts for word in re.findall(r"\w+", text.lower()) if word in _WORDS]
+    return max(known, key=_WIDEST_LAST.index) if known else None
+
+
+def engine_shares(engine: Path, sidecar: Sidecar) -> tuple[dict[str, float], list[str]]:
+    """Return what `compare` finds in an engine, whose GPU must be present.
+
+    Raises:
+        BuildError: TensorRT does not load it.
+    """
+    found = layer_precisions(read_information(engine, sidecar), set(sidecar.convolutions))
+    return compare(sidecar.convolutions, found)
+
+
+def compare(convolutions: Convolutions, found: dict[str, str]) -> tuple[dict[str, float], list[str]]:
+    """Return the share of multiply-accumulates in each precision, as found, and where it is not what the graph said.
+
+    Convolutions that were not found count as `UNKNOWN`: TensorRT may fuse them into layers that tell no types.
+
+    Args:
+        convolutions: Of the graph.
+        found: From `layer_precisions`.
+    """
+    read = {name: (macs, found.get(name, UNKNOWN)) for name, (macs, _) in convolutions.items()}
+    problems = [
+        f"{name} computes in {kind} in the engine, the graph has it in {convolutions[name][1]}"
+        for name, (_, kind) in read.items()
+        if kind not in (convolutions[name][1], UNKNOWN)
+    ]
+    return precision_shares(read), problems

@@ -1,0 +1,131 @@
+"""Reading EngineInspector's JSON. To ask it takes a GPU; the form is that of NVIDIA's documentation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.calibration_options import DEMO, CalibrationOptions
+from export.engine_layers import compare, engine_shares, layer_precisions, read_information
+from export.portable import build_heads
+from export.quantize import convolutions, to_fp16
+from export.to_trt import EngineOptions, build_engine
+from facespec.errors import BuildError
+from trainer import load_model
+from trt_runtime.flavor import FLAVORS, RTX, gpu_capability
+
+NAMES = {"/body/a/Conv", "/body/b/Conv", "/body/c/Conv"}
+
+
+def _layer(metadata: str, weights: str | None, data: str, kind: str = "CaskConvolution", name: str = "x") -> Any:
+    layer = {
+        "Name": name,
+        "LayerType": kind,
+        "Inputs": [{"Name": "in", "Location": "Device", "Dimensions": [1, 8, 80, 80], "Format/Datatype": data}],
+        "Outputs": [{"Name": "out", "Dimensions": [1, 8, 80, 80], "Format/Datatype": "Row major linear FP16 format"}],
+        "TacticName": "sm80_xmma_fprop_implicit_gemm",
+        "Metadata": metadata,
+    }
+    return layer if weights is None else {**layer, "Weights": {"Type": weights, "Count": 64}}
+
+
+def _found(*layers: Any) -> dict[str, str]:
+    return layer_precisions({"Layers": list(layers), "Bindings": ["images"]}, NAMES)
+
+
+INT8 = "Thirty-two wide channel vectorized row major Int8 format"
+HALF = "Channel major FP16 format where channel % 8 == 0"
+
+
+@pytest.mark.parametrize(
+    ("weights", "data", "expected"),
+    [
+        ("Int8", INT8, "int8"),
+        ("Half", HALF, "fp16"),
+        ("Float", "Row major linear FP32", "fp32"),
+        ("BFloat16", "Row major linear BF16", "bf16"),
+        ("Int8", HALF, "fp16"),  # weights that are stored small are no INT8 arithmetic
+        ("Half", "Row major UInt8 format", "fp16"),  # frames
+        (None, INT8, "int8"),
+        ("Int8", "N/A due to dynamic shapes", "int8"),
+    ],
+)
+def test_a_layer_by_its_metadata(weights: str | None, data: str, expected: str) -> None:
+    layer = _layer("[ONNX Layer: /body/a/Conv]\x1f[ONNX Layer: /body/a/LeakyRelu]", weights, data)
+    assert _found(layer) == {"/body/a/Conv": expected}
+
+
+def test_names_are_whole_and_fused_layers_have_several() -> None:
+    assert _found(_layer("[ONNX Layer: /body/a/Conv_q]", "Int8", INT8)) == {}
+    assert _found(_layer("", "Half", HALF, name="/body/a/Conv + /body/b/Conv")) == {
+        "/body/a/Conv": "fp16",
+        "/body/b/Conv": "fp16",
+    }
+
+
+def test_what_moves_data_does_not_count_where_a_convolution_does() -> None:
+    reformat = _layer("[ONNX Layer: /body/a/Conv]", None, "Row major linear FP32", "Reformat")
+    reformat["TacticName"] = ""
+    convolution = _layer("[ONNX Layer: /body/a/Conv]", "Int8", INT8)
+    assert _found(reformat, convolution) == _found(convolution, reformat) == {"/body/a/Conv": "int8"}
+    # part of it in a wider type: the wider one counts
+    assert _found(convolution, _layer("[ONNX Layer: /body/a/Conv]", "Half", HALF)) == {"/body/a/Conv": "fp16"}
+
+
+def test_an_engine_without_details() -> None:
+    assert _found("/body/a/Conv + /body/a/LeakyRelu", "/body/b/Conv") == {}
+    assert layer_precisions({}, NAMES) == {}
+
+
+def test_shares_and_disagreements() -> None:
+    graph = {"/body/a/Conv": (60, "int8"), "/body/b/Conv": (30, "int8"), "/body/c/Conv": (10, "fp16")}
+    same = {name: kind for name, (_, kind) in graph.items()}
+    assert compare(graph, same) == ({"int8": 0.9, "fp16": 0.1}, [])
+    shares, problems = compare(graph, {**same, "/body/b/Conv": "fp32"})
+    assert shares == {"int8": 0.6, "fp32": 0.3, "fp16": 0.1}
+    assert problems == ["/body/b/Conv computes in fp32 in the engine, the graph has it in int8"]
+    del same["/body/a/Conv"]
+    assert compare(graph, same) == ({"unknown": 0.6, "int8": 0.3, "fp16": 0.1}, [])
+
+
+def test_the_graph_names_every_convolution() -> None:
+    """They are found by name, so names must be there, each once, and go through the parser's "[ONNX Layer: ...]"."""
+    heads = build_heads(load_model(), (64, 64))
+    found = convolutions(to_fp16(heads), (64, 64))
+    nodes = [node.name for node in heads.graph.node if node.op_type == "Conv"]
+    assert list(found) == nodes
+    assert not any("]" in name or " + " in name for name in nodes)
+    information = {"Layers": [_layer(f"[ONNX Layer: {name}]", "Half", HALF) for name in nodes]}
+    assert compare(found, layer_precisions(json.loads(json.dumps(information)), set(found))) == ({"fp16": 1.0}, [])
+
+
+@pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed")
+@pytest.mark.skipif(gpu_capability() is not None, reason="there is a GPU: the next test asks it")
+def test_without_a_gpu_the_inspector_ends_in_one_line(tmp_path: Path) -> None:
+    options = EngineOptions("mobilenet0.25", tmp_path / "a.engine", precision="fp16", capabilities=(86,))
+    sidecar = build_engine(options)
+    assert sidecar is not None
+    with pytest.raises(BuildError, match=r"EngineInspector fails: the engine cannot be loaded.*driver"):
+        read_information(options.out, sidecar)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_the_engine_computes_in_what_the_graph_says(flavor: str, precision: str, tmp_path: Path) -> None:
+    if not FLAVORS[flavor].installed():
+        pytest.skip(f"{FLAVORS[flavor].title} is not installed")
+    if flavor == RTX.name and gpu_capability() not in RTX.capabilities:
+        pytest.skip(f"TensorRT-RTX does not build for sm_{gpu_capability()}")
+    calibration = CalibrationOptions(DEMO) if precision == "int8" else None
+    options = EngineOptions(
+        "mobilenet0.25", tmp_path / "a.engine", precision=precision, calibration=calibration, flavor=flavor
+    )
+    sidecar = build_engine(options)
+    assert sidecar is not None
+    shares, problems = engine_shares(options.out, sidecar)
+    assert problems == []
+    assert shares == pytest.approx(sidecar.mac_shares)

@@ -1,4 +1,4 @@
-"""What INT8 is calibrated on; apart from `export.calibration`, so that a command line is read without its packages."""
+"""What INT8 is made from; apart from `export.calibration`, so that a command line is read without its packages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ WIDERFACE = {"widerface_val": "val", "widerface_train": "train"}
 
 DEMO = "demo"
 MIN_IMAGES = 8
+MAX_IMAGES = 2048
+"""They are held in memory, and a hundred do as well as a thousand."""
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What to calibrate on.
+    """What to calibrate on, and what to spare.
 
     Attributes:
         source: Key of `WIDERFACE`, "demo" (sample photographs that packages ship, cropped and mirrored: a last resort),
@@ -24,18 +26,20 @@ class CalibrationOptions:
         data: WIDER FACE folder; None looks at $WIDERFACE_ROOT, then at data/widerface.
         images: Images used at most.
         seed: Of the choice of images.
+        recipe: File of an `export.int8_recipe.Int8Recipe`; None for its defaults.
     """
 
     source: str
     data: Path | None = None
     images: int = 128
     seed: int = 0
+    recipe: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.source:
             raise SpecError(f"--calib: give {', '.join([*WIDERFACE, DEMO])}, or a folder of images")
-        if not MIN_IMAGES <= self.images <= 100_000:
-            raise SpecError(f"--calib-images {self.images}: give a number from {MIN_IMAGES} to 100000")
+        if not MIN_IMAGES <= self.images <= MAX_IMAGES:
+            raise SpecError(f"--calib-images {self.images}: give a number from {MIN_IMAGES} to {MAX_IMAGES}")
 
 
 def check_calibration(precision: str, calibration: CalibrationOptions | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 
 from export.calibration import Calibration, CalibrationOptions, calibrate
+from export.int8_recipe import Int8Recipe, load_recipe
 from export.quantize import PRECISIONS, mac_shares, to_fp16, to_int8
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import ModelSpec
@@ -26,13 +27,13 @@ def with_precision(
     Args:
         heads_graph: From `export.portable.build_heads`, float32.
         precision: One of `PRECISIONS`. What INT8 leaves in float computes in float16.
-        calibration: For INT8.
+        calibration: For INT8: images and recipe.
         size_hw: Network size to calibrate and to count at.
         spec: Of the model.
         progress: Whether to draw a progress bar.
 
     Raises:
-        SpecError: INT8 without calibration images, or no such precision.
+        SpecError: INT8 without calibration images, no such precision, or a recipe that cannot be read.
         DataError: The images are no calibration set.
         ModelFileError: A weight does not fit, or the precision asked for is not what the graph would compute in.
     """
@@ -45,8 +46,9 @@ def with_precision(
     elif precision == "int8":
         if calibration is None:
             raise SpecError("--int8 needs images to calibrate on: --calib widerface_val, or --calib FOLDER")
+        recipe = load_recipe(calibration.recipe) if calibration.recipe else Int8Recipe()
         used = calibrate(heads_graph, calibration, size_hw, spec, progress)
-        graph = to_fp16(to_int8(heads_graph, used.ranges))
+        graph = to_fp16(to_int8(heads_graph, used.ranges, recipe))
     shares = mac_shares(graph, size_hw)
     if shares.get(precision, 0) < (MIN_INT8_SHARE if precision == "int8" else 1):
         raise ModelFileError(f"{precision} was asked for, the convolutions would compute in {shares}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from export.int8_recipe import Int8Recipe, is_depthwise
 from facespec.errors import ModelFileError
 from trt_runtime.sidecar import Convolutions, precision_shares
 
@@ -117,29 +117,6 @@ def mac_shares(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> dict[str, fl
     return precision_shares(convolutions(graph, size_hw))
 
 
-@dataclass(frozen=True)
-class Int8Recipe:
-    """How a graph becomes INT8: symmetric, weights per channel, Q/DQ on the inputs of convolutions, biases in float.
-
-    The defaults hold the accuracy budgets of `export.verify` for the published mobilenet0.25, with 88 % of the
-    multiply-accumulates in INT8; `export.sensitivity` finds others.
-
-    Attributes:
-        equalize: Even out the ranges of channels between convolutions beforehand; exact in float.
-        float_depthwise: Leave depthwise convolutions in float: they are sensitive, and have few multiply-accumulates.
-        float_layers: Parts of the names of others that stay in float: the earliest pointwise ones, whose few channels
-            have the widest ranges, and the heads.
-    """
-
-    equalize: bool = True
-    float_depthwise: bool = True
-    float_layers: tuple[str, ...] = ("/stage1.1.3/", "/stage1.2.3/", "/stage1.3.3/", "/stage1.4.3/", "/heads.")
-
-    def keeps_float(self, node: onnx.NodeProto) -> bool:
-        """Whether a convolution stays in float."""
-        return (self.float_depthwise and is_depthwise(node)) or any(part in node.name for part in self.float_layers)
-
-
 Ranges = dict[str, NDArray[np.float32]]
 """Largest magnitude of each channel of the tensors that go into convolutions, by their names."""
 
@@ -147,11 +124,6 @@ Ranges = dict[str, NDArray[np.float32]]
 def conv_inputs(graph: onnx.ModelProto) -> list[str]:
     """Return the names of the tensors that go into convolutions, each once."""
     return list(dict.fromkeys(node.input[0] for node in graph.graph.node if node.op_type == "Conv"))
-
-
-def is_depthwise(node: onnx.NodeProto) -> bool:
-    """Whether a convolution has groups."""
-    return any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
 
 
 def equalize(graph: onnx.ModelProto, ranges: Ranges) -> tuple[onnx.ModelProto, Ranges]:

@@ -14,15 +14,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from export.agreement import landmark_errors, match_faces
-from export.calibration_options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions
+from export.calibration_options import DEMO, MAX_IMAGES, MIN_IMAGES, WIDERFACE, CalibrationOptions
 from export.graph import HEAD_NAMES
+from export.int8_recipe import Int8Recipe
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
 from facespec.files import atomic_path, check_outputs, write_text
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import onnx
 
     from export.calibration import Calibration
-    from export.quantize import Int8Recipe
 
 PROXY_IMAGES = 8
 """Held-out images that tell the cost of a layer alone; the steps are measured on all of them."""
@@ -91,8 +91,8 @@ class SensitivityOptions:
 
     def __post_init__(self) -> None:
         check_size(self.size_hw)
-        if not MIN_IMAGES <= self.held_out <= 100_000:
-            raise SpecError(f"--held-out {self.held_out}: give a number from {MIN_IMAGES} to 100000")
+        if not MIN_IMAGES <= self.held_out <= MAX_IMAGES:
+            raise SpecError(f"--held-out {self.held_out}: give a number from {MIN_IMAGES} to {MAX_IMAGES}")
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,6 @@ class Sensitivity:
         Raises:
             ModelFileError: There is none.
         """
-        from export.quantize import Int8Recipe
-
         return Int8Recipe(float_depthwise=False, float_layers=self.step(budget).float_layers)
 
     def to_json(self) -> str:
@@ -254,7 +252,7 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
         require(module, "export", "export.sensitivity")
     from export.calibration import calibrate
     from export.portable import build_heads
-    from export.quantize import Int8Recipe, conv_macs, mac_shares, to_int8
+    from export.quantize import conv_macs, mac_shares, to_int8
     from trainer.checkpoint import load_model
 
     library()  # without a compiler this ends here, not after minutes
@@ -316,7 +314,6 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
 
 def _only(name: str) -> Int8Recipe:
     """Return a recipe that leaves all but one convolution in float."""
-    from export.quantize import Int8Recipe
 
     class Only(Int8Recipe):
         def keeps_float(self, node: onnx.NodeProto) -> bool:
@@ -457,8 +454,17 @@ def _short(name: str) -> str:
     return kept[-1] if kept[:1] == ["body"] and "." in kept[-1] else "/".join(kept[:1] + kept[1:][-1:])
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Budget, Path | None, Path | None]:
-    """Return what to measure, the budget, and the JSON and plot files of a command line."""
+@dataclass(frozen=True)
+class OutputFiles:
+    """Files to write: all that was measured, a plot, and the recipe that holds the budget."""
+
+    json: Path | None = None
+    plot: Path | None = None
+    recipe: Path | None = None
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Budget, OutputFiles]:
+    """Return what to measure, the budget and the files of a command line."""
     parser = ArgumentParser(
         prog="python -m export.sensitivity",
         description="Measure which layers cost accuracy in INT8, against FP32 on images that were not calibrated on, "
@@ -491,6 +497,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Bud
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw it ({', '.join(PLOT_SUFFIXES)})")
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="write what holds the budget, for export.to_trt --int8-recipe FILE"
+    )
     args = parser.parse_args(argv)
     options = SensitivityOptions(
         weights=args.weights,
@@ -498,45 +507,38 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Bud
         held_out=args.held_out,
         size_hw=parse_size(args.size),
     )
-    return options, Budget(args.budget, args.landmark_budget), args.json, args.plot
+    return options, Budget(args.budget, args.landmark_budget), OutputFiles(args.json, args.plot, args.recipe)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    options, budget, json_file, plot_file = parse_arguments(argv)
-    if plot_file:
+    options, budget, files = parse_arguments(argv)
+    if files.plot:
         require("matplotlib", "train", "--plot")
-        if plot_file.suffix.lower() not in PLOT_SUFFIXES:
-            raise OutputError(f"--plot {plot_file}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
+        if files.plot.suffix.lower() not in PLOT_SUFFIXES:
+            raise OutputError(f"--plot {files.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
     read: list[str | Path] = [options.weights]
     if options.calibration.source != DEMO:
         require("onnx", "export", "export.sensitivity")
         from export.calibration import find_calibration_images
 
         read += find_calibration_images(options.calibration)
-    check_outputs([("--json", json_file), ("--plot", plot_file)], read)
+    check_outputs([("--json", files.json), ("--plot", files.plot), ("--recipe", files.recipe)], read)
     start = time.perf_counter()
     result = sensitivity(options, progress=sys.stderr.isatty())
     print(result)
-    if json_file:
-        write_text(json_file, result.to_json())
-    if plot_file:
-        plot(result, budget, plot_file)
-    chosen = result.step(budget)
-    print(f"{100 * chosen.int8_share:.1f} % of multiply-accumulates in INT8 hold {budget}:")
-    print(_source(result.recipe(budget)))
+    if files.json:
+        write_text(files.json, result.to_json())
+    if files.plot:
+        plot(result, budget, files.plot)
+    chosen, recipe = result.step(budget), result.recipe(budget)
+    print(f"{100 * chosen.int8_share:.1f} % of multiply-accumulates in INT8 hold {budget}; in float:")
+    print("".join(f"  {name}\n" for name in recipe.float_layers) or "  nothing\n", end="")
+    if files.recipe:
+        write_text(files.recipe, recipe.to_json())
+        print(f"wrote {files.recipe}: export.to_trt --int8 --int8-recipe {files.recipe}")
     print(f"{time.perf_counter() - start:.1f} s")
     return 0
-
-
-def _source(recipe: Any) -> str:
-    """Return a recipe as Python."""
-    lines = "".join(f"    {name!r},\n" for name in recipe.float_layers)
-    return (
-        f"Int8Recipe(float_depthwise=False, float_layers=(\n{lines}))"
-        if lines
-        else "Int8Recipe(float_depthwise=False, float_layers=())"
-    )
 
 
 if __name__ == "__main__":

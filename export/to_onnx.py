@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.calibration_options import CalibrationOptions, check_calibration
+from export.int8_recipe import load_recipe
 from facespec.cli import ArgumentParser, require, run
-from facespec.errors import DataError, OutputError
+from facespec.errors import DataError, OutputError, SpecError
 from facespec.files import atomic_path, check_outputs, write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
@@ -70,6 +71,11 @@ class ExportOptions:
         check_calibration(self.precision, self.calibration)
 
     @property
+    def recipe(self) -> Path | None:
+        """File of the INT8 recipe, if one was given."""
+        return self.calibration.recipe if self.calibration else None
+
+    @property
     def calibration_list(self) -> Path:
         """The names of the images INT8 was calibrated on, one a line."""
         return Path(f"{self.out}.calibration.txt")
@@ -107,7 +113,8 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     if options.out.suffix.lower() != ".onnx":
         raise OutputError(f"--out {options.out}: give a name that ends in .onnx")
     names = options.calibration_list if options.calibration else None
-    check_outputs([("--out", options.out), ("--out", names)], [options.weights])
+    read = [options.weights, *(str(path) for path in (options.recipe, options.parity_images) if path)]
+    check_outputs([("--out", options.out), ("--out", names)], read)
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "export.to_onnx")
     from export.parity import check_parity
@@ -155,11 +162,24 @@ def add_precision_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--calib-images", type=int, default=calibration.images, help="how many of them at most")
     parser.add_argument("--seed", type=int, default=calibration.seed, help="of their choice")
     parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
+    parser.add_argument(
+        "--int8-recipe",
+        type=Path,
+        metavar="FILE",
+        help="which layers --int8 leaves in half precision, as export.sensitivity --recipe writes it (default: what "
+        "suits the published weights)",
+    )
 
 
 def calibration_options(args: Namespace) -> CalibrationOptions | None:
     """Return what INT8 is calibrated on from parsed arguments; see `add_precision_arguments`."""
-    return None if args.calib is None else CalibrationOptions(args.calib, args.data, args.calib_images, args.seed)
+    if args.calib is None:
+        if args.int8_recipe:
+            raise SpecError("--int8-recipe goes with --int8 --calib")
+        return None
+    if args.int8_recipe:
+        load_recipe(args.int8_recipe)  # refused now, not after the calibration
+    return CalibrationOptions(args.calib, args.data, args.calib_images, args.seed, args.int8_recipe)
 
 
 def report_calibration(used: Calibration, path: Path) -> None:

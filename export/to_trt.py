@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from export.calibration_options import CalibrationOptions, check_calibration
 from export.engine_layers import engine_shares, is_readable
+from export.int8_recipe import Int8Recipe, load_recipe
 from export.to_onnx import (
     DECODE_OPTIONS,
     add_decode_arguments,
@@ -174,6 +175,7 @@ class EngineOptions:
             words += ["--calib", self.calibration.source, "--calib-images", str(self.calibration.images)]
             words += ["--seed", str(self.calibration.seed)]
             words += ["--data", str(self.calibration.data)] if self.calibration.data else []
+            words += ["--int8-recipe", str(self.calibration.recipe)] if self.calibration.recipe else []
         words += ["--size", ":".join(sizes if len(set(sizes)) > 1 else sizes[:1])]
         words += ["--batch", ":".join(batch if len(set(batch)) > 1 else batch[:1])]
         words += ["--flavor", flavor or self.flavor]
@@ -253,6 +255,8 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     inputs: list[str | Path] = [options.weights]
     if options.parity_images:
         inputs.append(options.parity_images)
+    if options.calibration and options.calibration.recipe:
+        inputs.append(options.calibration.recipe)
     check_outputs(outputs, inputs)
     graph = export_plugin_form(options)
     shares = ", ".join(f"{share:.0%} {kind}" for kind, share in precision_shares(graph.convolutions).items())
@@ -310,7 +314,15 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
 
 def _calibration_record(options: EngineOptions) -> dict[str, Any]:
     chosen = options.calibration
-    return {"source": chosen.source, "images": chosen.images, "seed": chosen.seed} if chosen else {}
+    if chosen is None:
+        return {}
+    recipe = load_recipe(chosen.recipe) if chosen.recipe else Int8Recipe()
+    return {
+        "source": chosen.source,
+        "images": chosen.images,
+        "seed": chosen.seed,
+        "recipe": dataclasses.asdict(recipe),
+    }
 
 
 def _note_missing_code(plugin: Path, capabilities: Sequence[int]) -> None:

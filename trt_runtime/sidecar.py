@@ -52,7 +52,7 @@ class Sidecar:
         precision: What was asked for: "fp32", "fp16", "int8".
         convolutions: Multiply-accumulates and precision of each convolution in the strongly typed graph.
         profile: Smallest, best and largest (B, H, W, 3) of the input `images`.
-        calibration: Source, number of images and seed that INT8 was calibrated with; {} for the others.
+        calibration: Source, number of images and seed that INT8 was calibrated with, and its recipe; {} for the others.
         onnx_sha256: Of the plugin form it was built from.
         spec: The model.
         built: Date, ISO 8601.

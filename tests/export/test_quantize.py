@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ from export import calibration as calibration_module
 from export.calibration import calibrate, demo_frames, find_calibration_images, load_inputs
 from export.calibration_options import CalibrationOptions
 from export.inspect import inspect
+from export.int8_recipe import Int8Recipe, load_recipe
 from export.portable import build_heads
 from export.precision import with_precision
-from export.quantize import Int8Recipe, conv_inputs, equalize, lint_qdq, mac_shares, to_fp16, to_int8
+from export.quantize import conv_inputs, equalize, lint_qdq, mac_shares, to_fp16, to_int8
 from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.errors import DataError, ModelFileError, SpecError
 from facespec.images import write_image
@@ -178,7 +180,7 @@ def test_a_precision_that_is_not_held_fails(
     monkeypatch.setattr("export.precision.to_fp16", lambda graph: graph)
     with pytest.raises(ModelFileError, match="fp16 was asked for"):
         with_precision(heads, "fp16", None, SIZE, spec)
-    monkeypatch.setattr("export.precision.to_int8", lambda graph, ranges: graph)
+    monkeypatch.setattr("export.precision.to_int8", lambda graph, ranges, recipe: graph)
     with pytest.raises(ModelFileError, match="int8 was asked for"):
         with_precision(heads, "int8", DEMO, SIZE, spec)
 
@@ -242,6 +244,36 @@ def test_a_network_that_gives_nan_cannot_be_calibrated(heads: onnx.ModelProto, c
     assert not cache.exists()
 
 
+def test_a_recipe_from_a_file(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text('{"float_depthwise": false, "float_layers": ["/heads."]}')
+    calibration = CalibrationOptions("demo", images=16, recipe=path)
+    options = EngineOptions(
+        "mobilenet0.25", tmp_path / "f.onnx", Profile((1, 1, 1), ((320, 320),) * 3), "int8", calibration, onnx_only=True
+    )
+    build_engine(options)
+    shares = inspect(options.out).precision
+    assert set(shares) == {"int8", "fp16"}
+    assert 0.97 < shares["int8"] < 1
+    assert f"--int8-recipe {path}" in options.command()
+
+
+def test_recipes_go_through_files(tmp_path: Path, refused: Callable[..., str]) -> None:
+    path = tmp_path / "recipe.json"
+    recipe = Int8Recipe(equalize=False, float_layers=("/stage1.0/",))
+    path.write_text(recipe.to_json())
+    assert load_recipe(path) == recipe
+    path.write_text("{}")
+    assert load_recipe(path) == Int8Recipe()
+    for text in ("", "[]", '{"float_layer": []}', '{"float_layers": "x"}', '{"float_layers": [1]}', '{"equalize": 1}'):
+        path.write_text(text)
+        with pytest.raises(SpecError, match=r"recipe\.json"):
+            load_recipe(path)
+    assert "recipe.json" in refused("export.to_trt", "--int8", "--calib", "demo", "--int8-recipe", path)
+    assert "cannot be read" in refused("export.to_onnx", "--int8", "--calib", "demo", "--int8-recipe", "missing.json")
+    assert "goes with" in refused("export.to_onnx", "--int8-recipe", path)
+
+
 @needs_rtx
 @pytest.mark.parametrize("capability", [86, 89, 120])
 def test_int8_engines(capability: int, tmp_path: Path, cache: Path) -> None:
@@ -254,7 +286,8 @@ def test_int8_engines(capability: int, tmp_path: Path, cache: Path) -> None:
     assert len(names) == 16
     sidecar = read_sidecar(options.out)
     assert sidecar.precision == "int8"
-    assert sidecar.calibration == {"source": "demo", "images": 16, "seed": 0}
+    recipe = json.loads(Int8Recipe().to_json())
+    assert sidecar.calibration == {"source": "demo", "images": 16, "seed": 0, "recipe": recipe}
     found = inspect(options.out)
     assert found.valid
     assert found.precision == pytest.approx({"int8": 0.880, "fp16": 0.120}, abs=0.001)

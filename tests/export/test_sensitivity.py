@@ -9,8 +9,9 @@ import pytest
 
 from export.calibration import calibrate
 from export.calibration_options import DEMO, CalibrationOptions
+from export.int8_recipe import Int8Recipe, load_recipe
 from export.portable import build_heads
-from export.quantize import Int8Recipe, mac_shares, to_int8
+from export.quantize import mac_shares, to_int8
 from export.sensitivity import (
     Agreement,
     Budget,
@@ -139,6 +140,7 @@ def test_command(
 
     monkeypatch.setattr("export.sensitivity.sensitivity", remembered)
     files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
+    files += ["--recipe", str(tmp_path / "recipe.json")]
     arguments = ["--calib", "demo", "--size", "160x192", "--calib-images", "16", "--held-out", "16", *files]
     assert main([*arguments, "--budget", "50", "--landmark-budget", "50"]) == 0
     assert calls == [_options()]
@@ -146,7 +148,8 @@ def test_command(
     assert (tmp_path / "a.svg").is_file()
     printed = capsys.readouterr().out
     assert "100.0 % of multiply-accumulates in INT8 hold recall >= 50 %, landmark error <= 50 %" in printed
-    assert "Int8Recipe(float_depthwise=False, float_layers=())" in printed
+    assert f"--int8-recipe {tmp_path / 'recipe.json'}" in printed
+    assert load_recipe(tmp_path / "recipe.json") == measured.recipe(Budget(50, 50))
     # what was measured is written even where no recipe holds the budget
     (tmp_path / "a.json").unlink()
     with pytest.raises(ModelFileError, match="no graph"):

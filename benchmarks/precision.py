@@ -18,12 +18,13 @@ from export.verify import Verification, VerifyOptions, verify
 
 SIZES = Profile(sizes_hw=((320, 320), (640, 640), (1088, 1920)))
 SHOWN = {
-    "recall": ("boxes", "recall %"),
-    "precision": ("boxes", "precision %"),
+    "recall_percent": ("boxes", "recall %"),
+    "precision_percent": ("boxes", "precision %"),
     "mean_iou": ("boxes", "mean IoU"),
-    "landmark_error": ("landmarks", "mean error, % of face"),
+    "landmark_error_percent_of_face": ("landmarks", "mean error, % of face"),
     "score_drift": ("scores", "mean drift"),
 }
+SIDES = (("ap", "candidate"), ("ap_fp32", "reference"))
 
 
 def summary(found: Verification) -> list[dict[str, Any]]:
@@ -36,11 +37,10 @@ def summary(found: Verification) -> list[dict[str, Any]]:
             {
                 "precision": found.candidate.precision,
                 "protocol": protocol,
-                "mac_shares": found.candidate.mac_shares,
+                "mac_shares": {kind: round(share, 4) for kind, share in found.candidate.mac_shares.items()},
                 "budget_held": found.passed,
-                "ap": {level: ap["candidate"] for level, ap in levels.items()},
-                "ap_fp32": {level: ap["reference"] for level, ap in levels.items()},
-                **{name: values[key] for name, key in SHOWN.items()},
+                **{name: {level: round(ap[side] or 0, 3) for level, ap in levels.items()} for name, side in SIDES},
+                **{name: round(values[key] or 0, 4) for name, key in SHOWN.items()},
                 "images": found.images,
             }
         )

@@ -38,6 +38,29 @@ def _kernels(rows: list[dict]) -> str:
     )
 
 
+def _precisions(rows: list[dict]) -> str:
+    """Return a row for each precision: AP by both protocols, and agreement with FP32 where images are letterboxed."""
+
+    def ap(found: dict) -> str:
+        return " / ".join(f"{found[level]:.2f}" for level in ("easy", "medium", "hard"))
+
+    by_kind = {(row["precision"], row["protocol"]): row for row in rows}
+    original, letterbox = (by_kind["int8", protocol] for protocol in ("original", "letterbox"))
+    lines = [f"| fp32 | 0 % | {ap(original['ap_fp32'])} | {ap(letterbox['ap_fp32'])} | | |"]
+    for kind in ("fp16", "int8"):
+        original, letterbox = (by_kind[kind, protocol] for protocol in ("original", "letterbox"))
+        lines.append(
+            f"| {kind} | {100 * original['mac_shares'].get('int8', 0):.0f} % | {ap(original['ap'])} "
+            f"| {ap(letterbox['ap'])} | {letterbox['recall_percent']:.2f} % "
+            f"| {letterbox['landmark_error_percent_of_face']:.2f} % |"
+        )
+    return _table(
+        "| precision | in INT8 | AP at original size, easy / medium / hard | AP letterboxed to 640x640 "
+        "| faces found again | landmark error |",
+        lines,
+    )
+
+
 def tables() -> dict[str, str]:
     """Return each table by the name of its marker."""
     return {
@@ -49,6 +72,7 @@ def tables() -> dict[str, str]:
                 for row in _load("dev_ap")
             ],
         ),
+        "precision": _precisions(_load("precision")),
         "host_kernel": _table(
             "| decode + NMS on one CPU thread | p50, ms | p95 | p99 |",
             [

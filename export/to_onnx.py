@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.calibration_options import CalibrationOptions, check_calibration
+from export.calibration_options import DEMO, CalibrationOptions, check_calibration
 from export.int8_recipe import load_recipe
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import DataError, OutputError, SpecError
@@ -137,8 +137,8 @@ def export_onnx(options: ExportOptions) -> ParityReport:
         graph = portable_of(heads, model.spec, options.size_hw)
     report = check_parity(graph, model, frames, options.size_hw, options.precision)
     report.require_equal()
-    if used:
-        report_calibration(used, options.calibration_list)
+    if used and options.calibration:
+        report_calibration(used, options.calibration.source, options.calibration_list)
     with atomic_path(options.out) as temporary:
         temporary.write_bytes(graph.SerializeToString())
     return report
@@ -182,11 +182,13 @@ def calibration_options(args: Namespace) -> CalibrationOptions | None:
     return CalibrationOptions(args.calib, args.data, args.calib_images, args.seed, args.int8_recipe)
 
 
-def report_calibration(used: Calibration, path: Path) -> None:
+def report_calibration(used: Calibration, source: str, path: Path) -> None:
     """Say what was calibrated on, and write the names of the images, one a line."""
     skipped = f", {len(used.skipped)} could not be read" if used.skipped else ""
     cached = " (as before, from the cache)" if used.cached else ""
     print(f"calibrated on {len(used.images)} images{skipped}{cached}; their names are in {path}")
+    if source == DEMO:
+        print("note: crops of a few photographs are a last resort: calibrate on images like those to come")
     write_text(path, "\n".join(used.images) + "\n")
 
 

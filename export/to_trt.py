@@ -233,8 +233,8 @@ def export_plugin_form(options: EngineOptions) -> ExportedGraph:
     report = check_parity(graph, model, frames, best_hw, options.precision)
     print(report, flush=True)
     report.require_equal()
-    if used:
-        report_calibration(used, options.calibration_list)
+    if used and options.calibration:
+        report_calibration(used, options.calibration.source, options.calibration_list)
     content = graph.SerializeToString()
     with atomic_path(options.plugin_form) as temporary:
         temporary.write_bytes(content)

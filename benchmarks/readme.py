@@ -11,10 +11,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+SHOWN_STEPS = (0, 6, 11, 14, 26, 40, 50)
+"""Numbers of convolutions in float that the table of sensitivity shows."""
+
+
+def _document(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def _load(name: str) -> list[dict]:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["results"]
+    return _document(name)["results"]
 
 
 def _table(header: str, rows: list[str]) -> str:
@@ -65,11 +71,21 @@ def tables() -> dict[str, str]:
     """Return each table by the name of its marker."""
     return {
         "dev_ap": _table(
-            "| weights | protocol | through | precision | easy | medium | hard |",
+            "| weights | protocol | through | easy | medium | hard |",
             [
-                f"| mobilenet0.25 | {row['protocol']} | {row['backend']} | {row['precision']} "
+                f"| mobilenet0.25 | {row['protocol']} | {row['backend']} "
                 f"| {row['easy']:.2f} | {row['medium']:.2f} | {row['hard']:.2f} |"
                 for row in _load("dev_ap")
+                if row["precision"] == "fp32"
+            ],
+        ),
+        "int8_sensitivity": _table(
+            "| convolutions in float | multiply-accumulates in INT8 | faces lost | landmark error, of face size |",
+            [
+                f"| {len(row['float_layers'])} | {100 * row['int8_share']:.1f} % "
+                f"| {100 - row['agreement']['recall']:.2f} % | {row['agreement']['landmark_error']:.2f} % |"
+                for row in _document("int8_sensitivity")["steps"]
+                if len(row["float_layers"]) in SHOWN_STEPS
             ],
         ),
         "precision": _precisions(_load("precision")),

@@ -59,11 +59,12 @@ def find_calibration_images(options: CalibrationOptions) -> list[Path]:
             names = ", ".join([*WIDERFACE, DEMO])
             raise DataError(f"--calib {options.source}: neither a folder of images nor one of {names}")
     else:
-        places = [options.data] if options.data else [Path(os.environ.get("WIDERFACE_ROOT") or "data/widerface")]
-        found = [place / part / "images" for place in places if (place / part / "images").is_dir()]
+        root = options.data or Path(os.environ.get("WIDERFACE_ROOT") or "data/widerface")
+        # the second is what its archives unpack to
+        found = [root / name / "images" for name in (part, f"WIDER_{part}") if (root / name / "images").is_dir()]
         if not found:
             raise DataError(
-                f"--calib {options.source}: no {part}/images in {places[0]}: unpack WIDER FACE there, name its folder "
+                f"--calib {options.source}: no {part}/images in {root}: unpack WIDER FACE there, name its folder "
                 "with --data or WIDERFACE_ROOT, or give --calib a folder of your own images"
             )
         folder = found[0]

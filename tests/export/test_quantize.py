@@ -226,6 +226,8 @@ def test_calibration_images_are_chosen_by_seed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("WIDERFACE_ROOT", str(tmp_path / "data"))
     options = CalibrationOptions("widerface_train", images=20, seed=4)
     assert len(find_calibration_images(options)) == 30
+    (tmp_path / "data" / "train").rename(tmp_path / "data" / "WIDER_train")  # as the official archive unpacks
+    assert len(find_calibration_images(options)) == 30
     first, again = (load_inputs(options, SIZE, ModelSpec()) for _ in range(2))
     other = load_inputs(CalibrationOptions("widerface_train", images=20, seed=5), SIZE, ModelSpec())
     assert first[0] == again[0] != other[0]

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from facespec.errors import DataError
+from facespec.images import read_image, write_image
+from trainer.data import AugmentSettings, check_data, open_dataset
+from trainer.data.check import TILE_PX, TILES, contact_sheet
+from trainer.data.dataset import Kind
+from trainer.targets import Faces
+
+KNOWN = "40 40 0 60 40 0 50 50 0 42 60 0 58 60 0 1"
+
+
+def _is_there(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    return bool((picture == colour).all(axis=-1).any())
+
+
+def test_problems_that_only_the_images_show(tmp_path: Path) -> None:
+    lines = ["# a.png", f"30 30 40 40 {KNOWN}", "90 10 40 20", "5 5 0 5", "# b.png", "1 1 20 20", "# c.png"]
+    (tmp_path / "label.txt").write_text("\n".join(lines))
+    for name in "abc":
+        write_image(tmp_path / f"{name}.png", np.full((100, 100, 3), 77, np.uint8))
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:-30])
+    dataset = open_dataset(str(tmp_path))
+    report = check_data(dataset, tmp_path / "out" / "data.png", size=64)
+    assert report.counts() == {Kind.NO_AREA: 1, Kind.DAMAGED_IMAGE: 1, Kind.CLIPPED: 1}
+    assert (report.images, report.background, report.faces, report.with_landmarks) == (2, 1, 2, 1)
+    where = {problem.kind: problem.place for problem in report.problems}
+    assert where[Kind.NO_AREA].endswith("label.txt:4")
+    assert where[Kind.CLIPPED].endswith("label.txt:3")
+    assert where[Kind.DAMAGED_IMAGE].endswith("b.png")
+    assert all("\n" not in line for line in report.lines())
+    assert len(report.lines()) == 3
+    assert report.summary().splitlines()[0] == "2 images (1 without faces), 2 faces (1 with landmarks)"
+    assert dataset.report.counts() == {Kind.NO_AREA: 1}  # as it was
+    picture = read_image(tmp_path / "out" / "data.png")
+    assert picture.shape[:2] == (TILES[0] * TILE_PX + 32, TILES[1] * TILE_PX)
+
+
+def test_where_no_image_can_be_read_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "label.txt").write_text("# a.png\n1 1 5 5\n")
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of its 1 images can be read.*a\.png"):
+        check_data(open_dataset(str(tmp_path)), tmp_path / "data.png")
+    assert not (tmp_path / "data.png").exists()
+
+
+def test_the_picture_shows_sides_and_unknown_landmarks() -> None:
+    box = np.array([[80, 80, 240, 240]], np.float32)
+    points = np.array([[(110, 120), (210, 120), (160, 160), (120, 200), (200, 200)]], np.float32)
+    image = np.zeros((TILE_PX, TILE_PX, 3), np.uint8)
+    known = contact_sheet([(image, Faces(box, points, np.ones(1, bool)))])[:TILE_PX, :TILE_PX]
+    red, blue, yellow, green, orange = (60, 60, 255), (255, 120, 40), (0, 230, 255), (80, 220, 60), (0, 140, 255)
+    for (x, y), colour in zip(points[0].astype(int), (red, blue, yellow, red, blue), strict=True):
+        assert tuple(known[y, x]) == colour
+    assert tuple(known[80, 100]) == green
+    assert not _is_there(known, orange)
+    unknown = contact_sheet([(image, Faces(box, points * 0, np.zeros(1, bool)))])[:TILE_PX, :TILE_PX]
+    assert tuple(unknown[80, 100]) == orange
+    assert not any(_is_there(unknown, colour) for colour in (red, blue, yellow, green))
+
+
+def test_synthetic_data_passes_the_check(tmp_path: Path) -> None:
+    dataset = open_dataset("synthetic", "val")
+    report = check_data(dataset, tmp_path / "data.png", 160, AugmentSettings.original(), seed=1)
+    assert report.problems == []
+    assert report.faces == dataset.report.faces

@@ -1,0 +1,310 @@
+"""What a data set is: samples that load an image and its faces, and a report of what was wrong with the labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from facespec.errors import DataError, ImageError
+from facespec.images import read_image
+from facespec.letterbox import Frame
+from trainer.targets import Faces
+
+EDGE_PX = 1.0
+"""A landmark this little outside the image is there by rounding, and counts as on its edge."""
+
+
+MAX_COORDINATE = 1e6
+"""Larger numbers are no pixels."""
+
+
+class Sample(Protocol):
+    """One image of a data set."""
+
+    @property
+    def name(self) -> str:
+        """What to call the image in messages."""
+
+    def load(self) -> tuple[Frame, Faces]:
+        """Return the image, uint8 (H, W, 3) BGR, and its faces, inside it.
+
+        Raises:
+            DataError: The image is missing or damaged.
+        """
+
+
+class Kind(Enum):
+    """What can be wrong with a label, and what is done about it."""
+
+    MALFORMED = "line that cannot be read: dropped"
+    WRONG_COUNT = "another number of faces than announced: those that are there are used"
+    NO_AREA = "box without area: dropped"
+    DUPLICATE_BOX = "box given twice: used once"
+    DUPLICATE_IMAGE = "image named twice: its faces are put together"
+    PARTIAL_LANDMARKS = "landmarks known in part: box used without landmarks"
+    INVALID = "face marked invalid: left out"
+    CROWD = "crowd marked as one box: left out"
+    ALL_LEFT_OUT = "image none of whose faces can be used: left out, as it is no background either"
+    MISSING_IMAGE = "image file not there: image left out"
+    DAMAGED_IMAGE = "image file that cannot be read: training will stop at it"
+    OUTSIDE = "box outside the image: dropped"
+    CLIPPED = "box partly outside the image: cut at its edge"
+    LANDMARKS_OUTSIDE = "landmarks partly outside the image: box used without landmarks"
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a label.
+
+    Attributes:
+        place: Where: file:line, or file and annotation.
+        kind: What is wrong and what was done.
+        found: What is there.
+    """
+
+    place: str
+    kind: Kind
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.kind.value} ({self.found})"
+
+
+@dataclass
+class Report:
+    """What a data set holds and what is wrong with it.
+
+    Attributes:
+        images: Images used.
+        background: Those of them that are labelled as having no face.
+        faces: Faces used.
+        with_landmarks: Those of them whose landmarks are known.
+        problems: Everything that was dropped, changed or left out, in the order of the file.
+    """
+
+    images: int = 0
+    background: int = 0
+    faces: int = 0
+    with_landmarks: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, place: str, kind: Kind, found: str) -> None:
+        """Note a problem."""
+        self.problems.append(Problem(place, kind, found))
+
+    def counts(self) -> dict[Kind, int]:
+        """Return how often each kind of problem occurs, those that do not left out."""
+        found = Counter(problem.kind for problem in self.problems)
+        return {kind: found[kind] for kind in Kind if kind in found}
+
+    def summary(self) -> str:
+        """Return what the set holds in one line, and one more for each kind of problem."""
+        lines = [
+            f"{self.images:,} images ({self.background:,} without faces), {self.faces:,} faces "
+            f"({self.with_landmarks:,} with landmarks)"
+        ]
+        return "\n".join(lines + [f"{count:8,d}  {kind.value}" for kind, count in self.counts().items()])
+
+    def lines(self) -> list[str]:
+        """Return every problem in a line of its own."""
+        return [str(problem) for problem in self.problems]
+
+    def __iadd__(self, other: Report) -> Report:
+        """Take over what another report holds."""
+        self.images += other.images
+        self.background += other.background
+        self.faces += other.faces
+        self.with_landmarks += other.with_landmarks
+        self.problems += other.problems
+        return self
+
+    def count_faces(self, faces: Faces) -> None:
+        """Count an image and its faces."""
+        self.images += 1
+        self.background += not len(faces)
+        self.faces += len(faces)
+        self.with_landmarks += int(faces.has_landmarks.sum())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images with labelled faces.
+
+    Attributes:
+        name: As `open_dataset` was asked for it.
+        samples: One for each image, in a fixed order.
+        report: What was wrong with the labels, as far as it shows without opening the images.
+    """
+
+    name: str
+    samples: Sequence[Sample]
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@dataclass(frozen=True)
+class FileSample:
+    """An image file and its labelled faces.
+
+    Attributes:
+        path: Of the image.
+        labelled: Faces as labelled: boxes may reach out of the image.
+        origin: What the rows are counted in: "label.txt:" or "faces.json: annotation ".
+        rows: (n,) int64 line or annotation of each face.
+    """
+
+    path: Path
+    labelled: Faces
+    origin: str
+    rows: NDArray[np.int64]
+
+    @property
+    def name(self) -> str:
+        """The path of the image."""
+        return str(self.path)
+
+    def load(self) -> tuple[Frame, Faces]:
+        """Return the image and its faces, cut at the edges of the image; see `Sample`."""
+        try:
+            image = read_image(self.path)
+        except ImageError as error:
+            raise DataError(f"training image {error}") from None
+        return image, self.faces_in((image.shape[0], image.shape[1]))
+
+    def faces_in(self, size_hw: tuple[int, int], report: Report | None = None) -> Faces:
+        """Return the faces in an image of `size_hw`: boxes cut at its edges, landmarks outside marked unknown.
+
+        Landmarks are all or nothing: a point that lies outside shows nothing that the others could be told from.
+
+        Args:
+            size_hw: Of the image in pixels.
+            report: Where to note what does not fit.
+        """
+        height, width = size_hw
+        faces = self.labelled
+        limit = np.array([width, height, width, height], np.float32)
+        boxes = np.clip(faces.boxes, 0, limit)
+        inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(axis=1)
+        beyond = np.maximum(-faces.landmarks, faces.landmarks - limit[:2]).max(axis=(1, 2), initial=-np.inf)
+        known = faces.has_landmarks & (beyond <= EDGE_PX)
+        if report is not None:
+            cut = inside & (boxes != faces.boxes).any(axis=1)
+            for kind, rows in (
+                (Kind.OUTSIDE, ~inside),
+                (Kind.CLIPPED, cut),
+                (Kind.LANDMARKS_OUTSIDE, inside & faces.has_landmarks & ~known),
+            ):
+                for row in np.flatnonzero(rows):
+                    place = f"{self.origin}{self.rows[row]}"
+                    values = faces.landmarks[row] if kind is Kind.LANDMARKS_OUTSIDE else faces.boxes[row]
+                    numbers = " ".join(f"{value:g}" for value in values.ravel())
+                    report.add(place, kind, f"{numbers} in {width}x{height} {self.path.name}")
+        points = np.clip(faces.landmarks, 0, limit[:2]) * known[:, None, None]
+        return Faces(boxes, points.astype(np.float32), known)[inside]
+
+
+class Label(NamedTuple):
+    """One face as a label file gives it.
+
+    Attributes:
+        row: Line or annotation.
+        xywh: Left, top, width and height of the box.
+        points: (5, 2) as numbers, or None where the landmarks are unknown.
+    """
+
+    row: int
+    xywh: Sequence[float]
+    points: Sequence[float] | None = None
+
+
+def to_numbers(values: Sequence[object]) -> list[float] | None:
+    """Return values of a label file as numbers, or None if one is no number that a pixel could have."""
+    try:
+        numbers = [float(value) for value in values]  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return numbers if all(abs(number) <= MAX_COORDINATE for number in numbers) else None  # NaN is not, either
+
+
+@dataclass
+class Entry:
+    """What a label file says about one image.
+
+    Attributes:
+        place: Where the image is named.
+        labels: Its faces.
+        left_out: Number of faces that are in the image and not in `labels`.
+    """
+
+    place: str
+    labels: list[Label] = field(default_factory=list)
+    left_out: int = 0
+
+
+def make_dataset(name: str, entries: dict[Path, Entry], origin: str, report: Report) -> Dataset:
+    """Return the data set of what a label file says; note in its report what is dropped here.
+
+    An image that is labelled as having no faces is kept: it shows the detector what is none.
+
+    Args:
+        name: Of the data set.
+        entries: By image file.
+        origin: What the rows of the labels are counted in; see `FileSample`.
+        report: What reading the file has found so far.
+
+    Raises:
+        DataError: Nothing is left to train on.
+    """
+    samples: list[Sample] = []
+    for path, entry in entries.items():
+        if not path.is_file():
+            report.add(entry.place, Kind.MISSING_IMAGE, str(path))
+            continue
+        labels = _usable(entry, origin, report)
+        if entry.left_out and not labels:
+            report.add(entry.place, Kind.ALL_LEFT_OUT, path.name)
+            continue
+        sample = FileSample(path, _to_faces(labels), origin, np.array([label.row for label in labels], np.int64))
+        samples.append(sample)
+        report.count_faces(sample.labelled)
+    if not report.faces:
+        counts = report.counts()
+        missing = counts.get(Kind.MISSING_IMAGE, 0)
+        if missing and missing == len(entries):
+            raise DataError(f"{name}: none of its {missing} images is there, for instance {next(iter(entries))}")
+        first = f", the first: {report.problems[0]}" if report.problems else ""
+        raise DataError(f"{name}: no usable face in {len(entries)} images; {len(report.problems)} problems{first}")
+    return Dataset(name, samples, report)
+
+
+def _usable(entry: Entry, origin: str, report: Report) -> list[Label]:
+    """Return the labels with an area, each once; the others are noted and count as left out."""
+    kept: dict[tuple[float, ...], Label] = {}
+    for label in entry.labels:
+        box = tuple(label.xywh)
+        found = "{:g} {:g} {:g} {:g}".format(*box)
+        if box[2] <= 0 or box[3] <= 0:
+            report.add(f"{origin}{label.row}", Kind.NO_AREA, found)
+        elif box in kept:
+            report.add(f"{origin}{label.row}", Kind.DUPLICATE_BOX, found)
+            if kept[box].points is None:  # of two, the one that says more
+                kept[box] = label
+        else:
+            kept[box] = label
+    entry.left_out += any(label.xywh[2] <= 0 or label.xywh[3] <= 0 for label in entry.labels)
+    return list(kept.values())
+
+
+def _to_faces(labels: Sequence[Label]) -> Faces:
+    xywh = np.array([label.xywh for label in labels], np.float64).reshape(-1, 4)
+    points = np.array([label.points or (0.0,) * 10 for label in labels], np.float32).reshape(-1, 5, 2)
+    known = np.array([label.points is not None for label in labels], bool)
+    return Faces(np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]]).astype(np.float32), points, known)

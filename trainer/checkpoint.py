@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import re
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from facespec.cli import require
-from facespec.errors import SpecError, WeightsError
+from facespec.errors import OutputError, SpecError, WeightsError
 from facespec.files import atomic_path
 from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, ModelSpec
 from trainer.backbones import BACKBONES, backbone_of
@@ -73,6 +74,58 @@ def load_model(path_or_name: str | Path = DEFAULT_WEIGHTS) -> RetinaFace:
     return _build(_normalise(content, path), spec, path)
 
 
+def load_pretrained(model: RetinaFace, path_or_name: str | Path) -> None:
+    """Give a model the weights it starts training from: those of a detector, or ImageNet weights for its backbone.
+
+    Args:
+        model: In place; its heads and pyramid stay as they are where the file is of a backbone.
+        path_or_name: As for `load_model`, or the state dict of a classifier with this backbone, with or without the
+            prefix `module.`. Of the classifier only its last layer, `fc`, is left out.
+
+    Raises:
+        WeightsError: Neither of the two, or of another architecture.
+    """
+    path = Path(path_or_name)
+    body = {} if str(path_or_name) == DEFAULT_WEIGHTS and not path.exists() else _backbone_state(_read(path), path)
+    backbone = model.spec.backbone
+    if not body:
+        detector = load_model(path_or_name)
+        found = detector.spec.backbone, detector.spec.fpn_channels
+        if found != (backbone, model.spec.fpn_channels):
+            raise WeightsError(
+                f"{path_or_name}: weights of {found[0]} with {found[1]} pyramid channels, the model to train is "
+                f"{backbone} with {model.spec.fpn_channels}: --backbone {found[0]}"
+            )
+        model.load_state_dict(detector.state_dict())
+        return
+    expected = model.body.state_dict()
+    _check_keys(body, expected, f"{path}: not ImageNet weights of {backbone}")
+    model.body.load_state_dict(expected | body)
+
+
+def _backbone_state(content: dict[str, Any], path: Path) -> State:
+    """Return the weights of a classifier without its last layer; nothing if a file is of a detector."""
+    if content.get("format") == CHECKPOINT_FORMAT:
+        return {}
+    state = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+    if any(str(key).removeprefix("module.").startswith(("fpn.", "body.", "fx.")) for key in state):
+        return {}
+    return {key: value for key, value in _normalise(state, path).items() if key not in ("fc.weight", "fc.bias")}
+
+
+def read_training(path: str | Path) -> tuple[State, dict[str, Any]]:
+    """Return the weights of a checkpoint, and what `save_checkpoint` was given as `training`, to go on from.
+
+    Raises:
+        WeightsError: The file is missing, damaged, unsafe, or holds weights alone.
+    """
+    content = _read(Path(path))
+    training = content.get("training")
+    if content.get("format") != CHECKPOINT_FORMAT or not isinstance(training, dict):
+        raise WeightsError(f"{path}: holds no state of a training run to resume; --pretrained starts from its weights")
+    return content["model"], training
+
+
 def save_checkpoint(path: str | Path, model: RetinaFace, **extra: Any) -> None:
     """Write a checkpoint of tensors and plain Python values, atomically.
 
@@ -80,11 +133,21 @@ def save_checkpoint(path: str | Path, model: RetinaFace, **extra: Any) -> None:
         path: File to write.
         model: Model whose weights and spec are kept.
         extra: More entries, for instance optimizer state; must load with `weights_only=True`.
+
+    Raises:
+        OutputError: There is no room or no writing there; an older file of that name is left as it is.
     """
     state = model.state_dict()
     spec = dataclasses.replace(model.spec, weights_sha256=weights_sha256(state))
     with atomic_path(path) as temporary:
-        torch.save({"format": CHECKPOINT_FORMAT, "spec": spec.to_json(), "model": state, **extra}, temporary)
+        try:
+            torch.save({"format": CHECKPOINT_FORMAT, "spec": spec.to_json(), "model": state, **extra}, temporary)
+        except RuntimeError as error:  # that is what torch makes of a full disk
+            free = shutil.disk_usage(temporary.parent).free >> 20
+            raise OutputError(
+                f"{path}: cannot be written, the disk may be full ({free} MiB free); what was there before is kept "
+                f"({str(error).splitlines()[0][:80]})"
+            ) from None
 
 
 def weights_sha256(state: State) -> str:
@@ -196,23 +259,27 @@ def _build(state: State, spec: ModelSpec | None, where: str | Path) -> RetinaFac
     with torch.device("meta"):  # no time spent on initial values
         model = RetinaFace(spec)
     expected = model.state_dict()
+    _check_keys(state, expected, f"{where}: not {spec.backbone} RetinaFace weights")
+    for key, value in expected.items():
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, torch.zeros_like(value, device="cpu"))
+    state = {key: value if value.dtype == torch.int64 else value.float() for key, value in state.items()}
+    model.load_state_dict(state, assign=True)
+    model.spec = dataclasses.replace(spec, weights_sha256=weights_sha256(state))
+    return model.eval()
+
+
+def _check_keys(state: State, expected: State, refusal: str) -> None:
+    """Refuse weights that do not fit `expected` to the last key, or are not finite; counters may be missing."""
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in expected]
     shapes = [key for key in expected if key in state and expected[key].shape != state[key].shape]
     for problem, keys in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", shapes)):
         if keys:
-            raise WeightsError(
-                f"{where}: not {spec.backbone} RetinaFace weights: {problem} {len(keys)} keys, for instance {keys[0]}"
-            )
-    for key, value in expected.items():
-        if key.endswith("num_batches_tracked"):
-            state.setdefault(key, torch.zeros_like(value, device="cpu"))
-        elif state[key].dtype == torch.int64 or not torch.isfinite(state[key]).all():
-            raise WeightsError(f"{where}: {key} holds values that are not finite floating-point numbers")
-    state = {key: value if value.dtype == torch.int64 else value.float() for key, value in state.items()}
-    model.load_state_dict(state, assign=True)
-    model.spec = dataclasses.replace(spec, weights_sha256=weights_sha256(state))
-    return model.eval()
+            raise WeightsError(f"{refusal}: {problem} {len(keys)} keys, for instance {keys[0]}")
+    for key, value in state.items():
+        if not key.endswith("num_batches_tracked") and (value.dtype == torch.int64 or not value.isfinite().all()):
+            raise WeightsError(f"{refusal}: {key} holds values that are not finite floating-point numbers")
 
 
 def _published_onnx() -> bytes:

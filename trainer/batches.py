@@ -1,0 +1,166 @@
+"""Which images a step sees, and reading them: a function of the seed and the step, so that a run resumes anywhere."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from facespec.errors import DataError, RetinaFaceError
+from facespec.letterbox import Frame, Letterbox
+from facespec.spec import PreprocessSpec
+from trainer.data import Dataset
+from trainer.distributed import World
+from trainer.targets import Faces, Targets, collate
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of the images: every epoch a new permutation, cut into batches; what is left over sits the epoch out.
+
+    Attributes:
+        count: Images of the data set.
+        batch: Images of a step, over all processes.
+        seed: Of the permutations.
+    """
+
+    count: int
+    batch: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return self.count // self.batch
+
+    def steps(self, first: int, last: int) -> Iterator[list[int]]:
+        """Yield the images of steps `first` to `last` - 1, as epoch * count + index."""
+        for step in range(first, last):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if step == first or position == 0:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.count) + epoch * self.count
+            yield order[position * self.batch : (position + 1) * self.batch].tolist()
+
+    def images(self, step: int, world: World) -> list[int]:
+        """Return the indices of the images that this process sees in a step."""
+        return [index % self.count for index in next(self.steps(step, step + 1))[world.rank :: world.size]]
+
+
+class _Batches:
+    """Batch sampler of one process: equal shares, from any step to the end of the training."""
+
+    def __init__(self, order: Order, world: World, first: int, last: int) -> None:
+        self.order, self.world, self.first, self.last = order, world, first, last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for indices in self.order.steps(self.first, self.last):
+            yield indices[self.world.rank :: self.world.size]
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+class _Reported(torch.utils.data.Dataset):
+    """Gives errors back as values: raised in another process, they would arrive with its traceback as their text."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __getitem__(self, index: int) -> tuple[Frame, Faces] | RetinaFaceError:
+        try:
+            return self.samples[index]
+        except RetinaFaceError as error:
+            return error
+
+
+class AsTheyAre(torch.utils.data.Dataset):
+    """Images letterboxed to the network's size without any chance, in the place of `TrainingSet`.
+
+    Args:
+        dataset: Images and faces.
+        size: Side of the square network input.
+        shown: Images of an epoch; every one is shown equally often, give or take one.
+    """
+
+    def __init__(self, dataset: Dataset, size: int, shown: int) -> None:
+        self.dataset, self.size, self.shown = dataset, size, shown
+
+    def __len__(self) -> int:
+        return self.shown
+
+    def __getitem__(self, index: int) -> tuple[Frame, Faces]:
+        image, faces = self.dataset.samples[index % self.shown % len(self.dataset)].load()
+        box = Letterbox.fit((image.shape[0], image.shape[1]), (self.size, self.size))
+        return box.apply(image, PreprocessSpec().mean_bgr), place_faces(faces, box)
+
+
+def place_faces(faces: Faces, box: Letterbox) -> Faces:
+    """Return the faces of a frame in pixels of its letterboxed form."""
+    return Faces(box.to_network(faces.boxes), box.to_network(faces.landmarks), faces.has_landmarks)
+
+
+def _collate(samples: list[tuple[Frame, Faces] | RetinaFaceError]) -> tuple[torch.Tensor, Targets] | RetinaFaceError:
+    good: list[tuple[Frame, Faces]] = []
+    for sample in samples:
+        if isinstance(sample, RetinaFaceError):
+            return sample
+        good.append(sample)
+    return collate(good)
+
+
+def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the training one finishes its step
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cv2.setNumThreads(0)  # any other number would wait for threads that the fork has not brought along
+
+
+def read_batches(
+    samples: Any, order: Order, world: World, workers: int, first: int, last: int
+) -> Iterator[tuple[torch.Tensor, Targets]]:
+    """Yield the batches of steps `first` to `last` - 1: images uint8 (B, H, W, 3) BGR, and their faces.
+
+    Args:
+        samples: Gives an image and its faces for epoch * count + index.
+        order: Of the images.
+        world: This process gets its share.
+        workers: Processes that read.
+        first: Step to start at.
+        last: Step to end before.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    loader = DataLoader(
+        _Reported(samples),
+        batch_sampler=_Batches(order, world, first, last),
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_start_worker,
+        pin_memory=world.device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),  # it would draw from the global one, which is the network's
+    )
+    for batch in loader:
+        if isinstance(batch, RetinaFaceError):
+            raise batch
+        yield batch
+
+
+@contextmanager
+def explain_dead_workers() -> Iterator[None]:
+    """Turn PyTorch's error about a process that reads images, which may come at any moment, into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"{str(error).splitlines()[0].rstrip('. ')}: a process that reads images has died, mostly for want of "
+            "memory; use fewer --workers (0 reads in the training process) or a smaller --batch"
+        ) from None

@@ -1,0 +1,384 @@
+"""Settings of a training run: frozen and validated, from recipes, YAML files and flags.
+
+A setting has a dotted name, `optimiser.lr`. What is said later wins: defaults, the recipe, the YAML file, the flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from facespec.cli import require
+from facespec.errors import RetinaFaceError
+from facespec.files import write_text
+from facespec.spec import check_size
+from trainer.backbones import BACKBONES
+from trainer.data import AugmentSettings
+from trainer.losses import LossSettings
+
+Settings = dict[str, Any]
+"""Dotted name -> plain value."""
+
+
+class ConfigError(RetinaFaceError, ValueError):
+    """A setting is unknown or impossible."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} is {value!r}: choose from {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on.
+
+    Attributes:
+        source: Name or path for `trainer.data.open_dataset`.
+        root: Folder of a named data set; None looks where `open_dataset` says.
+        val: Name or path of what is evaluated on; None takes the val split of `source`.
+        size: Side of the square network input in pixels.
+        batch: Images of a step, over all processes together.
+        overfit: Train on the first so many images alone, as they are, and evaluate on them; 0 trains as usual.
+    """
+
+    source: str = "widerface"
+    root: str | None = None
+    val: str | None = None
+    size: int = 640
+    batch: int = 16
+    overfit: int = 0
+
+    def __post_init__(self) -> None:
+        check_size((self.size, self.size))
+        _require(self.batch > 0, f"data.batch is {self.batch}: a step needs an image")
+        _require(self.overfit >= 0, f"data.overfit is {self.overfit}: a number of images, or 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained.
+
+    Attributes:
+        backbone: Name in `trainer.backbones.BACKBONES`.
+        fpn_channels: Channels of the pyramid; 0 takes those of the published models.
+        pretrained: ImageNet weights of the backbone, or a whole detector; None starts from random weights.
+        sync_batch_norm: Batch statistics over all processes; needs CUDA.
+    """
+
+    backbone: str = "mobilenet0.25"
+    fpn_channels: int = 0
+    pretrained: str | None = None
+    sync_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("model.backbone", self.backbone, tuple(BACKBONES))
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """Stochastic gradient descent.
+
+    Attributes:
+        lr: Highest learning rate.
+        momentum: Of the gradient.
+        nesterov: Look ahead by the momentum.
+        weight_decay: Pull of the weights towards zero.
+        decay_all: Pull biases and the scales of batch normalisation, too.
+        clip_norm: Longest gradient; longer ones are shortened to it. 0 leaves all as they are.
+    """
+
+    lr: float = 0.01
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    decay_all: bool = False
+    clip_norm: float = 10.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optimiser.lr is {self.lr}: it must be positive")
+        _require(0 <= self.momentum < 1, f"optimiser.momentum is {self.momentum}: it must lie in 0..1")
+        _require(self.momentum > 0 or not self.nesterov, "optimiser.nesterov needs optimiser.momentum")
+        _require(self.weight_decay >= 0, f"optimiser.weight_decay is {self.weight_decay}: it must not be negative")
+        _require(self.clip_norm >= 0, f"optimiser.clip_norm is {self.clip_norm}: it must not be negative")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Course of the learning rate, step by step.
+
+    Attributes:
+        epochs: Passes over the data.
+        kind: "cosine" falls to `final` along half a wave, "step" by `gamma` at each milestone.
+        warmup_epochs: Length of the linear rise at the start.
+        final: Last learning rate of the cosine, as a fraction of the highest.
+        milestones: Fractions of the epochs.
+        gamma: Factor at a milestone.
+    """
+
+    epochs: int = 100
+    kind: str = "cosine"
+    warmup_epochs: float = 1.0
+    final: float = 0.01
+    milestones: tuple[float, ...] = (0.7, 0.9)
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, f"schedule.epochs is {self.epochs}: it must be positive")
+        _one_of("schedule.kind", self.kind, ("cosine", "step"))
+        _require(
+            0 <= self.warmup_epochs <= self.epochs,
+            f"schedule.warmup_epochs is {self.warmup_epochs:g}: it must lie in 0..{self.epochs}, the epochs",
+        )
+        _require(0 <= self.final <= 1, f"schedule.final is {self.final}: it must lie in 0..1")
+        _require(
+            all(0 < value < 1 for value in self.milestones) and list(self.milestones) == sorted(self.milestones),
+            f"schedule.milestones is {list(self.milestones)}: ascending fractions of the epochs, between 0 and 1",
+        )
+        _require(0 < self.gamma <= 1, f"schedule.gamma is {self.gamma}: it must lie in 0..1")
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Moving average of the weights: it is what is evaluated and exported.
+
+    Attributes:
+        decay: Share of the old average that a step keeps; it rises to this from 0.1. 0 switches averaging off.
+    """
+
+    decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.decay < 1, f"ema.decay is {self.decay}: it must lie in 0..1, 1 left out")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How and where it runs. All of it may change when a run is resumed.
+
+    Attributes:
+        output: Folder of checkpoints and logs.
+        device: "cpu", "cuda", or "auto" for CUDA where there is some.
+        workers: Processes that read images, for each training process; 0 reads in the training process.
+        checkpoint_every: Steps between checkpoints; there is one after every epoch, too.
+        evaluate_every: Epochs between evaluations; the last is always evaluated; 0 evaluates that alone.
+        compile: Run the network through torch.compile.
+    """
+
+    output: str = "runs/retinaface"
+    device: str = "auto"
+    workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    checkpoint_every: int = 200
+    evaluate_every: int = 1
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("run.device", self.device, ("auto", "cpu", "cuda"))
+        _require(self.workers >= 0, f"run.workers is {self.workers}: it must not be negative")
+        _require(self.checkpoint_every > 0, f"run.checkpoint_every is {self.checkpoint_every}: it must be positive")
+        _require(self.evaluate_every >= 0, f"run.evaluate_every is {self.evaluate_every}: it must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a run.
+
+    Attributes:
+        recipe: Name in `RECIPES` of what the other settings started from.
+        seed: Of the initial weights, the order of the images and their augmentation.
+        precision: Of the network: "fp32", "bf16", or "auto" for bf16 where the processor computes in it. The loss is
+            always fp32.
+    """
+
+    recipe: str = "default"
+    seed: int = 0
+    precision: str = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("recipe", self.recipe, tuple(RECIPES))
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        _require(self.seed >= 0, f"seed is {self.seed}: it must not be negative")
+
+
+def to_settings(config: Any) -> Settings:
+    """Return the settings of a config, tuples as lists."""
+    settings: Settings = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            settings |= {f"{entry.name}.{name}": inner for name, inner in to_settings(value).items()}
+        else:
+            settings[entry.name] = list(value) if isinstance(value, tuple) else value
+    return settings
+
+
+RECIPES: dict[str, Settings] = {
+    # what the fields above say
+    "default": {},
+    # Deng et al. (CVPR 2020), as its PyTorch implementations train it
+    "original": {
+        "precision": "fp32",
+        "data.batch": 32,
+        "loss.extra_negatives": 0,
+        "optimiser.lr": 1e-3,
+        "optimiser.nesterov": False,
+        "optimiser.decay_all": True,
+        "optimiser.clip_norm": 0.0,
+        "schedule.kind": "step",
+        "schedule.warmup_epochs": 0.0,
+        "ema.decay": 0.0,
+        **{f"augment.{name}": value for name, value in to_settings(AugmentSettings.original()).items()},
+    },
+}
+
+OVERFIT: Settings = {
+    "data.batch": 8,
+    "optimiser.lr": 0.02,
+    "optimiser.weight_decay": 0.0,
+    "schedule.epochs": 4,
+    "schedule.warmup_epochs": 0.2,
+    "ema.decay": 0.0,
+    "run.evaluate_every": 0,  # the last epoch only
+}
+"""What `data.overfit` starts from: a few images are seen often, and nothing holds the weights back."""
+
+MAY_CHANGE = ("run.", "data.root", "data.val")
+"""Settings that a resumed run may have other values of: none of them changes what is computed."""
+
+
+def resolve(said: Settings, base: Settings | None = None) -> TrainConfig:
+    """Return the config of what was said in a YAML file and by flags.
+
+    Args:
+        said: Settings given by the user; see `merge`.
+        base: What holds where nothing is said, beneath the recipe: the settings of a run that is resumed.
+
+    Raises:
+        ConfigError: A setting is unknown or impossible.
+    """
+    recipe, overfit = said.get("recipe", "default"), said.get("data.overfit", 0)
+    _one_of("recipe", recipe, tuple(RECIPES))
+    return from_settings({**(base or {}), **RECIPES[recipe], **(OVERFIT if overfit else {}), **said})
+
+
+def from_settings(settings: Settings) -> TrainConfig:
+    """Return the config with these settings, and defaults for the others.
+
+    Raises:
+        ConfigError: A setting is unknown, of another type, or impossible.
+    """
+    known = _types(TrainConfig)
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1) or [
+                full for full in known if full.rpartition(".")[2] == name.rpartition(".")[2]
+            ]
+            hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+            raise ConfigError(f"unknown setting {name!r}{hint}")
+    return _build(TrainConfig, {name: _convert(value, known[name], name) for name, value in settings.items()})
+
+
+def changed(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Return the names of the settings that differ and must not when a run is resumed."""
+    before, after = to_settings(old), to_settings(new)
+    return [name for name in before if before[name] != after[name] and not name.startswith(MAY_CHANGE)]
+
+
+def read_yaml(path: Path) -> Settings:
+    """Return the settings a YAML file gives: sections, or dotted names.
+
+    Raises:
+        ConfigError: The file cannot be read or is not a mapping.
+        MissingPackageError: PyYAML is not installed.
+    """
+    yaml = require("yaml", "train", f"reading {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    _require(content is None or isinstance(content, dict), f"{path}: expected settings by name, found {content!r:.60}")
+    return flatten(content or {})
+
+
+def write_yaml(path: Path, config: TrainConfig) -> None:
+    """Write all settings, so that `read_yaml` gives the same config back."""
+    yaml = require("yaml", "train", f"writing {path}")
+    write_text(path, yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def flatten(content: Mapping[Any, Any], prefix: str = "") -> Settings:
+    """Return settings from nested sections."""
+    settings: Settings = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        settings |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _types(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every setting under a config class."""
+    found: dict[str, Any] = {}
+    for name, inner in typing.get_type_hints(kind).items():
+        found |= _types(inner, f"{prefix}{name}.") if dataclasses.is_dataclass(inner) else {f"{prefix}{name}": inner}
+    return found
+
+
+def _build(kind: Any, settings: Settings) -> Any:
+    values: dict[str, Any] = {}
+    for name, inner in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(inner):
+            start = f"{name}."
+            part = {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
+            values[name] = _build(inner, part)
+        elif name in settings:
+            values[name] = settings[name]
+    return kind(**values)
+
+
+def _convert(value: Any, kind: Any, name: str) -> Any:
+    """Return `value` as the type of a field, or refuse it."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return (
+            None if value is None else _convert(value, next(part for part in parts if part is not types.NoneType), name)
+        )
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        _require(len(kinds) == len(value), f"{name} is {value!r}: expected {len(kinds)} values")
+        return tuple(_convert(item, part, name) for item, part in zip(value, kinds, strict=True))
+    if kind is float and isinstance(value, str):  # YAML takes 1e-3, without a point, for text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is float and type(value) is int:
+        value = float(value)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    _require(type(value) is kind, f"{name} is {value!r}: expected {words.get(kind, 'a list')}")
+    _require(kind is not float or abs(value) < float("inf"), f"{name} is {value}: expected a finite number")
+    return value

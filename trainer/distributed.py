@@ -1,0 +1,101 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.config import ConfigError
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+PATIENCE = timedelta(hours=1)
+"""How long a process waits for the others; a process that fails is noticed at once by torchrun."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run.
+
+    Attributes:
+        device: Where it computes.
+        rank: Its number; 0 writes files and speaks.
+        size: How many there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    def gather_rows(self, row: Tensor) -> list[list[float]]:
+        """Return the rows of all processes, in their order."""
+        if self.size == 1:
+            return [row.tolist()]
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        dist.all_gather(rows, row)
+        return torch.stack(rows).tolist()
+
+    def agree(self, model: nn.Module) -> None:
+        """Give every process the weights and statistics that the first one has."""
+        if self.size > 1:
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
+
+    def gather(self, value: dict[K, V]) -> dict[K, V]:
+        """Return the dictionaries of all processes as one, on each of them."""
+        parts: list[dict[K, V]] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(parts, value)
+        return {key: inner for part in parts for key, inner in part.items()}
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Take part in the run that torchrun's variables describe, if there are any.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA where there is some.
+
+    Raises:
+        ConfigError: There is no CUDA device for this process.
+    """
+    rank, size, local = (
+        int(os.environ.get(name, low)) for name, low in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    cuda = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and not cuda:
+        raise ConfigError("run.device is 'cuda': PyTorch finds none here, use --device cpu")
+    if cuda and local >= cuda:
+        raise ConfigError(
+            f"there are {cuda} CUDA devices for {local + 1} or more processes: torchrun --nproc-per-node {cuda}"
+        )
+    place = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    yield World(place, rank, size)
+    if size > 1:  # not after an error: the others may be waiting for what will never come
+        dist.destroy_process_group()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16 itself, which is then about twice as fast as float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # there is no public way to ask
+    return bool(check and check())

@@ -1,0 +1,171 @@
+"""One step of training: what is differentiated, how the weights move, and their average."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from trainer.backbones import Features
+from trainer.config import OptimiserConfig, ScheduleConfig
+from trainer.losses import Losses, MultiBoxLoss
+from trainer.model import RetinaFace
+from trainer.targets import Targets
+
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+class PixelTerm(nn.Module):
+    """A fourth, pixel-wise term of the loss, as the dense regression branch of the paper: a base to derive from.
+
+    Its parameters are trained with the detector's, and kept apart from them: they are in no exported model.
+    """
+
+    def forward(self, features: Features, heads: Heads, images: Tensor, targets: Targets) -> Tensor:
+        """Return the term as a tensor without dimensions; `loss.pixel_weight` is its factor.
+
+        Args:
+            features: The maps the heads read: three of (B, fpn_channels, H/s, W/s) for strides s = 8, 16, 32.
+            heads: Box deltas (B, N, 4), class logits (B, N, 2) and landmark deltas (B, N, 10).
+            images: (B, 3, H, W) float32, BGR minus the mean.
+            targets: The faces, in pixels of `images`, on the CPU.
+        """
+        raise NotImplementedError
+
+
+class Learner(nn.Module):
+    """Network and loss as one module, so that DistributedDataParallel sees all that is trained.
+
+    Args:
+        model: The detector.
+        loss: Of its heads.
+        pixel_term: Fourth term.
+        bf16: Let the network compute in bfloat16; the loss is always float32.
+    """
+
+    _mean: Tensor
+
+    def __init__(self, model: RetinaFace, loss: MultiBoxLoss, pixel_term: PixelTerm | None, bf16: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.pixel_term = pixel_term
+        self.bf16 = bf16
+        mean = torch.tensor(model.spec.preprocess.mean_bgr, dtype=torch.float32)
+        self.register_buffer("_mean", mean[:, None, None], persistent=False)
+        self._features: dict[int, Tensor] = {}
+        if pixel_term is not None:
+            for level, module in enumerate((model.ssh1, model.ssh2, model.ssh3)):
+                module.register_forward_hook(lambda _, inputs, out, level=level: self._features.update({level: out}))
+
+    def forward(self, images: Tensor, targets: Targets) -> Losses:
+        """Return the loss of a batch.
+
+        Args:
+            images: uint8 (B, H, W, 3) BGR, on the device of the network.
+            targets: Their faces, on the CPU: they are matched there, beside a GPU that is busy.
+        """
+        pixels = images.permute(0, 3, 1, 2).float() - self._mean  # seen as (B, 3, H, W), this is channels_last already
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            heads = self.model(pixels)
+            pixel = None
+            if self.pixel_term is not None:
+                features = self._features[0], self._features[1], self._features[2]
+                pixel = self.pixel_term(features, heads, pixels, targets)
+                self._features.clear()
+        return self.loss(heads, targets, (images.shape[1], images.shape[2]), pixel)
+
+
+def make_optimiser(learner: nn.Module, config: OptimiserConfig) -> SGD:
+    """Return gradient descent on all parameters of a module.
+
+    Vectors are biases and the scales of batch normalisation: weight decay moves them without regularising anything.
+    """
+    decayed = [p for p in learner.parameters() if p.ndim > 1 or config.decay_all]
+    others = [p for p in learner.parameters() if not (p.ndim > 1 or config.decay_all)]
+    return SGD(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            *([{"params": others, "weight_decay": 0.0}] if others else []),
+        ],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+    )
+
+
+def lr_factor(step: int, steps_per_epoch: int, config: ScheduleConfig) -> float:
+    """Return the learning rate of a step, as a fraction of the highest.
+
+    It depends on nothing but the step, so that there is no state to keep.
+    """
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    total = config.epochs * steps_per_epoch
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.kind == "step":
+        return config.gamma ** sum(step >= round(milestone * total) for milestone in config.milestones)
+    course = (step - warmup) / max(total - 1 - warmup, 1)
+    return config.final + (1 - config.final) * (1 + math.cos(math.pi * course)) / 2
+
+
+def train_step(
+    learner: nn.Module, optimiser: SGD, images: Tensor, targets: Targets, clip: float
+) -> tuple[Losses, Tensor]:
+    """Move the weights once; return the loss before, and the norm of the gradient before clipping.
+
+    Args:
+        learner: A `Learner`, or DistributedDataParallel around one.
+        optimiser: Of its parameters.
+        images: uint8 (B, H, W, 3) BGR.
+        targets: Their faces.
+        clip: Longest gradient; 0 does not clip.
+    """
+    losses: Losses = learner(images, targets)
+    optimiser.zero_grad(set_to_none=True)
+    losses.total.backward()
+    norm = nn.utils.clip_grad_norm_(learner.parameters(), clip or math.inf)
+    optimiser.step()
+    return losses, norm
+
+
+class Ema:
+    """Exponential moving average of a model's weights and batch statistics.
+
+    The decay rises with the updates n as (1 + n) / (10 + n), so that the first weights, which are worth nothing, are
+    soon forgotten (as in tf.train.ExponentialMovingAverage).
+
+    Args:
+        model: Averaged from now on; `model` of this object is the average, in eval mode.
+        decay: Highest share of the old average that an update keeps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights as they are now."""
+        share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        state = model.state_dict()
+        for name, average in self.model.state_dict().items():
+            if average.is_floating_point():
+                average.lerp_(state[name], share)
+            else:  # the counters of batch normalisation
+                average.copy_(state[name])
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every global generator for a step, so that a resumed run draws what an undisturbed one would."""
+    value = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)

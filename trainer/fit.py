@@ -1,0 +1,129 @@
+"""Train a RetinaFace.
+
+python -m trainer.fit --data widerface --data-root data/widerface --pretrained mobilenetV1X0.25_pretrain.tar
+python -m trainer.fit --data synthetic --size 128 --epochs 2
+python -m trainer.fit --resume auto
+torchrun --nproc-per-node 4 -m trainer.fit --data widerface
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from facespec.cli import ArgumentParser, require, run
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+
+AUTO = "auto"
+
+FLAGS: dict[str, tuple[str, type, str]] = {
+    "--recipe": ("recipe", str, "default, or original: as the published weights were trained"),
+    "--data": ("data.source", str, "widerface, synthetic, a folder, or a label file"),
+    "--data-root": ("data.root", str, "folder of WIDER FACE (default: $WIDERFACE_ROOT, or data/widerface)"),
+    "--val": ("data.val", str, "what is evaluated on (default: the val split of --data)"),
+    "--size": ("data.size", int, "side of the square network input in pixels"),
+    "--batch": ("data.batch", int, "images of a step, over all processes together"),
+    "--overfit": ("data.overfit", int, "train on the first N images alone, as they are, and evaluate on them"),
+    "--backbone": ("model.backbone", str, "mobilenet0.25, mobilenet0.5, mobilenet1.0, resnet18, resnet34 or resnet50"),
+    "--pretrained": ("model.pretrained", str, "ImageNet weights of the backbone, or a detector to go on from"),
+    "--epochs": ("schedule.epochs", int, "passes over the data"),
+    "--lr": ("optimiser.lr", float, "highest learning rate"),
+    "--precision": ("precision", str, "fp32, bf16, or auto: bf16 where the processor computes in it"),
+    "--seed": ("seed", int, "of weights, order and augmentation"),
+    "--output": ("run.output", str, "folder of checkpoints and logs"),
+    "--device": ("run.device", str, "cpu, cuda or auto"),
+    "--workers": ("run.workers", int, "processes that read images, for each training process"),
+    "--checkpoint-every": ("run.checkpoint_every", int, "steps between checkpoints"),
+    "--evaluate-every": ("run.evaluate_every", int, "epochs between evaluations; 0 evaluates the last alone"),
+}
+"""Options, the settings they stand for, their types, and what they say."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What a command line asks for.
+
+    Attributes:
+        settings: Those given by flags.
+        config: YAML file of more settings.
+        resume: "auto" for last.pth in the output folder if it is there, a checkpoint, or None for a new run.
+        check_data: Look at the data instead of training.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    config: Path | None = None
+    resume: str | None = None
+    check_data: bool = False
+
+
+def parse_arguments(argv: Sequence[str] | None) -> FitOptions:
+    """Return the options of a command line."""
+    parser = ArgumentParser(
+        prog="python -m trainer.fit",
+        description="Train a RetinaFace. Settings: defaults, then the recipe, then the YAML file, then the flags.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    for flag, (_, kind, text) in FLAGS.items():
+        parser.add_argument(flag, type=kind, help=text)
+    parser.add_argument("--compile", action="store_true", default=None, help="run the network through torch.compile")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting, such as loss.box_weight=1"
+    )
+    parser.add_argument(
+        "--resume", metavar="auto|FILE", help="go on from OUTPUT/last.pth if it is there, or a checkpoint"
+    )
+    parser.add_argument("--check-data", action="store_true", help="look at the data instead of training")
+    args = parser.parse_args(argv)
+    given = vars(args)
+    settings = {name: given[flag[2:].replace("-", "_")] for flag, (name, _, _) in FLAGS.items()}
+    settings["run.compile"] = args.compile
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for item in args.set:
+        name, equals, text = item.partition("=")
+        if not equals:
+            parser.error(f"--set {item}: expected NAME=VALUE")
+        settings[name] = require("yaml", "train", "--set").safe_load(text)
+    return FitOptions(settings, args.config, args.resume, args.check_data)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    options = parse_arguments(argv)
+    require("torch", "train", "training")
+    from trainer.checkpoint import read_training
+    from trainer.config import RunConfig, read_yaml, resolve
+    from trainer.training import LAST, fit
+
+    said = {**(read_yaml(options.config) if options.config else {}), **options.settings}
+    if options.check_data:
+        _check_data(resolve(said))
+        return 0
+    resume = Path(options.resume) if options.resume else None
+    if options.resume == AUTO:
+        said.setdefault("run.output", RunConfig().output)
+        resume = Path(said["run.output"]) / LAST
+        if not resume.exists():
+            print(f"nothing to resume in {said['run.output']}: a new run")
+            resume = None
+    base = read_training(resume)[1]["settings"] if resume else None
+    fit(resolve(said, base), resume=resume)
+    return 0
+
+
+def _check_data(config: TrainConfig) -> None:
+    from trainer.data import check_data, open_dataset
+
+    data, picture = config.data, Path(config.run.output) / "data.png"
+    dataset = open_dataset(data.source, "train", Path(data.root) if data.root else None)
+    report = check_data(dataset, picture, data.size, config.augment, config.seed, sys.stderr.isatty())
+    print(f"{dataset.name}: {report.summary()}")
+    print(f"some of it, as it is trained: {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

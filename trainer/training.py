@@ -1,0 +1,419 @@
+"""A whole run: data, steps, evaluation, checkpoints. `trainer.fit` is its command."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+from facespec.errors import NonFiniteError, OutputError
+from facespec.spec import ModelSpec
+from trainer.average_precision import LEVELS
+from trainer.backbones import BACKBONES
+from trainer.batches import AsTheyAre, Order, explain_dead_workers, read_batches
+from trainer.checkpoint import load_pretrained, read_training, save_checkpoint
+from trainer.config import ConfigError, TrainConfig, changed, from_settings, to_settings, write_yaml
+from trainer.data import Dataset, TrainingSet, open_dataset
+from trainer.distributed import World, has_bf16, join_world
+from trainer.engine import Ema, Learner, PixelTerm, lr_factor, make_optimiser, seed_step, train_step
+from trainer.losses import MultiBoxLoss
+from trainer.model import RetinaFace
+from trainer.records import STEP_COLUMNS, Records
+from trainer.targets import Targets
+from trainer.validation import SIMPLE_LEVEL, Scores, Validation, find_validation
+
+LAST, BEST = "last.pth", "best.pth"
+
+OVERFIT_STEPS = 100
+"""Steps of an epoch on a few images, which it sees many times over."""
+
+Row = dict[str, float]
+
+
+def fit(config: TrainConfig, *, pixel_term: PixelTerm | None = None, resume: Path | None = None) -> list[Row]:
+    """Train, and return what was noted of each epoch.
+
+    `config.run.output` gets config.yaml, steps.csv, epochs.csv, last.pth (to resume, evaluate or export) and best.pth
+    (to evaluate or export). Under torchrun every process calls this, and the first writes.
+
+    Args:
+        config: All settings.
+        pixel_term: A fourth term of the loss, for a `config.loss.pixel_weight` over 0.
+        resume: Checkpoint to go on from, with the same settings.
+
+    Raises:
+        RetinaFaceError: Settings, data, weights or the disk do not allow it, or the loss is not finite.
+        KeyboardInterrupt: It was asked to stop, and has saved where it was.
+    """
+    if (pixel_term is not None) != (config.loss.pixel_weight > 0):
+        raise ConfigError(
+            f"loss.pixel_weight is {config.loss.pixel_weight:g} and there is {'a' if pixel_term else 'no'} pixel-wise "
+            "term: it takes both, see docs/training.md"
+        )
+    with join_world(config.run.device) as world, _repeatable(world.device):
+        if config.precision == "auto":
+            config = dataclasses.replace(config, precision="bf16" if has_bf16(world.device) else "fp32")
+        data = _open_data(config, world)
+        state = TrainState.start(config, world, pixel_term, None if resume else config.model.pretrained)
+        if resume is not None:
+            state.load(resume, config)
+        elif (Path(config.run.output) / LAST).exists():
+            raise OutputError(
+                f"{config.run.output} holds a run already: --resume auto goes on with it, or choose another --output"
+            )
+        return _Run(config, world, data, state).train()
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is trained on, in what order, and what is measured on.
+
+    Attributes:
+        dataset: Images and faces.
+        samples: Gives them as they are trained, for epoch * count + index.
+        order: Of the images.
+        validation: None if there is none.
+    """
+
+    dataset: Dataset
+    samples: TrainingSet | AsTheyAre
+    order: Order
+    validation: Validation | None
+
+
+def _open_data(config: TrainConfig, world: World) -> _Data:
+    settings = config.data
+    dataset = open_dataset(settings.source, "train", Path(settings.root) if settings.root else None)
+    batch = settings.batch
+    if settings.overfit:
+        dataset = dataclasses.replace(dataset, samples=dataset.samples[: settings.overfit])
+        batch = min(batch, len(dataset) // world.size * world.size)
+    if batch == 0 or batch % world.size or batch > len(dataset):
+        raise ConfigError(
+            f"data.batch is {settings.batch}: it must be a multiple of {world.size}, the number of processes, and at "
+            f"most {len(dataset)}, the number of images"
+        )
+    samples: AsTheyAre | TrainingSet
+    if settings.overfit:
+        samples = AsTheyAre(dataset, settings.size, OVERFIT_STEPS * batch)
+    else:
+        samples = TrainingSet(dataset, settings.size, config.augment, config.seed)
+    return _Data(dataset, samples, Order(len(samples), batch, config.seed), find_validation(settings, dataset))
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes, and a checkpoint keeps.
+
+    The learning rate, the order of the images, their augmentation and the random generators are functions of the seed
+    and the step: `step` is all that is kept of them.
+
+    Attributes:
+        model: The detector as it is trained.
+        pixel_term: Fourth term of the loss.
+        optimiser: Of both.
+        ema: Average of the model.
+        step: Steps done.
+        sums: Sums over the steps of the epoch so far, by column.
+        history: A row for each epoch.
+    """
+
+    model: RetinaFace
+    pixel_term: PixelTerm | None
+    optimiser: SGD
+    ema: Ema | None
+    step: int = 0
+    sums: Row = field(default_factory=dict)
+    history: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def start(
+        cls, config: TrainConfig, world: World, pixel_term: PixelTerm | None, pretrained: str | None
+    ) -> TrainState:
+        """Return the state before the first step, from pretrained or random weights."""
+        torch.manual_seed(config.seed)
+        backbone = config.model.backbone
+        model = RetinaFace(ModelSpec(backbone, config.model.fpn_channels or BACKBONES[backbone][1]))
+        if pretrained:
+            load_pretrained(model, pretrained)
+        model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if pixel_term is not None:
+            pixel_term.to(world.device)
+        trained = nn.ModuleList([model] if pixel_term is None else [model, pixel_term])
+        optimiser = make_optimiser(trained, config.optimiser)
+        return cls(model, pixel_term, optimiser, Ema(model, config.ema.decay) if config.ema.decay else None)
+
+    def averaged(self) -> RetinaFace:
+        """Return a copy of what is evaluated and exported, in eval mode."""
+        model = copy.deepcopy(self.ema.model if self.ema else self.model)
+        for module in model.modules():
+            module._forward_hooks.clear()  # a pixel-wise term may look on
+        return model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+    def save(self, path: Path, config: TrainConfig) -> None:
+        """Write a checkpoint to resume, evaluate or export."""
+        training = {
+            "settings": to_settings(config),
+            "weights": self.model.state_dict(),
+            "pixel_term": self.pixel_term.state_dict() if self.pixel_term else {},
+            "optimiser": self.optimiser.state_dict(),
+            "ema_updates": self.ema.updates if self.ema else 0,
+            **{name: getattr(self, name) for name in ("step", "sums", "history")},
+        }
+        save_checkpoint(path, self.averaged(), training=training)
+
+    def load(self, path: Path, config: TrainConfig) -> None:
+        """Take over what `save` wrote.
+
+        Raises:
+            ConfigError: The settings are others than those of the run.
+            WeightsError: The file holds no run.
+        """
+        average, training = read_training(path)
+        if names := changed(from_settings(training["settings"]), config):
+            old = training["settings"]
+            new = to_settings(config)
+            raise ConfigError(
+                f"{path} cannot be resumed with another {', '.join(f'{n} ({old.get(n)} -> {new[n]})' for n in names)}: "
+                "leave them as they are, or start a new run with --pretrained"
+            )
+        self.model.load_state_dict(training["weights"])
+        if self.pixel_term is not None:
+            self.pixel_term.load_state_dict(training["pixel_term"])
+        self.optimiser.load_state_dict(training["optimiser"])
+        if self.ema is not None:
+            self.ema.model.load_state_dict(average)
+            self.ema.updates = training["ema_updates"]
+        self.step, self.sums, self.history = training["step"], training["sums"], training["history"]
+
+
+class _Run:
+    """The loop over the steps of one process."""
+
+    def __init__(self, config: TrainConfig, world: World, data: _Data, state: TrainState) -> None:
+        self.config, self.world, self.data, self.state = config, world, data, state
+        self.folder = Path(config.run.output)
+        self.per_epoch = data.order.steps_per_epoch
+        self.steps = config.schedule.epochs * self.per_epoch
+        self.saved_step, self.first_step = state.step, state.step
+        self.started = self.epoch_started = time.monotonic()
+        if config.model.sync_batch_norm and world.size > 1:
+            state.model = nn.SyncBatchNorm.convert_sync_batchnorm(state.model)
+        if config.run.compile:
+            state.model.compile()
+        loss = MultiBoxLoss(state.model.spec, config.loss)
+        learner = Learner(state.model, loss, state.pixel_term, config.precision == "bf16").to(world.device)
+        self.learner = DistributedDataParallel(learner) if world.size > 1 else learner
+        self.records: Records | None = None
+
+    def train(self) -> list[Row]:
+        """Take all steps that are left; return a row for each epoch."""
+        state, checkpoint_every = self.state, self.config.run.checkpoint_every
+        if self.world.leads:
+            write_yaml(self.folder / "config.yaml", self.config)
+            self.records = Records(self.folder, self._epoch_columns(), state.step, len(state.history), self.steps)
+            self._announce()
+        try:
+            with _StopSignals() as signals, explain_dead_workers():
+                if state.step == (len(state.history) + 1) * self.per_epoch:
+                    self._end_epoch()  # it was stopped while it evaluated
+                for images, targets in self._batches():
+                    stop = self._step(images, targets, signals.seen)
+                    if stop or state.step % checkpoint_every == 0:
+                        self._save()
+                    if stop:
+                        self._say(f"stopped after step {state.step}: --resume auto goes on from there")
+                        raise KeyboardInterrupt
+                    if state.step % self.per_epoch == 0:
+                        self._end_epoch()
+        finally:
+            if self.records is not None:
+                self.records.close()
+        return state.history
+
+    def _batches(self) -> Iterator[tuple[Tensor, Targets]]:
+        data, workers = self.data, self.config.run.workers
+        return read_batches(data.samples, data.order, self.world, workers, self.state.step, self.steps)
+
+    def _step(self, images: Tensor, targets: Targets, stop: bool) -> bool:
+        """Take a step and note it; return whether any process was asked to stop."""
+        config, state, world = self.config, self.state, self.world
+        seed_step(config.seed, state.step, world.rank)
+        lr = config.optimiser.lr * lr_factor(state.step, self.per_epoch, config.schedule)
+        for group in state.optimiser.param_groups:
+            group["lr"] = lr
+        images = images.to(world.device, non_blocking=True)
+        losses, norm = train_step(self.learner, state.optimiser, images, targets, config.optimiser.clip_norm)
+        if state.ema is not None:
+            state.ema.update(state.model)
+        # one small tensor tells the host, and the other processes, all there is to tell
+        report = torch.stack([value.detach().to(world.device, torch.float64) for value in (*losses, norm)])
+        reports = world.gather_rows(torch.cat([report, report.new_tensor([stop])]))
+        if not all(math.isfinite(value) for row in reports for value in row):
+            self._refuse_non_finite(reports)
+        state.step += 1
+        row = _step_row(reports)
+        for name, value in row.items():
+            state.sums[name] = state.sums.get(name, 0.0) + value
+        if self.records is not None:
+            self.records.add_step({"step": state.step, "epoch": len(state.history) + 1, "lr": lr, **row})
+        return any(values[-1] for values in reports)
+
+    def _refuse_non_finite(self, reports: list[list[float]]) -> NoReturn:
+        """Name the step and its images; weights that are on disk were good."""
+        step, dataset = self.state.step, self.data.dataset
+        # where only the gradient overflowed, it may have been any process's
+        guilty = [rank for rank, row in enumerate(reports) if not all(map(math.isfinite, row[:-2]))]
+        ranks = guilty or range(len(reports))
+        images = [
+            dataset.samples[index % len(dataset)].name
+            for rank in ranks
+            for index in self.data.order.images(step, dataclasses.replace(self.world, rank=rank))
+        ]
+        kept = (
+            f"{self.folder / LAST} is from step {self.saved_step}" if self.saved_step else "no checkpoint was written"
+        )
+        raise NonFiniteError(
+            f"step {step + 1}: the {'loss' if guilty else 'gradient'} is not finite: try a lower --lr, more warm-up "
+            f"or --precision fp32; {kept}. Images of the step: {', '.join(images)}"
+        )
+
+    def _end_epoch(self) -> None:
+        """Evaluate if it is time, and note the epoch."""
+        config, state, validation = self.config, self.state, self.data.validation
+        epoch, seconds = len(state.history) + 1, time.monotonic() - self.epoch_started
+        row = {"epoch": epoch, **{name: value / self.per_epoch for name, value in state.sums.items()}}
+        scores: Scores = {}
+        every = config.run.evaluate_every
+        if validation is not None and (epoch == config.schedule.epochs or (every and epoch % every == 0)):
+            self._save()  # it may take long
+            model = state.averaged()
+            self.world.agree(model)  # the running statistics of batch normalisation are each process's own
+            scores = validation.measure(model, self.world, self.world.leads)
+            if not scores:
+                self._say("nothing was measured: no face of the validation counts, they are all too small")
+        best = max((_score(past) for past in state.history), default=-math.inf)
+        state.history.append({**row, **scores})
+        state.sums = {}
+        if self.world.leads and scores and _score(scores) > best:
+            figures = {"settings": to_settings(config), "scores": scores, "epoch": epoch}
+            save_checkpoint(self.folder / BEST, state.averaged(), **figures)
+        self._save()
+        if self.records is not None:
+            line = _epoch_line(row, scores, config.schedule.epochs, _score(scores) > best)
+            done = (state.step - self.first_step) or 1
+            left = (time.monotonic() - self.started) / done * (self.steps - state.step)
+            line += f"  {_clock(seconds)}, {_clock(left)} left"
+            self.records.add_epoch({**row, **scores, "seconds": seconds}, line)
+        self.epoch_started = time.monotonic()
+
+    def _save(self) -> None:
+        if self.world.leads:
+            self.state.save(self.folder / LAST, self.config)
+            self.saved_step = self.state.step
+
+    def _epoch_columns(self) -> list[str]:
+        levels = self.data.validation.levels if self.data.validation else ()
+        return ["epoch", *REPORTED, *levels, "seconds"]
+
+    def _announce(self) -> None:
+        data, config = self.data, self.config
+        print(f"{data.dataset.name}: {data.dataset.report.summary()}")
+        print(
+            f"{config.model.backbone} on {self.world.device.type} in {config.precision}, processes: {self.world.size}; "
+            f"{config.schedule.epochs} epochs of {self.per_epoch} steps of {data.order.batch} images of "
+            f"{config.data.size}x{config.data.size}"
+        )
+        print(f"measured: {data.validation.what if data.validation else 'nothing, there are no other labelled images'}")
+        if self.state.step:
+            print(f"resumed after step {self.state.step} of {self.steps}")
+
+    def _say(self, text: str) -> None:
+        if self.world.leads:
+            print(text)
+
+
+REPORTED = STEP_COLUMNS[3:]
+"""What a step reports: the fields of `Losses`, and the norm of the gradient."""
+
+_COUNTS = ("positives", "landmark_positives", "dropped")
+
+
+def _step_row(reports: list[list[float]]) -> Row:
+    """Return what a step reports over all processes: sums of counts, means of everything else."""
+    return {
+        name: math.fsum(values) / (1 if name in _COUNTS else len(reports))
+        for name, values in zip(REPORTED, zip(*reports, strict=True), strict=False)
+    }
+
+
+def _score(scores: Row) -> float:
+    """Return what the best checkpoint is chosen by: the mean of the levels; -inf where nothing was measured."""
+    values = [scores[level] for level in (*LEVELS, SIMPLE_LEVEL) if level in scores]
+    return sum(values) / len(values) if values else -math.inf
+
+
+def _epoch_line(row: Row, scores: Row, epochs: int, best: bool) -> str:
+    terms = ", ".join(f"{name} {row[name]:.3f}" for name in REPORTED[1:5] if row[name])
+    measured = "  AP " + "/".join(f"{value:.2f}" for value in scores.values()) if scores else ""
+    return f"epoch {row['epoch']:.0f}/{epochs}  loss {row['total']:.3f} ({terms}){measured}{' (best)' * best}"
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+class _StopSignals:
+    """While it is open, SIGINT, SIGTERM and SIGHUP are noted in `seen`; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                if number := getattr(signal, name, None):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """On a CPU the same steps give the same bits, which costs nothing measurable; on CUDA speed comes first."""
+    memory: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.set_deterministic_debug_mode("error")
+        memory.fill_uninitialized_memory = False  # this does cost, and we read no such memory
+    else:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        memory.fill_uninitialized_memory = before[1]

@@ -1,0 +1,178 @@
+"""Average precision while training: the official one where WIDER FACE's ground truth is, a simple one elsewhere."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from facespec.errors import DataError
+from facespec.letterbox import Letterbox
+from trainer.average_precision import LEVELS, Array, ImageKey, ImageTruth, average_precision, load_ground_truth
+from trainer.config import DataConfig
+from trainer.data import Dataset, open_dataset
+from trainer.data.sources import WIDERFACE
+from trainer.detector import TorchRetinaFace
+from trainer.distributed import World
+from trainer.evaluate import predict
+from trainer.model import RetinaFace
+
+MIN_FACE_PX = 16
+"""Smallest side, in the network input, of a face that the simple average precision counts: that of the least prior."""
+
+SIMPLE_LEVEL = "ap"
+"""Name of the only level of the simple average precision."""
+
+Scores = dict[str, float]
+"""Average precision in percent by level."""
+
+
+class Validation(Protocol):
+    """What a model is measured on."""
+
+    @property
+    def what(self) -> str:
+        """What is measured, in a few words."""
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The keys of the scores."""
+
+    def measure(self, model: RetinaFace, world: World, progress: bool) -> Scores:
+        """Return the scores of a model in eval mode; levels of which no face counts are left out.
+
+        Args:
+            model: On any device.
+            world: Every process takes its share of the images, and gets the scores of all.
+            progress: Show a bar.
+        """
+
+
+@dataclass(frozen=True)
+class WiderValidation:
+    """Images of WIDER FACE at their own size, by the official protocol.
+
+    Attributes:
+        images: Folder of event folders.
+        truth: Of the images that are there.
+    """
+
+    images: Path
+    truth: dict[ImageKey, ImageTruth]
+
+    @property
+    def what(self) -> str:
+        """What is measured."""
+        return f"AP easy/medium/hard of WIDER FACE on {len(self.truth)} images of its val split at their own size"
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The keys of the scores."""
+        return LEVELS
+
+    def measure(self, model: RetinaFace, world: World, progress: bool) -> Scores:
+        """Return easy, medium and hard; see `Validation`."""
+        share = dict(list(self.truth.items())[world.rank :: world.size])
+        found = predict(_detector(model), self.images, share, progress)[0].by_image if share else {}
+        curves = average_precision(world.gather(found), self.truth)
+        return {level: 100 * curves[level].ap for level in LEVELS if curves[level].faces}
+
+
+@dataclass(frozen=True)
+class LabelledValidation:
+    """Any labelled images, letterboxed to the size that is trained: AP at an IoU of 0.5 over one level.
+
+    Attributes:
+        dataset: Images and faces.
+        size: Side of the network input. Faces with a side under `MIN_FACE_PX` in it count neither way.
+    """
+
+    dataset: Dataset
+    size: int
+
+    @property
+    def what(self) -> str:
+        """What is measured."""
+        return (
+            f"AP at IoU 0.5 over the labels of {len(self.dataset)} images of {self.dataset.name}, letterboxed to "
+            f"{self.size}, faces from {MIN_FACE_PX} pixels"
+        )
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The keys of the scores."""
+        return (SIMPLE_LEVEL,)
+
+    def measure(self, model: RetinaFace, world: World, progress: bool) -> Scores:
+        """Return `SIMPLE_LEVEL` alone; see `Validation`."""
+        detector = _detector(model, self.size)
+        found: dict[ImageKey, tuple[Array, ImageTruth]] = {}
+        indices = range(world.rank, len(self.dataset), world.size)
+        for index in tqdm(indices, unit="image", leave=False, disable=None if progress else True):
+            frame, faces = self.dataset.samples[index].load()
+            box = Letterbox.fit((frame.shape[0], frame.shape[1]), (self.size, self.size))
+            in_network = box.to_network(faces.boxes)
+            counts = (in_network[:, 2:] - in_network[:, :2]).min(axis=1, initial=np.inf) >= MIN_FACE_PX
+            detections = detector.detect(frame)
+            rows = np.column_stack([_xywh(detections.boxes), detections.scores]).astype(np.float64)
+            found["", str(index)] = rows, ImageTruth(_xywh(faces.boxes), dict.fromkeys(LEVELS, counts))
+        found = world.gather(found)
+        rows_by_image = {key: rows for key, (rows, _) in found.items()}
+        truth = {key: image for key, (_, image) in found.items()}
+        curve = average_precision(rows_by_image, truth)[LEVELS[0]]
+        return {SIMPLE_LEVEL: 100 * curve.ap} if curve.faces else {}
+
+
+def find_validation(config: DataConfig, trained: Dataset) -> Validation | None:
+    """Return what a run is measured on; None if there is nothing but the images it is trained on.
+
+    Args:
+        config: `val` names a set; otherwise it is the val split of `source`, or with `overfit` the trained images.
+        trained: What it is trained on.
+
+    Raises:
+        DataError: The set that `val` names cannot be used.
+    """
+    if config.overfit:
+        return LabelledValidation(trained, config.size)
+    folder = Path(config.val or (config.root if config.source == WIDERFACE else None) or config.source)
+    if folder == Path(WIDERFACE):
+        folder = Path(os.environ.get("WIDERFACE_ROOT") or "data/widerface")
+    if found := _find_wider(folder):
+        return found
+    try:
+        dataset = open_dataset(config.val or config.source, "val", Path(config.root) if config.root else None)
+    except DataError:
+        if config.val:
+            raise
+        return None
+    if not config.val and {sample.name for sample in dataset.samples} & {sample.name for sample in trained.samples}:
+        return None  # a label file has no splits
+    return LabelledValidation(dataset, config.size)
+
+
+def _find_wider(root: Path) -> WiderValidation | None:
+    """Return the official validation if its images and its ground truth are in a folder, in one of two layouts."""
+    images = next((path for name in ("val", "WIDER_val") if (path := root / name / "images").is_dir()), None)
+    files = (root / name / "wider_face_val.mat" for name in ("gt", "eval_tools/ground_truth"))
+    file = next((file for file in files if file.is_file()), None)
+    if images is None or file is None:
+        return None
+    truth = load_ground_truth(file.parent)
+    there = {key: value for key, value in truth.items() if (images / key[0] / f"{key[1]}.jpg").is_file()}
+    return WiderValidation(images, there) if there else None
+
+
+def _detector(model: RetinaFace, size: int | None = None) -> TorchRetinaFace:
+    size_hw = (size, size) if size else None
+    return TorchRetinaFace(model, score_threshold=model.spec.decode.score_threshold, size_hw=size_hw)
+
+
+def _xywh(boxes_xyxy: NDArray[np.float32]) -> Array:
+    boxes = boxes_xyxy.astype(np.float64)
+    return np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])

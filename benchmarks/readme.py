@@ -67,6 +67,25 @@ def _precisions(rows: list[dict]) -> str:
     )
 
 
+def _training(record: dict) -> str:
+    """Return a row for each run, and one for what each is to be compared with."""
+
+    def line(name: str, ap: dict) -> str:
+        return f"| {name} | {ap['easy']:.2f} | {ap['medium']:.2f} | {ap['hard']:.2f} |"
+
+    by_name = {row["run"]: row["ap"] for row in record["results"]}
+    return _table(
+        "| run | easy | medium | hard |",
+        [
+            line("the original implementation, its schedule", record["original_implementation"]),
+            line("`--recipe original`, the same schedule", by_name["original"]),
+            line("the default recipe", by_name["default"]),
+            line("published weights, before", record["start_of_finetune"]),
+            line("`--recipe finetune`, 3 epochs on the 645 images", by_name["finetune"]),
+        ],
+    )
+
+
 def tables() -> dict[str, str]:
     """Return each table by the name of its marker."""
     return {
@@ -86,6 +105,20 @@ def tables() -> dict[str, str]:
                 f"| {100 - row['agreement']['recall']:.2f} % | {row['agreement']['landmark_error']:.2f} % |"
                 for row in _document("int8_sensitivity")["steps"]
                 if len(row["float_layers"]) in SHOWN_STEPS
+            ],
+        ),
+        "training": _training(_document("training")),
+        "loss": _table(
+            "| faces an image | ours, ms | original, ms | ratio | with backward: ours, ms | original, ms | ratio |",
+            [
+                f"| {row['faces_per_image']} | "
+                + " | ".join(
+                    f"{row['ms'][f'ours_{part}']['p50']:.1f} | {row['ms'][f'original_{part}']['p50']:.1f} "
+                    f"| {row[f'speedup_{part}']:.1f}"
+                    for part in ("forward", "backward")
+                )
+                + " |"
+                for row in _load("loss")
             ],
         ),
         "precision": _precisions(_load("precision")),
@@ -115,8 +148,11 @@ def render(text: str) -> str:
         opening, closing = f"<!-- {name} -->\n", "<!-- end -->"
         before, rest = text.split(opening)
         text = before + opening + table + rest[rest.index(closing) :]
-    seconds = _load("ap_scoring")[0]["seconds_scoring"]
-    return re.sub(r"(<!-- ap_scoring -->).*?(<!-- end -->)", rf"\g<1>{seconds:.1f}\g<2>", text)
+    augment = next(row["ms"]["mean"] for row in _load("augment") if row["run"] == "ours, file")
+    inline = {"ap_scoring": f"{_load('ap_scoring')[0]['seconds_scoring']:.1f}", "augment": f"{augment:.1f}"}
+    for name, figure in inline.items():
+        text = re.sub(rf"(<!-- {name} -->).*?(<!-- end -->)", rf"\g<1>{figure}\g<2>", text)
+    return text
 
 
 def main() -> int:

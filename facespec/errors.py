@@ -49,6 +49,10 @@ class MissingPackageError(RetinaFaceError, ImportError):
     """An optional package is not installed; the message names the command that installs it."""
 
 
+class ConfigError(RetinaFaceError, ValueError):
+    """A setting of a training run is unknown or impossible."""
+
+
 class BuildError(RetinaFaceError):
     """A plugin library or an engine cannot be built."""
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
     *("export.demo", "export.inspect", "export.sensitivity", "export.to_onnx", "export.to_trt", "export.verify"),
-    *("plugins.build", "trainer.evaluate", "trt_runtime.detect"),
+    *("plugins.build", "trainer.evaluate", "trainer.fit", "trt_runtime.detect"),
 ]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 

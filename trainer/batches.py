@@ -116,8 +116,10 @@ def _collate(samples: list[tuple[Frame, Faces] | RetinaFaceError]) -> tuple[torc
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the training one finishes its step
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # a terminal, or a scheduler, stops every process at once: the training one finishes its step and ends the others
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)  # any other number would wait for threads that the fork has not brought along
 
 

@@ -16,19 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from facespec.cli import require
-from facespec.errors import RetinaFaceError
+from facespec.errors import ConfigError
 from facespec.files import write_text
-from facespec.spec import check_size
+from facespec.spec import DEFAULT_WEIGHTS, check_size
 from trainer.backbones import BACKBONES
 from trainer.data import AugmentSettings
 from trainer.losses import LossSettings
 
 Settings = dict[str, Any]
 """Dotted name -> plain value."""
-
-
-class ConfigError(RetinaFaceError, ValueError):
-    """A setting is unknown or impossible."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -75,12 +71,15 @@ class ModelConfig:
         fpn_channels: Channels of the pyramid; 0 takes those of the published models.
         pretrained: ImageNet weights of the backbone, or a whole detector; None starts from random weights.
         sync_batch_norm: Batch statistics over all processes; needs CUDA.
+        freeze_batch_norm: Keep the running statistics of the pretrained weights, and normalise by them. It is what
+            weights need that were folded for deployment and unfolded again, as the published ones.
     """
 
     backbone: str = "mobilenet0.25"
     fpn_channels: int = 0
     pretrained: str | None = None
     sync_batch_norm: bool = False
+    freeze_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         _one_of("model.backbone", self.backbone, tuple(BACKBONES))
@@ -247,6 +246,13 @@ RECIPES: dict[str, Settings] = {
         "schedule.warmup_epochs": 0.0,
         "ema.decay": 0.0,
         **{f"augment.{name}": value for name, value in to_settings(AugmentSettings.original()).items()},
+    },
+    # a trained detector goes on with other faces
+    "finetune": {
+        "model.pretrained": DEFAULT_WEIGHTS,
+        "model.freeze_batch_norm": True,
+        "optimiser.lr": 1e-3,
+        "schedule.epochs": 10,
     },
 }
 

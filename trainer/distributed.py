@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.config import ConfigError
+from facespec.errors import ConfigError
 
 K = TypeVar("K")
 V = TypeVar("V")

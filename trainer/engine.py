@@ -14,10 +14,8 @@ from torch.optim import SGD
 from trainer.backbones import Features
 from trainer.config import OptimiserConfig, ScheduleConfig
 from trainer.losses import Losses, MultiBoxLoss
-from trainer.model import RetinaFace
+from trainer.model import Heads, RetinaFace
 from trainer.targets import Targets
-
-Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class PixelTerm(nn.Module):
@@ -46,22 +44,45 @@ class Learner(nn.Module):
         loss: Of its heads.
         pixel_term: Fourth term.
         bf16: Let the network compute in bfloat16; the loss is always float32.
+        freeze_batch_norm: Let batch normalisation use its running statistics instead of the batch's, and keep them.
+        compile: Run the network through torch.compile.
     """
 
     _mean: Tensor
 
-    def __init__(self, model: RetinaFace, loss: MultiBoxLoss, pixel_term: PixelTerm | None, bf16: bool) -> None:
+    def __init__(
+        self,
+        model: RetinaFace,
+        loss: MultiBoxLoss,
+        pixel_term: PixelTerm | None = None,
+        *,
+        bf16: bool = False,
+        freeze_batch_norm: bool = False,
+        compile: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.pixel_term = pixel_term
         self.bf16 = bf16
+        self.freeze_batch_norm = freeze_batch_norm
+        self._run_network = torch.compile(self._network) if compile else self._network
         mean = torch.tensor(model.spec.preprocess.mean_bgr, dtype=torch.float32)
         self.register_buffer("_mean", mean[:, None, None], persistent=False)
-        self._features: dict[int, Tensor] = {}
-        if pixel_term is not None:
-            for level, module in enumerate((model.ssh1, model.ssh2, model.ssh3)):
-                module.register_forward_hook(lambda _, inputs, out, level=level: self._features.update({level: out}))
+        self.train()
+
+    def train(self, mode: bool = True) -> Learner:
+        """Set the mode of training, but for batch normalisation that is frozen."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def _network(self, pixels: Tensor) -> tuple[Features, Heads]:
+        features = self.model.features(pixels)
+        return features, self.model.heads(features)
 
     def forward(self, images: Tensor, targets: Targets) -> Losses:
         """Return the loss of a batch.
@@ -72,12 +93,8 @@ class Learner(nn.Module):
         """
         pixels = images.permute(0, 3, 1, 2).float() - self._mean  # seen as (B, 3, H, W), this is channels_last already
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            heads = self.model(pixels)
-            pixel = None
-            if self.pixel_term is not None:
-                features = self._features[0], self._features[1], self._features[2]
-                pixel = self.pixel_term(features, heads, pixels, targets)
-                self._features.clear()
+            features, heads = self._run_network(pixels)
+            pixel = self.pixel_term(features, heads, pixels, targets) if self.pixel_term is not None else None
         return self.loss(heads, targets, (images.shape[1], images.shape[2]), pixel)
 
 

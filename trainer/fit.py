@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 FLAGS: dict[str, tuple[str, type, str]] = {
-    "--recipe": ("recipe", str, "default, or original: as the published weights were trained"),
+    "--recipe": ("recipe", str, "default, original (as the published weights were trained), or finetune"),
     "--data": ("data.source", str, "widerface, synthetic, a folder, or a label file"),
     "--data-root": ("data.root", str, "folder of WIDER FACE (default: $WIDERFACE_ROOT, or data/widerface)"),
     "--val": ("data.val", str, "what is evaluated on (default: the val split of --data)"),
@@ -121,6 +121,8 @@ def _check_data(config: TrainConfig) -> None:
     data, picture = config.data, Path(config.run.output) / "data.png"
     dataset = open_dataset(data.source, "train", Path(data.root) if data.root else None)
     report = check_data(dataset, picture, data.size, config.augment, config.seed, sys.stderr.isatty())
+    for line in report.lines():
+        print(line)
     print(f"{dataset.name}: {report.summary()}")
     print(f"some of it, as it is trained: {picture}")
 

@@ -10,6 +10,9 @@ from facespec.errors import SpecError
 from facespec.spec import ModelSpec
 from trainer.backbones import BACKBONES, Features, activation, conv_bn
 
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Box deltas (B, N, 4), class logits (B, N, 2) and landmark deltas (B, N, 10)."""
+
 
 def _leaky_slope(channels: int) -> float:
     """The published models use LeakyReLU 0.1 in narrow pyramids and ReLU in wide ones."""
@@ -109,7 +112,7 @@ class RetinaFace(nn.Module):
         level8, level16, level32 = self.fpn(self.body(images))
         return self.ssh1(level8), self.ssh2(level16), self.ssh3(level32)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Heads:
         """Return box deltas (B, N, 4), class logits (B, N, 2: background, face) and landmark deltas (B, N, 10).
 
         Rows are in the order of `facespec.make_priors`.
@@ -117,7 +120,10 @@ class RetinaFace(nn.Module):
         Args:
             images: float32 (B, 3, H, W), BGR minus the mean; any H and W.
         """
-        features = self.features(images)
+        return self.heads(self.features(images))
+
+    def heads(self, features: Features) -> Heads:
+        """Return box deltas, class logits and landmark deltas, as `forward` does, from what `features` returned."""
         boxes, logits, landmarks = (
             torch.cat([self._rows(head(x), width) for head, x in zip(heads, features, strict=True)], dim=1)
             for heads, width in ((self.BboxHead, 4), (self.ClassHead, 2), (self.LandmarkHead, 10))

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from facespec.errors import NonFiniteError, OutputError
+from facespec.errors import ConfigError, NonFiniteError, OutputError
 from facespec.spec import ModelSpec
 from trainer.average_precision import LEVELS
 from trainer.backbones import BACKBONES
 from trainer.batches import AsTheyAre, Order, explain_dead_workers, read_batches
-from trainer.checkpoint import load_pretrained, read_training, save_checkpoint
-from trainer.config import ConfigError, TrainConfig, changed, from_settings, to_settings, write_yaml
+from trainer.checkpoint import is_folded, load_pretrained, read_training, save_checkpoint
+from trainer.config import TrainConfig, changed, from_settings, to_settings, write_yaml
 from trainer.data import Dataset, TrainingSet, open_dataset
 from trainer.distributed import World, has_bf16, join_world
 from trainer.engine import Ema, Learner, PixelTerm, lr_factor, make_optimiser, seed_step, train_step
@@ -150,6 +150,11 @@ class TrainState:
         model = RetinaFace(ModelSpec(backbone, config.model.fpn_channels or BACKBONES[backbone][1]))
         if pretrained:
             load_pretrained(model, pretrained)
+            if is_folded(model) and not config.model.freeze_batch_norm:
+                raise ConfigError(
+                    f"{pretrained}: batch normalisation is folded into these weights, training would undo them: "
+                    "--recipe finetune, or --set model.freeze_batch_norm=true"
+                )
         model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if pixel_term is not None:
             pixel_term.to(world.device)
@@ -160,8 +165,6 @@ class TrainState:
     def averaged(self) -> RetinaFace:
         """Return a copy of what is evaluated and exported, in eval mode."""
         model = copy.deepcopy(self.ema.model if self.ema else self.model)
-        for module in model.modules():
-            module._forward_hooks.clear()  # a pixel-wise term may look on
         return model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
     def save(self, path: Path, config: TrainConfig) -> None:
@@ -213,10 +216,15 @@ class _Run:
         self.started = self.epoch_started = time.monotonic()
         if config.model.sync_batch_norm and world.size > 1:
             state.model = nn.SyncBatchNorm.convert_sync_batchnorm(state.model)
-        if config.run.compile:
-            state.model.compile()
         loss = MultiBoxLoss(state.model.spec, config.loss)
-        learner = Learner(state.model, loss, state.pixel_term, config.precision == "bf16").to(world.device)
+        learner = Learner(
+            state.model,
+            loss,
+            state.pixel_term,
+            bf16=config.precision == "bf16",
+            freeze_batch_norm=config.model.freeze_batch_norm,
+            compile=config.run.compile,
+        ).to(world.device)
         self.learner = DistributedDataParallel(learner) if world.size > 1 else learner
         self.records: Records | None = None
 

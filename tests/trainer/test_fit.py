@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from export.to_onnx import ExportOptions, export_onnx
-from facespec.errors import DataError, NonFiniteError, OutputError, RetinaFaceError, WeightsError
+from facespec.errors import ConfigError, DataError, NonFiniteError, OutputError, RetinaFaceError, WeightsError
 from facespec.images import write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import DecodeSpec, ModelSpec
@@ -347,6 +347,21 @@ def test_a_detector_fills_everything(tmp_path: Path) -> None:
     assert weights_sha256(model.state_dict()) == load_model().spec.weights_sha256
 
 
+def test_frozen_batch_normalisation_keeps_a_detector_and_its_statistics(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """The published weights come folded: by a batch's statistics they would be another network from the first step."""
+    before = load_model().state_dict()
+    with pytest.raises(ConfigError, match="--recipe finetune"):
+        fit(config(model__pretrained="mobilenet0.25", run__output=str(tmp_path / "refused")))
+    history = fit(config(recipe="finetune", schedule__epochs=1))
+    after = load_model(tmp_path / "run" / "last.pth").state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert not [name for name in moved if "running_" in name]
+    assert "body.stage1.0.0.weight" in moved
+    assert history[0]["classification"] < 3  # it starts with a loss of about 2; from the batch's statistics, over 10
+
+
 def test_a_few_images_are_learned_by_heart(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     history = fit(config(data__overfit=2, schedule__epochs=1))
     assert history[-1]["ap"] > 95
@@ -402,4 +417,5 @@ def test_check_data_draws_a_picture(
     result = command("trainer.fit", "--data", images, "--check-data", "--size", "64", "--output", "seen")
     assert result.returncode == 0, result.stderr
     assert "12 images" in result.stdout
+    assert not result.stderr
     assert cv2.imread(str(tmp_path / "seen" / "data.png")) is not None

@@ -99,7 +99,7 @@ def main() -> int:
     what = (
         "WIDER FACE AP in percent at original size on 323 images, after training mobilenet0.25 on 645 others at 640 px "
         "with batch 8: 12 epochs from an ImageNet backbone by the original's schedule and by the default recipe, and "
-        "3 epochs of fine-tuning from the published weights; overfit: on 8 images as they are, AP on these at 640, faces "
+        "3 epochs of fine-tuning from the published weights; overfit: on 8 images as they are, AP on these, faces "
         "from 16 pixels; original_implementation: what its own code reaches by its schedule, measured elsewhere; "
         "IMAGENET: the weights of the backbone"
     )

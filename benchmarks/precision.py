@@ -39,12 +39,16 @@ def summary(found: Verification) -> list[dict[str, Any]]:
                 "protocol": protocol,
                 "mac_shares": {kind: round(share, 4) for kind, share in found.candidate.mac_shares.items()},
                 "budget_held": found.passed,
-                **{name: {level: round(ap[side] or 0, 3) for level, ap in levels.items()} for name, side in SIDES},
-                **{name: round(values[key] or 0, 4) for name, key in SHOWN.items()},
+                **{name: {level: _rounded(ap[side], 3) for level, ap in levels.items()} for name, side in SIDES},
+                **{name: _rounded(values[key], 4) for name, key in SHOWN.items()},
                 "images": found.images,
             }
         )
     return results
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def main() -> int:

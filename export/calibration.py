@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from onnx import TensorProto, helper
 from tqdm import tqdm
 
 from export.calibration_options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions
+from export.graph import HEAD_NAMES
 from export.quantize import Ranges, conv_inputs
 from facespec.cli import require
 from facespec.errors import DataError, ImageError, OutputError
@@ -37,12 +41,14 @@ class Calibration:
         ranges: Largest magnitude of each channel.
         images: Names of the images used, in order.
         skipped: Names of files that could not be read.
+        with_faces: Number of images on which the model finds a face.
         cached: Nothing was run: the result was found in the user's cache folder.
     """
 
     ranges: Ranges
     images: tuple[str, ...]
     skipped: tuple[str, ...]
+    with_faces: int
     cached: bool
 
 
@@ -156,27 +162,36 @@ def calibrate(
         digest.update(image.tobytes())
     place = cache_folder() / "calibration" / f"{digest.hexdigest()}.npz"
     wanted = conv_inputs(heads_graph)
-    ranges = _cached(place, wanted)
-    cached = ranges is not None
-    if ranges is None:
-        ranges = _measure(heads_graph, wanted, pixels, progress)
-        try:
-            with atomic_path(place) as temporary, open(temporary, "wb") as file:
-                np.savez(file, *(ranges[name] for name in wanted))
-        except OutputError:
-            pass  # it saves time, no more
-    return Calibration(ranges, tuple(names), tuple(skipped), cached)
+    known = _cached(place, wanted)
+    ranges, with_faces = known or _measure(heads_graph, wanted, pixels, spec, progress)
+    if not with_faces:
+        raise DataError(
+            f"--calib {options.source}: the model finds no face on any of the {len(names)} images: give images like "
+            "those to come"
+        )
+    if known is None:
+        with suppress(OutputError), atomic_path(place) as temporary, open(temporary, "wb") as file:
+            np.savez(
+                file, *(ranges[name] for name in wanted), np.array([with_faces], np.float32)
+            )  # it saves time, no more
+    return Calibration(ranges, tuple(names), tuple(skipped), with_faces, known is not None)
 
 
-def _cached(place: Path, wanted: Sequence[str]) -> Ranges | None:
+def _cached(place: Path, wanted: Sequence[str]) -> tuple[Ranges, int] | None:
     try:
         with np.load(place, allow_pickle=False) as file:
-            return {name: np.asarray(file[f"arr_{index}"], np.float32) for index, name in enumerate(wanted)}
-    except (OSError, ValueError, KeyError):
+            arrays = [np.asarray(file[f"arr_{index}"], np.float32) for index in range(len(wanted) + 1)]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # damaged
         return None
+    if not all(values.ndim == 1 and np.isfinite(values).all() for values in arrays) or arrays[-1].shape != (1,):
+        return None
+    return dict(zip(wanted, arrays, strict=False)), int(arrays[-1][0])
 
 
-def _measure(heads_graph: onnx.ModelProto, wanted: list[str], pixels: list[Frame], progress: bool) -> Ranges:
+def _measure(
+    heads_graph: onnx.ModelProto, wanted: list[str], pixels: list[Frame], spec: ModelSpec, progress: bool
+) -> tuple[Ranges, int]:
+    """Return the ranges of the tensors wanted, and on how many images a prior looks more like a face than not."""
     ort = require("onnxruntime", "cpu", "calibration")
     probe = onnx.ModelProto()
     probe.CopyFrom(heads_graph)
@@ -186,10 +201,14 @@ def _measure(heads_graph: onnx.ModelProto, wanted: list[str], pixels: list[Frame
     )
     session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
     ranges: Ranges = {}
+    with_faces = 0
     for image in tqdm(pixels, desc="calibrating", unit="image", disable=not progress):
-        for name, values in zip(wanted, session.run(wanted, {"images": image[None]}), strict=True):
+        found = session.run([*wanted, *HEAD_NAMES], {"images": image[None]})
+        heads = [level[0, : 2 * spec.anchors.per_cell] for level in found[len(wanted) :]]
+        with_faces += any(bool((level[1::2] > level[::2]).any()) for level in heads)
+        for name, values in zip(wanted, found, strict=False):
             largest = np.abs(values).max(axis=(0, 2, 3))
             if not np.isfinite(largest).all():
                 raise DataError("the network gives numbers that are not finite on a calibration image")
             ranges[name] = np.maximum(ranges[name], largest) if name in ranges else largest
-    return ranges
+    return ranges, with_faces

@@ -38,6 +38,8 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         if not self.source:
             raise SpecError(f"--calib: give {', '.join([*WIDERFACE, DEMO])}, or a folder of images")
+        if self.seed < 0:
+            raise SpecError(f"--seed {self.seed}: give a number from 0 on")
         if not MIN_IMAGES <= self.images <= MAX_IMAGES:
             raise SpecError(f"--calib-images {self.images}: give a number from {MIN_IMAGES} to {MAX_IMAGES}")
 

@@ -9,6 +9,14 @@ import numpy as np
 from facespec.cli import require
 
 
+def computes_in_fp16(content: bytes) -> bool:
+    """Whether a graph, an encoded ONNX model, holds float16 values."""
+    onnx = require("onnx", "cpu", "export.verify")
+    graph = onnx.load_model_from_string(content).graph
+    casts = (a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to")
+    return onnx.TensorProto.FLOAT16 in {*casts, *(tensor.data_type for tensor in graph.initializer)}
+
+
 def emulate_fp16(content: bytes) -> bytes:
     """Return a graph in float32 that rounds to float16 whatever a float16 graph stores between its operators.
 

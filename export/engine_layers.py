@@ -62,7 +62,10 @@ def read_information(engine: Path, sidecar: Sidecar) -> dict[str, Any]:
         if done.returncode:
             said = done.stderr.strip().splitlines()
             raise BuildError(f"{engine}: EngineInspector fails: {said[-1] if said else f'exit code {done.returncode}'}")
-        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BuildError(f"{engine}: EngineInspector's answer is not JSON: {error}") from None
         return found
 
 

@@ -195,8 +195,9 @@ def inspect_onnx(path: Path) -> Inspection:
     sides = found.inputs.get("images", {}).get("shape", [])[1:3]
     size_hw = (sides[0], sides[1]) if len(sides) == 2 and all(isinstance(side, int) for side in sides) else COUNTED_HW
     try:
-        from export.quantize import mac_shares
+        from export.quantize import lint_qdq, mac_shares
 
+        found.problems += lint_qdq(model)
         found.precision = mac_shares(model, size_hw)
     except Exception as error:  # whatever shape inference makes of a foreign or damaged graph
         found.problems.append(f"its convolutions cannot be counted: {' '.join(str(error).split())[:200]}")

@@ -12,6 +12,9 @@ from facespec.errors import SpecError
 if TYPE_CHECKING:
     import onnx
 
+MIN_INT8_SHARE = 0.5
+"""Share of the convolutions' multiply-accumulates below which a graph is not called INT8."""
+
 MAX_RECIPE_BYTES = 1 << 20
 
 

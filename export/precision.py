@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import onnx
 
-from export.calibration import Calibration, CalibrationOptions, calibrate
-from export.int8_recipe import Int8Recipe, load_recipe
-from export.quantize import PRECISIONS, mac_shares, to_fp16, to_int8
+from export.calibration import Calibration, calibrate
+from export.calibration_options import CalibrationOptions, check_calibration
+from export.int8_recipe import MIN_INT8_SHARE, Int8Recipe, load_recipe
+from export.quantize import PRECISIONS, lint_qdq, mac_shares, to_fp16, to_int8
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import ModelSpec
-
-MIN_INT8_SHARE = 0.5
-"""Share of the convolutions' multiply-accumulates below which a graph is not called INT8."""
 
 
 def with_precision(
@@ -44,11 +42,19 @@ def with_precision(
     if precision == "fp16":
         graph = to_fp16(heads_graph)
     elif precision == "int8":
-        if calibration is None:
-            raise SpecError("--int8 needs images to calibrate on: --calib widerface_val, or --calib FOLDER")
-        recipe = load_recipe(calibration.recipe) if calibration.recipe else Int8Recipe()
+        check_calibration(precision, calibration)
+        assert calibration is not None
+        recipe = Int8Recipe()
+        if calibration.recipe:
+            recipe = load_recipe(calibration.recipe)
+            names = [node.name for node in heads_graph.graph.node if node.op_type == "Conv"]
+            lost = [part for part in recipe.float_layers if not any(part in name for name in names)]
+            if lost:
+                raise SpecError(f"{calibration.recipe}: no convolution of this network is named like {lost[0]!r}")
         used = calibrate(heads_graph, calibration, size_hw, spec, progress)
         graph = to_fp16(to_int8(heads_graph, used.ranges, recipe))
+        if problems := lint_qdq(graph):
+            raise ModelFileError(problems[0])
     shares = mac_shares(graph, size_hw)
     if shares.get(precision, 0) < (MIN_INT8_SHARE if precision == "int8" else 1):
         raise ModelFileError(f"{precision} was asked for, the convolutions would compute in {shares}")

@@ -16,6 +16,9 @@ from trt_runtime.sidecar import Convolutions, precision_shares
 PRECISIONS = ("fp32", "fp16", "int8")
 """Precisions a graph can be given; what INT8 leaves in float computes in float16."""
 
+QUIET_CHANNEL = 1e-3
+"""Least range of a channel that equalisation goes by, as a share of the greatest."""
+
 _NAMES = {
     TensorProto.FLOAT: "fp32",
     TensorProto.FLOAT16: "fp16",
@@ -160,7 +163,8 @@ def equalize(graph: onnx.ModelProto, ranges: Ranges) -> tuple[onnx.ModelProto, R
         consumers = users[name]
         if not all(node.op_type == "Conv" and node.input[0] == name for node in consumers):
             continue
-        scale = np.maximum(largest.astype(np.float64), 1e-8)
+        # a channel that hardly ever speaks is not blown up to the others
+        scale = np.maximum(largest.astype(np.float64), max(float(largest.max()), 1e-8) * QUIET_CHANNEL)
         dense = [node for node in consumers if not is_depthwise(node)]
         if dense:
             met = np.max([np.abs(weights[node.input[1]]).max(axis=(0, 2, 3)) for node in dense], axis=0)
@@ -210,14 +214,14 @@ def to_int8(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe | N
         if node.op_type == "Conv" and not recipe.keeps_float(node):
             data, weight = node.input[0], node.input[1]
             if data not in quantised:
-                scale = constant(f"{data}_scale", max(float(ranges[data].max()), 1e-6) / 127, np.float32)
+                scale = constant(f"{data}_scale", _as_half(ranges[data].max() / 127), np.float32)
                 zero = constant(f"{data}_zero", 0, np.int8)
                 nodes.append(helper.make_node("QuantizeLinear", [data, scale, zero], [f"{data}_q"], name=f"{data}_q"))
                 quantised[data] = f"{data}_dq"
                 pair = [f"{data}_q", scale, zero]
                 nodes.append(helper.make_node("DequantizeLinear", pair, [f"{data}_dq"], name=f"{data}_dq"))
             values = numpy_helper.to_array(tensors[weight])
-            steps = np.maximum(np.abs(values).max(axis=(1, 2, 3)) / 127, 1e-8).astype(np.float32)
+            steps = _as_half(np.abs(values).max(axis=(1, 2, 3)) / 127)
             whole = np.clip(np.rint(values / steps.reshape(-1, 1, 1, 1)), -127, 127)
             stored = [
                 constant(f"{weight}_q", whole, np.int8),
@@ -238,6 +242,12 @@ def to_int8(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe | N
     if problems:
         raise ModelFileError(problems[0])
     return graph
+
+
+def _as_half(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return scales as the float16 they may be stored in, rounded up and not below its normal numbers."""
+    half = np.maximum(scales, np.finfo(np.float16).smallest_normal).astype(np.float16)
+    return np.where(half < scales, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
 
 
 def lint_qdq(graph: onnx.ModelProto) -> list[str]:

@@ -6,12 +6,15 @@ python -m export.sensitivity --weights mobilenet0.25 --calib widerface_train --b
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import random
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from export.agreement import landmark_errors, match_faces
+from export.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, landmark_errors, match_faces
 from export.calibration_options import DEMO, MAX_IMAGES, MIN_IMAGES, WIDERFACE, CalibrationOptions
 from export.graph import HEAD_NAMES
-from export.int8_recipe import Int8Recipe
+from export.int8_recipe import MIN_INT8_SHARE, Int8Recipe
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
 from facespec.files import atomic_path, check_outputs, write_text
@@ -60,8 +63,8 @@ class Budget:
         landmark_error: Greatest mean distance of landmarks, in percent of the face size.
     """
 
-    recall: float = 98.5
-    landmark_error: float = 1.0
+    recall: float = INT8_RECALL
+    landmark_error: float = INT8_LANDMARK_ERROR
 
     def __post_init__(self) -> None:
         if not 0 <= self.recall <= 100:
@@ -186,8 +189,6 @@ class Sensitivity:
         Raises:
             ModelFileError: None does that can be called INT8.
         """
-        from export.precision import MIN_INT8_SHARE
-
         budget = budget or Budget()
         for step in self.steps:
             if step.int8_share >= MIN_INT8_SHARE and step.agreement.holds(budget):
@@ -251,6 +252,7 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     for module in ("torch", "onnx", "onnxsim", "onnxruntime"):
         require(module, "export", "export.sensitivity")
     from export.calibration import calibrate
+    from export.parity import rows_from_maps
     from export.portable import build_heads
     from export.quantize import conv_macs, mac_shares, to_int8
     from trainer.checkpoint import load_model
@@ -270,8 +272,8 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     if not total:
         raise DataError(f"--calib {options.calibration.source}: FP32 finds no faces on {len(pixels)} held-out images")
 
-    rows = [_by_prior(heads, spec.anchors.per_cell) for heads in reference]
-    seen = [values[:, 1] - values[:, 0] > PROXY_LOGIT for values in rows]
+    rows = [rows_from_maps(heads, spec.anchors.per_cell) for heads in reference]
+    seen = [values[:, 5] - values[:, 4] > PROXY_LOGIT for values in rows]
     probes = [index for index, mask in enumerate(seen) if mask.any()][:PROXY_IMAGES]
     convolutions = [node.name for node in graph.graph.node if node.op_type == "Conv"]
     all_macs = sum(conv_macs(graph, options.size_hw).values())
@@ -279,7 +281,7 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     for name in tqdm(convolutions, desc="layers", unit="layer", disable=not progress):
         alone = to_int8(graph, calibration.ranges, _only(name))
         errors = [
-            (_by_prior(heads, spec.anchors.per_cell) - rows[index])[seen[index]].ravel()
+            (rows_from_maps(heads, spec.anchors.per_cell) - rows[index])[seen[index]].ravel()
             for index, heads in zip(probes, _run(alone, [pixels[index] for index in probes]), strict=True)
         ]
         cost = float(np.sqrt(np.mean(np.square(np.concatenate(errors), dtype=np.float64))))
@@ -324,29 +326,17 @@ def _only(name: str) -> Int8Recipe:
 
 def _held_out(options: SensitivityOptions, calibration: Calibration, spec: ModelSpec) -> tuple[list[str], list[Frame]]:
     """Return names and letterboxed pixels of images of the source that were not calibrated on."""
-    from export.calibration import find_calibration_images, load_inputs
+    from export.calibration import demo_frames, find_calibration_images
 
     source = options.calibration
-    names: list[str] = []
-    pixels: list[Frame] = []
     if source.source == DEMO:  # further crops of the same photographs: there are no others
         count = len(calibration.images)
-        more = dataclasses.replace(source, images=count + options.held_out)
-        names, pixels, _ = load_inputs(more, options.size_hw, spec)
-        return names[count:], pixels[count:]
+        crops = itertools.islice(demo_frames(count + options.held_out, source.seed), count, None)
+        return _letterboxed(crops, options.size_hw, spec)
     taken = {*calibration.images, *calibration.skipped}
     left = [path for path in find_calibration_images(source) if str(path) not in taken]
     random.Random(source.seed + 1).shuffle(left)
-    for path in left:
-        if len(names) == options.held_out:
-            break
-        try:
-            frame = read_image(path)
-        except ImageError:
-            continue
-        box = Letterbox.fit((frame.shape[0], frame.shape[1]), options.size_hw)
-        names.append(str(path))
-        pixels.append(box.apply(frame, spec.preprocess.mean_bgr))
+    names, pixels = _letterboxed(itertools.islice(_readable(left), options.held_out), options.size_hw, spec)
     if len(names) < MIN_IMAGES:
         raise DataError(
             f"--calib {source.source}: {len(calibration.images)} images to calibrate on leave {len(names)} to measure "
@@ -355,21 +345,26 @@ def _held_out(options: SensitivityOptions, calibration: Calibration, spec: Model
     return names, pixels
 
 
+def _readable(paths: Iterable[Path]) -> Iterator[tuple[str, Frame]]:
+    for path in paths:
+        with suppress(ImageError):
+            yield str(path), read_image(path)
+
+
+def _letterboxed(
+    frames: Iterable[tuple[str, Frame]], size_hw: tuple[int, int], spec: ModelSpec
+) -> tuple[list[str], list[Frame]]:
+    names, pixels = [], []
+    for name, frame in frames:
+        names.append(name)
+        pixels.append(Letterbox.fit((frame.shape[0], frame.shape[1]), size_hw).apply(frame, spec.preprocess.mean_bgr))
+    return names, pixels
+
+
 def _run(graph: onnx.ModelProto, pixels: Sequence[Frame]) -> list[Heads]:
     ort = require("onnxruntime", "cpu", "export.sensitivity")
     session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     return [session.run(list(HEAD_NAMES), {"images": image[None]}) for image in pixels]
-
-
-def _by_prior(heads: Heads, per_cell: int) -> NDArray[np.float32]:
-    """Return (priors, 2 + 4 + 10): logits, box and landmark deltas of each prior, in an order of its own."""
-    levels = []
-    for head in heads:
-        parts = np.split(head[0].reshape(16 * per_cell, -1), [2 * per_cell, 6 * per_cell])
-        # (per_cell * width, cells) -> (per_cell, cells, width)
-        shaped = [part.reshape(per_cell, -1, part.shape[1]).transpose(0, 2, 1) for part in parts]
-        levels.append(np.concatenate(shaped, axis=2).reshape(-1, 16))
-    return np.concatenate(levels)
 
 
 Faces = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -477,7 +472,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Bud
     names = ", ".join([*WIDERFACE, DEMO])
     parser.add_argument("--calib", required=True, metavar="NAME|PATH", help=f"{names}, or a folder of images")
     parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT or data/widerface)")
-    parser.add_argument("--calib-images", type=int, default=64, metavar="N", help="images to calibrate on, at most")
+    images = CalibrationOptions(DEMO).images
+    parser.add_argument("--calib-images", type=int, default=images, metavar="N", help="images to calibrate on, at most")
     parser.add_argument("--held-out", type=int, default=96, metavar="N", help="other images to measure on, at most")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice of images")
     parser.add_argument("--size", default="640x640", help="HEIGHTxWIDTH, multiples of 32")
@@ -536,9 +532,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("".join(f"  {name}\n" for name in recipe.float_layers) or "  nothing\n", end="")
     if files.recipe:
         write_text(files.recipe, recipe.to_json())
-        print(f"wrote {files.recipe}: export.to_trt --int8 --int8-recipe {files.recipe}")
+        print(f"wrote {files.recipe}: python -m export.to_trt {_flags(options.calibration, files.recipe)}")
     print(f"{time.perf_counter() - start:.1f} s")
     return 0
+
+
+def _flags(calibration: CalibrationOptions, recipe: Path) -> str:
+    """Return the options of an export that does what was measured."""
+    words = ["--int8", "--calib", calibration.source, "--calib-images", str(calibration.images)]
+    words += ["--seed", str(calibration.seed), *(["--data", str(calibration.data)] if calibration.data else [])]
+    return shlex.join([*words, "--int8-recipe", str(recipe)])
 
 
 if __name__ == "__main__":

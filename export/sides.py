@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.emulation import emulate_fp16
+from export.emulation import computes_in_fp16, emulate_fp16
+from export.int8_recipe import MIN_INT8_SHARE
 from facespec.cli import require
 from facespec.detections import Detections
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
+from trt_runtime.onnx_file import read_onnx
 
 DEPLOYED_SUFFIXES = (".onnx", ".engine", ".plan")
 
@@ -40,7 +42,7 @@ class Side:
     """A model, what is known about it, and the ways to run it.
 
     Args:
-        name: Checkpoint, name of published weights, ONNX file, or an engine where its GPU is present.
+        name: Checkpoint, name of published weights, or a file that `trt_runtime.load_detector` opens.
 
     Attributes:
         info: What it is.
@@ -69,11 +71,12 @@ class Side:
             self.fixed_hw: tuple[int, int] | None = self.detector.size_hw
             inspection = inspect(name)
             shares = inspection.precision
-            precision = next((kind for kind in ("int8", "fp16") if shares.get(kind)), "fp32")
+            held = {"int8": MIN_INT8_SHARE, "fp16": 0.5}
+            precision = next((kind for kind, least in held.items() if shares.get(kind, 0) >= least), "fp32")
             self.info = ModelInfo(name, inspection.kind, precision, shares, self.fixed_hw)
             self.notes += [f"{name}: {problem}" for problem in inspection.problems]
             if suffix == ".onnx":
-                self._open_graph(Path(name), bool(shares.get("fp16")))
+                self._open_graph(Path(name))
         else:
             require("torch", "train", "comparing a checkpoint")
             from trainer.checkpoint import load_model
@@ -88,14 +91,16 @@ class Side:
         if self.runner is None:
             self.notes.append(f"{name} does not show its raw heads")
 
-    def _open_graph(self, path: Path, half: bool) -> None:
+    def _open_graph(self, path: Path) -> None:
         from trt_runtime.detector import load_detector
 
+        content, header = read_onnx(path)
         with tempfile.TemporaryDirectory() as folder:
-            if half and not _has_external_weights(path):
-                emulated = Path(folder) / "emulated.onnx"
-                emulated.write_bytes(emulate_fp16(path.read_bytes()))
-                path = emulated
+            if header.external_files:
+                self.notes.append(f"{self.name}: its weights lie outside: fp16, if it has any, is not emulated")
+            elif computes_in_fp16(content):
+                path = Path(folder) / "emulated.onnx"
+                path.write_bytes(emulate_fp16(content))
                 self.detector = load_detector(path)
                 self.notes.append(f"{self.name}: its fp16 is emulated, the CPU rounds what is stored between operators")
             self.runner = _head_runner(path, self.detector.spec)
@@ -104,12 +109,6 @@ class Side:
         """Return a detector at a network size; None runs frames at their own."""
         self.detector.size_hw = size_hw
         return Recorder(self.detector)
-
-
-def _has_external_weights(path: Path) -> bool:
-    from trt_runtime.onnx_file import read_onnx
-
-    return bool(read_onnx(path)[1].external_files)
 
 
 def _joined(heads: tuple[NDArray[np.float32], ...]) -> NDArray[np.float32]:
@@ -141,7 +140,6 @@ def _head_runner(path: Path, spec: ModelSpec) -> Callable[[Frame], NDArray[np.fl
     from export.graph import HEAD_NAMES
     from export.parity import rows_from_maps
     from plugins import PLUGIN
-    from trt_runtime.onnx_file import read_onnx
     from trt_runtime.plugin_form import cut_plugin, load_graph
 
     onnx = require("onnx", "cpu", "export.verify")

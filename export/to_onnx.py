@@ -139,6 +139,8 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     report.require_equal()
     if used and options.calibration:
         report_calibration(used, options.calibration.source, options.calibration_list)
+    else:
+        options.calibration_list.unlink(missing_ok=True)  # of what was there before
     with atomic_path(options.out) as temporary:
         temporary.write_bytes(graph.SerializeToString())
     return report
@@ -174,8 +176,15 @@ def add_precision_arguments(parser: ArgumentParser) -> None:
 def calibration_options(args: Namespace) -> CalibrationOptions | None:
     """Return what INT8 is calibrated on from parsed arguments; see `add_precision_arguments`."""
     if args.calib is None:
-        if args.int8_recipe:
-            raise SpecError("--int8-recipe goes with --int8 --calib")
+        default = CalibrationOptions(DEMO)
+        for option, value, usual in (
+            ("--int8-recipe", args.int8_recipe, None),
+            ("--data", args.data, None),
+            ("--calib-images", args.calib_images, default.images),
+            ("--seed", args.seed, default.seed),
+        ):
+            if value != usual:
+                raise SpecError(f"{option} goes with --int8 --calib")
         return None
     if args.int8_recipe:
         load_recipe(args.int8_recipe)  # refused now, not after the calibration
@@ -189,6 +198,8 @@ def report_calibration(used: Calibration, source: str, path: Path) -> None:
     print(f"calibrated on {len(used.images)} images{skipped}{cached}; their names are in {path}")
     if source == DEMO:
         print("note: crops of a few photographs are a last resort: calibrate on images like those to come")
+    elif used.with_faces < len(used.images) / 4:
+        print(f"note: the model finds faces on {used.with_faces} of them only: calibrate on images like those to come")
     write_text(path, "\n".join(used.images) + "\n")
 
 

@@ -26,8 +26,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from export.calibration_options import CalibrationOptions, check_calibration
-from export.engine_layers import engine_shares, is_readable
+from export.calibration_options import DEMO, CalibrationOptions, check_calibration
+from export.engine_layers import UNKNOWN, engine_shares, is_readable
 from export.int8_recipe import Int8Recipe, load_recipe
 from export.to_onnx import (
     DECODE_OPTIONS,
@@ -198,12 +198,14 @@ class ExportedGraph:
         content: What was written to it.
         spec: Its model.
         convolutions: Multiply-accumulates and precision of each convolution.
+        calibration: What INT8 was calibrated with, as the sidecar has it; {} for the others.
     """
 
     path: Path
     content: bytes
     spec: ModelSpec
     convolutions: Convolutions
+    calibration: dict[str, Any]
 
 
 def export_plugin_form(options: EngineOptions) -> ExportedGraph:
@@ -233,12 +235,18 @@ def export_plugin_form(options: EngineOptions) -> ExportedGraph:
     report = check_parity(graph, model, frames, best_hw, options.precision)
     print(report, flush=True)
     report.require_equal()
+    record: dict[str, Any] = {}
     if used and options.calibration:
         report_calibration(used, options.calibration.source, options.calibration_list)
+        recipe = load_recipe(options.calibration.recipe) if options.calibration.recipe else Int8Recipe()
+        record = {"source": options.calibration.source, "images": len(used.images), "seed": options.calibration.seed}
+        record["recipe"] = dataclasses.asdict(recipe)
+    else:
+        options.calibration_list.unlink(missing_ok=True)  # of what was there before
     content = graph.SerializeToString()
     with atomic_path(options.plugin_form) as temporary:
         temporary.write_bytes(content)
-    return ExportedGraph(options.plugin_form, content, model.spec, convolutions(graph, best_hw))
+    return ExportedGraph(options.plugin_form, content, model.spec, convolutions(graph, best_hw), record)
 
 
 def build_engine(options: EngineOptions) -> Sidecar | None:
@@ -255,8 +263,12 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     inputs: list[str | Path] = [options.weights]
     if options.parity_images:
         inputs.append(options.parity_images)
-    if options.calibration and options.calibration.recipe:
-        inputs.append(options.calibration.recipe)
+    if options.calibration:
+        require("onnx", "export", "export.to_trt")
+        from export.calibration import find_calibration_images
+
+        inputs += [options.calibration.recipe] if options.calibration.recipe else []
+        inputs += find_calibration_images(options.calibration) if options.calibration.source != DEMO else []
     check_outputs(outputs, inputs)
     graph = export_plugin_form(options)
     shares = ", ".join(f"{share:.0%} {kind}" for kind, share in precision_shares(graph.convolutions).items())
@@ -289,7 +301,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         },
         precision=options.precision,
         convolutions=graph.convolutions,
-        calibration=_calibration_record(options),
+        calibration=graph.calibration,
         profile=options.profile.shapes,
         onnx_sha256=hashlib.sha256(graph.content).hexdigest(),
         spec=graph.spec,
@@ -299,30 +311,25 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     )
     with atomic_path(options.out) as temporary:
         temporary.write_bytes(engine)
+        if problems := check_engine(temporary, sidecar) or _precision_problems(temporary, sidecar):
+            raise BuildError(f"{options.out} is not written: {problems[0]}")
     write_text(sidecar_path(options.out), sidecar.to_json())
     options.log.unlink(missing_ok=True)  # of an earlier build that failed
-    problems = check_engine(options.out, sidecar)
-    if is_readable(sidecar) and not problems:
-        try:
-            _, problems = engine_shares(options.out, sidecar)
-        except BuildError as error:
-            print(f"note: what the layers compute in could not be read back: {error}")
-    if problems:
-        raise BuildError(f"{options.out}: {problems[0]}")
     return sidecar
 
 
-def _calibration_record(options: EngineOptions) -> dict[str, Any]:
-    chosen = options.calibration
-    if chosen is None:
-        return {}
-    recipe = load_recipe(chosen.recipe) if chosen.recipe else Int8Recipe()
-    return {
-        "source": chosen.source,
-        "images": chosen.images,
-        "seed": chosen.seed,
-        "recipe": dataclasses.asdict(recipe),
-    }
+def _precision_problems(engine: Path, sidecar: Sidecar) -> list[str]:
+    """Return where an engine computes in another precision than its graph says, as far as that can be seen here."""
+    if not is_readable(sidecar):
+        return []
+    try:
+        shares, problems = engine_shares(engine, sidecar)
+    except BuildError as error:
+        print(f"note: what the layers compute in could not be read back: {error}")
+        return []
+    if UNKNOWN in shares:
+        print(f"note: EngineInspector does not tell what {shares[UNKNOWN]:.0%} of the multiply-accumulates compute in")
+    return problems
 
 
 def _note_missing_code(plugin: Path, capabilities: Sequence[int]) -> None:

@@ -75,8 +75,12 @@ def test_calibration_sees_the_largest_number(heads: onnx.ModelProto, cache: Path
     again = calibrate(heads, DEMO, SIZE, ModelSpec())
     assert again.cached
     assert all((again.ranges[key] == values).all() for key, values in found.ranges.items())
+    (first,) = cache.iterdir()
     assert not calibrate(heads, CalibrationOptions("demo", images=16, seed=1), SIZE, ModelSpec()).cached
-    (first, *_) = sorted(cache.iterdir())
+    whole = first.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"rubbish"):
+        first.write_bytes(damaged)
+        assert not calibrate(heads, DEMO, SIZE, ModelSpec()).cached
     first.write_bytes(b"rubbish")
     assert len(calibrate(heads, DEMO, SIZE, ModelSpec()).ranges) == len(found.ranges)
 
@@ -113,6 +117,12 @@ def test_int8_graph(heads: onnx.ModelProto, cache: Path) -> None:
         tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and tensor.dims
     ]
     assert all(np.abs(numpy_helper.to_array(tensor).astype(int)).max() <= 127 for tensor in weights)
+    # scales are as exact in float16, which the graph gets in the end
+    for tensor in graph.graph.initializer:
+        if tensor.name.endswith("_scale"):
+            scale = numpy_helper.to_array(tensor)
+            assert np.array_equal(scale.astype(np.float16).astype(np.float32), scale)
+
     # the recipe is worth what it costs: closer to float than without
     images = _pixels()
     reference = _run(heads, images)
@@ -127,6 +137,28 @@ def test_int8_graph(heads: onnx.ModelProto, cache: Path) -> None:
     assert error(graph) < evened < plain / 2
     with pytest.raises(ModelFileError, match="calibrate again"):
         to_int8(heads, dict(list(ranges.items())[1:]))
+
+
+def test_channels_that_are_silent_do_not_explode(heads: onnx.ModelProto, cache: Path) -> None:
+    ranges = {name: values.copy() for name, values in calibrate(heads, DEMO, SIZE, ModelSpec()).ranges.items()}
+    for values in ranges.values():
+        values[len(values) // 2] = 0  # as of a ReLU that no calibration image ever opens
+
+    def largest(graph: onnx.ModelProto) -> float:
+        tensors = (numpy_helper.to_array(tensor) for tensor in graph.graph.initializer if len(tensor.dims) == 4)
+        return max(float(np.abs(values).max()) for values in tensors)
+
+    evened, _ = equalize(heads, ranges)
+    assert largest(evened) < 1000 * largest(heads)
+    assert lint_qdq(to_fp16(to_int8(heads, ranges))) == []
+
+
+def test_inspect_lints(heads: onnx.ModelProto, tmp_path: Path, cache: Path) -> None:
+    graph = to_int8(heads, calibrate(heads, DEMO, SIZE, ModelSpec()).ranges)
+    quantize = next(node for node in graph.graph.node if node.op_type == "QuantizeLinear")
+    del quantize.input[2]
+    (tmp_path / "a.onnx").write_bytes(graph.SerializeToString())
+    assert any("zero point is missing" in problem for problem in inspect(tmp_path / "a.onnx").problems)
 
 
 def test_the_linter_knows_what_tensorrt_takes_wrongly(heads: onnx.ModelProto, cache: Path) -> None:
@@ -212,6 +244,8 @@ def test_wrong_calibration_data_is_named(tmp_path: Path, refused: Callable[..., 
     assert "--data or WIDERFACE_ROOT" in message("widerface_val")
     assert "too few" in message(_folder(tmp_path / "few", frames[:5]))
     assert "copies" in message(_folder(tmp_path / "copies", frames[:1] * 12))
+    flat = [np.full((320, 320, 3), 20 * level, np.uint8) for level in range(12)]
+    assert "no face on any of the 12" in message(_folder(tmp_path / "flat", flat))
     damaged = _folder(tmp_path / "damaged", frames)
     for index in range(4):
         (damaged / f"{index:02d}.png").write_bytes(b"no picture")
@@ -257,6 +291,9 @@ def test_a_recipe_from_a_file(tmp_path: Path, cache: Path) -> None:
     shares = inspect(options.out).precision
     assert set(shares) == {"int8", "fp16"}
     assert 0.97 < shares["int8"] < 1
+    path.write_text('{"float_layers": ["/stage9/"]}')
+    with pytest.raises(SpecError, match="no convolution of this network is named like '/stage9/'"):
+        build_engine(options)
     assert f"--int8-recipe {path}" in options.command()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.calibration import calibrate
+from export.calibration import calibrate, demo_frames
 from export.calibration_options import DEMO, CalibrationOptions
 from export.int8_recipe import Int8Recipe, load_recipe
 from export.portable import build_heads
@@ -185,17 +185,18 @@ def test_calib_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_folders_that_do_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "noise"
+    folder, noise = tmp_path / "crops", tmp_path / "noise"
     rng = np.random.default_rng(0)
-    for index in range(20):
-        write_image(folder / f"{index:02}.png", rng.integers(0, 256, (64, 64, 3), np.uint8))
+    for name, frame in demo_frames(20, 0):
+        write_image(folder / f"{name}.png", frame)
+        write_image(noise / f"{name}.png", rng.integers(0, 256, (64, 64, 3), np.uint8))
     with pytest.raises(DataError, match=r"16 images to calibrate on leave 4 to measure on, at least 8 are needed"):
         sensitivity(_options(str(folder)))
-    with pytest.raises(DataError, match="FP32 finds no faces on 12 held-out images"):
-        sensitivity(_options(str(folder), images=8))
+    with pytest.raises(DataError, match="no face on any of the 8 images"):
+        sensitivity(_options(str(noise), images=8))
     # an output must not be one of the images
     with pytest.raises(OutputError, match="is a file that is read"):
-        main(["--calib", str(folder), "--plot", str(folder / "00.png")])
+        main(["--calib", str(folder), "--plot", str(next(folder.iterdir()))])
 
 
 def _face(x: float, side: float = 10) -> Faces:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import pytest
 from export.agreement import Agreement, landmark_errors, match_faces
 from export.disagreements import draw_disagreements
 from export.emulation import emulate_fp16
-from export.verify import BUDGETS, Row, VerifyOptions, _face_rows, parse_arguments, verify
+from export.verify import BUDGETS, Row, VerifyOptions, _batch_rows, _face_rows, parse_arguments, verify
 from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.images import read_image
+from facespec.letterbox import Frame
 
 
 def _faces(boxes: list[list[float]], scores: list[float] | None = None, shift: float = 0.0) -> Detections:
@@ -79,6 +81,44 @@ def test_agreement_by_hand() -> None:
     texts = [item.text for item in sorted(agreement.disagreements, key=lambda item: -item.badness)]
     assert texts[0] == "missed: score 0.70, not there on the other side"
     assert texts[1] == "extra: score 0.60, not there on the other side"
+
+
+def test_a_detector_that_sees_too_much_is_over_budget() -> None:
+    boxes = [[60.0 * i, 0, 60.0 * i + 40, 50] for i in range(10)]
+    one, many = _faces(boxes[:1], [0.9]), _faces(boxes, [0.9] * 10)
+    for special in (False, True):
+        agreement = Agreement()
+        agreement.add(one, many)
+        failed = [row.quantity for row in _face_rows(agreement, "x", BUDGETS["int8"], special) if not row.passed]
+        assert failed == ["precision %"]
+        agreement = Agreement()
+        agreement.add(_faces([]), many)  # none of them is there
+        failed = [row.quantity for row in _face_rows(agreement, "x", BUDGETS["int8"], special) if not row.passed]
+        assert failed == ["precision %"]
+        agreement = Agreement()
+        agreement.add(one, _faces(boxes[:1], [0.9], shift=10.0))
+        failed = [row.quantity for row in _face_rows(agreement, "x", BUDGETS["int8"], special) if not row.passed]
+        assert failed == ["mean error, % of face"]
+
+
+def test_every_slot_of_a_batch_is_compared_by_everything() -> None:
+    class Wrong:
+        """A detector that gives every slot the landmarks of the first."""
+
+        size_hw = None
+
+        def at(self, size_hw: tuple[int, int]) -> SimpleNamespace:
+            return SimpleNamespace(detector=self)
+
+        def detect(self, frame: Frame) -> Detections:
+            return _faces([[0, 0, 100, 100]], shift=float(frame[0, 0, 0]))
+
+        def detect_batch(self, frames: list[Frame]) -> list[Detections]:
+            return [self.detect(frames[0]) for _ in frames]
+
+    frames = [np.full((64, 64, 3), value, np.uint8) for value in (0, 0, 9)]
+    rows = _batch_rows(Wrong(), frames, (64, 64), limited=True)  # type: ignore[arg-type]
+    assert [(row.case, row.quantity) for row in rows if not row.passed] == [("slot 2 of 3", "landmarks, % of face")]
 
 
 def test_agreement_of_nothing() -> None:

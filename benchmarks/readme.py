@@ -95,7 +95,6 @@ def tables() -> dict[str, str]:
                 f"| mobilenet0.25 | {row['protocol']} | {row['backend']} "
                 f"| {row['easy']:.2f} | {row['medium']:.2f} | {row['hard']:.2f} |"
                 for row in _load("dev_ap")
-                if row["precision"] == "fp32"
             ],
         ),
         "int8_sensitivity": _table(

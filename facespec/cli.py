@@ -93,11 +93,12 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Call a command's main function and leave with its exit code; errors that a user can mend take one line.
 
     SIGTERM and SIGHUP, as the end of a container or a terminal sends them, count as an interrupt: temporary files go, a
-    video is finished.
+    video is finished. What the caller has told to be ignored stays so.
     """
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, signal.default_int_handler)
     # where a daemon has closed them, nothing that is printed may go astray
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")

@@ -106,12 +106,15 @@ def _file_name(value: object) -> str:
     return name
 
 
-def average_precision(predictions: Mapping[ImageKey, Array], truth: Mapping[ImageKey, ImageTruth]) -> dict[str, Curve]:
+def average_precision(
+    predictions: Mapping[ImageKey, Array], truth: Mapping[ImageKey, ImageTruth], border: int = 1
+) -> dict[str, Curve]:
     """Return the curve of each level.
 
     Args:
         predictions: (n, 5) x, y, width, height, score by image, in any order; an image without an entry has none.
         truth: The images to score.
+        border: Pixels that a box is wider and higher than its size says: 1 in the official evaluation.
     """
     scored = {key: predictions[key] for key in truth if key in predictions and len(predictions[key])}
     low = min([1.0, *(float(rows[:, 4].min()) for rows in scored.values())])
@@ -127,7 +130,7 @@ def average_precision(predictions: Mapping[ImageKey, Array], truth: Mapping[Imag
         rows = rows[np.argsort(-rows[:, 4], kind="stable")]
         scores = (rows[:, 4] - low) / (high - low) if high > low else np.ones(len(rows))
         since = THRESHOLDS - np.searchsorted(thresholds[::-1], scores, side="right")
-        best_iou, best_face = _best_overlaps(rows[:, :4], image.boxes_xywh)
+        best_iou, best_face = _best_overlaps(rows[:, :4], image.boxes_xywh, border)
         matched = best_iou >= IOU_THRESHOLD
         for level in LEVELS:
             counts = image.counted[level][best_face]
@@ -145,18 +148,18 @@ def average_precision(predictions: Mapping[ImageKey, Array], truth: Mapping[Imag
     }
 
 
-def _best_overlaps(a_xywh: Array, b_xywh: Array) -> tuple[Array, NDArray[np.int64]]:
-    """Return for each box of `a` its largest IoU in `b` and which box that is, the border pixel counted."""
+def _best_overlaps(a_xywh: Array, b_xywh: Array, border: int = 1) -> tuple[Array, NDArray[np.int64]]:
+    """Return for each box of `a` its largest IoU in `b` and which box that is, a border of so many pixels counted."""
     a_high, b_high = a_xywh[:, :2] + a_xywh[:, 2:], b_xywh[:, :2] + b_xywh[:, 2:]
     overlap = [
         np.minimum(a_high[:, None, axis], b_high[None, :, axis])
         - np.maximum(a_xywh[:, None, axis], b_xywh[None, :, axis])
-        + 1
+        + border
         for axis in (0, 1)
     ]
     inter = np.where((overlap[0] > 0) & (overlap[1] > 0), overlap[0] * overlap[1], 0)
     a_area, b_area = (
-        (high[:, 0] - xywh[:, 0] + 1) * (high[:, 1] - xywh[:, 1] + 1)
+        (high[:, 0] - xywh[:, 0] + border) * (high[:, 1] - xywh[:, 1] + border)
         for high, xywh in ((a_high, a_xywh), (b_high, b_xywh))
     )
     with np.errstate(all="ignore"):  # a box of width -1 has no area; it overlaps nothing

@@ -115,12 +115,14 @@ def _collate(samples: list[tuple[Frame, Faces] | RetinaFaceError]) -> tuple[torc
     return collate(good)
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(_: int) -> None:
+    """Prepare a process that reads images (`worker_init_fn`): signals are not for it, and it keeps to one thread."""
     # a terminal, or a scheduler, stops every process at once: the training one finishes its step and ends the others
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if number := getattr(signal, name, None):
             signal.signal(number, signal.SIG_IGN)
-    cv2.setNumThreads(0)  # any other number would wait for threads that the fork has not brought along
+    # 0 means no threads; 1 would have cv2 wait for those of the parent, which the fork has not brought along
+    cv2.setNumThreads(0)
 
 
 def read_batches(
@@ -144,7 +146,7 @@ def read_batches(
         batch_sampler=_Batches(order, world, first, last),
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # it would draw from the global one, which is the network's
     )

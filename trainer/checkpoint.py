@@ -103,15 +103,6 @@ def load_pretrained(model: RetinaFace, path_or_name: str | Path) -> None:
     model.body.load_state_dict(expected | body)
 
 
-def is_folded(model: RetinaFace) -> bool:
-    """Whether the statistics of batch normalisation were folded into the weights, as the published ones are.
-
-    Such a model computes what it should in eval mode; normalising by a batch's statistics would make another of it.
-    """
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    return all(norm.running_mean is not None and not norm.running_mean.any() for norm in norms)
-
-
 def _backbone_state(content: dict[str, Any], path: Path) -> State:
     """Return the weights of a classifier without its last layer; nothing if a file is of a detector."""
     if content.get("format") == CHECKPOINT_FORMAT:
@@ -152,6 +143,8 @@ def save_checkpoint(path: str | Path, model: RetinaFace, **extra: Any) -> None:
         try:
             torch.save({"format": CHECKPOINT_FORMAT, "spec": spec.to_json(), "model": state, **extra}, temporary)
         except RuntimeError as error:  # that is what torch makes of a full disk
+            if "DataLoader worker" in str(error):  # raised by a signal, wherever the process is
+                raise
             free = shutil.disk_usage(temporary.parent).free >> 20
             raise OutputError(
                 f"{path}: cannot be written, the disk may be full ({free} MiB free); what was there before is kept "

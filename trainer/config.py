@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -71,8 +73,8 @@ class ModelConfig:
         fpn_channels: Channels of the pyramid; 0 takes those of the published models.
         pretrained: ImageNet weights of the backbone, or a whole detector; None starts from random weights.
         sync_batch_norm: Batch statistics over all processes; needs CUDA.
-        freeze_batch_norm: Keep the running statistics of the pretrained weights, and normalise by them. It is what
-            weights need that were folded for deployment and unfolded again, as the published ones.
+        freeze_batch_norm: Keep the running statistics of the pretrained weights, and normalise by them, as is usual
+            where batches are small.
     """
 
     backbone: str = "mobilenet0.25"
@@ -134,7 +136,7 @@ class ScheduleConfig:
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.epochs > 0, f"schedule.epochs is {self.epochs}: it must be positive")
+        _require(0 < self.epochs <= 100_000, f"schedule.epochs is {self.epochs}: it must lie in 1..100000")
         _one_of("schedule.kind", self.kind, ("cosine", "step"))
         _require(
             0 <= self.warmup_epochs <= self.epochs,
@@ -251,7 +253,7 @@ RECIPES: dict[str, Settings] = {
     "finetune": {
         "model.pretrained": DEFAULT_WEIGHTS,
         "model.freeze_batch_norm": True,
-        "optimiser.lr": 1e-3,
+        "optimiser.lr": 1e-4,
         "schedule.epochs": 10,
     },
 }
@@ -281,9 +283,14 @@ def resolve(said: Settings, base: Settings | None = None) -> TrainConfig:
     Raises:
         ConfigError: A setting is unknown or impossible.
     """
+    base = base or {}
     recipe, overfit = said.get("recipe", "default"), said.get("data.overfit", 0)
+    _require(isinstance(recipe, str), f"recipe is {_short(recipe)}: expected a text")
     _one_of("recipe", recipe, tuple(RECIPES))
-    return from_settings({**(base or {}), **RECIPES[recipe], **(OVERFIT if overfit else {}), **said})
+    # what a run that is resumed started from is in its settings already
+    recipes = RECIPES[recipe] if recipe != base.get("recipe") else {}
+    few = OVERFIT if overfit and overfit != base.get("data.overfit") else {}
+    return from_settings({**base, **recipes, **few, **said})
 
 
 def from_settings(settings: Settings) -> TrainConfig:
@@ -316,13 +323,37 @@ def read_yaml(path: Path) -> Settings:
         ConfigError: The file cannot be read or is not a mapping.
         MissingPackageError: PyYAML is not installed.
     """
-    yaml = require("yaml", "train", f"reading {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    _require(content is None or isinstance(content, dict), f"{path}: expected settings by name, found {content!r:.60}")
-    return flatten(content or {})
+    content = parse_yaml(text, str(path))
+    _require(
+        content is None or isinstance(content, dict), f"{path}: expected settings by name, found {_short(content)}"
+    )
+    try:
+        return flatten(content or {})
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be read (it contains itself)") from None
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what YAML text says; plain values alone, no code is run.
+
+    Raises:
+        ConfigError: It is no such text; `where` says whose.
+        MissingPackageError: PyYAML is not installed.
+    """
+    yaml = require("yaml", "train", f"reading {where}")
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message: short, whatever it is."""
+    return reprlib.repr(value)
 
 
 def write_yaml(path: Path, config: TrainConfig) -> None:
@@ -333,9 +364,12 @@ def write_yaml(path: Path, config: TrainConfig) -> None:
 
 def flatten(content: Mapping[Any, Any], prefix: str = "") -> Settings:
     """Return settings from nested sections."""
+    sections = {name.partition(".")[0] for name in _types(TrainConfig) if "." in name}
     settings: Settings = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
+        if value is None and name in sections:
+            continue  # a section without settings
         settings |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return settings
 
@@ -375,7 +409,7 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         )
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        _require(len(kinds) == len(value), f"{name} is {value!r}: expected {len(kinds)} values")
+        _require(len(kinds) == len(value), f"{name} is {_short(value)}: expected {len(kinds)} values")
         return tuple(_convert(item, part, name) for item, part in zip(value, kinds, strict=True))
     if kind is float and isinstance(value, str):  # YAML takes 1e-3, without a point, for text
         try:
@@ -383,8 +417,9 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         except ValueError:
             pass
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1000 else math.inf
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    _require(type(value) is kind, f"{name} is {value!r}: expected {words.get(kind, 'a list')}")
-    _require(kind is not float or abs(value) < float("inf"), f"{name} is {value}: expected a finite number")
+    _require(type(value) is kind, f"{name} is {_short(value)}: expected {words.get(kind, 'a list')}")
+    _require(kind is not int or abs(value) < 1 << 62, f"{name} is too large")
+    _require(kind is not float or abs(value) < math.inf, f"{name} is {value}: expected a finite number")
     return value

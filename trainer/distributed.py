@@ -73,9 +73,12 @@ def join_world(device: str) -> Iterator[World]:
     Raises:
         ConfigError: There is no CUDA device for this process.
     """
-    rank, size, local = (
-        int(os.environ.get(name, low)) for name, low in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    try:
+        rank, size, local = (
+            int(os.environ.get(name, low)) for name, low in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+    except ValueError as error:
+        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are torchrun's, they must be numbers ({error})") from None
     cuda = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and not cuda:
         raise ConfigError("run.device is 'cuda': PyTorch finds none here, use --device cpu")
@@ -87,7 +90,11 @@ def join_world(device: str) -> Iterator[World]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"the processes do not find each other ({reason}): start them with torchrun") from None
     yield World(place, rank, size)
     if size > 1:  # not after an error: the others may be waiting for what will never come
         dist.destroy_process_group()

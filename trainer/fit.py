@@ -87,7 +87,10 @@ def parse_arguments(argv: Sequence[str] | None) -> FitOptions:
         name, equals, text = item.partition("=")
         if not equals:
             parser.error(f"--set {item}: expected NAME=VALUE")
-        settings[name] = require("yaml", "train", "--set").safe_load(text)
+        require("torch", "train", "training")
+        from trainer.config import parse_yaml
+
+        settings[name] = parse_yaml(text, f"--set {name}")
     return FitOptions(settings, args.config, args.resume, args.check_data)
 
 
@@ -96,16 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     require("torch", "train", "training")
     from trainer.checkpoint import read_training
-    from trainer.config import RunConfig, read_yaml, resolve
+    from trainer.config import read_yaml, resolve
     from trainer.training import LAST, fit
 
     said = {**(read_yaml(options.config) if options.config else {}), **options.settings}
     if options.check_data:
-        _check_data(resolve(said))
-        return 0
+        return _check_data(resolve(said))
     resume = Path(options.resume) if options.resume else None
     if options.resume == AUTO:
-        said.setdefault("run.output", RunConfig().output)
+        said["run.output"] = resolve(said).run.output
         resume = Path(said["run.output"]) / LAST
         if not resume.exists():
             print(f"nothing to resume in {said['run.output']}: a new run")
@@ -115,8 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_data(config: TrainConfig) -> None:
-    from trainer.data import check_data, open_dataset
+def _check_data(config: TrainConfig) -> int:
+    """Report on the training data; return 1 if training would stop at some of it."""
+    from trainer.data import Kind, check_data, open_dataset
 
     data, picture = config.data, Path(config.run.output) / "data.png"
     dataset = open_dataset(data.source, "train", Path(data.root) if data.root else None)
@@ -125,6 +128,7 @@ def _check_data(config: TrainConfig) -> None:
         print(line)
     print(f"{dataset.name}: {report.summary()}")
     print(f"some of it, as it is trained: {picture}")
+    return int(Kind.DAMAGED_IMAGE in report.counts())
 
 
 if __name__ == "__main__":

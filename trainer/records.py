@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from facespec.cli import require
-from facespec.errors import MissingPackageError
+from facespec.errors import MissingPackageError, OutputError
 from facespec.files import write_text
 
 Row = Mapping[str, float]
@@ -26,35 +29,89 @@ class CsvLog:
     """A CSV file of numbers whose first column counts up. Rows past the point a run resumes from are taken back.
 
     Args:
-        path: File; made if it is not there.
+        path: File; made if it is not there. Rows that are damaged, or have columns of other names, lose them.
         columns: Names.
         last: Rows whose first column is greater are removed.
+
+    Raises:
+        OutputError: There is no room or no writing there.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], last: int) -> None:
-        self.columns = columns
-        kept = [row for row in _read_rows(path) if int(row[0]) <= last]
+        self.path, self.columns = path, columns
+        kept = [row for row in _read_rows(path) if row.get(columns[0], "").isdecimal() and int(row[columns[0]]) <= last]
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([columns, *kept])
+        lines = [[row.get(name, "") for name in columns] for row in kept]
+        csv.writer(text, lineterminator="\n").writerows([columns, *lines])
         write_text(path, text.getvalue())
         self._file = path.open("a", encoding="utf-8", newline="", buffering=1)  # a killed run loses no row
 
     def add(self, row: Row) -> None:
         """Write a row; columns it lacks stay empty."""
         values = (f"{row[name]:.9g}" if name in row else "" for name in self.columns)  # 9 digits give float32 back
-        self._file.write(",".join(values) + "\n")
+        with _named(self.path):
+            self._file.write(",".join(values) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with _named(self.path):
+            self._file.close()
 
 
-def _read_rows(path: Path) -> Iterable[list[str]]:
-    """Return the whole rows of a file without its head; a killed run may leave half a row."""
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); the last checkpoint is kept") from None
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the whole rows of a file, by column; a run that was killed may leave half a row, or zeros."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return list(csv.reader(line for line in lines[1:] if line.endswith("\n")))
+    lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines(keepends=True)
+    header, *rows = csv.reader(line for line in lines if line.endswith("\n")) if lines else [[]]
+    return [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+
+
+class _Board:
+    """Scalars for TensorBoard, written at once.
+
+    tensorboardX's own writer has a thread, which dies of a full disk and leaves the training waiting for it.
+
+    Args:
+        folder: Folder of the event files.
+        step: Steps done so far; later ones, of a run that was killed, are not shown.
+
+    Raises:
+        MissingPackageError: tensorboardX is not installed.
+        OutputError: There is no room or no writing there.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        writer = require("tensorboardX.event_file_writer", "train", "a log for TensorBoard")
+        self._event = require("tensorboardX.proto.event_pb2", "train", "a log for TensorBoard")
+        self._scalar = require("tensorboardX.summary", "train", "a log for TensorBoard").scalar
+        self._folder = folder
+        with _named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = writer.EventsWriter(str(folder / "events"))
+        self._write(session_log=self._event.SessionLog(status=self._event.SessionLog.START), step=step + 1)
+
+    def add(self, name: str, value: float, step: int) -> None:
+        """Write a number."""
+        self._write(summary=self._scalar(name, value), step=step)
+
+    def _write(self, **content: Any) -> None:
+        with _named(self._folder):
+            self._file.write_event(self._event.Event(wall_time=time.time(), **content))
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        with _named(self._folder):
+            self._file.close()
 
 
 class Records:
@@ -73,8 +130,7 @@ class Records:
         self._epochs = CsvLog(folder / "epochs.csv", epoch_columns, epoch)
         self._board = None
         try:
-            board = require("tensorboardX", "train", "a log for TensorBoard")
-            self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._board = _Board(folder / "tensorboard", step)
         except MissingPackageError as error:
             print(f"{error}; steps.csv and epochs.csv hold the same")
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, file=sys.stderr, dynamic_ncols=True)
@@ -94,15 +150,14 @@ class Records:
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Close the files."""
-        self._bar.close()
-        self._steps.close()
-        self._epochs.close()
-        if self._board is not None:
-            self._board.close()
+        """Close the files, each even if another cannot be."""
+        with ExitStack() as stack:
+            for part in (self._board, self._epochs, self._steps, self._bar):
+                if part is not None:
+                    stack.callback(part.close)
 
     def _to_board(self, kind: str, row: Row, at: int) -> None:
         if self._board is not None:
             for name, value in row.items():
                 if name not in ("step", "epoch"):
-                    self._board.add_scalar(f"{kind}/{name}", value, at)
+                    self._board.add(f"{kind}/{name}", value, at)

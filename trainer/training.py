@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,11 +26,12 @@ from facespec.spec import ModelSpec
 from trainer.average_precision import LEVELS
 from trainer.backbones import BACKBONES
 from trainer.batches import AsTheyAre, Order, explain_dead_workers, read_batches
-from trainer.checkpoint import is_folded, load_pretrained, read_training, save_checkpoint
+from trainer.checkpoint import load_pretrained, read_training, save_checkpoint
 from trainer.config import TrainConfig, changed, from_settings, to_settings, write_yaml
 from trainer.data import Dataset, TrainingSet, open_dataset
 from trainer.distributed import World, has_bf16, join_world
 from trainer.engine import Ema, Learner, PixelTerm, lr_factor, make_optimiser, seed_step, train_step
+from trainer.folding import is_folded, unfold
 from trainer.losses import MultiBoxLoss
 from trainer.model import RetinaFace
 from trainer.records import STEP_COLUMNS, Records
@@ -40,6 +42,9 @@ LAST, BEST = "last.pth", "best.pth"
 
 OVERFIT_STEPS = 100
 """Steps of an epoch on a few images, which it sees many times over."""
+
+UNFOLDING_IMAGES = 64
+"""Images that tell the statistics of pretrained weights whose batch normalisation was folded."""
 
 Row = dict[str, float]
 
@@ -68,13 +73,24 @@ def fit(config: TrainConfig, *, pixel_term: PixelTerm | None = None, resume: Pat
         if config.precision == "auto":
             config = dataclasses.replace(config, precision="bf16" if has_bf16(world.device) else "fp32")
         data = _open_data(config, world)
-        state = TrainState.start(config, world, pixel_term, None if resume else config.model.pretrained)
-        if resume is not None:
-            state.load(resume, config)
-        elif (Path(config.run.output) / LAST).exists():
+        last = Path(config.run.output) / LAST
+        if last.exists() and (resume is None or not resume.exists() or not resume.samefile(last)):
             raise OutputError(
                 f"{config.run.output} holds a run already: --resume auto goes on with it, or choose another --output"
             )
+        if config.model.sync_batch_norm and world.device.type != "cuda":
+            raise ConfigError("model.sync_batch_norm needs CUDA")
+        pretrained = None if resume else config.model.pretrained
+        state = TrainState.start(config, world, data.samples, pixel_term, pretrained)
+        if resume is not None:
+            state.load(resume, config, data.dataset.digest())
+        if world.size > 1:
+            steps = world.gather({world.rank: state.step})
+            if len(set(steps.values())) > 1:
+                raise ConfigError(
+                    f"the processes would start after different steps ({', '.join(map(str, steps.values()))}): all of "
+                    f"them must see {config.run.output}"
+                )
         return _Run(config, world, data, state).train()
 
 
@@ -142,7 +158,12 @@ class TrainState:
 
     @classmethod
     def start(
-        cls, config: TrainConfig, world: World, pixel_term: PixelTerm | None, pretrained: str | None
+        cls,
+        config: TrainConfig,
+        world: World,
+        samples: TrainingSet | AsTheyAre,
+        pixel_term: PixelTerm | None,
+        pretrained: str | None,
     ) -> TrainState:
         """Return the state before the first step, from pretrained or random weights."""
         torch.manual_seed(config.seed)
@@ -150,11 +171,8 @@ class TrainState:
         model = RetinaFace(ModelSpec(backbone, config.model.fpn_channels or BACKBONES[backbone][1]))
         if pretrained:
             load_pretrained(model, pretrained)
-            if is_folded(model) and not config.model.freeze_batch_norm:
-                raise ConfigError(
-                    f"{pretrained}: batch normalisation is folded into these weights, training would undo them: "
-                    "--recipe finetune, or --set model.freeze_batch_norm=true"
-                )
+            if is_folded(model):
+                unfold(model, _first_images(samples, model.spec.preprocess.mean_bgr))
         model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if pixel_term is not None:
             pixel_term.to(world.device)
@@ -167,10 +185,11 @@ class TrainState:
         model = copy.deepcopy(self.ema.model if self.ema else self.model)
         return model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
-    def save(self, path: Path, config: TrainConfig) -> None:
-        """Write a checkpoint to resume, evaluate or export."""
+    def save(self, path: Path, config: TrainConfig, digest: str) -> None:
+        """Write a checkpoint to resume, evaluate or export; `digest` is that of the data set."""
         training = {
             "settings": to_settings(config),
+            "data": digest,
             "weights": self.model.state_dict(),
             "pixel_term": self.pixel_term.state_dict() if self.pixel_term else {},
             "optimiser": self.optimiser.state_dict(),
@@ -179,11 +198,11 @@ class TrainState:
         }
         save_checkpoint(path, self.averaged(), training=training)
 
-    def load(self, path: Path, config: TrainConfig) -> None:
+    def load(self, path: Path, config: TrainConfig, digest: str) -> None:
         """Take over what `save` wrote.
 
         Raises:
-            ConfigError: The settings are others than those of the run.
+            ConfigError: The settings or the images are others than those of the run.
             WeightsError: The file holds no run.
         """
         average, training = read_training(path)
@@ -193,6 +212,11 @@ class TrainState:
             raise ConfigError(
                 f"{path} cannot be resumed with another {', '.join(f'{n} ({old.get(n)} -> {new[n]})' for n in names)}: "
                 "leave them as they are, or start a new run with --pretrained"
+            )
+        if training["data"] != digest:
+            raise ConfigError(
+                f"{path} was trained on other images than there are now: bring them back, or start a new run with "
+                "--pretrained"
             )
         self.model.load_state_dict(training["weights"])
         if self.pixel_term is not None:
@@ -314,25 +338,25 @@ class _Run:
             scores = validation.measure(model, self.world, self.world.leads)
             if not scores:
                 self._say("nothing was measured: no face of the validation counts, they are all too small")
-        best = max((_score(past) for past in state.history), default=-math.inf)
+        best = max((_score(past) for past in state.history if scores.keys() <= past.keys()), default=-math.inf)
         state.history.append({**row, **scores})
         state.sums = {}
         if self.world.leads and scores and _score(scores) > best:
             figures = {"settings": to_settings(config), "scores": scores, "epoch": epoch}
             save_checkpoint(self.folder / BEST, state.averaged(), **figures)
-        self._save()
         if self.records is not None:
             line = _epoch_line(row, scores, config.schedule.epochs, _score(scores) > best)
             done = (state.step - self.first_step) or 1
             left = (time.monotonic() - self.started) / done * (self.steps - state.step)
             line += f"  {_clock(seconds)}, {_clock(left)} left"
             self.records.add_epoch({**row, **scores, "seconds": seconds}, line)
+        self._save()  # after the row: one that is written twice is taken back, one that is missing stays so
         self.epoch_started = time.monotonic()
 
     def _save(self) -> None:
         if self.world.leads:
-            self.state.save(self.folder / LAST, self.config)
-            self.saved_step = self.state.step
+            self.state.save(self.folder / LAST, self.config, self.data.dataset.digest())
+        self.saved_step = self.state.step
 
     def _epoch_columns(self) -> list[str]:
         levels = self.data.validation.levels if self.data.validation else ()
@@ -353,6 +377,13 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.world.leads:
             print(text)
+
+
+def _first_images(samples: TrainingSet | AsTheyAre, mean_bgr: tuple[int, int, int]) -> Iterator[Tensor]:
+    """Yield some images as they are trained, one at a time: (1, 3, H, W) float32, BGR minus the mean."""
+    for index in np.unique(np.linspace(0, len(samples) - 1, UNFOLDING_IMAGES).astype(int)).tolist():
+        image = torch.from_numpy(samples[index][0]).permute(2, 0, 1)[None]
+        yield image.float() - torch.tensor(mean_bgr).view(3, 1, 1)
 
 
 REPORTED = STEP_COLUMNS[3:]
@@ -395,7 +426,8 @@ class _StopSignals:
     def __enter__(self) -> _StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                if number := getattr(signal, name, None):
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup's, others'
                     self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -124,7 +124,7 @@ class LabelledValidation:
         found = world.gather(found)
         rows_by_image = {key: rows for key, (rows, _) in found.items()}
         truth = {key: image for key, (_, image) in found.items()}
-        curve = average_precision(rows_by_image, truth)[LEVELS[0]]
+        curve = average_precision(rows_by_image, truth, border=0)[LEVELS[0]]
         return {SIMPLE_LEVEL: 100 * curve.ap} if curve.faces else {}
 
 
@@ -140,16 +140,16 @@ def find_validation(config: DataConfig, trained: Dataset) -> Validation | None:
     """
     if config.overfit:
         return LabelledValidation(trained, config.size)
-    folder = Path(config.val or (config.root if config.source == WIDERFACE else None) or config.source)
-    if folder == Path(WIDERFACE):
-        folder = Path(os.environ.get("WIDERFACE_ROOT") or "data/widerface")
-    if found := _find_wider(folder):
+    name = config.val or config.source
+    folder = config.root or os.environ.get("WIDERFACE_ROOT") or "data/widerface" if name == WIDERFACE else name
+    if found := _find_wider(Path(folder)):
         return found
     try:
-        dataset = open_dataset(config.val or config.source, "val", Path(config.root) if config.root else None)
-    except DataError:
+        dataset = open_dataset(name, "val", Path(config.root) if config.root else None)
+    except DataError as error:
         if config.val:
             raise
+        print(f"note: there is nothing to measure on: {error}")
         return None
     if not config.val and {sample.name for sample in dataset.samples} & {sample.name for sample in trained.samples}:
         return None  # a label file has no splits

@@ -47,7 +47,39 @@ def test_a_resumed_run_keeps_what_is_not_said() -> None:
     again = resolve({"run.workers": 1, "data.root": "elsewhere"}, to_settings(base))
     assert changed(base, again) == []
     assert changed(base, resolve({"recipe": "default", "seed": 4}, to_settings(base))) == ["recipe", "seed"]
-    assert changed(base, resolve({"recipe": "original"}, to_settings(base))) == ["optimiser.lr"]
+    # the recipe that a run started from is said again without taking back what was said beside it
+    assert resolve({"recipe": "original"}, to_settings(base)) == base
+    few = resolve({"data.overfit": 3, "schedule.epochs": 9})
+    assert resolve({"data.overfit": 3}, to_settings(few)) == few
+    assert RECIPES["original"] == dict(RECIPES["original"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 2024-13-45",
+        "data: &a {x: *a}",
+        "[" * 3000,
+        f"seed: {'9' * 5000}",
+        f"seed: {10**30}",
+        f"schedule: {{epochs: {10**18}}}",
+        f"optimiser: {{lr: {10**400}}}",
+        "seed: !!python/object/apply:os.system ['true']",
+        "recipe: [1]",
+        "- 1",
+        f"a: &a [{'x, ' * 99}]\nb: &b [{'*a, ' * 99}]\nc: &c [{'*b, ' * 99}]\nseed: [{'*c, ' * 99}]",
+    ],
+)
+def test_hostile_yaml_ends_in_one_short_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        resolve(read_yaml(tmp_path / "c.yaml"))
+    assert len(str(caught.value)) < 1500
+
+
+def test_an_empty_section_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data:\nseed: 4\n")
+    assert resolve(read_yaml(tmp_path / "c.yaml")) == TrainConfig(seed=4)
 
 
 def test_overfitting_changes_defaults_that_can_be_said_otherwise() -> None:

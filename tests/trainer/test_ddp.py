@@ -40,8 +40,9 @@ def _torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[s
 def save_gradients(path: Path) -> None:
     """Save the gradients of a batch of four images, shared by the processes there are; torchrun calls this."""
     with join_world("cpu") as world:
-        model = load_model().eval()  # batch normalisation sees each process's images alone, so it is left out
-        learner: torch.nn.Module = Learner(model, MultiBoxLoss(model.spec, LossSettings()), None, bf16=False)
+        model = load_model()
+        # by the statistics of a batch, each process would see its own images alone
+        learner: torch.nn.Module = Learner(model, MultiBoxLoss(model.spec, LossSettings()), freeze_batch_norm=True)
         if world.size > 1:
             learner = torch.nn.parallel.DistributedDataParallel(learner)
         samples = TrainingSet(open_dataset("synthetic"), 160, AugmentSettings(), seed=1)

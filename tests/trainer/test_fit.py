@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,8 @@ from trainer.config import ScheduleConfig, Settings, TrainConfig, resolve
 from trainer.data import open_dataset
 from trainer.distributed import World
 from trainer.engine import Ema, Heads, PixelTerm, lr_factor, make_optimiser
+from trainer.folding import is_folded, unfold
+from trainer.records import CsvLog
 from trainer.targets import Faces, Targets
 from trainer.training import fit
 
@@ -239,6 +242,75 @@ def test_a_run_that_changes_is_not_resumed(config: Callable[..., TrainConfig], t
     assert len(fit(config(schedule__epochs=1, schedule__warmup_epochs=0.0, run__workers=1), resume=last)) == 1
 
 
+def test_a_run_is_not_resumed_on_other_images_or_over_another_run(
+    config: Callable[..., TrainConfig], images: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(images, own)
+    fit(config(data__source=str(own)))
+    last = tmp_path / "run" / "last.pth"
+    (own / "train" / "images" / "3.png").unlink()
+    with pytest.raises(ConfigError, match="was trained on other images"):
+        fit(config(data__source=str(own)), resume=last)
+    fit(config(run__output=str(tmp_path / "second")))
+    with pytest.raises(OutputError, match="second holds a run already"):
+        fit(config(run__output=str(tmp_path / "second")), resume=last)
+
+
+def test_logs_of_a_resumed_run_keep_their_columns_and_lose_what_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "epochs.csv"
+    path.write_bytes(b"epoch,total,seconds\n1,5.5,7\n\n2,4.5,7\nx,1,1\n3,\0\0\0\0\n\xff\n4,1,1\n5,0.")
+    log = CsvLog(path, ["epoch", "total", "ap", "seconds"], last=3)
+    log.add({"epoch": 3, "total": 2.5, "ap": 0.25})
+    log.close()
+    assert path.read_text().splitlines() == ["epoch,total,ap,seconds", "1,5.5,,7", "2,4.5,,7", "3,2.5,0.25,"]
+
+
+def test_what_nohup_ignores_stays_ignored(images: Path, tmp_path: Path) -> None:
+    arguments = ["--data", str(images), "--size", "160", "--batch", "4", "--epochs", "60", "--workers", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.fit",
+        *arguments,
+        "--evaluate-every",
+        "0",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    run = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        preexec_fn=ignore,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    steps = tmp_path / "run" / "steps.csv"
+    _wait_for(lambda: steps.is_file() and len(steps.read_text().splitlines()) > 2, run)
+    run.send_signal(signal.SIGHUP)
+    before = len(steps.read_text().splitlines())
+    _wait_for(lambda: len(steps.read_text().splitlines()) > before + 3, run)
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "stopped after step" in said
+
+
+def _wait_for(happened: Callable[[], bool], run: subprocess.Popen[str]) -> None:
+    limit = time.monotonic() + 120
+    while not happened():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
 def test_a_loss_that_is_not_finite_names_step_and_images(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"step \d+: the (loss|gradient) is not finite.*images/\d+\.png") as caught:
         fit(config(optimiser__lr=1e18, optimiser__clip_norm=0.0, run__checkpoint_every=1, schedule__warmup_epochs=0.0))
@@ -347,19 +419,42 @@ def test_a_detector_fills_everything(tmp_path: Path) -> None:
     assert weights_sha256(model.state_dict()) == load_model().spec.weights_sha256
 
 
-def test_frozen_batch_normalisation_keeps_a_detector_and_its_statistics(
-    config: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
-    """The published weights come folded: by a batch's statistics they would be another network from the first step."""
-    before = load_model().state_dict()
-    with pytest.raises(ConfigError, match="--recipe finetune"):
-        fit(config(model__pretrained="mobilenet0.25", run__output=str(tmp_path / "refused")))
+def test_folded_batch_normalisation_is_given_back() -> None:
+    """The published weights come folded: by a batch's statistics they would be another network."""
+    rng = np.random.default_rng(0)
+    photographs = torch.from_numpy(rng.normal(0, 50, (6, 3, 160, 192)).astype(np.float32))
+    model, folded = load_model(), load_model()
+    assert is_folded(folded)
+    unfold(model, photographs.split(2))
+    assert not is_folded(model)
+    with torch.no_grad():
+        for after, before in zip(model(photographs), folded(photographs), strict=True):
+            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+        by_statistics = [head.clone() for head in model(photographs)]
+        for module in (model, folded):
+            module.train()
+        for head, wanted, wrong in zip(model(photographs), by_statistics, folded(photographs), strict=True):
+            assert (head - wanted).abs().mean() < 0.01
+            assert (wrong - wanted).abs().mean() > 0.1
+
+
+def test_fine_tuning_starts_where_the_weights_are(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     history = fit(config(recipe="finetune", schedule__epochs=1))
-    after = load_model(tmp_path / "run" / "last.pth").state_dict()
-    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert not [name for name in moved if "running_" in name]
-    assert "body.stage1.0.0.weight" in moved
-    assert history[0]["classification"] < 3  # it starts with a loss of about 2; from the batch's statistics, over 10
+    assert history[0]["ap"] > 90
+
+
+def test_frozen_batch_normalisation_keeps_its_statistics(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    fit(config(recipe="finetune", schedule__epochs=1))
+    training = read_training(tmp_path / "run" / "last.pth")[1]
+    fit(
+        config(
+            recipe="finetune", schedule__epochs=1, model__freeze_batch_norm=False, run__output=str(tmp_path / "moving")
+        )
+    )
+    moving = read_training(tmp_path / "moving" / "last.pth")[1]
+    counters = [name for name in moving["weights"] if name.endswith("num_batches_tracked")]
+    assert counters
+    assert all(training["weights"][name] == 0 < moving["weights"][name] for name in counters)
 
 
 def test_a_few_images_are_learned_by_heart(config: Callable[..., TrainConfig], tmp_path: Path) -> None:

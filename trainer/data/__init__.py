@@ -1,19 +1,19 @@
 """Training data: readers of label files, a synthetic set, augmentation, and a check of both."""
 
-from trainer.data.augment import AugmentSettings, TrainingSet, start_worker
+from trainer.data.augment import AugmentSettings, TrainingSet
 from trainer.data.check import check_data
-from trainer.data.dataset import Dataset, FileSample, Problem, Report, Sample
+from trainer.data.dataset import Dataset, FileSample, Kind, Problem, Report, Sample
 from trainer.data.sources import open_dataset
 
 __all__ = [
     "AugmentSettings",
     "Dataset",
     "FileSample",
+    "Kind",
     "Problem",
     "Report",
     "Sample",
     "TrainingSet",
     "check_data",
     "open_dataset",
-    "start_worker",
 ]

@@ -113,8 +113,8 @@ def augment(
 ) -> tuple[Frame, Faces]:
     """Return a random view of an image, uint8 (size, size, 3), and the faces whose centre lies in it.
 
-    Faces are kept however small: those no prior fits are ignored by the matching, and dropping them would teach that
-    they are background. The same state of `rng` gives the same bits.
+    Faces are kept however small: the matching leaves out those that no prior fits. The same state of `rng` gives the
+    same bits.
 
     Args:
         image: uint8 (H, W, 3) BGR.
@@ -305,12 +305,3 @@ class TrainingSet(torch.utils.data.Dataset[tuple[Frame, Faces]]):
         epoch, index = divmod(item, len(self.dataset))
         rng = np.random.default_rng((self.seed, epoch, index))
         return augment(*self.dataset.samples[index].load(), self.size, rng, self.settings)
-
-
-def start_worker(_: int) -> None:
-    """Keep cv2 to the thread it is called from, in a worker of a DataLoader (`worker_init_fn`): workers fill the cores.
-
-    0 means no pool of threads at all; 1 would have cv2 shut down the pool of the parent process, whose threads do not
-    live in a forked worker, and wait for them for ever.
-    """
-    cv2.setNumThreads(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from facespec.errors import DataError
-from trainer.data.dataset import Dataset, Entry, Kind, Label, Report, make_dataset, to_numbers
+from trainer.data.dataset import Dataset, Entry, Kind, Label, Report, inside, make_dataset, to_numbers
 
 FACE = "face"
 """Name of the category that is read where a file has several."""
@@ -37,21 +37,35 @@ def read_coco(file: Path, images: Path) -> Dataset:
     report, entries, by_id = Report(), dict[Path, Entry](), dict[Any, Entry]()
     for index, picture in enumerate(pictures):
         place, name = f"{file}: image {picture.get('id', f'number {index}')}", picture.get("file_name")
-        if not isinstance(name, str) or not name or not isinstance(picture.get("id"), (int, str)):
-            report.add(place, Kind.MALFORMED, f"id {picture.get('id')!r}, file_name {name!r}")
+        if not isinstance(name, str) or not name or type(picture.get("id")) not in (int, str):
+            report.add(place, Kind.MALFORMED, f"id {picture.get('id')!r}, file_name {name!r}"[:200])
             continue
-        if images / name in entries:
+        path = inside(images, name)
+        if path is None:
+            report.add(place, Kind.BAD_NAME, name[:200])
+            continue
+        if picture["id"] in by_id:  # whose faces they are cannot be told
+            report.add(place, Kind.MALFORMED, "its id is that of another image, too")
+            by_id[picture["id"]].left_out += 1
+            continue
+        if path in entries:
             report.add(place, Kind.DUPLICATE_IMAGE, name)
-        by_id[picture["id"]] = entries.setdefault(images / name, Entry(place))
+        by_id[picture["id"]] = entries.setdefault(path, Entry(place))
+    lost = 0
     for index, annotation in enumerate(annotations):
-        if category is not None and annotation.get("category_id") != category:
-            continue
         row = annotation.get("id")
-        row = row if isinstance(row, int) else index
+        row = row if type(row) is int and 0 <= row < 1 << 63 else index
         place, image = f"{file}: annotation {row}", annotation.get("image_id")
-        entry = by_id.get(image) if isinstance(image, (int, str)) else None
+        entry = by_id.get(image) if type(image) in (int, str) else None
         if entry is None:
-            report.add(place, Kind.MALFORMED, f"image_id {image!r} is no image")
+            report.add(place, Kind.MALFORMED, f"image_id {image!r} is no image"[:200])
+            lost += 1
+            continue
+        if category is not None and "category_id" not in annotation:
+            report.add(place, Kind.MALFORMED, "no category_id")
+            entry.left_out += 1
+            continue
+        if category is not None and annotation["category_id"] != category:
             continue
         label, kind, found = _parse(row, annotation)
         if kind:
@@ -60,6 +74,9 @@ def read_coco(file: Path, images: Path) -> Dataset:
             entry.labels.append(label)
         else:
             entry.left_out += 1
+    if lost:  # an image without annotations may be the one they are of
+        for entry in entries.values():
+            entry.left_out += not entry.labels
     return make_dataset(str(file), entries, f"{file}: annotation ", report)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -52,6 +53,7 @@ class Kind(Enum):
     INVALID = "face marked invalid: left out"
     CROWD = "crowd marked as one box: left out"
     ALL_LEFT_OUT = "image none of whose faces can be used: left out, as it is no background either"
+    BAD_NAME = "image name that is absolute or leads out of the folder: left out"
     MISSING_IMAGE = "image file not there: image left out"
     DAMAGED_IMAGE = "image file that cannot be read: training will stop at it"
     OUTSIDE = "box outside the image: dropped"
@@ -149,6 +151,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def digest(self) -> str:
+        """Return a hash of the images' names, and their order, wherever their folder lies."""
+        names = "\n".join("/".join(PurePath(sample.name).parts[-2:]) for sample in self.samples)
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
 
 @dataclass(frozen=True)
 class FileSample:
@@ -234,6 +241,12 @@ def to_numbers(values: Sequence[object]) -> list[float] | None:
     return numbers if all(abs(number) <= MAX_COORDINATE for number in numbers) else None  # NaN is not, either
 
 
+def inside(folder: Path, name: str) -> Path | None:
+    """Return the path of an image that a label file names, or None if it would lie outside of the images' folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return None if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive else folder / path
+
+
 @dataclass
 class Entry:
     """What a label file says about one image.
@@ -265,8 +278,12 @@ def make_dataset(name: str, entries: dict[Path, Entry], origin: str, report: Rep
     """
     samples: list[Sample] = []
     for path, entry in entries.items():
-        if not path.is_file():
-            report.add(entry.place, Kind.MISSING_IMAGE, str(path))
+        try:
+            there = path.is_file()
+        except OSError:  # a name that is too long, a folder that is closed
+            there = False
+        if not there:
+            report.add(entry.place, Kind.MISSING_IMAGE, str(path)[:200])
             continue
         labels = _usable(entry, origin, report)
         if entry.left_out and not labels:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from facespec.errors import DataError
 from facespec.images import IMAGE_SUFFIXES
-from trainer.data.dataset import Dataset, Entry, Kind, Label, Report, make_dataset, to_numbers
+from trainer.data.dataset import Dataset, Entry, Kind, Label, Report, inside, make_dataset, to_numbers
 
 _INVALID = 7
 _UNKNOWN = -1.0
@@ -57,7 +57,10 @@ def read_labels(file: Path, images: Path, name: str = "") -> Dataset:
         )
     report, entries = Report(), dict[Path, Entry]()
     for (number, title), faces in _by_image(rows):
-        path = images / title.lstrip("# ")
+        path = inside(images, title.lstrip("# "))
+        if path is None:
+            report.add(f"{file}:{number}", Kind.BAD_NAME, title[:200])
+            continue
         if path in entries:
             report.add(f"{file}:{number}", Kind.DUPLICATE_IMAGE, title)
         entry = entries.setdefault(path, Entry(f"{file}:{number}"))

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from facespec.errors import SpecError
 from facespec.letterbox import Frame
-from trainer.data import AugmentSettings, FileSample, TrainingSet, open_dataset, start_worker
+from trainer.batches import start_worker
+from trainer.data import AugmentSettings, FileSample, TrainingSet, open_dataset
 from trainer.data.augment import INTERPOLATIONS, Colours, Crop, apply_crop, augment, choose_crop, mirror, recolour
 from trainer.targets import Faces, collate
 

@@ -195,14 +195,52 @@ def test_coco(make: Make) -> None:
         ({"bbox": [1, 2, "x", 4]}, Kind.MALFORMED, False),
         ({"bbox": [1, 2, 0, 4]}, Kind.NO_AREA, False),
         ({"keypoints": [1, 2, 2] * 17}, Kind.MALFORMED, False),
-        ({"image_id": 99}, Kind.MALFORMED, False),
+        ({"id": 10**30, "bbox": None}, Kind.MALFORMED, False),
         ({"keypoints": [20, 20, 2, 30, 20, 2, 25, 25, 0, 21, 30, 2, 29, 30, 2]}, Kind.PARTIAL_LANDMARKS, True),
     ],
 )
 def test_every_bad_annotation_is_named(make: Make, changes: dict[str, Any], kind: Kind, kept: bool) -> None:
     dataset = open_dataset(str(make("faces.json", json.dumps(_coco(**changes)))))
-    assert _problems(dataset.report.problems) == [(7, kind)]
+    assert [problem.kind for problem in dataset.report.problems] == [kind]
+    if "id" not in changes:
+        assert _problems(dataset.report.problems) == [(7, kind)]
     assert _samples(dataset)["a.jpg"].labelled.has_landmarks.tolist() == [True] + [False] * kept
+
+
+def test_faces_of_an_unknown_image_make_no_background(make: Make) -> None:
+    """They may be those of an image that has none."""
+    dataset = open_dataset(str(make("faces.json", json.dumps(_coco(image_id=99)))))
+    assert [problem.kind for problem in dataset.report.problems] == [Kind.MALFORMED, Kind.ALL_LEFT_OUT]
+    assert list(_samples(dataset)) == ["a.jpg"]
+
+
+def test_two_images_with_one_id_make_no_background(make: Make) -> None:
+    data = _coco()
+    data["images"][1]["id"] = 1
+    dataset = open_dataset(str(make("faces.json", json.dumps(data))))
+    assert [problem.kind for problem in dataset.report.problems] == [Kind.MALFORMED]
+    assert list(_samples(dataset)) == ["a.jpg"]
+    data = _coco()
+    data["images"][1]["id"] = True
+    kinds = [problem.kind for problem in open_dataset(str(make("faces.json", json.dumps(data)))).report.problems]
+    assert kinds == [Kind.MALFORMED]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd.jpg", "../a.jpg", "x/../../a.jpg", "..\\a.jpg", "C:\\a.jpg"])
+def test_images_outside_of_their_folder_are_left_out(name: str, make: Make) -> None:
+    text = f"# {name}\n10 10 20 20\n# a.jpg\n10 10 20 20\n"
+    dataset = open_dataset(str(make("label.txt", text)))
+    assert [problem.kind for problem in dataset.report.problems] == [Kind.BAD_NAME]
+    assert list(_samples(dataset)) == ["a.jpg"]
+    data = _coco()
+    data["images"].append({"id": 3, "file_name": name})
+    dataset = open_dataset(str(make("faces.json", json.dumps(data))))
+    assert [problem.kind for problem in dataset.report.problems] == [Kind.BAD_NAME]
+
+
+def test_a_name_too_long_for_a_file_is_missing(make: Make) -> None:
+    dataset = open_dataset(str(make("label.txt", f"# {'x' * 400}.jpg\n10 10 20 20\n# a.jpg\n10 10 20 20\n")))
+    assert [problem.kind for problem in dataset.report.problems] == [Kind.MISSING_IMAGE]
 
 
 def test_coco_landmarks_that_are_all_invisible_are_simply_unknown(make: Make) -> None:

@@ -245,8 +245,8 @@ def to_int8(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe | N
 
 
 def _as_half(scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return scales as the float16 they may be stored in, rounded up and not below its normal numbers."""
-    half = np.maximum(scales, np.finfo(np.float16).smallest_normal).astype(np.float16)
+    """Return scales as the float16 they may be stored in, rounded up so that nothing is cut off."""
+    half = np.maximum(scales, 16 * np.finfo(np.float16).smallest_subnormal).astype(np.float16)
     return np.where(half < scales, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
 
 

@@ -129,6 +129,7 @@ def _describe(found: Inspection, sidecar: Sidecar) -> None:
         "gpu_here": present or "none",
         "precision": sidecar.precision,
         **({"calibration": sidecar.calibration} if sidecar.calibration else {}),
+        "parity": {name: float(f"{value:.2g}") for name, value in sidecar.parity.items()},
         "bytes": sidecar.engine_bytes,
         "sha256": sidecar.engine_sha256,
         "onnx_sha256": sidecar.onnx_sha256,

@@ -115,6 +115,12 @@ class ParityReport:
         lines.append(f"{verdict}; allowed: {allowed}")
         return "\n".join(lines)
 
+    def summary(self) -> dict[str, float]:
+        """Return the largest difference of each kind, and the numbers of images and faces."""
+        names = ("heads", "boxes_px", "landmarks_px", "scores")
+        worst = {name: max(float(getattr(row, name)) for row in self.rows) for name in names}
+        return {"images": len(self.rows), "faces": sum(row.faces for row in self.rows), **worst}
+
     def require_equal(self) -> None:
         """Raise ParityError if any image differs, or if no face was compared."""
         bad = [row for row in self.rows if not row.equal]

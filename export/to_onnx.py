@@ -258,14 +258,17 @@ def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
+    from export.inspect import inspect_onnx
+
     options = parse_arguments(argv)
     start = time.perf_counter()
     report = export_onnx(options)
     print(report)
     size = "x".join(map(str, options.size_hw)) if options.size_hw else "dynamic"
+    shares = ", ".join(f"{share:.0%} {kind}" for kind, share in inspect_onnx(options.out).precision.items())
     print(
-        f"wrote {options.out}: {report.spec.backbone}, {size}, {options.out.stat().st_size / 1e6:.1f} MB, "
-        f"{time.perf_counter() - start:.1f} s"
+        f"wrote {options.out}: {report.spec.backbone}, {size}, convolutions {shares}, "
+        f"{options.out.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
     )
     return 0
 

@@ -199,6 +199,7 @@ class ExportedGraph:
         spec: Its model.
         convolutions: Multiply-accumulates and precision of each convolution.
         calibration: What INT8 was calibrated with, as the sidecar has it; {} for the others.
+        parity: How far it is from PyTorch, as the sidecar has it.
     """
 
     path: Path
@@ -206,6 +207,7 @@ class ExportedGraph:
     spec: ModelSpec
     convolutions: Convolutions
     calibration: dict[str, Any]
+    parity: dict[str, float]
 
 
 def export_plugin_form(options: EngineOptions) -> ExportedGraph:
@@ -246,7 +248,9 @@ def export_plugin_form(options: EngineOptions) -> ExportedGraph:
     content = graph.SerializeToString()
     with atomic_path(options.plugin_form) as temporary:
         temporary.write_bytes(content)
-    return ExportedGraph(options.plugin_form, content, model.spec, convolutions(graph, best_hw), record)
+    return ExportedGraph(
+        options.plugin_form, content, model.spec, convolutions(graph, best_hw), record, report.summary()
+    )
 
 
 def build_engine(options: EngineOptions) -> Sidecar | None:
@@ -302,6 +306,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         precision=options.precision,
         convolutions=graph.convolutions,
         calibration=graph.calibration,
+        parity=graph.parity,
         profile=options.profile.shapes,
         onnx_sha256=hashlib.sha256(graph.content).hexdigest(),
         spec=graph.spec,

@@ -53,6 +53,8 @@ class Sidecar:
         convolutions: Multiply-accumulates and precision of each convolution in the strongly typed graph.
         profile: Smallest, best and largest (B, H, W, 3) of the input `images`.
         calibration: Source, number of images and seed that INT8 was calibrated with, and its recipe; {} for the others.
+        parity: How far its graph is from PyTorch on a few photographs: largest differences of raw heads, of boxes and
+            landmarks in pixels and of scores, and the numbers of images and of faces; export.verify says more.
         onnx_sha256: Of the plugin form it was built from.
         spec: The model.
         built: Date, ISO 8601.
@@ -70,6 +72,7 @@ class Sidecar:
     convolutions: Convolutions
     profile: dict[str, Shape]
     calibration: dict[str, Any]
+    parity: dict[str, float]
     onnx_sha256: str
     spec: ModelSpec
     built: str
@@ -159,6 +162,7 @@ _CHECKS = {
     "plugin": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "convolutions": _are_convolutions,
     "profile": _is_profile,
+    "parity": lambda value: isinstance(value, dict) and all(type(number) in (int, float) for number in value.values()),
     **dict.fromkeys(("spec", "calibration"), lambda value: isinstance(value, dict)),
 }
 

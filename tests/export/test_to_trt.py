@@ -155,6 +155,7 @@ def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, re
             for value in ([1, 32, 32, 3], [1, 640, 640], [1, 640, 640, 9])
         ),
         *(("compute_capabilities", value) for value in (86, ["86"], [[86]])),
+        *(("parity", value) for value in (1, {"heads": "x"}, {"heads": True})),
         *(("plugin", {"name": 1}), ("spec", []), ("command", 7), ("built", None), ("command", "x" * 20_000)),
     ):
         hostile = {**data, name: value}

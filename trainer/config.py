@@ -1,6 +1,6 @@
 """Settings of a training run: frozen and validated, from recipes, YAML files and flags.
 
-A setting has a dotted name, `optimiser.lr`. What is said later wins: defaults, the recipe, the YAML file, the flags.
+A setting has a dotted name, `optimizer.lr`. What is said later wins: defaults, the recipe, the YAML file, the flags.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimiserConfig:
+class OptimizerConfig:
     """Stochastic gradient descent.
 
     Attributes:
@@ -108,11 +108,11 @@ class OptimiserConfig:
     clip_norm: float = 10.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optimiser.lr is {self.lr}: it must be positive")
-        _require(0 <= self.momentum < 1, f"optimiser.momentum is {self.momentum}: it must lie in 0..1")
-        _require(self.momentum > 0 or not self.nesterov, "optimiser.nesterov needs optimiser.momentum")
-        _require(self.weight_decay >= 0, f"optimiser.weight_decay is {self.weight_decay}: it must not be negative")
-        _require(self.clip_norm >= 0, f"optimiser.clip_norm is {self.clip_norm}: it must not be negative")
+        _require(self.lr > 0, f"optimizer.lr is {self.lr}: it must be positive")
+        _require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}: it must lie in 0..1")
+        _require(self.momentum > 0 or not self.nesterov, "optimizer.nesterov needs optimizer.momentum")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}: it must not be negative")
+        _require(self.clip_norm >= 0, f"optimizer.clip_norm is {self.clip_norm}: it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class TrainConfig:
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossSettings = field(default_factory=LossSettings)
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -240,10 +240,10 @@ RECIPES: dict[str, Settings] = {
         "precision": "fp32",
         "data.batch": 32,
         "loss.extra_negatives": 0,
-        "optimiser.lr": 1e-3,
-        "optimiser.nesterov": False,
-        "optimiser.decay_all": True,
-        "optimiser.clip_norm": 0.0,
+        "optimizer.lr": 1e-3,
+        "optimizer.nesterov": False,
+        "optimizer.decay_all": True,
+        "optimizer.clip_norm": 0.0,
         "schedule.kind": "step",
         "schedule.warmup_epochs": 0.0,
         "ema.decay": 0.0,
@@ -253,15 +253,15 @@ RECIPES: dict[str, Settings] = {
     "finetune": {
         "model.pretrained": DEFAULT_WEIGHTS,
         "model.freeze_batch_norm": True,
-        "optimiser.lr": 1e-4,
+        "optimizer.lr": 1e-4,
         "schedule.epochs": 10,
     },
 }
 
 OVERFIT: Settings = {
     "data.batch": 8,
-    "optimiser.lr": 0.02,
-    "optimiser.weight_decay": 0.0,
+    "optimizer.lr": 0.02,
+    "optimizer.weight_decay": 0.0,
     "schedule.epochs": 4,
     "schedule.warmup_epochs": 0.2,
     "ema.decay": 0.0,

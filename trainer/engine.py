@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from trainer.backbones import Features
-from trainer.config import OptimiserConfig, ScheduleConfig
+from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.losses import Losses, MultiBoxLoss
 from trainer.model import Heads, RetinaFace
 from trainer.targets import Targets
@@ -98,7 +98,7 @@ class Learner(nn.Module):
         return self.loss(heads, targets, (images.shape[1], images.shape[2]), pixel)
 
 
-def make_optimiser(learner: nn.Module, config: OptimiserConfig) -> SGD:
+def make_optimizer(learner: nn.Module, config: OptimizerConfig) -> SGD:
     """Return gradient descent on all parameters of a module.
 
     Vectors are biases and the scales of batch normalisation: weight decay moves them without regularising anything.
@@ -132,22 +132,22 @@ def lr_factor(step: int, steps_per_epoch: int, config: ScheduleConfig) -> float:
 
 
 def train_step(
-    learner: nn.Module, optimiser: SGD, images: Tensor, targets: Targets, clip: float
+    learner: nn.Module, optimizer: SGD, images: Tensor, targets: Targets, clip: float
 ) -> tuple[Losses, Tensor]:
     """Move the weights once; return the loss before, and the norm of the gradient before clipping.
 
     Args:
         learner: A `Learner`, or DistributedDataParallel around one.
-        optimiser: Of its parameters.
+        optimizer: Of its parameters.
         images: uint8 (B, H, W, 3) BGR.
         targets: Their faces.
         clip: Longest gradient; 0 does not clip.
     """
     losses: Losses = learner(images, targets)
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     losses.total.backward()
     norm = nn.utils.clip_grad_norm_(learner.parameters(), clip or math.inf)
-    optimiser.step()
+    optimizer.step()
     return losses, norm
 
 

@@ -32,7 +32,7 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "--backbone": ("model.backbone", str, "mobilenet0.25, mobilenet0.5, mobilenet1.0, resnet18, resnet34 or resnet50"),
     "--pretrained": ("model.pretrained", str, "ImageNet weights of the backbone, or a detector to go on from"),
     "--epochs": ("schedule.epochs", int, "passes over the data"),
-    "--lr": ("optimiser.lr", float, "highest learning rate"),
+    "--lr": ("optimizer.lr", float, "highest learning rate"),
     "--precision": ("precision", str, "fp32, bf16, or auto: bf16 where the processor computes in it"),
     "--seed": ("seed", int, "of weights, order and augmentation"),
     "--output": ("run.output", str, "folder of checkpoints and logs"),

@@ -30,7 +30,7 @@ from trainer.checkpoint import load_pretrained, read_training, save_checkpoint
 from trainer.config import TrainConfig, changed, from_settings, to_settings, write_yaml
 from trainer.data import Dataset, TrainingSet, open_dataset
 from trainer.distributed import World, has_bf16, join_world
-from trainer.engine import Ema, Learner, PixelTerm, lr_factor, make_optimiser, seed_step, train_step
+from trainer.engine import Ema, Learner, PixelTerm, lr_factor, make_optimizer, seed_step, train_step
 from trainer.folding import is_folded, unfold
 from trainer.losses import MultiBoxLoss
 from trainer.model import RetinaFace
@@ -141,7 +141,7 @@ class TrainState:
     Attributes:
         model: The detector as it is trained.
         pixel_term: Fourth term of the loss.
-        optimiser: Of both.
+        optimizer: Of both.
         ema: Average of the model.
         step: Steps done.
         sums: Sums over the steps of the epoch so far, by column.
@@ -150,7 +150,7 @@ class TrainState:
 
     model: RetinaFace
     pixel_term: PixelTerm | None
-    optimiser: SGD
+    optimizer: SGD
     ema: Ema | None
     step: int = 0
     sums: Row = field(default_factory=dict)
@@ -177,8 +177,8 @@ class TrainState:
         if pixel_term is not None:
             pixel_term.to(world.device)
         trained = nn.ModuleList([model] if pixel_term is None else [model, pixel_term])
-        optimiser = make_optimiser(trained, config.optimiser)
-        return cls(model, pixel_term, optimiser, Ema(model, config.ema.decay) if config.ema.decay else None)
+        optimizer = make_optimizer(trained, config.optimizer)
+        return cls(model, pixel_term, optimizer, Ema(model, config.ema.decay) if config.ema.decay else None)
 
     def averaged(self) -> RetinaFace:
         """Return a copy of what is evaluated and exported, in eval mode."""
@@ -192,7 +192,7 @@ class TrainState:
             "data": digest,
             "weights": self.model.state_dict(),
             "pixel_term": self.pixel_term.state_dict() if self.pixel_term else {},
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "ema_updates": self.ema.updates if self.ema else 0,
             **{name: getattr(self, name) for name in ("step", "sums", "history")},
         }
@@ -221,7 +221,7 @@ class TrainState:
         self.model.load_state_dict(training["weights"])
         if self.pixel_term is not None:
             self.pixel_term.load_state_dict(training["pixel_term"])
-        self.optimiser.load_state_dict(training["optimiser"])
+        self.optimizer.load_state_dict(training["optimizer"])
         if self.ema is not None:
             self.ema.model.load_state_dict(average)
             self.ema.updates = training["ema_updates"]
@@ -285,11 +285,11 @@ class _Run:
         """Take a step and note it; return whether any process was asked to stop."""
         config, state, world = self.config, self.state, self.world
         seed_step(config.seed, state.step, world.rank)
-        lr = config.optimiser.lr * lr_factor(state.step, self.per_epoch, config.schedule)
-        for group in state.optimiser.param_groups:
+        lr = config.optimizer.lr * lr_factor(state.step, self.per_epoch, config.schedule)
+        for group in state.optimizer.param_groups:
             group["lr"] = lr
         images = images.to(world.device, non_blocking=True)
-        losses, norm = train_step(self.learner, state.optimiser, images, targets, config.optimiser.clip_norm)
+        losses, norm = train_step(self.learner, state.optimizer, images, targets, config.optimizer.clip_norm)
         if state.ema is not None:
             state.ema.update(state.model)
         # one small tensor tells the host, and the other processes, all there is to tell

@@ -10,7 +10,7 @@ from trainer.config import (
     RECIPES,
     ConfigError,
     DataConfig,
-    OptimiserConfig,
+    OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
     changed,
@@ -25,24 +25,24 @@ from trainer.data import AugmentSettings
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_yaml_gives_the_same_config_back(recipe: str, tmp_path: Path) -> None:
-    config = resolve({"recipe": recipe, "model.pretrained": "a.pth", "optimiser.lr": 3e-7, "data.overfit": 3})
+    config = resolve({"recipe": recipe, "model.pretrained": "a.pth", "optimizer.lr": 3e-7, "data.overfit": 3})
     write_yaml(tmp_path / "c.yaml", config)
     assert from_settings(read_yaml(tmp_path / "c.yaml")) == config
     assert from_settings(to_settings(config)) == config
 
 
 def test_what_is_said_later_wins(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("recipe: original\noptimiser: {momentum: 0.8}\nschedule.epochs: 7\n")
+    (tmp_path / "c.yaml").write_text("recipe: original\noptimizer: {momentum: 0.8}\nschedule.epochs: 7\n")
     said = {**read_yaml(tmp_path / "c.yaml"), "schedule.epochs": 9}
     config = resolve(said)
-    assert config.optimiser == OptimiserConfig(1e-3, 0.8, False, 5e-4, True, 0.0)
+    assert config.optimizer == OptimizerConfig(1e-3, 0.8, False, 5e-4, True, 0.0)
     assert config.schedule == ScheduleConfig(9, "step", 0.0)
     assert config.augment == AugmentSettings.original()
     assert (config.loss.extra_negatives, config.ema.decay) == (0, 0.0)
 
 
 def test_a_resumed_run_keeps_what_is_not_said() -> None:
-    base = resolve({"recipe": "original", "optimiser.lr": 0.5, "run.workers": 7})
+    base = resolve({"recipe": "original", "optimizer.lr": 0.5, "run.workers": 7})
     assert resolve({}, to_settings(base)) == base
     again = resolve({"run.workers": 1, "data.root": "elsewhere"}, to_settings(base))
     assert changed(base, again) == []
@@ -63,7 +63,7 @@ def test_a_resumed_run_keeps_what_is_not_said() -> None:
         f"seed: {'9' * 5000}",
         f"seed: {10**30}",
         f"schedule: {{epochs: {10**18}}}",
-        f"optimiser: {{lr: {10**400}}}",
+        f"optimizer: {{lr: {10**400}}}",
         "seed: !!python/object/apply:os.system ['true']",
         "recipe: [1]",
         "- 1",
@@ -83,27 +83,27 @@ def test_an_empty_section_says_nothing(tmp_path: Path) -> None:
 
 
 def test_overfitting_changes_defaults_that_can_be_said_otherwise() -> None:
-    assert resolve({"data.overfit": 5}).optimiser.weight_decay == 0
-    assert resolve({"data.overfit": 5, "optimiser.weight_decay": 1.0}).optimiser.weight_decay == 1
+    assert resolve({"data.overfit": 5}).optimizer.weight_decay == 0
+    assert resolve({"data.overfit": 5, "optimizer.weight_decay": 1.0}).optimizer.weight_decay == 1
 
 
 def test_yaml_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("optimiser:\n  lr: 1e-3\n  clip_norm: 5\n")
-    assert resolve(read_yaml(tmp_path / "c.yaml")).optimiser == OptimiserConfig(lr=1e-3, clip_norm=5.0)
+    (tmp_path / "c.yaml").write_text("optimizer:\n  lr: 1e-3\n  clip_norm: 5\n")
+    assert resolve(read_yaml(tmp_path / "c.yaml")).optimizer == OptimizerConfig(lr=1e-3, clip_norm=5.0)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"loss.box_weigth": 1}, r"unknown setting 'loss\.box_weigth': did you mean loss\.box_weight\?"),
-        ({"lr": 1}, r"'lr': did you mean optimiser\.lr\?"),
-        ({"optimiser": None}, "unknown setting 'optimiser'"),
+        ({"lr": 1}, r"'lr': did you mean optimizer\.lr\?"),
+        ({"optimizer": None}, "unknown setting 'optimizer'"),
         ({"nothing_like_it": 1}, "there are recipe, seed, "),
-        ({"optimiser.lr": "fast"}, r"optimiser\.lr is 'fast': expected a number"),
-        ({"optimiser.lr": float("nan")}, "expected a finite number"),
-        ({"optimiser.lr": True}, "expected a number"),
+        ({"optimizer.lr": "fast"}, r"optimizer\.lr is 'fast': expected a number"),
+        ({"optimizer.lr": float("nan")}, "expected a finite number"),
+        ({"optimizer.lr": True}, "expected a number"),
         ({"schedule.epochs": 2.5}, "expected a whole number"),
-        ({"optimiser.nesterov": 1}, "expected true or false"),
+        ({"optimizer.nesterov": 1}, "expected true or false"),
         ({"schedule.milestones": 0.5}, "expected a list"),
         ({"augment.pad_bgr": [1, 2]}, "expected 3 values"),
         ({"data.source": 3}, "expected a text"),

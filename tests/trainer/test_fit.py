@@ -33,7 +33,7 @@ from trainer.checkpoint import load_pretrained, read_training, save_checkpoint, 
 from trainer.config import ScheduleConfig, Settings, TrainConfig, resolve
 from trainer.data import open_dataset
 from trainer.distributed import World
-from trainer.engine import Ema, Heads, PixelTerm, lr_factor, make_optimiser
+from trainer.engine import Ema, Heads, PixelTerm, lr_factor, make_optimizer
 from trainer.folding import is_folded, unfold
 from trainer.records import CsvLog
 from trainer.targets import Faces, Targets
@@ -152,13 +152,13 @@ def test_the_average_of_weights_is_what_a_hand_computes() -> None:
 
 
 def test_weight_decay_spares_vectors() -> None:
-    settings = resolve({}).optimiser
+    settings = resolve({}).optimizer
     model = RetinaFace(ModelSpec())
-    decayed, spared = make_optimiser(model, settings).param_groups
+    decayed, spared = make_optimizer(model, settings).param_groups
     assert {p.ndim for p in decayed["params"]} == {4}
     assert {p.ndim for p in spared["params"]} == {1}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (5e-4, 0)
-    (everything,) = make_optimiser(model, resolve({"recipe": "original"}).optimiser).param_groups
+    (everything,) = make_optimizer(model, resolve({"recipe": "original"}).optimizer).param_groups
     assert len(everything["params"]) == len(list(model.parameters()))
 
 
@@ -236,9 +236,9 @@ def test_a_run_that_changes_is_not_resumed(config: Callable[..., TrainConfig], t
     fit(config(schedule__epochs=1, schedule__warmup_epochs=0.0))
     last = tmp_path / "run" / "last.pth"
     with pytest.raises(
-        RetinaFaceError, match=r"another optimiser\.lr \(0\.01 -> 0\.5\), schedule\.epochs \(1 -> 3\): leave"
+        RetinaFaceError, match=r"another optimizer\.lr \(0\.01 -> 0\.5\), schedule\.epochs \(1 -> 3\): leave"
     ):
-        fit(config(schedule__epochs=3, schedule__warmup_epochs=0.0, optimiser__lr=0.5), resume=last)
+        fit(config(schedule__epochs=3, schedule__warmup_epochs=0.0, optimizer__lr=0.5), resume=last)
     assert len(fit(config(schedule__epochs=1, schedule__warmup_epochs=0.0, run__workers=1), resume=last)) == 1
 
 
@@ -313,7 +313,7 @@ def _wait_for(happened: Callable[[], bool], run: subprocess.Popen[str]) -> None:
 
 def test_a_loss_that_is_not_finite_names_step_and_images(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"step \d+: the (loss|gradient) is not finite.*images/\d+\.png") as caught:
-        fit(config(optimiser__lr=1e18, optimiser__clip_norm=0.0, run__checkpoint_every=1, schedule__warmup_epochs=0.0))
+        fit(config(optimizer__lr=1e18, optimizer__clip_norm=0.0, run__checkpoint_every=1, schedule__warmup_epochs=0.0))
     message = str(caught.value)
     step = int(re.findall(r"step (\d+)", message)[0])
     assert step > 1

@@ -7,7 +7,7 @@ import os
 import random
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from export.calibration_options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions
 from export.graph import HEAD_NAMES
+from export.int8_recipe import Int8Recipe
 from export.quantize import Ranges, conv_inputs
 from facespec.cli import require
 from facespec.errors import DataError, ImageError, OutputError
@@ -38,18 +39,22 @@ class Calibration:
     """What was measured.
 
     Attributes:
+        options: What it was asked to be.
         ranges: Largest magnitude of each channel.
         images: Names of the images used, in order.
         skipped: Names of files that could not be read.
         with_faces: Number of images on which the model finds a face.
         cached: Nothing was run: the result was found in the user's cache folder.
+        recipe: What `export.precision.with_precision` spared by it.
     """
 
+    options: CalibrationOptions
     ranges: Ranges
     images: tuple[str, ...]
     skipped: tuple[str, ...]
     with_faces: int
     cached: bool
+    recipe: Int8Recipe | None = None
 
 
 def find_calibration_images(options: CalibrationOptions) -> list[Path]:
@@ -78,6 +83,18 @@ def find_calibration_images(options: CalibrationOptions) -> list[Path]:
     if not images:
         raise DataError(f"--calib {options.source}: there are no images in {folder}")
     return images
+
+
+def calibration_files(options: CalibrationOptions | None) -> list[str | Path]:
+    """Return every file that calibrating reads, or may read: none of them is to be written over.
+
+    Raises:
+        DataError: The images are not there.
+    """
+    if options is None:
+        return []
+    images: list[Path] = find_calibration_images(options) if options.source != DEMO else []
+    return [*images, *([options.recipe] if options.recipe else [])]
 
 
 def demo_frames(count: int, seed: int) -> Iterator[tuple[str, Frame]]:
@@ -112,6 +129,17 @@ def _frames(options: CalibrationOptions, skipped: list[str]) -> Iterator[tuple[s
             skipped.append(str(path))
 
 
+def letterboxed(
+    frames: Iterable[tuple[str, Frame]], size_hw: tuple[int, int], spec: ModelSpec
+) -> tuple[list[str], list[Frame]]:
+    """Return the names and the letterboxed pixels of frames, as a detector would feed them."""
+    names, pixels = [], []
+    for name, frame in frames:
+        names.append(name)
+        pixels.append(Letterbox.fit((frame.shape[0], frame.shape[1]), size_hw).apply(frame, spec.preprocess.mean_bgr))
+    return names, pixels
+
+
 def load_inputs(
     options: CalibrationOptions, size_hw: tuple[int, int], spec: ModelSpec
 ) -> tuple[list[str], list[Frame], list[str]]:
@@ -121,10 +149,7 @@ def load_inputs(
         DataError: Too few images, too many that cannot be read, or all of them alike.
     """
     skipped: list[str] = []
-    names, pixels = [], []
-    for name, frame in _frames(options, skipped):
-        names.append(name)
-        pixels.append(Letterbox.fit((frame.shape[0], frame.shape[1]), size_hw).apply(frame, spec.preprocess.mean_bgr))
+    names, pixels = letterboxed(_frames(options, skipped), size_hw, spec)
     total = len(names) + len(skipped)
     if len(skipped) > UNREADABLE_SHARE * total:
         raise DataError(f"--calib {options.source}: {len(skipped)} of {total} images cannot be read, as {skipped[0]}")
@@ -174,7 +199,7 @@ def calibrate(
             np.savez(
                 file, *(ranges[name] for name in wanted), np.array([with_faces], np.float32)
             )  # it saves time, no more
-    return Calibration(ranges, tuple(names), tuple(skipped), with_faces, known is not None)
+    return Calibration(options, ranges, tuple(names), tuple(skipped), with_faces, known is not None)
 
 
 def _cached(place: Path, wanted: Sequence[str]) -> tuple[Ranges, int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import onnx
 
 from export.calibration import Calibration, calibrate
@@ -51,7 +53,7 @@ def with_precision(
             lost = [part for part in recipe.float_layers if not any(part in name for name in names)]
             if lost:
                 raise SpecError(f"{calibration.recipe}: no convolution of this network is named like {lost[0]!r}")
-        used = calibrate(heads_graph, calibration, size_hw, spec, progress)
+        used = dataclasses.replace(calibrate(heads_graph, calibration, size_hw, spec, progress), recipe=recipe)
         graph = to_fp16(to_int8(heads_graph, used.ranges, recipe))
         if problems := lint_qdq(graph):
             raise ModelFileError(problems[0])

@@ -31,7 +31,7 @@ from facespec.cli import ArgumentParser, require, run
 from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
 from facespec.files import atomic_path, check_outputs, write_text
 from facespec.images import read_image
-from facespec.letterbox import Frame, Letterbox
+from facespec.letterbox import Frame
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, DEFAULT_WEIGHTS, ModelSpec, check_size, parse_size
 from plugins.host import decode_nms, library
 
@@ -326,17 +326,17 @@ def _only(name: str) -> Int8Recipe:
 
 def _held_out(options: SensitivityOptions, calibration: Calibration, spec: ModelSpec) -> tuple[list[str], list[Frame]]:
     """Return names and letterboxed pixels of images of the source that were not calibrated on."""
-    from export.calibration import demo_frames, find_calibration_images
+    from export.calibration import demo_frames, find_calibration_images, letterboxed
 
     source = options.calibration
     if source.source == DEMO:  # further crops of the same photographs: there are no others
         count = len(calibration.images)
         crops = itertools.islice(demo_frames(count + options.held_out, source.seed), count, None)
-        return _letterboxed(crops, options.size_hw, spec)
+        return letterboxed(crops, options.size_hw, spec)
     taken = {*calibration.images, *calibration.skipped}
     left = [path for path in find_calibration_images(source) if str(path) not in taken]
     random.Random(source.seed + 1).shuffle(left)
-    names, pixels = _letterboxed(itertools.islice(_readable(left), options.held_out), options.size_hw, spec)
+    names, pixels = letterboxed(itertools.islice(_readable(left), options.held_out), options.size_hw, spec)
     if len(names) < MIN_IMAGES:
         raise DataError(
             f"--calib {source.source}: {len(calibration.images)} images to calibrate on leave {len(names)} to measure "
@@ -349,16 +349,6 @@ def _readable(paths: Iterable[Path]) -> Iterator[tuple[str, Frame]]:
     for path in paths:
         with suppress(ImageError):
             yield str(path), read_image(path)
-
-
-def _letterboxed(
-    frames: Iterable[tuple[str, Frame]], size_hw: tuple[int, int], spec: ModelSpec
-) -> tuple[list[str], list[Frame]]:
-    names, pixels = [], []
-    for name, frame in frames:
-        names.append(name)
-        pixels.append(Letterbox.fit((frame.shape[0], frame.shape[1]), size_hw).apply(frame, spec.preprocess.mean_bgr))
-    return names, pixels
 
 
 def _run(graph: onnx.ModelProto, pixels: Sequence[Frame]) -> list[Heads]:
@@ -513,12 +503,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         require("matplotlib", "train", "--plot")
         if files.plot.suffix.lower() not in PLOT_SUFFIXES:
             raise OutputError(f"--plot {files.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
-    read: list[str | Path] = [options.weights]
-    if options.calibration.source != DEMO:
-        require("onnx", "export", "export.sensitivity")
-        from export.calibration import find_calibration_images
+    require("onnx", "export", "export.sensitivity")
+    from export.calibration import calibration_files
 
-        read += find_calibration_images(options.calibration)
+    read = [options.weights, *calibration_files(options.calibration)]
     check_outputs([("--json", files.json), ("--plot", files.plot), ("--recipe", files.recipe)], read)
     start = time.perf_counter()
     result = sensitivity(options, progress=sys.stderr.isatty())

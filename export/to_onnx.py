@@ -71,11 +71,6 @@ class ExportOptions:
         check_calibration(self.precision, self.calibration)
 
     @property
-    def recipe(self) -> Path | None:
-        """File of the INT8 recipe, if one was given."""
-        return self.calibration.recipe if self.calibration else None
-
-    @property
     def calibration_list(self) -> Path:
         """The names of the images INT8 was calibrated on, one a line."""
         return Path(f"{self.out}.calibration.txt")
@@ -113,10 +108,13 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     if options.out.suffix.lower() != ".onnx":
         raise OutputError(f"--out {options.out}: give a name that ends in .onnx")
     names = options.calibration_list if options.calibration else None
-    read = [options.weights, *(str(path) for path in (options.recipe, options.parity_images) if path)]
-    check_outputs([("--out", options.out), ("--out", names)], read)
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "export.to_onnx")
+    from export.calibration import calibration_files
+
+    read = [options.weights, *calibration_files(options.calibration)]
+    read += [options.parity_images] if options.parity_images else []
+    check_outputs([("--out", options.out), ("--out", names)], read)
     from export.parity import check_parity
     from export.portable import build_heads, build_portable, portable_of
     from export.precision import with_precision
@@ -137,8 +135,8 @@ def export_onnx(options: ExportOptions) -> ParityReport:
         graph = portable_of(heads, model.spec, options.size_hw)
     report = check_parity(graph, model, frames, options.size_hw, options.precision)
     report.require_equal()
-    if used and options.calibration:
-        report_calibration(used, options.calibration.source, options.calibration_list)
+    if used:
+        report_calibration(used, options.calibration_list)
     else:
         options.calibration_list.unlink(missing_ok=True)  # of what was there before
     with atomic_path(options.out) as temporary:
@@ -191,12 +189,12 @@ def calibration_options(args: Namespace) -> CalibrationOptions | None:
     return CalibrationOptions(args.calib, args.data, args.calib_images, args.seed, args.int8_recipe)
 
 
-def report_calibration(used: Calibration, source: str, path: Path) -> None:
+def report_calibration(used: Calibration, path: Path) -> None:
     """Say what was calibrated on, and write the names of the images, one a line."""
     skipped = f", {len(used.skipped)} could not be read" if used.skipped else ""
     cached = " (as before, from the cache)" if used.cached else ""
     print(f"calibrated on {len(used.images)} images{skipped}{cached}; their names are in {path}")
-    if source == DEMO:
+    if used.options.source == DEMO:
         print("note: crops of a few photographs are a last resort: calibrate on images like those to come")
     elif used.with_faces < len(used.images) / 4:
         print(f"note: the model finds faces on {used.with_faces} of them only: calibrate on images like those to come")

@@ -26,9 +26,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from export.calibration_options import DEMO, CalibrationOptions, check_calibration
+from export.calibration_options import CalibrationOptions, check_calibration
 from export.engine_layers import UNKNOWN, engine_shares, is_readable
-from export.int8_recipe import Int8Recipe, load_recipe
 from export.to_onnx import (
     DECODE_OPTIONS,
     add_decode_arguments,
@@ -238,11 +237,10 @@ def export_plugin_form(options: EngineOptions) -> ExportedGraph:
     print(report, flush=True)
     report.require_equal()
     record: dict[str, Any] = {}
-    if used and options.calibration:
-        report_calibration(used, options.calibration.source, options.calibration_list)
-        recipe = load_recipe(options.calibration.recipe) if options.calibration.recipe else Int8Recipe()
-        record = {"source": options.calibration.source, "images": len(used.images), "seed": options.calibration.seed}
-        record["recipe"] = dataclasses.asdict(recipe)
+    if used and used.recipe:
+        report_calibration(used, options.calibration_list)
+        record = {"source": used.options.source, "images": len(used.images), "seed": used.options.seed}
+        record["recipe"] = dataclasses.asdict(used.recipe)
     else:
         options.calibration_list.unlink(missing_ok=True)  # of what was there before
     content = graph.SerializeToString()
@@ -269,10 +267,9 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         inputs.append(options.parity_images)
     if options.calibration:
         require("onnx", "export", "export.to_trt")
-        from export.calibration import find_calibration_images
+        from export.calibration import calibration_files
 
-        inputs += [options.calibration.recipe] if options.calibration.recipe else []
-        inputs += find_calibration_images(options.calibration) if options.calibration.source != DEMO else []
+        inputs += calibration_files(options.calibration)
     check_outputs(outputs, inputs)
     graph = export_plugin_form(options)
     shares = ", ".join(f"{share:.0%} {kind}" for kind, share in precision_shares(graph.convolutions).items())

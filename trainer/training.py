@@ -237,6 +237,7 @@ class _Run:
         self.per_epoch = data.order.steps_per_epoch
         self.steps = config.schedule.epochs * self.per_epoch
         self.saved_step, self.first_step = state.step, state.step
+        self.data_digest = data.dataset.digest()
         self.started = self.epoch_started = time.monotonic()
         if config.model.sync_batch_norm and world.size > 1:
             state.model = nn.SyncBatchNorm.convert_sync_batchnorm(state.model)
@@ -355,7 +356,7 @@ class _Run:
 
     def _save(self) -> None:
         if self.world.leads:
-            self.state.save(self.folder / LAST, self.config, self.data.dataset.digest())
+            self.state.save(self.folder / LAST, self.config, self.data_digest)
         self.saved_step = self.state.step
 
     def _epoch_columns(self) -> list[str]:

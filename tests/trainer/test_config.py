@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from facespec.errors import RetinaFaceError
 from trainer.config import (
+    OVERFIT,
     RECIPES,
     ConfigError,
     DataConfig,
@@ -49,9 +51,10 @@ def test_a_resumed_run_keeps_what_is_not_said() -> None:
     assert changed(base, resolve({"recipe": "default", "seed": 4}, to_settings(base))) == ["recipe", "seed"]
     # the recipe that a run started from is said again without taking back what was said beside it
     assert resolve({"recipe": "original"}, to_settings(base)) == base
-    few = resolve({"data.overfit": 3, "schedule.epochs": 9})
-    assert resolve({"data.overfit": 3}, to_settings(few)) == few
-    assert RECIPES["original"] == dict(RECIPES["original"])
+    before = copy.deepcopy((RECIPES, OVERFIT))
+    few = resolve({"recipe": "original", "data.overfit": 3, "schedule.epochs": 9})
+    assert resolve({"recipe": "original", "data.overfit": 3}, to_settings(few)) == few
+    assert (RECIPES, OVERFIT) == before  # what is shared by all runs stays as it is
 
 
 @pytest.mark.parametrize(

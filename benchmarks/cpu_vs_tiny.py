@@ -38,7 +38,7 @@ from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
 from facespec.spec import DecodeSpec, PreprocessSpec
-from trt_runtime.detector import OrtRetinaFace
+from trt_runtime import OrtRetinaFace
 
 SIZE = (640, 640)
 MEAN_BGR = PreprocessSpec().mean_bgr

@@ -21,7 +21,7 @@ from plugins import PLUGIN
 from plugins.host import decode_nms
 from trainer.detector import TorchRetinaFace
 from trainer.model import RetinaFace
-from trt_runtime.plugin_form import cut_plugin
+from trt_runtime.plugin_form import cut_heads
 
 Runner = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 """(1, H, W, 3) pixels to the five outputs and the head maps, by name."""
@@ -155,13 +155,13 @@ def _portable_runner(graph: onnx.ModelProto) -> Runner:
 
 def _plugin_runner(graph: onnx.ModelProto, spec: ModelSpec) -> Runner:
     """Return what runs a plugin form: the network in ONNX Runtime, the plugin on the host."""
-    content, heads = cut_plugin(graph.SerializeToString(), spec)
-    session = _session(content)
+    cut = cut_heads(graph.SerializeToString(), spec)
+    session = _session(cut.content)
 
     def call(batch: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        maps = session.run(heads, {"images": batch})
+        maps = session.run(cut.heads, {"images": batch})
         found = decode_nms(maps, (batch.shape[1], batch.shape[2]), spec)
-        return found | {name: level.astype(np.float32) for name, level in zip(heads, maps, strict=True)}
+        return found | {name: level.astype(np.float32) for name, level in zip(cut.heads, maps, strict=True)}
 
     return call
 

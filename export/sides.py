@@ -43,6 +43,8 @@ class Side:
 
     Args:
         name: Checkpoint, name of published weights, or a file that `trt_runtime.load_detector` opens.
+        backend: What runs a model file, as it is deployed; None runs ONNX in ONNX Runtime with the rounding of fp16
+            emulated, which is what its graph says.
 
     Attributes:
         info: What it is.
@@ -57,7 +59,7 @@ class Side:
         ModelFileError: It cannot be opened, or not here.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, backend: str | None = None) -> None:
         suffix = Path(name).suffix.lower()
         self.name = name
         self.runner: Callable[[Frame], NDArray[np.float32]] | None = None
@@ -67,7 +69,7 @@ class Side:
             from export.inspect import inspect
             from trt_runtime.detector import load_detector
 
-            self.detector = load_detector(name)
+            self.detector = load_detector(name, backend=backend or ("onnxruntime" if suffix == ".onnx" else "auto"))
             self.fixed_hw: tuple[int, int] | None = self.detector.size_hw
             inspection = inspect(name)
             shares = inspection.precision
@@ -75,7 +77,9 @@ class Side:
             precision = next((kind for kind, least in held.items() if shares.get(kind, 0) >= least), "fp32")
             self.info = ModelInfo(name, inspection.kind, precision, shares, self.fixed_hw)
             self.notes += [f"{name}: {problem}" for problem in inspection.problems]
-            if suffix == ".onnx":
+            if backend:
+                self.notes.append(f"{name}: run as it is deployed, {_as_text(self.detector.environment())}")
+            elif suffix == ".onnx":
                 self._open_graph(Path(name))
         else:
             require("torch", "train", "comparing a checkpoint")
@@ -101,7 +105,7 @@ class Side:
             elif computes_in_fp16(content):
                 path = Path(folder) / "emulated.onnx"
                 path.write_bytes(emulate_fp16(content))
-                self.detector = load_detector(path)
+                self.detector = load_detector(path, backend="onnxruntime")
                 self.notes.append(f"{self.name}: its fp16 is emulated, the CPU rounds what is stored between operators")
             self.runner = _head_runner(path, self.detector.spec)
 
@@ -109,6 +113,10 @@ class Side:
         """Return a detector at a network size; None runs frames at their own."""
         self.detector.size_hw = size_hw
         return Recorder(self.detector)
+
+
+def _as_text(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _joined(heads: tuple[NDArray[np.float32], ...]) -> NDArray[np.float32]:
@@ -137,34 +145,18 @@ class Recorder:
 
 def _head_runner(path: Path, spec: ModelSpec) -> Callable[[Frame], NDArray[np.float32]] | None:
     """Return what gives (N, 16) boxes, logits and landmarks of a letterboxed image, or None if a graph hides them."""
-    from export.graph import HEAD_NAMES
     from export.parity import rows_from_maps
-    from plugins import PLUGIN
-    from trt_runtime.plugin_form import cut_plugin, load_graph
+    from trt_runtime.plugin_form import cut_heads
 
-    onnx = require("onnx", "cpu", "export.verify")
     ort = require("onnxruntime", "cpu", "export.verify")
     content, header = read_onnx(path)
-    names = list(HEAD_NAMES)
     if header.external_files:
         return None
-    if PLUGIN.domain in header.domains:
-        content, names = cut_plugin(content, spec)
-    else:
-        graph = load_graph(content, "export.verify")
-        if not set(names) <= {name for node in graph.graph.node for name in node.output}:
-            return None
-        half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.graph.initializer)
-        inferred = {value.name: value for value in onnx.shape_inference.infer_shapes(graph).graph.value_info}
-        kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
-        graph.graph.output.extend(
-            inferred.get(name) or onnx.helper.make_tensor_value_info(name, kind, None) for name in names
-        )
-        content = graph.SerializeToString()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        graph = cut_heads(content, spec)
+        session = ort.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
     except Exception:  # the detector itself loads: only its heads cannot be had
         return None
 

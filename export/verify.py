@@ -22,6 +22,7 @@ from tqdm import tqdm
 from export.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, Agreement
 from export.disagreements import Sample, draw_disagreements
 from export.sides import ModelInfo, Side
+from trt_runtime.detector import BACKENDS
 from facespec.cli import ArgumentParser, quiet_libraries, run
 from facespec.detections import Detections
 from facespec.errors import DataError, OutputError, SpecError
@@ -87,6 +88,8 @@ class VerifyOptions:
     Attributes:
         reference: Checkpoint, name of published weights, or exported model.
         candidate: The same; what is judged.
+        backend: What runs the candidate's file, as it is deployed (`trt_runtime.load_detector`); None runs an ONNX file
+            as its graph says, with the rounding of fp16 emulated.
         data: WIDER FACE folder: val/images and gt. None compares on sample photographs, without AP.
         protocol: "letterbox" at `size_hw`, "original" size, or "both".
         size_hw: Network size; None takes that of a model of fixed size, or 640x640.
@@ -100,6 +103,7 @@ class VerifyOptions:
     reference: str
     candidate: str
     data: Path | None = None
+    backend: str | None = None
     protocol: str = "letterbox"
     size_hw: tuple[int, int] | None = None
     images: int | None = None
@@ -434,7 +438,7 @@ def verify(options: VerifyOptions) -> Verification:
         read += [str(path) for path in (options.data / "gt").glob("*.mat")]
         read += [str(path) for path in (options.data / "val" / "images").glob("*/*.jpg")]
     check_outputs(outputs, read)
-    reference, candidate = Side(options.reference), Side(options.candidate)
+    reference, candidate = Side(options.reference), Side(options.candidate, options.backend)
     size_hw = _network_size(options, reference, candidate)
     name = options.budget or ("int8" if candidate.info.precision == "int8" else "fp16")
     budget = BUDGETS.get(name)
@@ -533,6 +537,11 @@ def parse_arguments(argv: Sequence[str] | None) -> VerifyOptions:
     parser.add_argument("--reference", required=True, help=one)
     parser.add_argument("--candidate", required=True, help="the same; what is judged")
     parser.add_argument("--data", type=Path, help="WIDER FACE folder with val/images and gt (default: photographs)")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="run the candidate as it is deployed (default: as its graph says, the rounding of fp16 emulated)",
+    )
     parser.add_argument("--size", help="HEIGHTxWIDTH of the network (default: the models', or 640x640)")
     parser.add_argument(
         "--protocol",
@@ -551,6 +560,7 @@ def parse_arguments(argv: Sequence[str] | None) -> VerifyOptions:
         reference=args.reference,
         candidate=args.candidate,
         data=args.data,
+        backend=args.backend,
         protocol=args.protocol,
         size_hw=parse_size(args.size) if args.size else None,
         images=args.images,

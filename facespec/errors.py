@@ -53,6 +53,10 @@ class ConfigError(RetinaFaceError, ValueError):
     """A setting of a training run is unknown or impossible."""
 
 
+class ClosedError(RetinaFaceError):
+    """A detector was used after it was closed."""
+
+
 class BuildError(RetinaFaceError):
     """A plugin library or an engine cannot be built."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.errors import FrameError
-from facespec.spec import SIZE_MULTIPLE
+from facespec.spec import SIZE_MULTIPLE, NetworkSize
 
 Frame = NDArray[np.uint8]
 
@@ -73,9 +73,20 @@ class Letterbox:
         return cls(frame_hw, frame_hw, (height, width))
 
     @classmethod
-    def place(cls, frame_hw: tuple[int, int], size_hw: tuple[int, int] | None) -> Letterbox:
-        """Return how exported models take a frame: fitted into `size_hw`, or padded where they take any size."""
-        return cls.fit(frame_hw, size_hw) if size_hw else cls.pad(frame_hw)
+    def longest(cls, frame_hw: tuple[int, int], longest: int, multiple: int = SIZE_MULTIPLE) -> Letterbox:
+        """Return the placement that makes the longer side `longest` pixels, with no more padding than `multiple` asks.
+
+        The scale is that of `fit` into a square of `longest`; a frame of 1920x1080 takes 60 % of that square.
+        """
+        scaled = cls.fit(frame_hw, (longest, longest)).scaled_hw
+        return cls(frame_hw, scaled, cls.pad(scaled, multiple).size_hw)
+
+    @classmethod
+    def place(cls, frame_hw: tuple[int, int], size: NetworkSize) -> Letterbox:
+        """Return how a detector takes a frame: fitted into a size, to a longer side, or, with None, only padded."""
+        if size is None:
+            return cls.pad(frame_hw)
+        return cls.longest(frame_hw, size) if isinstance(size, int) else cls.fit(frame_hw, size)
 
     @property
     def scale_xy(self) -> tuple[float, float]:

@@ -271,6 +271,23 @@ def _build(kind: Any, data: Any, where: str) -> Any:
         raise SpecError(f"{where}: {error}") from None
 
 
+NetworkSize = tuple[int, int] | int | None
+"""What frames are letterboxed to: (height, width); the length of the longer side, the other as the frame has it, padded
+to a multiple of 32; or None, each frame at its own size, padded to multiples of 32."""
+
+
+def parse_network_size(text: str) -> tuple[int, int] | int:
+    """Return (height, width) from "384x640", or the length of the longer side from "640"; see `NetworkSize`.
+
+    Raises:
+        SpecError: As for `parse_size`.
+    """
+    if text.isascii() and text.isdigit():
+        check_size(int(text[:9]))
+        return int(text)
+    return parse_size(text)
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Return (height, width) in pixels from "640x640" (height first).
 
@@ -285,10 +302,12 @@ def parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def check_size(size_hw: tuple[int, int]) -> None:
-    """Raise SpecError unless (height, width) is a size a network can have."""
+def check_size(size_hw: tuple[int, int] | int) -> None:
+    """Raise SpecError unless (height, width), or the length of the longer side, is a size a network can have."""
+    if _is_int(size_hw):
+        size_hw = (int(size_hw), int(size_hw))  # type: ignore[arg-type]
     if not isinstance(size_hw, (tuple, list)) or len(size_hw) != 2 or not all(_is_int(side) for side in size_hw):
-        raise SpecError(f"network size must be (height, width), got {size_hw!r}")
+        raise SpecError(f"network size must be (height, width) or one number, got {size_hw!r}")
     for value in size_hw:
         if value % SIZE_MULTIPLE or value <= 0:
             nearest = min(max(round(value / SIZE_MULTIPLE), 1), 128) * SIZE_MULTIPLE

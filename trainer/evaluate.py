@@ -43,6 +43,7 @@ class EvaluateOptions:
         data: WIDER FACE folder: val/images and gt.
         protocol: "original" runs images at their own size, "letterbox" at `size_hw`.
         size_hw: Network size of the letterbox protocol; None takes the model's own, or 640x640.
+        backend: What runs an exported model.
         subset: Score only the images that have predictions, instead of refusing.
         save_predictions: Folder to write event/name.txt files to.
         json_file: Result file.
@@ -55,6 +56,7 @@ class EvaluateOptions:
     data: Path | None = None
     protocol: str = "original"
     size_hw: tuple[int, int] | None = None
+    backend: str = "auto"
     subset: bool = False
     save_predictions: Path | None = None
     json_file: Path | None = None
@@ -188,13 +190,16 @@ def write_predictions(folder: Path, predictions: Predictions) -> None:
         write_text(folder / event / f"{name}.txt", f"{name}\n{len(rows)}\n{body}")
 
 
-def open_detector(name: str, protocol: str, size_hw: tuple[int, int] | None) -> tuple[Detector, tuple[int, int] | None]:
+def open_detector(
+    name: str, protocol: str, size_hw: tuple[int, int] | None, backend: str = "auto"
+) -> tuple[Detector, tuple[int, int] | None]:
     """Return the detector of a checkpoint or a model file, reporting down to the model's own floor, and its size.
 
     Args:
         name: Checkpoint, name of published weights, or exported model.
         protocol: "original" or "letterbox".
         size_hw: Network size of the letterbox protocol; None takes the model's own, or 640x640 where it has none.
+        backend: What runs an exported model; see `trt_runtime.load_detector`.
 
     Raises:
         DataError: A model of fixed size, and the original protocol.
@@ -203,16 +208,16 @@ def open_detector(name: str, protocol: str, size_hw: tuple[int, int] | None) -> 
         # The one place where the training side reaches for the runtime: what is deployed is what must be measured.
         from trt_runtime.detector import load_detector
 
-        deployed = load_detector(name, size_hw=size_hw)
+        deployed = load_detector(name, size_hw=size_hw, backend=backend)
+        if protocol == "letterbox" and deployed.size_hw is None:
+            deployed = load_detector(name, size_hw=LETTERBOX_HW, backend=backend)
         deployed.score_threshold = deployed.spec.decode.score_threshold
-        if protocol == "letterbox":
-            deployed.size_hw = deployed.size_hw or LETTERBOX_HW
-        elif deployed.size_hw is not None:
+        if protocol == "original" and isinstance(deployed.size_hw, tuple):
             raise DataError(
                 f"{name} takes {deployed.size_hw[0]}x{deployed.size_hw[1]} only: evaluate it with "
                 "--protocol letterbox, or export it with --size dynamic"
             )
-        return deployed, deployed.size_hw
+        return deployed, deployed.size_hw if isinstance(deployed.size_hw, tuple) else None
     require("torch", "train", "evaluating a checkpoint")
     from trainer.checkpoint import load_model
     from trainer.detector import TorchRetinaFace
@@ -246,7 +251,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     else:
         if options.detector is None or options.data is None:
             raise DataError("nothing to evaluate: give predictions, or a detector and a WIDER FACE folder")
-        detector, size_hw = open_detector(options.detector, options.protocol, options.size_hw)
+        detector, size_hw = open_detector(options.detector, options.protocol, options.size_hw, options.backend)
         predictions, truth = predict(detector, options.data / "val" / "images", truth)
     collected = time.perf_counter()
     if options.save_predictions:
@@ -308,6 +313,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
         "--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="images at their own size, or letterboxed to --size"
     )
     parser.add_argument("--size", help="HEIGHTxWIDTH of the letterbox protocol (default: the model's, or 640x640)")
+    parser.add_argument("--backend", default="auto", help="what runs an exported model: onnxruntime or openvino")
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write event/name.txt files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result; '-' prints it")
@@ -328,6 +334,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
         data=args.data,
         protocol=args.protocol,
         size_hw=parse_size(args.size) if args.size else None,
+        backend=args.backend,
         subset=args.subset,
         save_predictions=args.save_predictions,
         json_file=args.json,

@@ -1,7 +1,8 @@
-"""The plugin form of a detector without TensorRT: its network by any ONNX runtime, its plugin by the host kernels."""
+"""Detector graphs without TensorRT: the network up to its head maps, for any runtime; the rest by the host kernels."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -85,27 +86,73 @@ def plugin_problem(attributes: dict[str, Any], spec: ModelSpec) -> str | None:
     return None
 
 
-def cut_plugin(content: bytes, spec: ModelSpec) -> tuple[bytes, list[str]]:
-    """Return a plugin form that ends at the head maps, and their names.
+@dataclass(frozen=True)
+class HeadsGraph:
+    """A detector graph that ends at its head maps.
+
+    Attributes:
+        content: Encoded ONNX model.
+        heads: Names of its outputs, one for each pyramid level.
+        fixed_hw: The one size its input has, or None.
+        half: Whether it computes in fp16 where it does not in INT8.
+    """
+
+    content: bytes
+    heads: list[str]
+    fixed_hw: tuple[int, int] | None
+    half: bool
+
+
+def cut_heads(content: bytes, spec: ModelSpec) -> HeadsGraph:
+    """Return a detector graph without its decoding and NMS, which `plugins.host.decode_nms` does.
 
     Args:
-        content: An encoded ONNX model with one node of the plugin at its end.
+        content: An encoded ONNX model: a plugin form, or a portable graph, whose head maps are named `head_STRIDE`.
         spec: What the plugin must do.
 
     Raises:
-        ModelFileError: It has no such node, or the node does something else.
+        ModelFileError: It has no head maps, or its plugin does something else.
         MissingPackageError: The package onnx is not installed.
     """
-    model = load_graph(content, "running a plugin form on the CPU")
-    onnx = require("onnx", "cpu", "running a plugin form on the CPU")
-    plugin = find_plugin(model)
-    problem = plugin_problem(plugin_attributes(plugin), spec)
-    if problem:
-        raise ModelFileError(problem)
-    heads = list(plugin.input)
-    model.graph.node.remove(plugin)
-    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    why = "running the network without its decoding"
+    model = load_graph(content, why)
+    onnx = require("onnx", "cpu", why)
+    graph = model.graph
+    if any(node.domain == PLUGIN.domain for node in graph.node):
+        plugin = find_plugin(model)
+        problem = plugin_problem(plugin_attributes(plugin), spec)
+        if problem:
+            raise ModelFileError(problem)
+        heads = list(plugin.input)
+    else:
+        heads = [f"head_{stride}" for stride in spec.anchors.strides]
+    _keep(graph, heads)
+    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
     kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, kind, None) for name in heads)
-    return model.SerializeToString(), heads
+    del graph.output[:]
+    graph.output.extend(onnx.helper.make_tensor_value_info(name, kind, None) for name in heads)
+    sides = [side.dim_value for item in graph.input for side in item.type.tensor_type.shape.dim[1:3]]
+    fixed = (sides[0], sides[1]) if len(sides) == 2 and all(side > 0 for side in sides) else None
+    return HeadsGraph(model.SerializeToString(), heads, fixed, half)
+
+
+def _keep(graph: Any, outputs: list[str]) -> None:
+    """Remove from a graph everything the outputs do not need.
+
+    Raises:
+        ModelFileError: It does not compute them.
+    """
+    needed = set(outputs)
+    kept = []
+    for node in reversed(graph.node):  # ONNX keeps nodes in an order in which they can run
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    if not set(outputs) <= {name for node in kept for name in node.output}:
+        raise ModelFileError("its head maps cannot be told apart: export it again with python -m export.to_onnx")
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    constants = [item for item in graph.initializer if item.name in needed]
+    del graph.initializer[:]
+    graph.initializer.extend(constants)
+    del graph.value_info[:]

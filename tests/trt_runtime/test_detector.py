@@ -15,7 +15,7 @@ from facespec.letterbox import Frame
 from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec
 from trainer import load_model
 from trainer.detector import TorchRetinaFace
-from trt_runtime import OrtRetinaFace, load_detector
+from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, load_detector
 from trt_runtime.timing import StageTimer
 
 
@@ -264,7 +264,8 @@ def test_a_model_whose_weights_lie_beside_it_runs(astronaut: Frame, static_onnx:
 
 
 def test_load_detector_names_what_it_was_given(tmp_path: Path, static_onnx: Path) -> None:
-    assert isinstance(load_detector(static_onnx, threads=1), OrtRetinaFace)
+    with load_detector(static_onnx, threads=1) as fast, load_detector(static_onnx, backend="onnxruntime") as plain:
+        assert (type(fast), type(plain)) == (OpenVinoRetinaFace, OrtRetinaFace)
     with pytest.raises(ModelFileError, match=r"no such model file; python -m export\.to_onnx"):
         load_detector(tmp_path / "m.onnx")
     for name, words in (

@@ -1,0 +1,347 @@
+"""Detectors on the CPU: an exported ONNX model in ONNX Runtime or in OpenVINO."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from facespec.cli import require
+from facespec.errors import BuildError, ModelFileError, SpecError
+from facespec.letterbox import Frame, Letterbox
+from facespec.spec import SPEC_KEY, ModelSpec, NetworkSize, check_size
+from plugins import PLUGIN
+from plugins.host import decode_nms, library
+from trt_runtime.detector import Lane, RetinaFaceDetector, letterboxed, network_size
+from trt_runtime.onnx_file import OnnxHeader, read_onnx
+from trt_runtime.plugin_form import HeadsGraph, cut_heads
+from trt_runtime.shape_cache import ShapeCache
+
+COMPILED_SIZES = 4
+"""Network sizes for which OpenVINO keeps a compiled model."""
+
+_DYNAMIC_KERNELS = 64  # OpenVINO keeps 5000 kernels unless told otherwise, several MB for each size of frame
+
+
+def read_detector(path: str | Path) -> tuple[bytes, OnnxHeader, ModelSpec]:
+    """Return the content of an ONNX detector, what its header says, and its spec.
+
+    Raises:
+        ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
+    """
+    content, header = read_onnx(path)
+    if SPEC_KEY not in header.metadata:
+        raise ModelFileError(
+            f"{path}: an ONNX file, but not a detector written by this toolkit: python -m export.to_onnx writes one"
+        )
+    try:
+        return content, header, ModelSpec.from_json(header.metadata[SPEC_KEY])
+    except SpecError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+
+
+def best_backend(path: str | Path, size: NetworkSize) -> str:
+    """Return the faster backend for an ONNX detector, of those that are installed.
+
+    OpenVINO runs one size fastest, and INT8 and bf16 far faster than ONNX Runtime; but every new size costs it more than
+    a frame takes, so that frames at their own sizes are for ONNX Runtime.
+    """
+    if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("onnx") is None:
+        return "onnxruntime"
+    content, header, spec = read_detector(path)
+    if header.external_files or (size is None and _cut(content, spec, path).fixed_hw is None):
+        return "onnxruntime"
+    try:
+        library()
+    except BuildError:  # no C++ compiler: the portable graph decodes by itself
+        return "onnxruntime"
+    return "openvino"
+
+
+class OrtRetinaFace(RetinaFaceDetector):
+    """An exported ONNX detector on the CPU, through ONNX Runtime.
+
+    Of a plugin form, which TensorRT builds, the network runs in ONNX Runtime and the plugin on the host
+    (`plugins.host`).
+
+    Args:
+        path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`.
+        score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
+        size_hw: What frames are letterboxed to, for models of dynamic size; see `facespec.spec.NetworkSize`.
+        threads: Threads of the CPU; None leaves it to ONNX Runtime, which takes every core.
+        streams: Calls from several threads that share the threads.
+
+    Raises:
+        ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
+        SpecError: `score_threshold`, `size_hw`, `threads` or `streams` does not fit.
+        MissingPackageError: onnxruntime is not installed.
+        BuildError: The host kernels of a plugin form must be compiled, and there is no C++ compiler.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        score_threshold: float | None = None,
+        size_hw: NetworkSize = None,
+        threads: int | None = None,
+        streams: int = 1,
+    ) -> None:
+        content, header, spec = read_detector(path)
+        files = [Path(path), *(Path(path).resolve().parent / name for name in header.external_files)]
+        # a model whose weights lie beside it is opened by the path that was checked, links resolved
+        model: str | bytes = str(Path(path).resolve()) if header.external_files else content
+        self._heads: list[str] = []
+        if PLUGIN.domain in header.domains:
+            if header.external_files:
+                raise ModelFileError(f"{path}: a plugin form with weights in other files cannot be run on the CPU")
+            graph = _cut(content, spec, path)
+            model, self._heads = graph.content, graph.heads
+            library()  # compiled now, if need be, and not with the first frame
+        self._threads = _threads(threads, streams)
+        self._session = _open_session(model, path, self._threads)
+        fixed = _check_contract(self._session, path, spec, self._heads)
+        super().__init__(spec, files, score_threshold, network_size(fixed, size_hw, path))
+
+    def environment(self) -> dict[str, Any]:
+        """Return backend, its version, and the threads of a call."""
+        version = require("onnxruntime", "cpu", "OrtRetinaFace").__version__
+        return {"backend": self.backend, "onnxruntime": version, "threads": self._threads or "every core"}
+
+    def _new_lane(self) -> Lane:
+        return _OrtLane(self._session, self._heads, self.spec)
+
+
+class _OrtLane:
+    """A session serves any number of threads, so there is nothing to keep."""
+
+    def __init__(self, session: Any, heads: list[str], spec: ModelSpec) -> None:
+        self._session, self._heads, self._spec = session, heads, spec
+
+    def run(
+        self, frames: Sequence[Frame], boxes: Sequence[Letterbox], stage: Callable[[str], Any]
+    ) -> list[NDArray[Any]]:
+        with stage("letterbox"):
+            batch = letterboxed(frames, boxes, self._spec)
+        with stage("network"):
+            try:
+                outputs = self._session.run(self._heads or list(self._spec.decode.outputs), {"images": batch})
+            except Exception as error:
+                raise ModelFileError(f"ONNX Runtime failed on a batch of {batch.shape}: {_reason(error)}") from None
+        if self._heads:
+            with stage("decode+NMS"):
+                outputs = _decode(outputs, boxes[0].size_hw, self._spec)
+        return list(outputs)
+
+    def close(self) -> None:
+        pass
+
+
+class OpenVinoRetinaFace(RetinaFaceDetector):
+    """An exported ONNX detector on the CPU: its network in OpenVINO, decoding and NMS by the plugin's host kernels.
+
+    A model exported in FP32 computes in FP32. In one exported with --fp16 or --int8 whatever is not INT8 computes in
+    what the CPU is fastest in, bf16 where it has it. Frames of a batch run one after the other, so that every slot
+    gives what a frame alone gives.
+
+    Args:
+        path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`.
+        score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
+        size_hw: What frames are letterboxed to, for models of dynamic size; see `facespec.spec.NetworkSize`. Up to
+            `COMPILED_SIZES` sizes are kept compiled; frames at their own sizes share a slower model of any size.
+        threads: Threads of the CPU; None takes every core.
+        streams: Frames that are computed at once, which share the threads.
+
+    Raises:
+        ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
+        SpecError: `score_threshold`, `size_hw`, `threads` or `streams` does not fit.
+        MissingPackageError: openvino or onnx is not installed.
+        BuildError: The host kernels must be compiled, and there is no C++ compiler.
+    """
+
+    backend = "openvino"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        score_threshold: float | None = None,
+        size_hw: NetworkSize = None,
+        threads: int | None = None,
+        streams: int = 1,
+    ) -> None:
+        content, header, spec = read_detector(path)
+        if header.external_files:
+            raise ModelFileError(f"{path}: a model with weights in other files runs in ONNX Runtime only")
+        self._openvino = require("openvino", "cpu", "OpenVinoRetinaFace")
+        self._path = path
+        self._graph = _cut(content, spec, path)
+        if self._graph.fixed_hw:
+            check_size(self._graph.fixed_hw)
+        super().__init__(spec, [Path(path)], score_threshold, network_size(self._graph.fixed_hw, size_hw, path))
+        library()
+        self._options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": _threads(threads, streams) * streams if threads else _cores(),
+            "NUM_STREAMS": streams,
+            "CPU_RUNTIME_CACHE_CAPACITY": _DYNAMIC_KERNELS,
+            **({} if self._graph.half else {"INFERENCE_PRECISION_HINT": "f32"}),
+        }
+        self._core = self._openvino.Core()
+        self._compiled: ShapeCache[tuple[int, int] | None, Any] = ShapeCache(COMPILED_SIZES, self._compile)
+        if not isinstance(self.size_hw, int):  # now, not with the first frame
+            self._compiled.get(self.size_hw)
+
+    def environment(self) -> dict[str, Any]:
+        """Return backend, its version, threads, streams, and what the CPU computes in where the model is not INT8."""
+        precision = "fp32"
+        if self._graph.half:
+            native = self._core.get_property("CPU", "INFERENCE_PRECISION_HINT")
+            precision = {"bfloat16": "bf16", "float16": "fp16"}.get(native.get_type_name(), "fp32")
+        return {
+            "backend": self.backend,
+            "openvino": self._openvino.__version__,
+            "threads": self._options["INFERENCE_NUM_THREADS"],
+            "streams": self._options["NUM_STREAMS"],
+            "precision": precision,
+        }
+
+    def _compile(self, size_hw: tuple[int, int] | None) -> Any:
+        """Return the network compiled for one frame of a size, or of any size."""
+        try:
+            model = self._core.read_model(self._graph.content)
+            model.reshape({"images": [1, *(size_hw or (-1, -1)), 3]})
+            return self._core.compile_model(model, "CPU", self._options)
+        except Exception as error:  # OpenVINO raises RuntimeError for everything
+            raise ModelFileError(f"{self._path}: OpenVINO cannot run it ({_reason(error)})") from None
+
+    def _batch_limit(self, size_hw: tuple[int, int]) -> int:
+        super()._batch_limit(size_hw)
+        return 1
+
+    def _new_lane(self) -> Lane:
+        def request(size_hw: tuple[int, int] | None) -> tuple[Any, Frame | None]:
+            buffer = np.empty((*size_hw, 3), np.uint8) if size_hw else None
+            return self._compiled.get(size_hw).create_infer_request(), buffer
+
+        return _OpenVinoLane(self, ShapeCache(COMPILED_SIZES, request))
+
+    def close(self) -> None:
+        """Free the compiled models, too."""
+        super().close()
+        self._compiled.clear()
+
+
+class _OpenVinoLane:
+    """A request of each compiled model, and the letterboxed frame it reads."""
+
+    def __init__(
+        self,
+        detector: OpenVinoRetinaFace,
+        requests: ShapeCache[tuple[int, int] | None, tuple[Any, Frame | None]],
+    ) -> None:
+        self._detector, self._requests = detector, requests
+
+    def run(
+        self, frames: Sequence[Frame], boxes: Sequence[Letterbox], stage: Callable[[str], Any]
+    ) -> list[NDArray[Any]]:
+        (frame,), (box,) = frames, boxes
+        spec = self._detector.spec
+        request, buffer = self._requests.get(None if self._detector.size_hw is None else box.size_hw)
+        with stage("letterbox"):
+            fits = box.frame_hw == box.size_hw
+            pixels = box.apply(frame, spec.preprocess.mean_bgr, out=None if fits else buffer)
+        with stage("network"):
+            try:
+                found = request.infer({0: pixels[None]}, share_inputs=True, share_outputs=True)
+            except Exception as error:
+                raise ModelFileError(f"OpenVINO failed on a frame of {box.size_hw}: {_reason(error)}") from None
+        with stage("decode+NMS"):
+            return _decode(list(found.values()), box.size_hw, spec)
+
+    def close(self) -> None:
+        self._requests.clear()
+
+
+def _cut(content: bytes, spec: ModelSpec, path: str | Path) -> HeadsGraph:
+    try:
+        return cut_heads(content, spec)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+
+
+def _decode(heads: Sequence[NDArray[Any]], size_hw: tuple[int, int], spec: ModelSpec) -> list[NDArray[Any]]:
+    try:
+        return list(decode_nms(heads, size_hw, spec).values())
+    except ValueError as error:
+        raise ModelFileError(f"the head maps are at odds with the model's spec: {error}") from None
+
+
+def _threads(threads: int | None, streams: int) -> int | None:
+    """Return the threads of one call, of those that `streams` calls share; None leaves it to the backend."""
+    for name, value in (("threads", threads), ("streams", streams)):
+        if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
+            raise SpecError(f"{name} must be a number from 1 to 256, got {value!r}")
+    if streams == 1:
+        return threads
+    return max((threads or _cores()) // streams, 1)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _open_session(model: str | bytes, path: str | Path, threads: int | None) -> Any:
+    ort = require("onnxruntime", "cpu", "OrtRetinaFace")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # its errors come as exceptions
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except Exception as error:  # ONNX Runtime has a class for every kind of failure
+        raise ModelFileError(f"{path}: ONNX Runtime cannot load it ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _check_contract(session: Any, path: str | Path, spec: ModelSpec, heads: list[str]) -> tuple[int, int] | None:
+    """Return the fixed network size of a graph, or None if it is dynamic.
+
+    Args:
+        session: What runs it.
+        path: For messages.
+        spec: Its own.
+        heads: Outputs of a graph that was cut before the plugin; their shapes are checked at every run.
+
+    Raises:
+        ModelFileError: Its inputs or outputs are not those of a detector.
+    """
+    found = {item.name: (item.type, item.shape) for item in (*session.get_inputs(), *session.get_outputs())}
+    kinds = {"int32": "tensor(int32)", "float32": "tensor(float)"}
+    expected = {name: (kinds[kind], list(shape)) for name, (kind, shape) in spec.decode.outputs.items()}
+    images = found.pop("images", ("", []))
+    size = images[1][1:3]
+    fixed = (size[0], size[1]) if all(isinstance(side, int) for side in size) and len(size) == 2 else None
+    if heads:
+        found = {name: value for name, value in found.items() if name not in heads}
+        expected = {}
+    if (
+        images[0] != "tensor(uint8)"
+        or images[1][3:] != [3]
+        or any(shape and isinstance(shape[0], int) for _, shape in (images, *found.values()))
+        or {name: (kind, shape[1:]) for name, (kind, shape) in found.items()} != expected
+    ):
+        raise ModelFileError(f"{path}: inputs or outputs are not those of a detector: export it again")
+    if fixed is not None:
+        check_size(fixed)
+    return fixed

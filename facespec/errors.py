@@ -63,3 +63,15 @@ class BuildError(RetinaFaceError):
 
 class MissingToolError(BuildError):
     """A compiler, its headers or a GPU is not there; the message names what brings it."""
+
+
+class GpuError(RetinaFaceError):
+    """There is no GPU to use, or a call of CUDA failed; the message names the call and CUDA's own error."""
+
+
+class DeviceMemoryError(GpuError):
+    """There is not enough memory on the device; the message names what it was for, what is free and what there is."""
+
+
+class DeviceLostError(GpuError):
+    """A kernel broke CUDA's context: everything on the GPU in this process fails from now on; only a restart helps."""

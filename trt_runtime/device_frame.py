@@ -1,0 +1,298 @@
+"""Frames that are on a device already: where they lie, read off DLPack or the CUDA array interface without a copy."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from facespec.errors import FrameError
+
+PixelFormat = Literal["bgr", "nv12_bt601", "nv12_bt601_full", "nv12_bt709", "nv12_bt709_full"]
+Nv12Matrix = Literal["bt601", "bt601_full", "bt709", "bt709_full"]
+MATRICES = ("bt601", "bt601_full", "bt709", "bt709_full")
+
+_DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_HOST, _DLPACK_CUDA_MANAGED = 1, 2, 3, 13
+_DLPACK_UINT = 1
+_MEND = ".contiguous() (torch) or cupy.ascontiguousarray mends it"
+
+
+@dataclass(frozen=True)
+class DeviceFrame:
+    """Where a frame lies on a device.
+
+    Attributes:
+        address: Of the first row: BGR pixels, or luma.
+        pitch: Bytes from row to row, at least those of a row.
+        frame_hw: Height and width in pixels.
+        device_index: The GPU as CUDA counts the visible ones; None where nobody knows, or there is none.
+        owner: Keeps the memory alive; hold the frame until the stream that reads it is synchronised.
+        pixel_format: "bgr" is uint8 (H, W, 3); "nv12_..." is luma (H, W) and interleaved chroma (H/2, W/2, 2), and
+            names the matrix that turns it into BGR.
+        chroma_address: Of the first row of chroma, 0 for BGR.
+        chroma_pitch: Bytes from row to row of chroma, 0 for BGR.
+    """
+
+    address: int
+    pitch: int
+    frame_hw: tuple[int, int]
+    device_index: int | None
+    owner: object = field(repr=False, compare=False)
+    pixel_format: PixelFormat = "bgr"
+    chroma_address: int = 0
+    chroma_pitch: int = 0
+
+
+@dataclass(frozen=True)
+class Nv12Frame:
+    """A frame as hardware decoders give it: two arrays on the device.
+
+    Attributes:
+        luma: uint8 (H, W), H and W even; rows may be padded.
+        chroma: uint8 (H/2, W) or (H/2, W/2, 2), U and V interleaved.
+        matrix: How it becomes BGR: "bt709" for HD video, "bt601" for SD, "..._full" where values go from 0 to 255.
+    """
+
+    luma: object
+    chroma: object
+    matrix: Nv12Matrix = "bt709"
+
+    def __post_init__(self) -> None:
+        if self.matrix not in MATRICES:
+            raise FrameError(f"the matrix of an NV12 frame is one of {', '.join(MATRICES)}, not {self.matrix!r}")
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array on a device.
+
+    Attributes:
+        address: Of its first element.
+        shape: Elements.
+        strides: Bytes.
+        kind: As numpy writes it: "|u1".
+        device_index: Of its GPU, if it says so.
+        stream: Handle of the stream that the reader must wait for, or None.
+        owner: Keeps it alive.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    kind: str
+    device_index: int | None
+    stream: int | None
+    owner: object
+
+    def __str__(self) -> str:
+        try:
+            return f"{np.dtype(self.kind)} of shape {self.shape}"
+        except TypeError:
+            return f"{self.kind} of shape {self.shape}"
+
+
+def read_frame(
+    frame: object, stream: Any, device_index: int | None, locate: Callable[[int], int | None]
+) -> DeviceFrame | None:
+    """Return where a frame lies on a device, or None if it lies on none; see `Device.frame`.
+
+    Args:
+        frame: A DLPack or CUDA array interface object, an `Nv12Frame`, or anything else.
+        stream: The `Stream` that is to read it, active on this thread.
+        device_index: Of the GPU that it must be on; None does not check.
+        locate: Returns the GPU an address belongs to, or None; asked about arrays that do not say.
+
+    Raises:
+        FrameError: On a device, but another one, or not such a frame.
+    """
+    if isinstance(frame, Nv12Frame):
+        luma, chroma = (_read_array(plane, stream.handle) for plane in (frame.luma, frame.chroma))
+        if luma is None or chroma is None:
+            raise FrameError("an Nv12Frame takes two arrays on the device, and these are not")
+        planes = [luma, chroma]
+        found = _nv12_frame(luma, chroma, frame.matrix)
+    else:
+        array = _read_array(frame, stream.handle)
+        if array is None:
+            return None
+        planes = [array]
+        found = _bgr_frame(array)
+    for plane in planes:
+        index = locate(plane.address) if plane.device_index is None else plane.device_index
+        if None not in (index, device_index) and index != device_index:
+            raise FrameError(f"the frame is on GPU {index}, the detector on GPU {device_index}: copy it there first")
+        if plane.stream is not None:
+            stream.wait_for(plane.stream)
+    return replace(found, device_index=index)
+
+
+def _bgr_frame(array: _Array) -> DeviceFrame:
+    shape = array.shape
+    if len(shape) == 3 and shape[0] == 3 and shape[2] != 3:
+        raise FrameError(f"frame must be HxWx3, got {array}: .permute(1, 2, 0).contiguous() mends it")
+    if len(shape) == 4:
+        raise FrameError(f"frame must be HxWx3, got {array}: several frames go to detect_batch as a list")
+    if len(shape) != 3 or shape[2] != 3:
+        raise FrameError(f"frame must be uint8 HxWx3 BGR, got {array}")
+    pitch = _pitch(array, "frame", 3 * shape[1])
+    return DeviceFrame(array.address, pitch, (shape[0], shape[1]), None, array.owner)
+
+
+def _nv12_frame(luma: _Array, chroma: _Array, matrix: Nv12Matrix) -> DeviceFrame:
+    if len(luma.shape) != 2 or luma.shape[0] % 2 or luma.shape[1] % 2:
+        raise FrameError(f"luma of an NV12 frame must be HxW with even sides, got {luma}")
+    height, width = luma.shape
+    if chroma.shape not in ((height // 2, width), (height // 2, width // 2, 2)):
+        raise FrameError(f"chroma must be ({height // 2}, {width}) or ({height // 2}, {width // 2}, 2), got {chroma}")
+    return DeviceFrame(
+        luma.address,
+        _pitch(luma, "luma", width),
+        (height, width),
+        None,
+        (luma.owner, chroma.owner),
+        f"nv12_{matrix}",  # type: ignore[arg-type]
+        chroma.address,
+        _pitch(chroma, "chroma", width),
+    )
+
+
+def _pitch(array: _Array, what: str, row_bytes: int) -> int:
+    """Return the bytes from row to row of an array whose rows are each in one piece."""
+    if array.kind != "|u1":
+        raise FrameError(f"{what} must be uint8 with values 0..255, got {array}")
+    if 0 in array.shape:
+        raise FrameError(f"{what} is empty: {array}")
+    inner = 1
+    for side, stride in zip(reversed(array.shape[1:]), reversed(array.strides[1:]), strict=True):
+        if side > 1 and stride != inner:  # where there is one, its stride says nothing
+            raise FrameError(f"rows of {what} must be in one piece, got strides of {array.strides} bytes: {_MEND}")
+        inner *= side
+    if array.shape[0] == 1:
+        return row_bytes
+    if array.strides[0] < row_bytes:
+        raise FrameError(f"rows of {what} overlap or run upwards, with strides of {array.strides} bytes: {_MEND}")
+    return array.strides[0]
+
+
+def _read_array(array: Any, stream_handle: int) -> _Array | None:
+    """Return where an array lies on a device; None if it is in the host's memory or no array."""
+    if isinstance(array, type):
+        return None
+    if hasattr(array, "__dlpack_device__") and hasattr(array, "__dlpack__"):
+        kind, index = array.__dlpack_device__()
+        if int(kind) in (_DLPACK_CPU, _DLPACK_CUDA_HOST):
+            return None
+        if int(kind) not in (_DLPACK_CUDA, _DLPACK_CUDA_MANAGED):
+            raise FrameError(
+                f"the frame is on a device that is not CUDA's (DLPack calls it {int(kind)}): copy it first"
+            )
+        return _read_capsule(_capsule(array, stream_handle), int(index))
+    try:
+        interface = getattr(array, "__cuda_array_interface__", None)
+    except Exception as error:
+        raise FrameError(f"a {type(array).__name__} cannot be read as a frame: {_line(error)}") from None
+    return None if interface is None else _read_interface(interface, array)
+
+
+def _capsule(array: Any, stream_handle: int) -> object:
+    """Return a DLPack capsule; its producer makes our stream wait for the content."""
+    try:
+        try:
+            return array.__dlpack__(stream=stream_handle, max_version=(1, 0))
+        except TypeError:  # a producer of before DLPack 1.0
+            return array.__dlpack__(stream=stream_handle)
+    except Exception as error:  # tensors that need gradients, for instance
+        raise FrameError(f"a {type(array).__name__} cannot be read as a frame: {_line(error)}") from None
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("type_code", ctypes.c_uint8),
+        ("type_bits", ctypes.c_uint8),
+        ("type_lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _VersionedTensor(ctypes.Structure):
+    """DLManagedTensorVersioned; the one of before DLPack 1.0 begins with the DLTensor."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    )
+
+
+def _read_capsule(capsule: object, device_index: int | None) -> _Array:
+    """Return the array of a DLPack capsule, which becomes its owner: nobody consumes it, so it deletes the tensor."""
+    is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_IsValid", ctypes.pythonapi)
+    )
+    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
+    if is_valid(capsule, b"dltensor_versioned"):
+        managed = _VersionedTensor.from_address(get_pointer(capsule, b"dltensor_versioned"))
+        if managed.major != 1:
+            raise FrameError(f"the frame comes as DLPack {managed.major}.{managed.minor}, and 1.x is known")
+        tensor = managed.tensor
+    elif is_valid(capsule, b"dltensor"):
+        tensor = _DLTensor.from_address(get_pointer(capsule, b"dltensor"))
+    else:
+        raise FrameError("the frame's __dlpack__ gave no DLPack capsule")
+    shape = tuple(tensor.shape[: tensor.ndim])
+    kind = "|u1" if (tensor.type_code, tensor.type_bits, tensor.type_lanes) == (_DLPACK_UINT, 8, 1) else ""
+    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _compact(shape)
+    return _Array(
+        (tensor.data or 0) + tensor.byte_offset,
+        shape,
+        strides,  # elements, and those are bytes for the one type that goes through
+        kind or f"DLPack type ({tensor.type_code}, {tensor.type_bits} bits)",
+        device_index,
+        None,
+        capsule,
+    )
+
+
+def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
+    """Return the array of a CUDA array interface, version 2 or 3."""
+    try:
+        version, shape, kind = interface["version"], tuple(map(int, interface["shape"])), interface["typestr"]
+        address = int(interface["data"][0])
+        strides = tuple(map(int, interface.get("strides") or _compact(shape, np.dtype(kind).itemsize)))
+        stream = interface.get("stream") if version >= 3 else None
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise FrameError(f"the frame's __cuda_array_interface__ cannot be read: {_line(error)}") from None
+    if version < 2 or len(strides) != len(shape):
+        raise FrameError(f"the frame's __cuda_array_interface__ is of version {version}, and 2 and 3 are known")
+    if interface.get("mask") is not None:
+        raise FrameError("a masked array is no frame")
+    if stream is not None and (not isinstance(stream, int) or stream == 0):
+        raise FrameError(f"stream {stream!r} in the frame's __cuda_array_interface__ is none: 1 is the default stream")
+    return _Array(address, shape, strides, kind, None, stream, owner)
+
+
+def _compact(shape: tuple[int, ...], itemsize: int = 1) -> tuple[int, ...]:
+    """Return the strides of a C-contiguous array."""
+    strides: list[int] = []
+    for side in reversed(shape):
+        strides.insert(0, itemsize)
+        itemsize *= side
+    return tuple(strides)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,514 @@
+"""The interface of a GPU on the CPU: for developing and testing what runs on a GPU, where there is none.
+
+It keeps to CUDA's rules where they could be broken unnoticed: streams run on threads of their own, memory starts as
+rubbish, closed memory cannot be reached, a failed piece of work loses the device, and what must not be done in a
+capture is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from facespec.errors import DeviceLostError, GpuError
+from trt_runtime.device import ALIGNMENT, Bytes, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.device_frame import DeviceFrame, Nv12Frame, read_frame
+
+POISON = 0xFF
+"""What memory holds before anything is written: NaN as float32 and float16, -1 as int32."""
+
+GUARD = 0xA5
+"""What stands in the ALIGNMENT bytes before and after an allocation; `HostMemory.close` checks it."""
+
+Work = Callable[[], object]
+
+
+class HostDevice:
+    """The CPU as a `Device`; host kernels are put on its streams with `HostStream.submit`.
+
+    Args:
+        memory_limit: Bytes that may be allocated at once; None: what the machine has.
+        delay_s: Every piece of work starts so much later, so that reading a result too early is noticed.
+
+    Attributes:
+        name: "CPU".
+        compute_capability: 0.
+        can_capture: True.
+        allocated_bytes: What is allocated now, pinned memory left out.
+    """
+
+    name = "CPU"
+    compute_capability = 0
+    can_capture = True
+
+    def __init__(self, memory_limit: int | None = None, delay_s: float = 0.0) -> None:
+        self.allocated_bytes = 0
+        self.delay_s = delay_s
+        self._limit = memory_limit
+        self._lock = threading.RLock()  # memory may be released in the middle of anything
+        self._live: dict[int, Bytes] = {}
+        self._pinned: weakref.WeakValueDictionary[int, Bytes] = weakref.WeakValueDictionary()  # alive as views are
+        self._streams: weakref.WeakValueDictionary[int, HostStream] = weakref.WeakValueDictionary()
+        self._workers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self._handles = itertools.count(0x1000, 0x10)
+        self._thread = threading.local()  # depth of `activate`, and the stream that the thread captures
+        self._failure: BaseException | None = None
+
+    @contextmanager
+    def activate(self) -> Iterator[None]:
+        """As `Device.activate`."""
+        self._thread.depth = getattr(self._thread, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            self._thread.depth -= 1
+
+    def stream(self) -> HostStream:
+        """As `Device.stream`."""
+        self.check()
+        stream = HostStream(self, next(self._handles))
+        self._streams[stream.handle] = stream
+        self._workers.add(stream.worker)
+        return stream
+
+    def allocate(self, nbytes: int, what: str) -> HostMemory:
+        """As `Device.allocate`; filled with POISON."""
+        self.check(may_capture=False)
+        check_nbytes(nbytes)
+        with self._lock:
+            free, total = self.free_and_total()
+            if nbytes > free:
+                raise out_of_memory(what, nbytes, free, total)
+            try:
+                room = _aligned(nbytes + 2 * ALIGNMENT)
+            except MemoryError:
+                raise out_of_memory(what, nbytes, free, total) from None
+            room[:] = GUARD
+            content = room[ALIGNMENT:-ALIGNMENT]
+            content[:] = POISON
+            memory = HostMemory(self, room, content.ctypes.data, what)
+            self._live[memory.address] = content
+            self.allocated_bytes += nbytes
+        return memory
+
+    def pinned(self, nbytes: int) -> HostPinned:
+        """As `Device.pinned`."""
+        self.check(may_capture=False)
+        array = _aligned(check_nbytes(nbytes))
+        array[:] = POISON
+        self._pinned[array.ctypes.data] = array.base  # type: ignore[assignment]
+        return HostPinned(array)
+
+    def view(self, address: int, nbytes: int) -> Bytes:
+        """Return the memory of an address as uint8 (nbytes,), for host kernels and tests.
+
+        Raises:
+            GpuError: It is not all in one live allocation.
+        """
+        for start, content in tuple(self._live.items()):
+            if start <= address and address + nbytes <= start + len(content):
+                return content[address - start : address - start + nbytes]
+        raise GpuError(f"{nbytes} bytes at {address:#x} are in no live allocation of this device")
+
+    def copy_in(self, address: int, source: Bytes, stream: HostStream) -> None:
+        """As `Device.copy_in`."""
+        self._copy(address, check_bytes(source), stream, inwards=True)
+
+    def copy_out(self, target: Bytes, address: int, stream: HostStream) -> None:
+        """As `Device.copy_out`."""
+        if not check_bytes(target).flags.writeable:
+            raise ValueError("the array to copy to is read-only")
+        self._copy(address, target, stream, inwards=False)
+
+    def _copy(self, address: int, array: Bytes, stream: HostStream, inwards: bool) -> None:
+        self.check()
+        self.view(address, array.nbytes)
+        if stream.capturing and not self._is_pinned(array):
+            stream.spoil("a copy from or to memory that is not pinned")
+        flat = array.reshape(-1)
+
+        def copy() -> None:
+            memory = self.view(address, flat.nbytes)
+            np.copyto(*((memory, flat) if inwards else (flat, memory)))
+
+        stream.submit(copy)
+
+    def _is_pinned(self, array: Bytes) -> bool:
+        start = array.ctypes.data
+        return any(
+            first <= start and start + array.nbytes <= room.ctypes.data + room.nbytes
+            for first, room in tuple(self._pinned.items())
+        )
+
+    def free_and_total(self) -> tuple[int, int]:
+        """As `Device.free_and_total`: of the limit, or else of the machine."""
+        if self._limit is not None:
+            return self._limit - self.allocated_bytes, self._limit
+        page = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+    def event(self) -> HostEvent:
+        """As `Device.event`."""
+        self.check()
+        return HostEvent(self)
+
+    def frame(self, frame: object, stream: HostStream) -> DeviceFrame | None:
+        """As `Device.frame`: takes a `HostArray`, and an `Nv12Frame` of two; numpy arrays are the host's."""
+        self.check()
+        planes = (frame.luma, frame.chroma) if isinstance(frame, Nv12Frame) else (frame,)
+        if not all(isinstance(plane, HostArray) for plane in planes):
+            return None
+        return read_frame(frame, stream, None, lambda address: None)
+
+    def close(self) -> None:
+        """As `Device.close`; the threads of its streams end."""
+        for stream in tuple(self._streams.values()):
+            stream.close()
+
+    def find_stream(self, handle: int) -> HostStream | None:
+        """Return the stream of a handle, None for the default ones, which nothing is ever put on.
+
+        Raises:
+            GpuError: It has none of this handle.
+        """
+        if handle in (1, 2):
+            return None
+        try:
+            return self._streams[handle]
+        except KeyError:
+            raise GpuError(f"stream {handle:#x} is none of this device") from None
+
+    def check(self, may_capture: bool = True) -> None:
+        """Refuse what CUDA would.
+
+        Args:
+            may_capture: Whether the call is allowed on a thread that captures.
+
+        Raises:
+            GpuError: The device is not active on this thread, or the thread captures.
+            DeviceLostError: Some work has failed.
+        """
+        if self._failure is not None:
+            raise DeviceLostError(
+                f"work on the device failed ({type(self._failure).__name__}: {self._failure}): it is lost, start again"
+            ) from self._failure
+        if not getattr(self._thread, "depth", 0):
+            raise GpuError("the device is not active on this thread: call it in `with device.activate()`")
+        stream: HostStream | None = getattr(self._thread, "capturing", None)
+        if stream is not None and not may_capture:
+            stream.spoil("an allocation or a wait")
+
+    def release(self, address: int, room: Bytes, what: str) -> None:
+        """Free an allocation once the streams have run dry, as cuMemFree does."""
+        if threading.current_thread() not in self._workers:  # one that lets go of the last reference to it
+            for stream in tuple(self._streams.values()):
+                stream.drain()
+        with self._lock:
+            content = self._live.pop(address)
+            self.allocated_bytes -= len(content)
+            content[:] = POISON
+        if (room[:ALIGNMENT] != GUARD).any() or (room[-ALIGNMENT:] != GUARD).any():
+            raise GpuError(f"something was written beside the memory of {what}")
+
+    def set_capturing(self, stream: HostStream | None) -> None:
+        """Note the stream that the calling thread captures."""
+        self._thread.capturing = stream
+
+    def lose(self, error: BaseException) -> None:
+        """Note the first failure of any work."""
+        self._failure = self._failure or error
+
+    @property
+    def lost(self) -> bool:
+        """Whether some work has failed; what is left is not run."""
+        return self._failure is not None
+
+
+class HostMemory:
+    """Memory of a `HostDevice`."""
+
+    def __init__(self, device: HostDevice, room: Bytes, address: int, what: str) -> None:
+        self.nbytes = len(room) - 2 * ALIGNMENT
+        self._address = address
+        self._release = weakref.finalize(self, device.release, address, room, what)
+
+    @property
+    def address(self) -> int:
+        """As `Memory.address`."""
+        if not self._release.alive:
+            raise GpuError("this memory has been closed")
+        return self._address
+
+    def close(self) -> None:
+        """As `Memory.close`.
+
+        Raises:
+            GpuError: Something was written right before or after it.
+        """
+        self._release()
+
+
+class HostPinned:
+    """Memory of the host that counts as page-locked."""
+
+    def __init__(self, array: Bytes) -> None:
+        self._array: Bytes | None = array
+
+    @property
+    def array(self) -> Bytes:
+        """As `PinnedArray.array`."""
+        if self._array is None:
+            raise GpuError("this memory has been closed")
+        return self._array
+
+    def close(self) -> None:
+        """As `PinnedArray.close`."""
+        self._array = None
+
+
+class HostStream:
+    """A stream of a `HostDevice`: a thread that does what it is given, in order.
+
+    Attributes:
+        handle: A number as CUstreams are.
+        worker: The thread.
+    """
+
+    def __init__(self, device: HostDevice, handle: int) -> None:
+        self.handle = handle
+        self._device = device
+        self._captured: HostGraph | None = None
+        self._spoilt = ""
+        work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._queue = work
+        self.worker = threading.Thread(target=_run, args=(work,), name=f"stream {handle:#x}", daemon=True)
+        self.worker.start()
+        self._stop = weakref.finalize(self, work.put, None)
+
+    @property
+    def capturing(self) -> bool:
+        """Whether what is put on it is recorded at present."""
+        return self._captured is not None
+
+    def submit(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Put a call on the stream: a host kernel, or anything else. An exception loses the device.
+
+        Raises:
+            GpuError: The stream has been closed.
+        """
+        self._device.check()
+        device = self._device
+
+        def work() -> None:
+            if device.lost:
+                return
+            if device.delay_s:
+                time.sleep(device.delay_s)
+            try:
+                function(*arguments)
+            except BaseException as error:
+                device.lose(error)
+
+        if self._captured is not None:
+            self._captured.add(work)
+        else:
+            self._put(work)
+
+    def synchronize(self) -> None:
+        """As `Stream.synchronize`.
+
+        Raises:
+            DeviceLostError: Some work has failed.
+        """
+        self._device.check(may_capture=False)
+        self.drain()
+        self._device.check()
+
+    def drain(self) -> None:
+        """Wait until everything on it is done."""
+        done = threading.Event()
+        if self._stop.alive:
+            self._put(done.set)
+            done.wait()
+
+    @contextmanager
+    def capture(self) -> Iterator[HostCapture]:
+        """As `Stream.capture`."""
+        self._device.check(may_capture=False)
+        if self.capturing:
+            raise GpuError(f"stream {self.handle:#x} is being captured already")
+        capture, graph = HostCapture(), HostGraph(self._device)
+        self._captured, self._spoilt = graph, ""
+        self._device.set_capturing(self)
+        try:
+            yield capture
+        finally:
+            self._captured = None
+            self._device.set_capturing(None)
+        if self._spoilt:
+            raise GpuError(f"the capture failed: {self._spoilt} in it")
+        capture.end(graph)
+
+    def spoil(self, what: str) -> None:
+        """Refuse what cannot be captured; the capture fails, whatever becomes of this error.
+
+        Raises:
+            GpuError: Always.
+        """
+        self._spoilt = what
+        raise GpuError(f"{what} while stream {self.handle:#x} is being captured")
+
+    def wait_for(self, handle: int) -> None:
+        """As `Stream.wait_for`."""
+        self._device.check()
+        if self.capturing:
+            self.spoil("waiting for another stream")
+        other = self._device.find_stream(handle)
+        if other is None or other is self:
+            return
+        reached = threading.Event()
+        other._put(reached.set)
+        self._put(reached.wait)
+
+    def close(self) -> None:
+        """As `Stream.close`."""
+        self._stop()
+
+    def mark(self, function: Work) -> None:
+        """Put on the stream what is done even on a lost device."""
+        self._device.check()
+        if self.capturing:
+            self.spoil("an event for timing")
+        self._put(function)
+
+    def _put(self, work: Work) -> None:
+        if not self._stop.alive:
+            raise GpuError(f"stream {self.handle:#x} has been closed")
+        self._queue.put(work)
+
+
+class HostCapture:
+    """What `HostStream.capture` yields."""
+
+    def __init__(self) -> None:
+        self._graph: HostGraph | None = None
+
+    @property
+    def graph(self) -> HostGraph:
+        """As `Capture.graph`."""
+        if self._graph is None:
+            raise GpuError("there is no graph before the end of the capture")
+        return self._graph
+
+    def end(self, graph: HostGraph) -> None:
+        """Note what was captured."""
+        self._graph = graph
+
+
+class HostGraph:
+    """Captured work of a `HostDevice`."""
+
+    def __init__(self, device: HostDevice) -> None:
+        self._device = device
+        self._work: list[Work] | None = []
+        self._lock = threading.Lock()  # a graph does not run beside itself
+
+    def add(self, work: Work) -> None:
+        """Append a piece of work."""
+        if self._work is not None:
+            self._work.append(work)
+
+    def launch(self, stream: HostStream) -> None:
+        """As `Graph.launch`."""
+        if self._work is None:
+            raise GpuError("this graph has been closed")
+        stream.submit(self._replay, tuple(self._work))
+
+    def close(self) -> None:
+        """As `Graph.close`."""
+        self._work = None
+
+    def _replay(self, works: tuple[Work, ...]) -> None:
+        with self._lock:
+            for work in works:
+                work()
+
+
+class HostEvent:
+    """A mark in a `HostStream`."""
+
+    def __init__(self, device: HostDevice) -> None:
+        self._device = device
+        self._passed: threading.Event | None = None
+        self._seconds = 0.0
+
+    def record(self, stream: HostStream) -> None:
+        """As `Event.record`."""
+        passed = threading.Event()
+
+        def note() -> None:
+            self._seconds = time.perf_counter()
+            passed.set()
+
+        stream.mark(note)
+        self._passed = passed
+
+    def synchronize(self) -> None:
+        """As `Event.synchronize`."""
+        self._device.check(may_capture=False)
+        if self._passed is not None:
+            self._passed.wait()
+        self._device.check()
+
+    def elapsed_ms(self, since: HostEvent) -> float:
+        """As `Event.elapsed_ms`."""
+        if not all(event._passed is not None and event._passed.is_set() for event in (since, self)):
+            raise GpuError("an event was not recorded, or its stream has not passed it: synchronise it first")
+        return (self._seconds - since._seconds) * 1e3
+
+
+class HostArray:
+    """A numpy array in the part of a frame on the device.
+
+    Args:
+        array: The frame or plane; it is not copied.
+        stream: Handle of the stream its content is made on, which whoever reads it must wait for.
+    """
+
+    def __init__(self, array: NDArray[Any], stream: int | None = None) -> None:
+        self._array = array
+        self._stream = stream
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Version 3; the address is the host's."""
+        interface = self._array.__array_interface__
+        keys = ("shape", "strides", "typestr", "data")
+        return {**{key: interface[key] for key in keys}, "version": 3, "stream": self._stream}
+
+
+def _run(work: queue.SimpleQueue[Work | None]) -> None:
+    """Do what comes, until None does; holds no stream, so that one that is forgotten ends."""
+    while True:
+        item = work.get()
+        if item is None:
+            return
+        item()
+        del item  # and what it holds
+
+
+def _aligned(nbytes: int) -> Bytes:
+    """Return new uint8 memory that starts at a multiple of ALIGNMENT."""
+    room = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + nbytes]

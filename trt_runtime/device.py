@@ -1,8 +1,8 @@
 """What the runtime asks of a GPU: memory, copies, streams, graphs, events and frames that are there already.
 
 Three classes have this interface: `CudaDevice` (cuda.bindings), `PyCudaDevice`, which lives in its caller's PyCUDA
-context, and `HostDevice`, which does the same on the CPU. Work is put on streams and done later, in order: what a stream
-reads and writes must be left alone, and alive, until the stream or an event after the work is synchronised.
+context, and `HostDevice`, which does the same on the CPU. Work is put on streams and done later, in order: what a
+stream reads and writes must be left alone, and alive, until the stream or an event after the work is synchronised.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Device(Protocol):
     """A device, in one context.
 
     All but `activate`, `close` and the attributes want to be called with the device active on the calling thread, and
-    so do the methods of streams, graphs and events; `close` of anything does not. Any number of threads may use a device.
+    so do the methods of streams, graphs and events; `close` of anything does not. Threads may share a device.
     """
 
     @property
@@ -248,8 +248,10 @@ def check_nbytes(nbytes: int) -> int:
     return nbytes
 
 
-def check_bytes(array: Bytes) -> Bytes:
-    """Return an array that can be copied as it lies in memory, or raise ValueError."""
+def check_bytes(array: Bytes, writeable: bool = False) -> Bytes:
+    """Return an array that can be copied from, or also to, as it lies in memory, or raise ValueError."""
+    if writeable and not array.flags.writeable:
+        raise ValueError("a read-only array cannot be copied to")
     if array.dtype != np.uint8 or not array.flags.c_contiguous:
         raise ValueError(f"only C-contiguous uint8 arrays are copied, not {array.dtype} with strides {array.strides}")
     return array

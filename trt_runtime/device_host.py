@@ -126,9 +126,7 @@ class HostDevice:
 
     def copy_out(self, target: Bytes, address: int, stream: HostStream) -> None:
         """As `Device.copy_out`."""
-        if not check_bytes(target).flags.writeable:
-            raise ValueError("the array to copy to is read-only")
-        self._copy(address, target, stream, inwards=False)
+        self._copy(address, check_bytes(target, writeable=True), stream, inwards=False)
 
     def _copy(self, address: int, array: Bytes, stream: HostStream, inwards: bool) -> None:
         self.check()

@@ -1,0 +1,380 @@
+"""A GPU through CUDA's driver interface, as cuda-bindings gives it to Python.
+
+It works in the device's primary context, which PyTorch, CuPy, TensorRT and everything built on CUDA's runtime library
+share. Nothing but cuda.bindings.driver is used: its functions are CUDA's own, and stay.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from facespec.cli import require
+from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
+from trt_runtime.device import Bytes, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.device_frame import DeviceFrame, read_frame
+
+OLDEST_DRIVER = 12000
+"""CUDA 12.0, as cuDriverGetVersion counts: the TensorRT versions that are supported want it."""
+
+STICKY = {
+    "CUDA_ERROR_ECC_UNCORRECTABLE",
+    "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_ASSERT",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_LAUNCH_FAILED",
+}
+"""Errors that a context never recovers from."""
+
+NO_GPU = {
+    "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES",
+    "CUDA_ERROR_STUB_LIBRARY": "libcuda is the toolkit's stub: take its folder off LD_LIBRARY_PATH",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the NVIDIA driver was updated under the running system: reboot",
+    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "the NVIDIA driver is too old for this CUDA: update it",
+    "CUDA_ERROR_SYSTEM_NOT_READY": "the GPU's services are not running: start nvidia-fabricmanager",
+}
+CPU_INSTEAD = "; the .onnx file runs on the CPU"
+
+
+class Cuda:
+    """Calls functions of CUDA's driver and turns their errors into ours.
+
+    Raises:
+        MissingPackageError: cuda-bindings is not installed.
+    """
+
+    def __init__(self) -> None:
+        self.driver = require("cuda.bindings.driver", "gpu", "running engines on a GPU")
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        """Call a function; return what it gives: None, a value, or a tuple.
+
+        Raises:
+            DeviceMemoryError: There is not enough memory.
+            DeviceLostError: The context is beyond repair.
+            GpuError: Anything else went wrong, or there is no driver.
+        """
+        try:
+            status, *values = getattr(self.driver, name)(*arguments)
+        except RuntimeError as error:  # what cuda.bindings itself cannot find
+            if "Function" in str(error):
+                mend = f"the NVIDIA driver is too old for the cuda-bindings here, it has no {name}: update it"
+            else:
+                mend = "there is no NVIDIA driver here (libcuda.so.1 was not found)"
+            raise GpuError(mend + CPU_INSTEAD) from None
+        if status:
+            raise self._error(name, status)
+        return values[0] if len(values) == 1 else tuple(values) or None
+
+    def _error(self, name: str, status: Any) -> GpuError:
+        text = self.driver.cuGetErrorString(status)[1] or b""
+        found = f"{name}: {status.name}, {text.decode(errors='replace')}"
+        if status.name == "CUDA_ERROR_OUT_OF_MEMORY":
+            return DeviceMemoryError(f"no memory left on the GPU ({found})")
+        if status.name in STICKY:
+            return DeviceLostError(f"a kernel broke this process's CUDA context ({found}): start the process again")
+        if status.name in NO_GPU:
+            return GpuError(f"{NO_GPU[status.name]}{CPU_INSTEAD} ({found})")
+        return GpuError(f"CUDA failed ({found})")
+
+
+class CudaDevice:
+    """A GPU as a `Device`, in its primary context.
+
+    Args:
+        index: As CUDA counts the visible ones.
+
+    Attributes:
+        name: "NVIDIA H200, device 0".
+        compute_capability: 90 for 9.0.
+        can_capture: True.
+        index: Its number.
+        cuda: What calls CUDA.
+
+    Raises:
+        GpuError: No driver, one that is too old, or no such GPU.
+        MissingPackageError: cuda-bindings is not installed.
+    """
+
+    can_capture = True
+
+    def __init__(self, index: int = 0) -> None:
+        self.cuda = cuda = Cuda()
+        attributes = cuda.driver.CUdevice_attribute
+        cuda("cuInit", 0)
+        version = cuda("cuDriverGetVersion")
+        if version < OLDEST_DRIVER:
+            raise GpuError(
+                f"the NVIDIA driver knows CUDA {version // 1000}.{version % 1000 // 10}, and "
+                f"{OLDEST_DRIVER // 1000}.0 or newer is needed: update it{CPU_INSTEAD}"
+            )
+        count = cuda("cuDeviceGetCount")
+        if not 0 <= index < count:
+            raise GpuError(f"there is no GPU {index}: {count} visible, counted from 0; see CUDA_VISIBLE_DEVICES")
+        device = cuda("cuDeviceGet", index)
+        self.index = index
+        self.name = f"{cuda('cuDeviceGetName', 256, device).split(bytes(1))[0].decode()}, device {index}"
+        major = cuda("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+        minor = cuda("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+        self.compute_capability = 10 * major + minor
+        self._context = cuda("cuDevicePrimaryCtxRetain", device)
+        self._release = weakref.finalize(self, _quietly, cuda, "cuDevicePrimaryCtxRelease", device)
+
+    @contextmanager
+    def activate(self) -> Iterator[None]:
+        """As `Device.activate`."""
+        self.cuda("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            self.cuda("cuCtxPopCurrent")
+
+    def stream(self) -> CudaStream:
+        """As `Device.stream`."""
+        stream = self.cuda("cuStreamCreate", self.cuda.driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        return CudaStream(self, int(stream))
+
+    def allocate(self, nbytes: int, what: str) -> CudaMemory:
+        """As `Device.allocate`."""
+        try:
+            address = self.cuda("cuMemAlloc", check_nbytes(nbytes))
+        except DeviceMemoryError:
+            raise out_of_memory(what, nbytes, *self.free_and_total()) from None
+        return CudaMemory(self, int(address), nbytes)
+
+    def pinned(self, nbytes: int) -> CudaPinned:
+        """As `Device.pinned`.
+
+        Raises:
+            DeviceMemoryError: The host does not let so much be page-locked.
+        """
+        try:
+            address = self.cuda("cuMemHostAlloc", check_nbytes(nbytes), self.cuda.driver.CU_MEMHOSTALLOC_PORTABLE)
+        except DeviceMemoryError:
+            raise DeviceMemoryError(f"the host has no {nbytes} bytes that can be page-locked") from None
+        return CudaPinned(self, int(address), nbytes)
+
+    def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
+        """As `Device.copy_in`."""
+        self.cuda("cuMemcpyHtoDAsync", address, check_bytes(source).ctypes.data, source.nbytes, stream.handle)
+
+    def copy_out(self, target: Bytes, address: int, stream: Any) -> None:
+        """As `Device.copy_out`."""
+        target_address = check_bytes(target, writeable=True).ctypes.data
+        self.cuda("cuMemcpyDtoHAsync", target_address, address, target.nbytes, stream.handle)
+
+    def free_and_total(self) -> tuple[int, int]:
+        """As `Device.free_and_total`."""
+        free, total = self.cuda("cuMemGetInfo")
+        return int(free), int(total)
+
+    def event(self) -> CudaEvent:
+        """As `Device.event`."""
+        return CudaEvent(self)
+
+    def frame(self, frame: object, stream: Any) -> DeviceFrame | None:
+        """As `Device.frame`."""
+        return read_frame(frame, stream, self.index, self._locate)
+
+    def close(self) -> None:
+        """As `Device.close`."""
+        self._release()
+
+    def free(self, name: str, handle: Any) -> None:
+        """Call a function that frees something; on any thread, even one that is capturing, and at exit."""
+        relaxed = self.cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        with suppress(GpuError), self.activate():
+            before = self.cuda("cuThreadExchangeStreamCaptureMode", relaxed)
+            try:
+                self.cuda(name, handle)
+            finally:
+                self.cuda("cuThreadExchangeStreamCaptureMode", before)
+
+    def _locate(self, address: int) -> int:
+        return locate(self.cuda, address)
+
+
+def locate(cuda: Cuda, address: int) -> int:
+    """Return the GPU that an address belongs to.
+
+    Raises:
+        FrameError: It is none of CUDA's.
+    """
+    ordinal = cuda.driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    try:
+        return int(cuda("cuPointerGetAttribute", ordinal, address))
+    except DeviceLostError:
+        raise
+    except GpuError as error:
+        raise FrameError(f"the frame's address {address:#x} is not in CUDA's memory ({error})") from None
+
+
+class CudaMemory:
+    """Memory of a `CudaDevice`."""
+
+    def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._address = address
+        self._free = weakref.finalize(self, device.free, "cuMemFree", address)
+
+    @property
+    def address(self) -> int:
+        """As `Memory.address`."""
+        if not self._free.alive:
+            raise GpuError("this memory has been closed")
+        return self._address
+
+    def close(self) -> None:
+        """As `Memory.close`."""
+        self._free()
+
+
+class CudaPinned:
+    """Page-locked memory."""
+
+    def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
+        buffer = (ctypes.c_uint8 * nbytes).from_address(address)
+        weakref.finalize(buffer, device.free, "cuMemFreeHost", address)  # every view holds the buffer
+        self._array: Bytes | None = np.ctypeslib.as_array(buffer)
+
+    @property
+    def array(self) -> Bytes:
+        """As `PinnedArray.array`."""
+        if self._array is None:
+            raise GpuError("this memory has been closed")
+        return self._array
+
+    def close(self) -> None:
+        """As `PinnedArray.close`."""
+        self._array = None
+
+
+class CudaStream:
+    """A stream of a `CudaDevice`."""
+
+    def __init__(self, device: CudaDevice, handle: int) -> None:
+        self.handle = handle
+        self._device = device
+        self._destroy = weakref.finalize(self, device.free, "cuStreamDestroy", handle)
+
+    def synchronize(self) -> None:
+        """As `Stream.synchronize`."""
+        self._device.cuda("cuStreamSynchronize", self.handle)
+
+    @contextmanager
+    def capture(self) -> Iterator[CudaCapture]:
+        """As `Stream.capture`."""
+        capture = CudaCapture()
+        with record(self._device.cuda, self.handle) as executables:
+            yield capture
+        capture.end(CudaGraph(self._device, executables[0]))
+
+    def wait_for(self, handle: int) -> None:
+        """As `Stream.wait_for`."""
+        order(self._device.cuda, self.handle, handle)
+
+    def close(self) -> None:
+        """As `Stream.close`."""
+        self._destroy()
+
+
+@contextmanager
+def record(cuda: Cuda, handle: int) -> Iterator[list[Any]]:
+    """Capture a stream in a block; the list that it yields holds the CUgraphExec afterwards."""
+    executables: list[Any] = []
+    cuda("cuStreamBeginCapture", handle, cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+    try:
+        yield executables
+    except BaseException:
+        with suppress(GpuError):  # it is invalid, as a rule; what the block raised says why
+            cuda("cuGraphDestroy", cuda("cuStreamEndCapture", handle))
+        raise
+    graph = cuda("cuStreamEndCapture", handle)
+    try:
+        executables.append(cuda("cuGraphInstantiate", graph, 0))
+    finally:
+        cuda("cuGraphDestroy", graph)
+
+
+def order(cuda: Cuda, handle: int, before: int) -> None:
+    """Let a stream wait for what another has been given so far."""
+    event = cuda("cuEventCreate", cuda.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+    try:
+        cuda("cuEventRecord", event, before)
+        cuda("cuStreamWaitEvent", handle, event, 0)
+    finally:
+        cuda("cuEventDestroy", event)  # once it is reached
+
+
+class CudaCapture:
+    """What `CudaStream.capture` yields."""
+
+    def __init__(self) -> None:
+        self._graph: CudaGraph | None = None
+
+    @property
+    def graph(self) -> CudaGraph:
+        """As `Capture.graph`."""
+        if self._graph is None:
+            raise GpuError("there is no graph before the end of the capture")
+        return self._graph
+
+    def end(self, graph: CudaGraph) -> None:
+        """Note what was captured."""
+        self._graph = graph
+
+
+class CudaGraph:
+    """Captured work of a `CudaDevice`."""
+
+    def __init__(self, device: Any, executable: Any) -> None:
+        self._device = device
+        self._executable = executable
+        self._destroy = weakref.finalize(self, device.free, "cuGraphExecDestroy", executable)
+
+    def launch(self, stream: Any) -> None:
+        """As `Graph.launch`."""
+        if not self._destroy.alive:
+            raise GpuError("this graph has been closed")
+        self._device.cuda("cuGraphLaunch", self._executable, stream.handle)
+
+    def close(self) -> None:
+        """As `Graph.close`."""
+        self._destroy()
+
+
+class CudaEvent:
+    """A mark in a `CudaStream`."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._cuda = device.cuda
+        self._event = device.cuda("cuEventCreate", device.cuda.driver.CUevent_flags.CU_EVENT_DEFAULT)
+        weakref.finalize(self, device.free, "cuEventDestroy", self._event)
+
+    def record(self, stream: Any) -> None:
+        """As `Event.record`."""
+        self._cuda("cuEventRecord", self._event, stream.handle)
+
+    def synchronize(self) -> None:
+        """As `Event.synchronize`."""
+        self._cuda("cuEventSynchronize", self._event)
+
+    def elapsed_ms(self, since: CudaEvent) -> float:
+        """As `Event.elapsed_ms`."""
+        return float(self._cuda("cuEventElapsedTime", since._event, self._event))
+
+
+def _quietly(cuda: Cuda, name: str, *arguments: Any) -> None:
+    with suppress(GpuError):  # CUDA may have gone before us
+        cuda(name, *arguments)

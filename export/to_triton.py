@@ -1,0 +1,325 @@
+"""Lay a detector out for NVIDIA Triton Inference Server: a folder of its model repository.
+
+python -m export.to_triton retinaface.engine --out model_repository
+python -m export.to_triton retinaface.onnx --out model_repository --name retinaface_cpu --instances 2
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.to_trt import MAX_BATCH
+from export.triton_config import TritonModel, to_pbtxt
+from facespec.cli import ArgumentParser, run
+from facespec.errors import ModelFileError, OutputError, SpecError
+from facespec.spec import CHECKPOINT_SUFFIXES
+from plugins import PLUGIN
+from plugins.build import ensure
+from trt_runtime.detector import load_detector
+from trt_runtime.flavor import TENSORRT
+from trt_runtime.onnx_file import read_onnx
+from trt_runtime.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
+
+ONNX_BATCH = 8
+"""Most frames in a call of an ONNX file, which itself sets no limit."""
+
+PLUGIN_FILE = "libretinaface_plugin.so"
+
+
+@dataclass(frozen=True)
+class TritonOptions:
+    """What to lay out, and where.
+
+    Attributes:
+        model: TensorRT engine with its sidecar, or portable ONNX file.
+        out: The model repository; it may exist, and hold other models.
+        name: Name of the model, and of its folder in the repository.
+        version: Number of this version; the server takes the highest.
+        instances: Copies that run at once.
+        max_batch: Most frames in a call; None takes all the engine's profile allows, or `ONNX_BATCH`.
+        max_queue_delay_us: How long a request may wait for others to share its batch, in microseconds.
+        gpu: Run an ONNX file on the GPU; engines always do.
+        force: Replace the folder of the model.
+    """
+
+    model: Path
+    out: Path
+    name: str = "retinaface"
+    version: int = 1
+    instances: int = 1
+    max_batch: int | None = None
+    max_queue_delay_us: int = 500
+    gpu: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name, re.ASCII):
+            raise SpecError(f"--name {self.name!r}: give letters, digits, and _ . - after the first, 100 at most")
+        for option, value, least, most in (
+            ("--version", self.version, 1, 10**9),
+            ("--instances", self.instances, 1, 256),
+            ("--max-batch", 1 if self.max_batch is None else self.max_batch, 1, MAX_BATCH),
+            ("--max-queue-delay-us", self.max_queue_delay_us, 0, 10**7),
+        ):
+            if not least <= value <= most:
+                raise SpecError(f"{option} {value}: give a number from {least} to {most}")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the model in the repository."""
+        return self.out / self.name
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What goes into the folder of a model.
+
+    Attributes:
+        model: Its configuration.
+        versioned: File to copy, by its name in the folder of the version.
+        shared: File to copy, by its name beside the configuration.
+        readme: How to serve it.
+    """
+
+    model: TritonModel
+    versioned: dict[str, Path]
+    shared: dict[str, Path]
+    readme: str
+
+
+def plan(options: TritonOptions) -> Layout:
+    """Return what will be written; nothing is, except that the plugin library is compiled if it is not there.
+
+    Raises:
+        ModelFileError: Missing, damaged, or not what Triton can serve.
+        SpecError: The options do not fit the model.
+    """
+    suffix = options.model.suffix.lower()
+    if suffix in CHECKPOINT_SUFFIXES:
+        raise ModelFileError(
+            f"{options.model}: a checkpoint; export it first: python -m export.to_onnx --weights {options.model}"
+        )
+    return _plan_onnx(options) if suffix == ".onnx" else _plan_engine(options)
+
+
+def _plan_onnx(options: TritonOptions) -> Layout:
+    _, header = read_onnx(options.model)
+    if PLUGIN.domain in header.domains:
+        raise ModelFileError(
+            f"{options.model}: a plugin form, which ONNX Runtime in Triton cannot run: write a portable file with "
+            "python -m export.to_onnx, or an engine with python -m export.to_trt --flavor tensorrt"
+        )
+    detector = load_detector(options.model)  # it checks inputs and outputs
+    max_batch = options.max_batch or ONNX_BATCH
+    model = TritonModel(
+        name=options.name,
+        is_engine=False,
+        spec=detector.spec,
+        fixed_hw=detector.size_hw,
+        size_hw=detector.size_hw,
+        best_batch=max_batch,
+        max_batch=max_batch,
+        instances=options.instances,
+        on_gpu=options.gpu,
+        max_queue_delay_us=options.max_queue_delay_us,
+    )
+    weights = {name: options.model.resolve().parent / name for name in header.external_files}
+    return Layout(model, {"model.onnx": options.model, **weights}, {}, _readme(model))
+
+
+def _plan_engine(options: TritonOptions) -> Layout:
+    if options.gpu:
+        raise SpecError("--gpu is for ONNX files: an engine always runs on the GPU")
+    sidecar = read_sidecar(options.model)
+    if sidecar.flavor != TENSORRT.name:
+        raise ModelFileError(
+            f"{options.model}: an engine of TensorRT-RTX, and Triton runs those of TensorRT: on a machine with the GPU, "
+            f"{_for_tensorrt(sidecar.command)}"
+        )
+    if problems := check_engine(options.model, sidecar):
+        raise ModelFileError(f"{options.model}: {problems[0]}")
+    least, best, most = (sidecar.profile[name] for name in ("min", "opt", "max"))
+    if least[0] > 1:
+        raise SpecError(
+            f"{options.model} takes {least[0]} frames or more in a call, and Triton may send one: "
+            f"build it again with --batch 1:{best[0]}:{most[0]}"
+        )
+    if (options.max_batch or 1) > most[0]:
+        raise SpecError(
+            f"--max-batch {options.max_batch}: {options.model} takes {most[0]} frames in a call at most: "
+            f"build it again with --batch 1:{best[0]}:{options.max_batch}"
+        )
+    max_batch = options.max_batch or most[0]
+    model = TritonModel(
+        name=options.name,
+        is_engine=True,
+        spec=sidecar.spec,
+        fixed_hw=_height_width(best) if least[1:3] == most[1:3] else None,
+        size_hw=_height_width(best),
+        best_batch=min(best[0], max_batch),
+        max_batch=max_batch,
+        instances=options.instances,
+        on_gpu=True,
+        max_queue_delay_us=options.max_queue_delay_us,
+    )
+    plugin = ensure("plugin")
+    report = plugin.with_suffix(".json")
+    shared = {
+        PLUGIN_FILE: plugin,
+        **({Path(PLUGIN_FILE).with_suffix(".json").name: report} if report.is_file() else {}),
+    }
+    files = {"model.plan": options.model, "model.plan.json": sidecar_path(options.model)}
+    return Layout(model, files, shared, _readme(model, sidecar))
+
+
+def _height_width(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[1], shape[2]
+
+
+def _for_tensorrt(command: str) -> str:
+    """Return the command of a TensorRT-RTX engine, changed to build one of TensorRT."""
+    return re.sub(r" --compute-capability \S+", "", re.sub(r"--flavor \S+", f"--flavor {TENSORRT.name}", command))
+
+
+def _readme(model: TritonModel, sidecar: Sidecar | None = None) -> str:
+    server = ["tritonserver --model-repository=/models"]
+    if sidecar:
+        gpus = " ".join(f"sm_{number}" for number in sidecar.compute_capabilities)
+        about = (
+            f"A TensorRT {sidecar.version} engine for {gpus}, {sidecar.precision}. Take the release of the container "
+            f"whose TensorRT is {sidecar.version}\n(https://docs.nvidia.com/deeplearning/frameworks/support-matrix) on "
+            "that GPU: an engine runs on no other.\nThe plugin library needs a glibc no older than that of the machine "
+            "that compiled it; `python -m plugins.build` in\nthe container makes one for the container."
+        )
+        server.append(f"--backend-config=tensorrt,plugins=/models/{model.name}/{PLUGIN_FILE}")
+    else:
+        about = "A portable ONNX file; ONNX Runtime runs it, in any recent release of the container."
+    gpu = "--gpus all " if model.on_gpu else ""
+    command = " \\\n    ".join(
+        [
+            f'docker run --rm {gpu}-p 8000:8000 -p 8001:8001 -v "$PWD":/models:ro nvcr.io/nvidia/tritonserver:YY.MM-py3',
+            *server,
+        ]
+    )
+    return f"""# {model.name}
+
+{about}
+
+Serve it, from the folder above this one:
+
+    {command}
+
+Ask it, from a checkout of the toolkit (pip install -e '.[serve]'):
+
+    python -m examples.triton_client photo.jpg --out faces.jpg --server localhost:8001 --model {model.name}
+
+Other clients send `images`, uint8 (B, H, W, 3), BGR; what else they must know stands in `parameters` of config.pbtxt,
+which the server hands out. The first `num_detections` rows of `boxes`, `scores` and `landmarks` are faces, best first.
+`num_candidates` of -1 means that the network gave NaN or infinity.
+"""
+
+
+def write(options: TritonOptions, layout: Layout) -> Path:
+    """Write the folder of the model, or of one more version of it, whole or not at all; return it.
+
+    Raises:
+        OutputError: It is there already, is of another model, or cannot be written.
+    """
+    folder, config = options.folder, to_pbtxt(layout.model.config())
+    read = [path.resolve() for path in (*layout.versioned.values(), *layout.shared.values())]
+    if any(path.is_relative_to(folder.resolve()) for path in read):
+        raise OutputError(f"--out {options.out}: {options.model} lies in {folder}, which would be written")
+    target, only_version = folder, False
+    if folder.exists() and not options.force:
+        target, only_version = folder / str(options.version), True
+        if target.exists():
+            raise OutputError(f"{target} is there: give another --version or --name, or --force to replace {folder}")
+        if _text(folder / "config.pbtxt") != config:
+            raise OutputError(f"{folder} holds another model or other settings: give another --name, or --force")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{options.name}.", dir=options.out) as temporary:
+            new, old = Path(temporary) / "new", Path(temporary) / "old"
+            _fill(new if only_version else new / str(options.version), layout.versioned)
+            if not only_version:
+                _fill(new, layout.shared)
+                (new / "config.pbtxt").write_text(config, encoding="utf-8")
+                (new / "README.md").write_text(layout.readme, encoding="utf-8")
+            if target.exists():
+                target.rename(old)
+            try:
+                new.rename(target)
+            except BaseException:  # an interrupt, too, brings the old one back
+                if old.exists():
+                    old.rename(target)
+                raise
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
+    return target
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def _fill(folder: Path, files: dict[str, Path]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> TritonOptions:
+    """Return the options of a command line."""
+    parser = ArgumentParser(
+        prog="python -m export.to_triton",
+        description="Lay a detector out for NVIDIA Triton Inference Server: OUT/NAME with config.pbtxt, the model, for "
+        "an engine its plugin library, and a README.md with the command that serves it. If OUT/NAME is there with the "
+        "same configuration, a new --version is added.",
+    )
+    parser.add_argument("model", type=Path, help="TensorRT engine (not TensorRT-RTX), or portable ONNX file")
+    parser.add_argument("--out", type=Path, required=True, help="model repository")
+    parser.add_argument("--name", default="retinaface", help="name of the model")
+    parser.add_argument("--version", type=int, default=1, help="the server takes the highest")
+    parser.add_argument("--instances", type=int, default=1, help="copies that run at once")
+    parser.add_argument(
+        "--max-batch",
+        type=int,
+        help=f"most frames in a call (default: what the engine takes; ONNX: {ONNX_BATCH}); 1 turns batching off",
+    )
+    parser.add_argument(
+        "--max-queue-delay-us",
+        type=int,
+        default=500,
+        help="microseconds a request may wait for others to share its batch",
+    )
+    parser.add_argument("--gpu", action="store_true", help="run an ONNX file on the GPU")
+    parser.add_argument("--force", action="store_true", help="replace OUT/NAME, with all its versions")
+    return TritonOptions(**vars(parser.parse_args(argv)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    options = parse_arguments(argv)
+    layout = plan(options)
+    written = write(options, layout)
+    model = layout.model
+    size = f"{model.fixed_hw[0]}x{model.fixed_hw[1]}" if model.fixed_hw else "any size"
+    print(
+        f"wrote {written}: {size}, up to {model.max_batch} frames in a call; {options.folder / 'README.md'} serves it"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

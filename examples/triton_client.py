@@ -61,11 +61,11 @@ class TritonRetinaFace:
         try:
             config = self._call("get_model_config", model).config
             parameters = {key: found.string_value for key, found in config.parameters.items()}
-            if SPEC_KEY not in parameters:
+            sides = next((tuple(item.dims[:2]) for item in config.input if item.name == "images"), ())
+            if SPEC_KEY not in parameters or len(sides) != 2:
                 raise ModelFileError(f"{model} at {server}: not a model written by python -m export.to_triton")
             self.spec = ModelSpec.from_json(parameters[SPEC_KEY])
             self.score_threshold = self.spec.decode.run_threshold(score_threshold)
-            (sides,) = (tuple(item.dims[:2]) for item in config.input if item.name == "images")
             wanted = parse_size(parameters[SIZE_KEY]) if SIZE_KEY in parameters else None
             if size_hw and -1 not in sides and size_hw != sides:
                 raise SpecError(f"{model} at {server} takes {sides[0]}x{sides[1]} only, not {size_hw[0]}x{size_hw[1]}")

@@ -6,7 +6,6 @@ python -m export.to_triton retinaface.onnx --out model_repository --name retinaf
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -15,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.to_trt import MAX_BATCH
 from export.triton_config import TritonModel, to_pbtxt
 from facespec.cli import ArgumentParser, run
 from facespec.errors import ModelFileError, OutputError, SpecError
@@ -65,7 +63,7 @@ class TritonOptions:
         for option, value, least, most in (
             ("--version", self.version, 1, 10**9),
             ("--instances", self.instances, 1, 256),
-            ("--max-batch", 1 if self.max_batch is None else self.max_batch, 1, MAX_BATCH),
+            ("--max-batch", 1 if self.max_batch is None else self.max_batch, 1, 65535),
             ("--max-queue-delay-us", self.max_queue_delay_us, 0, 10**7),
         ):
             if not least <= value <= most:
@@ -140,8 +138,8 @@ def _plan_engine(options: TritonOptions) -> Layout:
     sidecar = read_sidecar(options.model)
     if sidecar.flavor != TENSORRT.name:
         raise ModelFileError(
-            f"{options.model}: an engine of TensorRT-RTX, and Triton runs those of TensorRT: on a machine with the GPU, "
-            f"{_for_tensorrt(sidecar.command)}"
+            f"{options.model}: an engine of TensorRT-RTX, and Triton runs those of TensorRT: on a machine with "
+            f"the GPU, {_for_tensorrt(sidecar.command)}"
         )
     if problems := check_engine(options.model, sidecar):
         raise ModelFileError(f"{options.model}: {problems[0]}")
@@ -201,13 +199,9 @@ def _readme(model: TritonModel, sidecar: Sidecar | None = None) -> str:
         server.append(f"--backend-config=tensorrt,plugins=/models/{model.name}/{PLUGIN_FILE}")
     else:
         about = "A portable ONNX file; ONNX Runtime runs it, in any recent release of the container."
-    gpu = "--gpus all " if model.on_gpu else ""
-    command = " \\\n    ".join(
-        [
-            f'docker run --rm {gpu}-p 8000:8000 -p 8001:8001 -v "$PWD":/models:ro nvcr.io/nvidia/tritonserver:YY.MM-py3',
-            *server,
-        ]
-    )
+    gpus = "--gpus all " if model.on_gpu else ""
+    container = f'docker run --rm {gpus}-p 8000:8000 -p 8001:8001 -v "$PWD":/models:ro'
+    command = " \\\n      ".join([container, "nvcr.io/nvidia/tritonserver:YY.MM-py3", *server])
     return f"""# {model.name}
 
 {about}

@@ -1,7 +1,7 @@
 """The configuration of a detector for NVIDIA Triton Inference Server: `config.pbtxt`.
 
-Fields are those of model_config.proto. What Triton's backends make of them was read in their sources: an output of shape
-(B,) is declared as `dims: [1]` and `reshape { shape: [] }`; parameters whose names they do not know are passed over.
+Fields are those of model_config.proto. An output of shape (B,) is declared as `dims: [1]` and `reshape { shape: [] }`, as
+Triton's guide asks. Backends pass over parameters whose names they do not know.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from facespec.spec import SPEC_KEY, ModelSpec
 SIZE_KEY = "retinaface.size_hw"
 """Parameter: HEIGHTxWIDTH clients letterbox to; missing where each frame is sent at its own size, padded."""
 
-SERVED_TYPES = {"int32": "TYPE_INT32", "float32": "TYPE_FP32"}
+_TYPES = {"int32": "TYPE_INT32", "float32": "TYPE_FP32"}
 
 
 class Keyword(str):
@@ -97,7 +97,7 @@ class TritonModel:
 
 
 def _output(name: str, kind: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    output = {"name": name, "data_type": Keyword(SERVED_TYPES[kind])}
+    output = {"name": name, "data_type": Keyword(_TYPES[kind])}
     return {**output, "dims": list(shape)} if shape else {**output, "dims": [1], "reshape": {"shape": []}}
 
 

@@ -1,6 +1,6 @@
 """The configuration of a detector for NVIDIA Triton Inference Server: `config.pbtxt`.
 
-Fields are those of model_config.proto. An output of shape (B,) is declared as `dims: [1]` and `reshape { shape: [] }`, as
+Fields are those of model_config.proto. An output of shape (B,) is `dims: [1]` with `reshape { shape: [] }`, as
 Triton's guide asks. Backends pass over parameters whose names they do not know.
 """
 

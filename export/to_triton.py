@@ -16,10 +16,10 @@ from pathlib import Path
 
 from export.triton_config import TritonModel, to_pbtxt
 from facespec.cli import ArgumentParser, run
-from facespec.errors import ModelFileError, OutputError, SpecError
+from facespec.errors import BuildError, ModelFileError, OutputError, SpecError
 from facespec.spec import CHECKPOINT_SUFFIXES
 from plugins import PLUGIN
-from plugins.build import ensure
+from plugins.build import ensure, read_report
 from trt_runtime.detector import load_detector
 from trt_runtime.flavor import TENSORRT
 from trt_runtime.onnx_file import read_onnx
@@ -29,6 +29,7 @@ ONNX_BATCH = 8
 """Most frames in a call of an ONNX file, which itself sets no limit."""
 
 PLUGIN_FILE = "libretinaface_plugin.so"
+PLUGIN_REPORT = "libretinaface_plugin.json"
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,17 @@ def _plan_engine(options: TritonOptions) -> Layout:
         max_queue_delay_us=options.max_queue_delay_us,
     )
     plugin = ensure("plugin")
-    report = plugin.with_suffix(".json")
-    shared = {
-        PLUGIN_FILE: plugin,
-        **({Path(PLUGIN_FILE).with_suffix(".json").name: report} if report.is_file() else {}),
-    }
+    headers = str(read_report(plugin).get("headers_version") or sidecar.version)
+    if (
+        headers.split(".")[0] != sidecar.version.split(".")[0]
+    ):  # in Triton it registers itself, and the registries differ
+        raise BuildError(
+            f"{plugin} was compiled with the headers of TensorRT {headers}, and {options.model} is of TensorRT "
+            f"{sidecar.version}: set TENSORRT_INCLUDE_DIR to the folder of those headers, then python -m plugins.build"
+        )
+    shared = {PLUGIN_FILE: plugin}
+    if plugin.with_suffix(".json").is_file():
+        shared[PLUGIN_REPORT] = plugin.with_suffix(".json")
     files = {"model.plan": options.model, "model.plan.json": sidecar_path(options.model)}
     return Layout(model, files, shared, _readme(model, sidecar))
 
@@ -191,10 +198,9 @@ def _readme(model: TritonModel, sidecar: Sidecar | None = None) -> str:
     if sidecar:
         gpus = " ".join(f"sm_{number}" for number in sidecar.compute_capabilities)
         about = (
-            f"A TensorRT {sidecar.version} engine for {gpus}, {sidecar.precision}. Take the release of the container "
-            f"whose TensorRT is {sidecar.version}\n(https://docs.nvidia.com/deeplearning/frameworks/support-matrix) on "
-            "that GPU: an engine runs on no other.\nThe plugin library needs a glibc no older than that of the machine "
-            "that compiled it; `python -m plugins.build` in\nthe container makes one for the container."
+            f"A TensorRT {sidecar.version} engine for {gpus}, {sidecar.precision}. It runs on that GPU, in the release of "
+            f"the container whose TensorRT is\n{sidecar.version}: https://docs.nvidia.com/deeplearning/frameworks/"
+            "support-matrix. The plugin library needs a glibc no older than\nthat of the machine that compiled it."
         )
         server.append(f"--backend-config=tensorrt,plugins=/models/{model.name}/{PLUGIN_FILE}")
     else:

@@ -172,7 +172,7 @@ def _plan_engine(options: TritonOptions) -> Layout:
     headers = str(read_report(plugin).get("headers_version") or sidecar.version)
     if (
         headers.split(".")[0] != sidecar.version.split(".")[0]
-    ):  # in Triton it registers itself, and the registries differ
+    ):  # the registry it joins has another layout
         raise BuildError(
             f"{plugin} was compiled with the headers of TensorRT {headers}, and {options.model} is of TensorRT "
             f"{sidecar.version}: set TENSORRT_INCLUDE_DIR to the folder of those headers, then python -m plugins.build"
@@ -198,8 +198,8 @@ def _readme(model: TritonModel, sidecar: Sidecar | None = None) -> str:
     if sidecar:
         gpus = " ".join(f"sm_{number}" for number in sidecar.compute_capabilities)
         about = (
-            f"A TensorRT {sidecar.version} engine for {gpus}, {sidecar.precision}. It runs on that GPU, in the release of "
-            f"the container whose TensorRT is\n{sidecar.version}: https://docs.nvidia.com/deeplearning/frameworks/"
+            f"A TensorRT {sidecar.version} engine for {gpus}, {sidecar.precision}. It runs on that GPU, in the release "
+            f"of the container whose TensorRT is\n{sidecar.version}: https://docs.nvidia.com/deeplearning/frameworks/"
             "support-matrix. The plugin library needs a glibc no older than\nthat of the machine that compiled it."
         )
         server.append(f"--backend-config=tensorrt,plugins=/models/{model.name}/{PLUGIN_FILE}")

@@ -170,9 +170,7 @@ def _plan_engine(options: TritonOptions) -> Layout:
     )
     plugin = ensure("plugin")
     headers = str(read_report(plugin).get("headers_version") or sidecar.version)
-    if (
-        headers.split(".")[0] != sidecar.version.split(".")[0]
-    ):  # the registry it joins has another layout
+    if headers.split(".")[0] != sidecar.version.split(".")[0]:  # the registry it joins has another layout
         raise BuildError(
             f"{plugin} was compiled with the headers of TensorRT {headers}, and {options.model} is of TensorRT "
             f"{sidecar.version}: set TENSORRT_INCLUDE_DIR to the folder of those headers, then python -m plugins.build"

@@ -37,9 +37,9 @@ ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 120)
 PTX_ARCHITECTURE = 90
 
 TARGETS = {
-    "plugin": ("launch.cu", "check.cpp", "device_api.cpp", "plugin.cpp"),
-    "kernels": ("launch.cu", "check.cpp", "device_api.cpp"),
-    "host": ("check.cpp", "host_api.cpp"),
+    "plugin": ("launch.cu", "letterbox.cu", "check.cpp", "device_api.cpp", "plugin.cpp"),
+    "kernels": ("launch.cu", "letterbox.cu", "check.cpp", "device_api.cpp"),
+    "host": ("check.cpp", "host_api.cpp", "letterbox_host.cpp"),
 }
 """What can be built, and its sources."""
 
@@ -223,14 +223,14 @@ def _resources(log: str) -> tuple[dict[str, int | str], ...]:
         re.DOTALL,
     )
     for found in pattern.finditer(log):
-        kernel = re.search(r"(scan_kernel|finish_kernel)I(f|N)", found["name"])
+        kernel = re.search(r"(scan|finish|letterbox)_kernel(I[fN])?", found["name"])
         if kernel is None:
             continue
         shared = re.search(r"(\d+) bytes smem", found["rest"])
         rows.append(
             {
-                "kernel": kernel[1].removesuffix("_kernel"),
-                "heads": "fp32" if kernel[2] == "f" else "fp16",
+                "kernel": kernel[1],
+                "heads": {"If": "fp32", "IN": "fp16", None: ""}[kernel[2]],
                 "sm": int(found["sm"]),
                 "registers": int(found["registers"]),
                 "stack_bytes": int(found["stack"]),

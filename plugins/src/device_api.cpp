@@ -1,5 +1,6 @@
-// The launcher for callers that speak C: tests, benchmarks, ctypes.
+// The launchers for callers that speak C: tests, benchmarks, ctypes.
 #include "decode_nms.h"
+#include "letterbox.h"
 
 #define RF_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -13,4 +14,11 @@ RF_EXPORT int32_t retinaface_launch(const retinaface::DecodeParams* params, int3
                                     const retinaface::Outputs* outputs, void* workspace, void* stream) {
   return retinaface::launch(*params, static_cast<retinaface::HeadType>(head_type), heads, *outputs, workspace,
                             static_cast<CUstream_st*>(stream));
+}
+
+RF_EXPORT int32_t retinaface_letterbox(const void* frames, int32_t batch, int32_t height, int32_t width,
+                                       uint32_t pad_bgr, void* out, void* stream) {
+  return retinaface::letterbox({static_cast<const retinaface::LetterboxFrame*>(frames), batch, height, width, pad_bgr,
+                                static_cast<uint8_t*>(out)},
+                               static_cast<CUstream_st*>(stream));
 }

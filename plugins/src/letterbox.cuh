@@ -64,12 +64,15 @@ struct Axis {
 RF_FN Axis axis_of(int32_t scaled, int32_t side) { return {scaled, side, div(1.f, float(2 * scaled))}; }
 
 // Pixel centres lie at halves, before and after scaling. The position is the quotient rounded to a float, as in cv2,
-// because the weight may depend on it: by a product and Markstein's correction, which spares a division each.
+// because the weight may depend on it: a product and Markstein's correction, which spares a division each. The
+// numerator itself may not fit in a float.
 RF_FN Tap tap_of(int32_t at, const Axis& axis) {
   if (axis.scaled == axis.side) return {at, at, 0};
-  const float numerator = float((2 * at + 1) * axis.side - axis.scaled), denominator = float(2 * axis.scaled);
-  const float near = mul(numerator, axis.inverse);
-  const float position = fma(fma(-near, denominator, numerator), axis.inverse, near);
+  const int32_t numerator = (2 * at + 1) * axis.side - axis.scaled;
+  const float rounded = float(numerator);
+  const float near = mul(rounded, axis.inverse);
+  const float rest = add(fma(-near, float(2 * axis.scaled), rounded), float(numerator - int32_t(rounded)));
+  const float position = fma(rest, axis.inverse, near);
   const int32_t before = position < 0.f ? -1 : int32_t(position);
   const float fraction = sub(position, float(before));
   const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer

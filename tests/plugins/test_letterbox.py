@@ -1,0 +1,315 @@
+"""The letterbox kernel on the CPU, against cv2, as facespec.letterbox calls it, and against the formulas of video."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from facespec.errors import FrameError, MissingToolError
+from facespec.letterbox import Frame, Letterbox
+from plugins import host
+from plugins.build import ensure, find_nvcc, find_tensorrt_headers
+from plugins.letterbox import (
+    LaunchError,
+    LetterboxFrame,
+    PixelFormat,
+    describe,
+    host_letterbox,
+    host_letterbox_nv12,
+    load,
+)
+from tests.gpu.frames import PAD, batches, in_other_orders, on_host
+from trt_runtime.flavor import gpu_capability
+
+ROOT = Path(__file__).parents[2]
+LUMA_WEIGHTS = {  # of red and blue; and whether luma is 0..255
+    PixelFormat.NV12_BT601: (0.299, 0.114, False),
+    PixelFormat.NV12_BT601_FULL: (0.299, 0.114, True),
+    PixelFormat.NV12_BT709: (0.2126, 0.0722, False),
+    PixelFormat.NV12_BT709_FULL: (0.2126, 0.0722, True),
+}
+
+sides = st.integers(1, 700)
+network = st.integers(1, 20).map(lambda n: 32 * n)
+contents = st.sampled_from(["noise", "black and white", "ramp"])
+
+
+def make_frame(frame_hw: tuple[int, int], seed: int = 0, content: str = "noise") -> Frame:
+    rng = np.random.default_rng(seed)
+    if content == "ramp":
+        y, x = np.indices(frame_hw)
+        return np.stack([x, y, x + 3 * y], -1).astype(np.uint8)
+    noise = rng.integers(0, 256, (*frame_hw, 3), np.uint8)
+    return noise if content == "noise" else np.where(noise < 128, 0, 255).astype(np.uint8)
+
+
+def make_nv12(frame_hw: tuple[int, int], seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    rng = np.random.default_rng(seed)
+    height, width = frame_hw
+    chroma = rng.integers(0, 256, (height // 2, width // 2, 2), np.uint8)
+    return rng.integers(0, 256, frame_hw, np.uint8), chroma
+
+
+def assert_as_cv2(got: Frame, want: Frame) -> None:
+    """One grey level is allowed to other builds of cv2; on x86, where the wheels agree, there must be none."""
+    difference = np.abs(got.astype(int) - want)
+    assert difference.max(initial=0) <= 1
+    assert not difference.any() or cv2.checkHardwareSupport(cv2.CPU_NEON)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sides, sides, network, network, contents, st.integers(0, 99))
+def test_any_frame(height: int, width: int, rows: int, columns: int, content: str, seed: int) -> None:
+    frame = make_frame((height, width), seed, content)
+    for box in (Letterbox.fit((height, width), (rows, columns)), Letterbox.pad((height, width))):
+        assert_as_cv2(host_letterbox([frame], [box], PAD)[0], box.apply(frame, PAD))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sides, sides, st.integers(1, 640), st.integers(1, 640))
+def test_any_scale(height: int, width: int, rows: int, columns: int) -> None:
+    """Up along one axis and down along the other, or not at all."""
+    frame = make_frame((height, width))
+    for scaled in ((rows, columns), (height, min(columns, 640)), (rows, min(width, 640))):
+        box = Letterbox((height, width), scaled, (700, 640))
+        if scaled[0] <= 700:
+            assert_as_cv2(host_letterbox([frame], [box], PAD)[0], box.apply(frame, PAD))
+
+
+@pytest.mark.parametrize("size_hw", [(64, 96), (640, 640), (1, 32), (33, 32)])
+def test_sizes_with_a_path_of_their_own(size_hw: tuple[int, int]) -> None:
+    height, width = size_hw
+    others = [(1, 1), (1, 2), (2, 1), (1, 999), (999, 1), (2, 2), (3, 3), (height - 1 or 1, width - 1), (height, 31)]
+    for frame_hw in [*((n * height, n * width) for n in (1, 2, 3, 4)), (2 * height, 3 * width), *others]:
+        frame = make_frame(frame_hw)
+        box = Letterbox.fit(frame_hw, size_hw)
+        assert_as_cv2(host_letterbox([frame], [box], PAD)[0], box.apply(frame, PAD, np.empty((*size_hw, 3), np.uint8)))
+
+
+@pytest.mark.parametrize("frame_hw", [(2160, 3840), (5001, 9001), (3, 16384), (16383, 5), (31, 16001)])
+def test_large_frames(frame_hw: tuple[int, int]) -> None:
+    """Positions whose numerators no longer fit in a float."""
+    frame = make_frame(frame_hw)
+    box = Letterbox.fit(frame_hw, (1280, 1280))
+    assert_as_cv2(host_letterbox([frame], [box], PAD)[0], box.apply(frame, PAD))
+
+
+def test_frames_of_a_batch_and_their_memory() -> None:
+    """Views of larger arrays are read where they lie; whatever has no rows is copied."""
+    large = make_frame((300, 401))
+    frames: list[Frame] = [
+        large[7:207, 3:222],
+        large[:96, :64],
+        large[::3],
+        large[::-1],
+        large[:, ::-1],
+        np.asfortranarray(large),
+        np.broadcast_to(large[:1], (50, 401, 3)),
+        large[:1, :1],
+    ]
+    boxes = [Letterbox.fit((frame.shape[0], frame.shape[1]), (96, 64)) for frame in frames]
+    memory = np.full((len(frames) + 2, 96, 64, 3), 0xA5, np.uint8)
+    out = memory[1:-1]
+    assert host_letterbox(frames, boxes, PAD, out) is out
+    for image, frame, box in zip(out, frames, boxes, strict=True):
+        assert_as_cv2(image, box.apply(frame, PAD))
+    assert (memory[[0, -1]] == 0xA5).all()
+
+
+def test_a_slot_without_a_frame_is_padding() -> None:
+    out = np.zeros((2, 5, 32, 3), np.uint8)
+    array = (LetterboxFrame * 2)()
+    load(host.library())(ctypes.addressof(array), 2, (5, 32), PAD, out.ctypes.data, 0)
+    assert (out == PAD).all()
+
+
+@pytest.mark.parametrize("frame_hw", [(2, 2), (64, 96), (480, 640), (130, 94)])
+def test_nv12_of_standard_definition_is_what_cv2_makes_of_it(frame_hw: tuple[int, int]) -> None:
+    luma, chroma = make_nv12(frame_hw)
+    frame = cv2.cvtColorTwoPlane(luma, chroma, cv2.COLOR_YUV2BGR_NV12)
+    for box in (Letterbox.pad(frame_hw), Letterbox.fit(frame_hw, (96, 96)), Letterbox.fit(frame_hw, (320, 256))):
+        got = host_letterbox_nv12([(luma, chroma)], [box], PAD, PixelFormat.NV12_BT601)[0]
+        assert_as_cv2(got, box.apply(frame, PAD))
+
+
+def to_bgr(luma: NDArray[Any], chroma: NDArray[Any], pixel_format: PixelFormat) -> NDArray[np.float64]:
+    """ITU-R BT.601-7 and BT.709-6, section 3, solved for B, G and R in 0..255; luma below black is black, as in cv2."""
+    red, blue, full = LUMA_WEIGHTS[pixel_format]
+    y = luma / 255.0 if full else np.maximum(luma - 16.0, 0) / 219
+    cb, cr = ((chroma[..., i].repeat(2, 0).repeat(2, 1) - 128.0) / (255 if full else 224) for i in (0, 1))
+    r, b = y + 2 * (1 - red) * cr, y + 2 * (1 - blue) * cb
+    g = (y - red * r - blue * b) / (1 - red - blue)
+    return np.clip(np.stack([b, g, r], -1), 0, 1) * 255
+
+
+@pytest.mark.parametrize("pixel_format", LUMA_WEIGHTS)
+def test_nv12_follows_the_formulas(pixel_format: PixelFormat) -> None:
+    """Every luma with many chromas. The coefficients of cv2 for limited BT.601 have three decimals: 0.2 levels more."""
+    luma = np.arange(256, dtype=np.uint8).reshape(1, 256).repeat(256, 0)
+    chroma = np.random.default_rng(0).integers(0, 256, (128, 128, 2), np.uint8)
+    chroma[:4] = np.array([[0, 0], [255, 255], [0, 255], [128, 128]], np.uint8)[:, None]
+    box = Letterbox.pad((256, 256))
+    got = host_letterbox_nv12([(luma, chroma)], [box], PAD, pixel_format)[0]
+    tolerance = 0.75 if pixel_format == PixelFormat.NV12_BT601 else 0.501
+    assert np.abs(got - to_bgr(luma, chroma, pixel_format)).max() < tolerance
+    others = [to_bgr(luma, chroma, other) for other in LUMA_WEIGHTS if other != pixel_format]
+    assert all(np.abs(got - other).max() > 5 for other in others)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), network, network, st.sampled_from(list(LUMA_WEIGHTS)))
+def test_nv12_is_scaled_after_it_is_converted(
+    rows: int, columns: int, height: int, width: int, pixel_format: PixelFormat
+) -> None:
+    frame_hw = (2 * rows, 2 * columns)
+    planes = make_nv12(frame_hw)
+    whole = Letterbox.pad(frame_hw)
+    frame = host_letterbox_nv12([planes], [whole], PAD, pixel_format)[0, : frame_hw[0], : frame_hw[1]]
+    box = Letterbox.fit(frame_hw, (height, width))
+    got = host_letterbox_nv12([planes], [box], PAD, pixel_format)[0]
+    assert_as_cv2(got, box.apply(frame, PAD))
+
+
+def test_nv12_planes_of_a_decoder() -> None:
+    """Both planes in one surface, with a pitch of their own."""
+    surface = np.random.default_rng(3).integers(0, 256, (90 + 45, 256), np.uint8)
+    luma, chroma = surface[:90, :150], surface[90:, :150].reshape(45, 75, 2)
+    wide = np.lib.stride_tricks.as_strided(surface[90:], (45, 75, 2), (256, 2, 1))
+    box = Letterbox.fit((90, 150), (64, 64))
+    got = host_letterbox_nv12([(luma, wide)], [box], PAD, PixelFormat.NV12_BT709)
+    want = host_letterbox_nv12([(luma.copy(), chroma.copy())], [box], PAD, PixelFormat.NV12_BT709)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_the_order_of_a_loop_does_not_matter() -> None:
+    size = (97, 128)
+    for slots in batches(size):
+        want = on_host(slots, size)
+        assert all((got == want).all() for got in in_other_orders(slots, size, (0, 1, 2)))
+
+
+GUARDED = """
+import ctypes, mmap
+import numpy as np
+from facespec.letterbox import Letterbox
+from plugins import host
+from plugins.letterbox import PixelFormat, describe, load
+
+libc = ctypes.CDLL(None, use_errno=True)
+PAGE, PAGES = mmap.PAGESIZE, 200
+memory = mmap.mmap(-1, (PAGES + 2) * PAGE)
+base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+for guard in (base, base + (PAGES + 1) * PAGE):
+    assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(PAGE), 0) == 0
+first, last = base + PAGE, base + (PAGES + 1) * PAGE
+out = np.empty((1, 160, 160, 3), np.uint8)
+launch = load(host.library())
+count = 0
+for height, width, gap in ((160, 160, 0), (160, 160, 16), (1, 1, 5), (1, 2, 0), (2, 2, 0), (320, 320, 0), (31, 77, 3)):
+    for pixel_format in PixelFormat:
+        if pixel_format and (height % 2 or width % 2):
+            continue
+        pitch = width * (1 if pixel_format else 3) + gap
+        rows = height + (height // 2 if pixel_format else 0)
+        for data in (first, last - rows * pitch + gap):
+            chroma = (data + height * pitch, pitch) if pixel_format else (0, 0)
+            for scaled in (Letterbox.fit((height, width), (160, 160)).scaled_hw, (min(height, 160), min(width, 160))):
+                frame = describe(data, pitch, (height, width), scaled, pixel_format, *chroma)
+                launch(ctypes.addressof(frame), 1, (160, 160), (1, 2, 3), out.ctypes.data, 0)
+                count += 1
+print(count)
+"""
+
+
+def test_nothing_beside_a_frame_is_read() -> None:
+    """Frames that touch memory which cannot be read, before their first byte or after their last."""
+    result = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout.strip()) == (0, "92"), result.stderr
+
+
+def test_the_description_is_that_of_the_header() -> None:
+    header = (ROOT / "plugins" / "include" / "letterbox.h").read_text()
+    assert "sizeof(LetterboxFrame) == 64" in header
+    assert ctypes.sizeof(LetterboxFrame) == 64
+    for name, offset in (("pitch", 16), ("height", 32), ("format", 48)):
+        assert f"offsetof(LetterboxFrame, {name}) == {offset}" in header
+        assert getattr(LetterboxFrame, name).offset == offset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((4096, 300, (0, 100), (64, 64)), "sides must be 1 to 16384"),
+        ((4096, 300, (100, 100), (0, 64)), "sides must be 1 to 16384"),
+        ((4096, 60000, (100, 16385), (64, 64)), "cv2.resize"),
+        ((4096, 299, (100, 100), (64, 64)), "a pitch of 300 bytes at least, got 4096 and 299"),
+        ((4096, -300, (100, 100), (64, 64)), "a pitch of 300"),
+        ((0, 300, (100, 100), (64, 64)), "expected an address"),
+        ((4096, 300, (100, 100), (64, 64), PixelFormat.BGR, 4096, 300), "no chroma"),
+        ((4096, 100, (100, 99), (64, 64), PixelFormat.NV12_BT709, 8192, 100), "must be even"),
+        ((4096, 100, (99, 100), (64, 64), PixelFormat.NV12_BT709, 8192, 100), "must be even"),
+        ((4096, 99, (100, 100), (64, 64), PixelFormat.NV12_BT709, 8192, 100), "a pitch of 100"),
+        ((4096, 100, (100, 100), (64, 64), PixelFormat.NV12_BT709, 8192, 99), "its chroma"),
+        ((4096, 100, (100, 100), (64, 64), PixelFormat.NV12_BT709), "its chroma"),
+    ],
+)
+def test_impossible_frames_are_refused(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(FrameError, match=words):
+        describe(*arguments)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    frame = make_frame((10, 10))
+    box = Letterbox.fit((10, 10), (64, 64))
+    luma, chroma = make_nv12((10, 10))
+    refused: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: host_letterbox([frame.astype(np.float32)], [box], PAD), FrameError, "uint8 HxWx3"),
+        (lambda: host_letterbox([frame[..., 0]], [box], PAD), FrameError, "uint8 HxWx3"),
+        (lambda: host_letterbox([frame[:0]], [box], PAD), FrameError, "sides must be"),
+        (lambda: host_letterbox([frame], [], PAD), ValueError, "zip"),
+        (lambda: host_letterbox([], [], PAD), ValueError, "one size"),
+        (lambda: host_letterbox([frame] * 2, [box, Letterbox.pad((10, 10))], PAD), ValueError, "one size"),
+        (lambda: host_letterbox([frame[:9]], [box], PAD), ValueError, "its box is for"),
+        (lambda: host_letterbox([frame], [box], PAD, frame), ValueError, "out must be"),
+        (lambda: host_letterbox([frame], [box], (0, 0, 256)), ValueError, "0 to 255"),
+        (lambda: host_letterbox([frame], [Letterbox.fit((10, 10), (64, 48))], PAD), LaunchError, "multiple of 32"),
+        (lambda: host_letterbox_nv12([(luma, chroma[1:])], [box], PAD), FrameError, "NV12 is"),
+        (lambda: host_letterbox_nv12([(luma[..., None], chroma)], [box], PAD), FrameError, "NV12 is"),
+        (lambda: host_letterbox_nv12([(luma[1:], chroma)], [box], PAD), FrameError, "NV12 is|even"),
+    ]
+    for call, error, words in refused:
+        with pytest.raises(error, match=words):
+            call()
+
+
+def test_the_device_libraries_have_it_too() -> None:
+    """What is refused before the GPU is asked, and, without a GPU, CUDA's error."""
+    try:
+        find_nvcc(), find_tensorrt_headers()
+    except MissingToolError as error:
+        pytest.skip(str(error))
+    launch = load(ctypes.CDLL(str(ensure("plugin"))))
+    for arguments, code in (
+        ((4096, 0, (64, 64), PAD, 4096, 0), 1),
+        ((4096, 1, (64, 63), PAD, 4096, 0), 1),
+        ((4096, 1, (64, 32768), PAD, 4096, 0), 1),
+        ((0, 1, (64, 64), PAD, 4096, 0), 1),
+        ((4096, 1, (64, 64), PAD, 4096 + 8, 0), 716),
+        ((4096 + 4, 1, (64, 64), PAD, 4096, 0), 716),
+    ):
+        with pytest.raises(LaunchError, match=f"CUDA error {code};"):
+            launch(*arguments)
+    if gpu_capability() is None:
+        with pytest.raises(LaunchError, match=r"CUDA error \d+;"):
+            launch(4096, 1, (64, 64), PAD, 4096, 0)

@@ -27,8 +27,8 @@ from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
 from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec
-from trt_runtime.detect import DetectOptions, detect
 from trt_runtime import OrtRetinaFace
+from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.flavor import RTX
 from trt_runtime.timing import StageTimer
 from trt_runtime.video import VideoWriter

@@ -161,7 +161,7 @@ def _head_runner(path: Path, spec: ModelSpec) -> Callable[[Frame], NDArray[np.fl
         return None
 
     def call(image: Frame) -> NDArray[np.float32]:
-        maps = [np.asarray(level, np.float32) for level in session.run(names, {"images": image[None]})]
+        maps = [np.asarray(level, np.float32) for level in session.run(graph.heads, {"images": image[None]})]
         return rows_from_maps(maps, spec.anchors.per_cell)
 
     return call

@@ -115,14 +115,15 @@ def _plan_onnx(options: TritonOptions) -> Layout:
             f"{options.model}: a plugin form, which ONNX Runtime in Triton cannot run: write a portable file with "
             "python -m export.to_onnx, or an engine with python -m export.to_trt --flavor tensorrt"
         )
-    detector = load_detector(options.model)  # it checks inputs and outputs
+    detector = load_detector(options.model, backend="onnxruntime")  # it checks inputs and outputs
+    fixed = detector.size_hw if isinstance(detector.size_hw, tuple) else None
     max_batch = options.max_batch or ONNX_BATCH
     model = TritonModel(
         name=options.name,
         is_engine=False,
         spec=detector.spec,
-        fixed_hw=detector.size_hw,
-        size_hw=detector.size_hw,
+        fixed_hw=fixed,
+        size_hw=fixed,
         best_batch=max_batch,
         max_batch=max_batch,
         instances=options.instances,

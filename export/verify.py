@@ -22,7 +22,6 @@ from tqdm import tqdm
 from export.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, Agreement
 from export.disagreements import Sample, draw_disagreements
 from export.sides import ModelInfo, Side
-from trt_runtime.detector import BACKENDS
 from facespec.cli import ArgumentParser, quiet_libraries, run
 from facespec.detections import Detections
 from facespec.errors import DataError, OutputError, SpecError
@@ -31,6 +30,7 @@ from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
+from trt_runtime.detector import BACKENDS
 
 DEFAULT_HW = (640, 640)
 EXTRA_SIZES = ((640, 640), (480, 640), (640, 384))

@@ -48,8 +48,8 @@ def read_detector(path: str | Path) -> tuple[bytes, OnnxHeader, ModelSpec]:
 def best_backend(path: str | Path, size: NetworkSize) -> str:
     """Return the faster backend for an ONNX detector, of those that are installed.
 
-    OpenVINO runs one size fastest, and INT8 and bf16 far faster than ONNX Runtime; but every new size costs it more than
-    a frame takes, so that frames at their own sizes are for ONNX Runtime.
+    OpenVINO runs one size fastest, INT8 and bf16 above all; but every new size costs it more than a frame takes, so that
+    frames at their own sizes are for ONNX Runtime.
     """
     if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("onnx") is None:
         return "onnxruntime"
@@ -106,7 +106,7 @@ class OrtRetinaFace(RetinaFaceDetector):
             model, self._heads = graph.content, graph.heads
             library()  # compiled now, if need be, and not with the first frame
         self._threads = _threads(threads, streams)
-        self._session = _open_session(model, path, self._threads)
+        self._session = open_session(model, path, self._threads)
         fixed = _check_contract(self._session, path, spec, self._heads)
         super().__init__(spec, files, score_threshold, network_size(fixed, size_hw, path))
 
@@ -187,9 +187,11 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
             check_size(self._graph.fixed_hw)
         super().__init__(spec, [Path(path)], score_threshold, network_size(self._graph.fixed_hw, size_hw, path))
         library()
+        _threads(threads, streams)
+        total = threads or _cores()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": _threads(threads, streams) * streams if threads else _cores(),
+            "INFERENCE_NUM_THREADS": total,
             "NUM_STREAMS": streams,
             "CPU_RUNTIME_CACHE_CAPACITY": _DYNAMIC_KERNELS,
             **({} if self._graph.half else {"INFERENCE_PRECISION_HINT": "f32"}),
@@ -298,7 +300,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open_session(model: str | bytes, path: str | Path, threads: int | None) -> Any:
+def open_session(model: str | bytes, path: str | Path, threads: int | None) -> Any:
+    """Return an ONNX Runtime session on the CPU.
+
+    Raises:
+        ModelFileError: ONNX Runtime cannot load the model.
+        MissingPackageError: onnxruntime is not installed.
+    """
     ort = require("onnxruntime", "cpu", "OrtRetinaFace")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # its errors come as exceptions

@@ -27,7 +27,7 @@ from facespec.files import atomic_path, check_outputs
 from facespec.images import IMAGE_SUFFIXES, find_images, read_image, write_image
 from facespec.letterbox import Frame
 from facespec.spec import parse_size
-from trt_runtime.detector import OrtRetinaFace, load_detector
+from trt_runtime.detector import RetinaFaceDetector, load_detector
 from trt_runtime.timing import StageTimer
 from trt_runtime.video import VIDEO_SUFFIXES, Camera, VideoFile, VideoWriter, require_display
 
@@ -138,7 +138,7 @@ class _QuitError(Exception):
 class _Sink:
     """Runs one frame through the detector and hands the result to every output."""
 
-    detector: OrtRetinaFace
+    detector: RetinaFaceDetector
     options: DetectOptions
     lines: TextIO | None
     summary: Summary

@@ -73,8 +73,9 @@ class RetinaFaceDetector:
         self.files = list(files)
         self.size_hw = size
         self._score_threshold = spec.decode.run_threshold(score_threshold)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._idle: list[Lane] = []
+        self._lent = 0
         self._closed = False
 
     # what a backend supplies
@@ -158,8 +159,9 @@ class RetinaFaceDetector:
 
     def close(self) -> None:
         """Free what the detector holds; calls that are under way end first. It may be called again."""
-        with self._lock:
+        with self._changed:
             self._closed = True
+            self._changed.wait_for(lambda: not self._lent)
             lanes, self._idle = self._idle, []
         for lane in lanes:
             lane.close()
@@ -177,29 +179,27 @@ class RetinaFaceDetector:
     @contextmanager
     def _lane(self) -> Iterator[Lane]:
         """Lend a lane: an idle one, the last used first, or a new one."""
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise ClosedError("the detector is closed: make a new one")
+            self._lent += 1
             lane = self._idle.pop() if self._idle else None
-        lane = lane or self._new_lane()
         try:
-            yield lane
-        except FrameError:
-            self._give_back(lane)
-            raise
-        except BaseException:
-            lane.close()  # nobody knows in which state it is
-            raise
-        else:
-            self._give_back(lane)
-
-    def _give_back(self, lane: Lane) -> None:
-        with self._lock:
-            closed = self._closed
-            if not closed:
-                self._idle.append(lane)
-        if closed:
-            lane.close()
+            lane = lane or self._new_lane()
+            try:
+                yield lane
+            except FrameError:
+                raise
+            except BaseException:
+                broken, lane = lane, None  # nobody knows in which state it is
+                broken.close()
+                raise
+        finally:
+            with self._changed:
+                self._lent -= 1
+                if lane is not None:
+                    self._idle.append(lane)
+                self._changed.notify_all()
 
     def _run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], timer: StageTimer | None) -> list[Detections]:
         stage: Any = timer or nullcontext

@@ -1,0 +1,257 @@
+"""An engine file, checked and loaded: what `TRTRetinaFace` runs."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from facespec.errors import GpuError, ModelFileError
+from facespec.spec import ModelSpec
+from plugins import PLUGIN, letterbox
+from plugins.build import ensure
+from trt_runtime import tensorrt_api as api
+from trt_runtime.device import Device, Stream, out_of_memory
+from trt_runtime.flavor import FLAVORS
+from trt_runtime.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
+
+Shape = tuple[int, int, int]
+"""(B, H, W) of the input."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Which inputs an engine takes.
+
+    Attributes:
+        smallest: Smallest (B, H, W).
+        best: What it is tuned for.
+        largest: Largest.
+    """
+
+    smallest: Shape
+    best: Shape
+    largest: Shape
+
+    @property
+    def fixed_hw(self) -> tuple[int, int] | None:
+        """The one network size, or None if there are several."""
+        return self.best[1:] if self.smallest[1:] == self.largest[1:] else None
+
+    def takes(self, size_hw: tuple[int, int]) -> bool:
+        """Whether a network size is within it."""
+        return all(
+            low <= side <= high for low, side, high in zip(self.smallest[1:], size_hw, self.largest[1:], strict=True)
+        )
+
+    def __str__(self) -> str:
+        sizes = [f"{shape[1]}x{shape[2]}" for shape in (self.smallest, self.largest)]
+        return sizes[0] if self.fixed_hw else f"{sizes[0]} to {sizes[1]}"
+
+
+class Context(Protocol):
+    """A network made ready for one shape, at fixed addresses."""
+
+    def enqueue(self, stream: Any) -> None:
+        """Put the network, decoding and NMS on a stream.
+
+        Raises:
+            GpuError: It was refused.
+        """
+        ...
+
+    def plugin_share(self, stream: Any) -> float:
+        """Return the share of its time that decoding and NMS take, measured; 0 where it cannot be told."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+class Engine(Protocol):
+    """A detector graph on a device.
+
+    Attributes:
+        backend: What runs it.
+        spec: The model.
+        files: Its files.
+        profile: Which inputs it takes.
+        workspace_bytes: Device memory that a context needs while it runs.
+    """
+
+    backend: str
+    spec: ModelSpec
+    files: list[Path]
+    profile: Profile
+    workspace_bytes: int
+
+    def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> Context:
+        """Return a context for a shape.
+
+        Args:
+            shape: (B, H, W).
+            addresses: Of `images` and of every output.
+            workspace: Address of `workspace_bytes` of memory; contexts that never run at the same time may share it.
+        """
+        ...
+
+    def letterbox(self, frames: int, shape: Shape, images: int, stream: Any) -> None:
+        """Put on a stream: fill `images` with the frames described at an address; see `plugins.letterbox`."""
+        ...
+
+    def environment(self) -> dict[str, Any]:
+        """Return backend and versions."""
+        ...
+
+    def close(self) -> None:
+        """Free it."""
+        ...
+
+
+class TrtEngine:
+    """An engine file of TensorRT or TensorRT-RTX. Its sidecar is checked before anything loads the file.
+
+    Args:
+        path: Engine, written by `python -m export.to_trt`, with its sidecar beside it.
+        device: Where it is to run, active on this thread.
+
+    Raises:
+        ModelFileError: Missing, not what its sidecar says, or built for another GPU, plugin or TensorRT; the message
+            names the command that builds it again.
+        MissingPackageError: That TensorRT is not installed.
+        BuildError: The plugin library must be compiled, and cannot be.
+        GpuError: The engine cannot be loaded.
+    """
+
+    def __init__(self, path: str | Path, device: Device) -> None:
+        self.sidecar = sidecar = read_sidecar(path)
+        check_runs_here(path, sidecar, device.compute_capability, device.name)
+        flavor = FLAVORS[sidecar.flavor]
+        flavor.require()
+        self.backend = flavor.name
+        self.spec = sidecar.spec
+        self.files = [Path(path), sidecar_path(path)]
+        shapes = [sidecar.profile[name] for name in ("min", "opt", "max")]
+        self.profile = Profile(*((shape[0], shape[1], shape[2]) for shape in shapes))
+        self._device = device
+        trt = importlib.import_module(flavor.module)
+        self._trt = trt
+        _check_version(path, sidecar, trt.__version__)
+        plugin = str(ensure("plugin"))
+        self._launch_letterbox = letterbox.load(ctypes.CDLL(plugin))
+        self._logger = api.make_logger(trt)
+        self._runtime = api.make_runtime(trt, self._logger, plugin)
+        if self._runtime is None:
+            raise GpuError(f"{flavor.title} cannot load the plugin {plugin}{self._reason()}: python -m plugins.build")
+        self._engine = api.deserialize(self._runtime, Path(path).read_bytes())
+        if self._engine is None:
+            if "memory" in self._reason().lower():
+                free, total = device.free_and_total()
+                raise out_of_memory(f"the engine {path}", sidecar.engine_bytes, free, total)
+            raise GpuError(f"{path}: {flavor.title} cannot load it{self._reason()}; it is built by: {sidecar.command}")
+        self._check_contract(path)
+        self.workspace_bytes = max(api.workspace_bytes(self._engine), 1)
+
+    def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> TrtContext:
+        """As `Engine.context`.
+
+        Raises:
+            DeviceMemoryError: There is no memory for it.
+            GpuError: TensorRT refuses the shape or an address.
+        """
+        context = api.make_context(self._trt, self._engine)
+        if context is None:
+            free, total = self._device.free_and_total()
+            if "memory" in self._reason().lower():
+                raise out_of_memory(f"an execution context for {shape}", self.workspace_bytes, free, total)
+            raise GpuError(f"TensorRT cannot make an execution context{self._reason()}")
+        if not api.bind(context, (*shape, 3), addresses, workspace, self.workspace_bytes):
+            raise GpuError(f"TensorRT refuses an input of {shape}{self._reason()}")
+        return TrtContext(self, context)
+
+    def letterbox(self, frames: int, shape: Shape, images: int, stream: Stream) -> None:
+        """As `Engine.letterbox`."""
+        pad = self.spec.preprocess.mean_bgr
+        self._launch_letterbox(frames, shape[0], (shape[1], shape[2]), pad, images, stream.handle)
+
+    def environment(self) -> dict[str, Any]:
+        """As `Engine.environment`."""
+        return {"backend": self.backend, FLAVORS[self.backend].title: self._trt.__version__}
+
+    def close(self) -> None:
+        """As `Engine.close`; contexts must be gone."""
+        self._engine = self._runtime = None
+
+    def _reason(self) -> str:
+        """Return the last error of the logger, to be put into a message."""
+        return f" ({' '.join(self._logger.errors[-1].split())[:300]})" if self._logger.errors else ""
+
+    def _check_contract(self, path: str | Path) -> None:
+        found = api.tensors(self._trt, self._engine)
+        expected: dict[str, tuple[bool, str, api.Shape]] = {
+            name: (False, kind, shape) for name, (kind, shape) in self.spec.decode.outputs.items()
+        }
+        expected["images"] = (True, "uint8", (3,))
+        shapes = {
+            name: (is_input, kind, shape[-1:] if is_input else shape[1:])
+            for name, (is_input, kind, shape) in found.items()
+        }
+        if shapes != expected:
+            raise ModelFileError(f"{path}: inputs or outputs are not those of a detector: {self.sidecar.command}")
+
+
+class TrtContext:
+    """A context of a `TrtEngine`."""
+
+    def __init__(self, engine: TrtEngine, context: Any) -> None:
+        self._owner = engine
+        self._context = context
+
+    def enqueue(self, stream: Stream) -> None:
+        """As `Context.enqueue`."""
+        if not api.enqueue(self._context, stream.handle):
+            raise GpuError(f"TensorRT cannot run the network{self._owner._reason()}")
+
+    def plugin_share(self, stream: Stream) -> float:
+        """As `Context.plugin_share`; the context must not be captured afterwards."""
+        times = api.start_profile(self._owner._trt, self._context)
+        for _ in range(10):
+            self.enqueue(stream)
+            stream.synchronize()
+            api.end_profile(self._context)
+        total = sum(times.ms.values())
+        return sum(ms for name, ms in times.ms.items() if PLUGIN.name in name) / total if total else 0.0
+
+    def close(self) -> None:
+        """As `Context.close`."""
+        self._context = None
+
+
+def check_runs_here(path: str | Path, sidecar: Sidecar, capability: int, device: str) -> None:
+    """Refuse an engine that is not what its sidecar says, or not for this GPU.
+
+    Raises:
+        ModelFileError: The message names the command that builds the right one.
+    """
+    problems = check_engine(path, sidecar)
+    if problems:
+        raise ModelFileError(f"{path}: {problems[0]}")
+    if capability not in sidecar.compute_capabilities:
+        built = ", ".join(f"sm_{number}" for number in sidecar.compute_capabilities)
+        raise ModelFileError(
+            f"{path}: built for {built}, and {device} is sm_{capability}: build it again for this GPU: "
+            f"{sidecar.command}"
+        )
+
+
+def _check_version(path: str | Path, sidecar: Sidecar, installed: str) -> None:
+    """Refuse an engine of another version: TensorRT's run in the version that built them, RTX's in its minor."""
+    digits = 2 if sidecar.flavor == "rtx" else 3
+    if sidecar.version.split(".")[:digits] != installed.split(".")[:digits]:
+        raise ModelFileError(
+            f"{path}: built by {FLAVORS[sidecar.flavor].title} {sidecar.version}, and {installed} is installed: build "
+            f"it again: {sidecar.command}"
+        )

@@ -1,0 +1,117 @@
+"""A plugin form as an engine on the CPU: what `TRTRetinaFace(..., device="cpu")` runs, for developing without a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from facespec.cli import require
+from facespec.errors import ModelFileError
+from facespec.spec import MAX_NETWORK_PIXELS, SIZE_MULTIPLE
+from plugins import PLUGIN, letterbox
+from plugins.host import decode_nms, library
+from trt_runtime.cpu import open_session, read_detector
+from trt_runtime.device_host import HostDevice, HostStream
+from trt_runtime.engine import Profile, Shape
+from trt_runtime.plugin_form import cut_heads
+
+MAX_BATCH = 8
+BEST_HW = (640, 640)
+LARGEST_SIDE = MAX_NETWORK_PIXELS // MAX_BATCH // BEST_HW[0] // SIZE_MULTIPLE * SIZE_MULTIPLE
+
+
+class HostEngine:
+    """A plugin form: its network in ONNX Runtime, the plugin's kernels on the host, on streams of a `HostDevice`.
+
+    Args:
+        path: Plugin form, written by `python -m export.to_trt` beside its engine, or with --onnx-only.
+        device: Where it runs.
+
+    Raises:
+        ModelFileError: Missing, unsafe, or not a plugin form.
+        MissingPackageError: onnxruntime or onnx is not installed.
+        BuildError: The host kernels must be compiled, and there is no C++ compiler.
+    """
+
+    backend = "host"
+    workspace_bytes = 1
+
+    def __init__(self, path: str | Path, device: HostDevice) -> None:
+        content, header, self.spec = read_detector(path)
+        if PLUGIN.domain not in header.domains or header.external_files:
+            raise ModelFileError(
+                f"{path}: device cpu runs plugin forms, in one file: python -m export.to_trt --onnx-only --out {path}"
+            )
+        graph = cut_heads(content, self.spec)
+        self.files = [Path(path)]
+        self._heads = graph.heads
+        self._session = open_session(graph.content, path, 1)
+        self._device = device
+        self._launch_letterbox = letterbox.load(library())
+        best = graph.fixed_hw or BEST_HW
+        smallest = graph.fixed_hw or (SIZE_MULTIPLE, SIZE_MULTIPLE)
+        largest = graph.fixed_hw or (LARGEST_SIDE, LARGEST_SIDE)
+        self.profile = Profile((1, *smallest), (1, *best), (MAX_BATCH, *largest))
+
+    def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> HostContext:
+        """As `Engine.context`."""
+        return HostContext(self, self._device, shape, addresses)
+
+    def letterbox(self, frames: int, shape: Shape, images: int, stream: HostStream) -> None:
+        """As `Engine.letterbox`."""
+        pad = self.spec.preprocess.mean_bgr
+        stream.submit(self._launch_letterbox, frames, shape[0], (shape[1], shape[2]), pad, images, 0)
+
+    def run(self, images: NDArray[np.uint8]) -> tuple[dict[str, NDArray[Any]], float]:
+        """Return the outputs for letterboxed frames, and the share of the time that decoding and NMS took."""
+        start = time.perf_counter()
+        maps = self._session.run(self._heads, {"images": images})
+        middle = time.perf_counter()
+        found = decode_nms(maps, (images.shape[1], images.shape[2]), self.spec)
+        end = time.perf_counter()
+        return found, (end - middle) / (end - start)
+
+    def environment(self) -> dict[str, Any]:
+        """As `Engine.environment`."""
+        return {"backend": self.backend, "onnxruntime": require("onnxruntime", "cpu", "device cpu").__version__}
+
+    def close(self) -> None:
+        """As `Engine.close`."""
+        self._session = None
+
+
+class HostContext:
+    """A context of a `HostEngine`: reads and writes the device's memory where it was told to, and nowhere else."""
+
+    def __init__(self, engine: HostEngine, device: HostDevice, shape: Shape, addresses: dict[str, int]) -> None:
+        self._shape = shape
+        self._share = 0.0
+        outputs = engine.spec.decode.outputs
+        sizes = {name: shape[0] * int(np.prod(item, dtype=int)) * 4 for name, (_, item) in outputs.items()}
+
+        def work() -> None:
+            images = device.view(addresses["images"], 3 * shape[0] * shape[1] * shape[2]).reshape(*shape, 3)
+            found, self._share = engine.run(images)
+            for name, values in found.items():
+                device.view(addresses[name], sizes[name])[:] = values.reshape(-1).view(np.uint8)
+
+        self._work: Callable[[], None] = work
+
+    def enqueue(self, stream: HostStream) -> None:
+        """As `Context.enqueue`."""
+        stream.submit(self._work)
+
+    def plugin_share(self, stream: HostStream) -> float:
+        """As `Context.plugin_share`."""
+        self.enqueue(stream)
+        stream.synchronize()
+        return self._share
+
+    def close(self) -> None:
+        """As `Context.close`."""
+        del self._work

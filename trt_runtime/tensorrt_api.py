@@ -1,0 +1,111 @@
+"""Every call of TensorRT's Python API that running an engine takes; the same for TensorRT 10, 11 and TensorRT-RTX.
+
+`tests/export/test_api_surface.py` checks every name used here against their real bindings, found by the variables they
+are used on: trt, runtime, registry, engine, context and so on keep their meaning throughout this file.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+Shape = tuple[int, ...]
+
+
+def make_logger(trt: Any) -> Any:
+    """Return a logger that keeps the last errors in `.errors`."""
+
+    class LastErrors(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=8)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and "checkMacros" not in message:
+                self.errors.append(message)
+
+    return LastErrors()
+
+
+def make_runtime(trt: Any, logger: Any, plugin: str) -> Any:
+    """Return a Runtime that knows a plugin library, or None if the library cannot be loaded."""
+    runtime = trt.Runtime(logger)
+    registry = runtime.get_plugin_registry()
+    return runtime if registry.load_library(plugin) is not None else None
+
+
+def deserialize(runtime: Any, content: bytes) -> Any:
+    """Return the engine of a file, or None; the logger knows why."""
+    return runtime.deserialize_cuda_engine(content)
+
+
+def tensors(trt: Any, engine: Any) -> dict[str, tuple[bool, str, Shape]]:
+    """Return name, whether it is an input, type as numpy names it, and shape of every input and output."""
+    found = {}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        kind = {trt.DataType.UINT8: "uint8", trt.DataType.INT32: "int32", trt.DataType.FLOAT: "float32"}
+        shape = tuple(engine.get_tensor_shape(name))
+        found[name] = (is_input, kind.get(engine.get_tensor_dtype(name), "another type"), shape)
+    return found
+
+
+def workspace_bytes(engine: Any) -> int:
+    """Return the device memory a context needs while it runs."""
+    return int(engine.device_memory_size_v2)
+
+
+def make_context(trt: Any, engine: Any) -> Any:
+    """Return an execution context without memory of its own, whose work can be captured in a CUDA graph, or None."""
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if hasattr(
+        trt, "CudaGraphStrategy"
+    ):  # TensorRT-RTX compiles kernels at run time: all of them now, before a capture
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    return engine.create_execution_context(config)
+
+
+def bind(context: Any, shape: Shape, addresses: dict[str, int], workspace: int, nbytes: int) -> bool:
+    """Give a context the shape of `images`, the addresses of all tensors, and its memory; return whether it took them.
+
+    Args:
+        context: From `make_context`.
+        shape: (B, H, W, 3).
+        addresses: By the names of the tensors.
+        workspace: Address of its memory, 256-byte aligned.
+        nbytes: Size of that memory.
+    """
+    context.set_device_memory(workspace, nbytes)
+    return context.set_input_shape("images", shape) and all(
+        context.set_tensor_address(name, address) for name, address in addresses.items()
+    )
+
+
+def enqueue(context: Any, stream: int) -> bool:
+    """Put the network on a stream; return whether that worked."""
+    return bool(context.execute_async_v3(stream))
+
+
+def start_profile(trt: Any, context: Any) -> Any:
+    """Let a context time its layers; return what holds the times, `.ms` by layer, after `end_profile`."""
+
+    class LayerTimes(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.ms: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.ms[layer_name] = self.ms.get(layer_name, 0.0) + ms
+
+    times = LayerTimes()
+    context.profiler = times
+    context.enqueue_emits_profile = False
+    return times
+
+
+def end_profile(context: Any) -> bool:
+    """Collect the times of what was enqueued and is done; return whether that worked."""
+    return bool(context.report_to_profiler())

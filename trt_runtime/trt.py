@@ -1,0 +1,382 @@
+"""`TRTRetinaFace`: an engine on a GPU, from frames wherever they are to faces."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from facespec.errors import FrameError, GpuError, SpecError
+from facespec.letterbox import Letterbox, check_frame
+from facespec.spec import NetworkSize
+from plugins.letterbox import LetterboxFrame, PixelFormat, describe
+from trt_runtime.detector import Lane, RetinaFaceDetector, network_size
+from trt_runtime.device import ALIGNMENT, Bytes, Device, Graph, Memory, PinnedArray, Stream, open_device
+from trt_runtime.device_frame import DeviceFrame, Nv12Frame
+from trt_runtime.device_host import HostDevice
+from trt_runtime.engine import Engine, Shape, TrtEngine
+from trt_runtime.engine_host import HostEngine
+from trt_runtime.shape_cache import ShapeCache
+
+GRAPHS = 16
+"""Shapes (B, H, W) for which a lane keeps a context and a CUDA graph."""
+
+_FRAME_BYTES = ctypes.sizeof(LetterboxFrame)
+
+
+class TRTRetinaFace(RetinaFaceDetector):
+    """An engine of TensorRT 10, 11 or TensorRT-RTX: letterbox, network, decoding and NMS on the GPU.
+
+    Frames are numpy arrays, which are uploaded as they are, or lie on the GPU already: anything with DLPack or the CUDA
+    array interface (PyTorch, CuPy, Numba, PyCUDA), uint8 (H, W, 3) BGR, is read where it is; an `Nv12Frame` is what a
+    hardware decoder gives. Any number of threads may call it: they share the engine, each call has a context, a stream
+    and buffers of its own. What is put on the stream for a shape is captured in a CUDA graph when it comes up again.
+
+    Args:
+        engine: Engine, written by `python -m export.to_trt`, with its sidecar beside it; with device "cpu" a plugin
+            form (.plugin.onnx), which then goes through the same code on the CPU, slowly: for developing without a GPU.
+        score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
+        size_hw: What frames are letterboxed to, for engines of several sizes; see `facespec.spec.NetworkSize`.
+        device: Index of the GPU; "pycuda", the caller's current PyCUDA context; "cpu"; or a `Device`, which the caller
+            closes.
+        graphs: Whether to use CUDA graphs.
+        warm_up: Run the engine's best shape now, so that the first frame finds everything in place.
+
+    Attributes:
+        engine: What runs.
+        device: Where.
+
+    Raises:
+        ModelFileError: Missing, not what its sidecar says, or built for another GPU, plugin or TensorRT.
+        SpecError: `score_threshold` or `size_hw` does not fit the engine.
+        GpuError: There is no such GPU, or the engine cannot be loaded.
+        MissingPackageError: TensorRT or cuda-bindings is not installed.
+    """
+
+    def __init__(
+        self,
+        engine: str | Path,
+        *,
+        score_threshold: float | None = None,
+        size_hw: NetworkSize = None,
+        device: int | str | Device = 0,
+        graphs: bool = True,
+        warm_up: bool = True,
+    ) -> None:
+        self._own_device = isinstance(device, (int, str))
+        place = f"cuda:{device}" if isinstance(device, int) else device
+        self.device: Device = open_device(place) if isinstance(place, str) else place
+        try:
+            with self.device.activate():
+                self.engine: Engine
+                if isinstance(self.device, HostDevice):
+                    self.engine = HostEngine(engine, self.device)
+                else:
+                    self.engine = TrtEngine(engine, self.device)
+            self.backend = self.engine.backend
+            profile = self.engine.profile
+            self.max_batch = profile.largest[0]
+            self._graphs = graphs and self.device.can_capture
+            size = network_size(profile.fixed_hw, size_hw, engine)
+            super().__init__(self.engine.spec, self.engine.files, score_threshold, size)
+            if isinstance(size, tuple) and not profile.takes(size):
+                raise SpecError(f"{engine} takes network sizes of {profile}, not {size[0]}x{size[1]}")
+            if warm_up:
+                self._warm_up()
+        except BaseException:
+            self._close_device()
+            raise
+
+    def environment(self) -> dict[str, Any]:
+        """Return backend, versions, GPU, and whether there are CUDA graphs."""
+        return {**self.engine.environment(), "device": self.device.name, "cuda_graphs": self._graphs}
+
+    def close(self) -> None:
+        """Free contexts, buffers and the engine."""
+        super().close()
+        with suppress(GpuError):
+            self.engine.close()
+        self._close_device()
+
+    def _close_device(self) -> None:
+        if self._own_device:
+            self.device.close()
+
+    def _warm_up(self) -> None:
+        batch, height, width = self.engine.profile.best
+        if isinstance(self.size_hw, tuple):
+            height, width = self.size_hw
+        frames = [np.zeros((height, width, 3), np.uint8)] * batch
+        box = Letterbox.pad((height, width))
+        with self._lane() as lane:
+            for _ in range(2):  # the second time it is captured
+                lane.run(frames, [box] * batch, nullcontext)
+
+    def _frame_hw(self, frame: Any) -> tuple[int, int]:
+        if isinstance(frame, np.ndarray):
+            return super()._frame_hw(frame)
+        shape = _shape(frame.luma if isinstance(frame, Nv12Frame) else frame)
+        if shape is None:
+            check_frame(frame)
+            raise AssertionError  # for the type checker: it is none, and that was said
+        if len(shape) < 2 or min(shape) < 1:
+            raise FrameError(f"frame must be uint8 HxWx3 BGR, got shape {tuple(shape)}")
+        return int(shape[0]), int(shape[1])
+
+    def _batch_limit(self, size_hw: tuple[int, int]) -> int:
+        profile = self.engine.profile
+        if not profile.takes(size_hw):
+            raise FrameError(
+                f"a network input of {size_hw[0]}x{size_hw[1]} is not among the sizes of the engine, {profile}: "
+                "give size_hw (--size), or build an engine for it (python -m export.to_trt --size)"
+            )
+        return profile.largest[0]
+
+    def _new_lane(self) -> Lane:
+        with self.device.activate():
+            return _GpuLane(self.device, self.engine, self._graphs)
+
+
+class _GpuLane:
+    """A stream, and the memory and contexts of what runs on it, one batch after the other.
+
+    Memory is one block for all shapes, as large as the largest that came up; when it grows, the contexts and graphs,
+    which hold its addresses, are made anew.
+    """
+
+    def __init__(self, device: Device, engine: Engine, graphs: bool) -> None:
+        self._device, self._engine, self._graphs = device, engine, graphs
+        self._stream = device.stream()
+        self._workspace = device.allocate(engine.workspace_bytes, "the network's workspace")
+        self._block: Memory | None = None
+        self._results: PinnedArray | None = None
+        self._descriptions: PinnedArray | None = None
+        self._frames: Memory | None = None
+        self._uploads: PinnedArray | None = None
+        self._plans: ShapeCache[Shape, _Plan] = ShapeCache(GRAPHS, self._make_plan, _Plan.close)
+
+    def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[NDArray[Any]]:
+        """As `Lane.run`."""
+        batch = max(len(frames), self._engine.profile.smallest[0])
+        shape = (batch, *boxes[0].size_hw)
+        with self._device.activate():
+            try:
+                with stage("upload"):
+                    places = self._upload(frames)
+                    if getattr(stage, "fine", False):
+                        self._stream.synchronize()
+                plan = self._plan(shape)
+                plan.describe(places, boxes)
+                if getattr(stage, "fine", False):
+                    plan.run_timed(self._stream, stage.add)  # type: ignore[attr-defined]
+                else:
+                    with stage("graph" if self._graphs else "network"):
+                        plan.run(self._stream, self._graphs)
+            except BaseException:
+                with suppress(GpuError):  # nothing may run on in memory that is given up
+                    self._stream.synchronize()
+                raise
+        return [values[: len(frames)] for values in plan.outputs]
+
+    def close(self) -> None:
+        """As `Lane.close`."""
+        self._plans.clear()
+        held = (self._block, self._results, self._descriptions, self._frames, self._uploads)
+        for item in (*held, self._workspace, self._stream):
+            if item is not None:
+                item.close()
+
+    def _upload(self, frames: Sequence[Any]) -> list[DeviceFrame]:
+        """Return where the frames lie on the device; those of the host are put there first."""
+        places = [None if isinstance(item, np.ndarray) else self._device.frame(item, self._stream) for item in frames]
+        hosts = [check_frame(item) for item, place in zip(frames, places, strict=True) if place is None]
+        if not hosts:
+            return [place for place in places if place]
+        starts = _starts([frame.size for frame in hosts])
+        if self._uploads is None or len(self._uploads.array) < starts[-1]:
+            _close(self._uploads, self._frames)
+            self._uploads = self._frames = None
+            self._frames = self._device.allocate(starts[-1], f"{len(hosts)} frames of {_megapixels(hosts)} megapixels")
+            self._uploads = self._device.pinned(starts[-1])
+        assert self._frames is not None
+        pinned = self._uploads.array
+        uploaded = []
+        for frame, start in zip(hosts, starts, strict=False):
+            height, width = frame.shape[:2]
+            room = pinned[start : start + frame.size]
+            np.copyto(room.reshape(frame.shape), frame)
+            self._device.copy_in(self._frames.address + start, room, self._stream)
+            uploaded.append(DeviceFrame(self._frames.address + start, 3 * width, (height, width), None, self._frames))
+        rest = iter(uploaded)
+        return [place or next(rest) for place in places]
+
+    def _plan(self, shape: Shape) -> _Plan:
+        needed = _Layout(self._engine, shape)
+        if self._block is None or self._block.nbytes < needed.nbytes:
+            self._plans.clear()
+            _close(self._block, self._results, self._descriptions)
+            self._block = self._results = self._descriptions = None
+            what = f"a batch of {shape[0]} at {shape[1]}x{shape[2]}"
+            self._block = self._device.allocate(needed.nbytes, what)
+            self._results = self._device.pinned(needed.nbytes - needed.outputs_at)
+            self._descriptions = self._device.pinned(needed.images_at)
+        return self._plans.get(shape)
+
+    def _make_plan(self, shape: Shape) -> _Plan:
+        assert self._block is not None
+        assert self._results is not None
+        assert self._descriptions is not None
+        return _Plan(
+            self._device,
+            self._engine,
+            shape,
+            self._block.address,
+            self._workspace.address,
+            self._results.array,
+            self._descriptions.array,
+        )
+
+
+class _Layout:
+    """Where everything lies in a lane's block for a shape: descriptions of the frames, images, outputs."""
+
+    def __init__(self, engine: Engine, shape: Shape) -> None:
+        batch, height, width = shape
+        self.outputs = {
+            name: (np.dtype(kind), (batch, *rest)) for name, (kind, rest) in engine.spec.decode.outputs.items()
+        }
+        sizes = [batch * _FRAME_BYTES, batch * height * width * 3]
+        sizes += [4 * int(np.prod(rest, dtype=int)) for _, rest in self.outputs.values()]
+        self.starts = _starts(sizes)
+        self.images_at, self.outputs_at, self.nbytes = self.starts[1], self.starts[2], self.starts[-1]
+
+
+class _Plan:
+    """One shape on one lane: its context, its addresses, its graph."""
+
+    def __init__(
+        self,
+        device: Device,
+        engine: Engine,
+        shape: Shape,
+        block: int,
+        workspace: int,
+        results: Bytes,
+        descriptions: Bytes,
+    ) -> None:
+        self._device, self._engine, self._shape = device, engine, shape
+        layout = _Layout(engine, shape)
+        self._block, self._images, self._found = block, block + layout.images_at, block + layout.outputs_at
+        self._results = results[: layout.nbytes - layout.outputs_at]
+        self._descriptions = descriptions[: shape[0] * _FRAME_BYTES]
+        self.outputs: list[NDArray[Any]] = []
+        addresses = {"images": self._images}
+        for (name, (kind, rest)), start in zip(layout.outputs.items(), layout.starts[2:], strict=False):
+            at = start - layout.outputs_at
+            self.outputs.append(self._results[at : at + 4 * int(np.prod(rest, dtype=int))].view(kind).reshape(rest))
+            addresses[name] = block + start
+        self._arguments = shape, addresses, workspace
+        self._context = engine.context(*self._arguments)
+        self._graph: Graph | None = None
+        self._has_run = False
+        self._share: float | None = None
+
+    def describe(self, places: Sequence[DeviceFrame], boxes: Sequence[Letterbox]) -> None:
+        """Note the frames of the next run; slots beyond them stay empty."""
+        table = (LetterboxFrame * self._shape[0]).from_buffer(self._descriptions)  # type: ignore[arg-type]
+        ctypes.memset(table, 0, ctypes.sizeof(table))
+        for slot, (place, box) in enumerate(zip(places, boxes, strict=True)):
+            if place.frame_hw != box.frame_hw:
+                raise FrameError(f"the frame says it is {box.frame_hw}, and it is {place.frame_hw}")
+            table[slot] = describe(
+                place.address,
+                place.pitch,
+                place.frame_hw,
+                box.scaled_hw,
+                PixelFormat[place.pixel_format.upper()],
+                place.chroma_address,
+                place.chroma_pitch,
+            )
+
+    def run(self, stream: Stream, graphs: bool) -> None:
+        """Run the frames that were described, and wait."""
+        if graphs and self._graph is None and self._has_run:
+            with stream.capture() as capture:
+                self._enqueue(stream)
+            self._graph = capture.graph
+        if self._graph is not None:
+            self._graph.launch(stream)
+        else:
+            self._enqueue(stream)
+        stream.synchronize()
+        self._has_run = True
+
+    def run_timed(self, stream: Stream, add: Callable[[str, float], None]) -> None:
+        """Run them part by part, and tell what each takes."""
+        if self._share is None:
+            probe = self._engine.context(*self._arguments)
+            self._share = probe.plugin_share(stream)
+            probe.close()
+        events = [self._device.event() for _ in range(4)]
+        events[0].record(stream)
+        self._letterbox(stream)
+        events[1].record(stream)
+        self._context.enqueue(stream)
+        events[2].record(stream)
+        self._device.copy_out(self._results, self._found, stream)
+        events[3].record(stream)
+        stream.synchronize()
+        letterbox, network, download = (later.elapsed_ms(before) for before, later in pairwise(events))
+        add("letterbox", letterbox)
+        add("network", network * (1 - self._share))
+        add("decode+NMS", network * self._share)
+        add("download", download)
+
+    def close(self) -> None:
+        """Let go of context and graph."""
+        if self._graph is not None:
+            self._graph.close()
+        self._context.close()
+
+    def _letterbox(self, stream: Stream) -> None:
+        self._device.copy_in(self._block, self._descriptions, stream)
+        self._engine.letterbox(self._block, self._shape, self._images, stream)
+
+    def _enqueue(self, stream: Stream) -> None:
+        self._letterbox(stream)
+        self._context.enqueue(stream)
+        self._device.copy_out(self._results, self._found, stream)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    """Return where parts of these sizes begin, each at a multiple of ALIGNMENT, and where the last one ends."""
+    starts = [0]
+    for size in sizes:
+        starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
+    return starts
+
+
+def _close(*items: Any) -> None:
+    for item in items:
+        if item is not None:
+            item.close()
+
+
+def _shape(array: Any) -> tuple[int, ...] | None:
+    """Return the shape of an array that may be on a device, or None of what is no array."""
+    shape = getattr(array, "shape", None)
+    if shape is None:
+        shape = (getattr(array, "__cuda_array_interface__", None) or {}).get("shape")
+    elif not hasattr(array, "__dlpack__") and not hasattr(array, "__cuda_array_interface__"):
+        return None
+    return None if shape is None else tuple(shape)
+
+
+def _megapixels(frames: Sequence[NDArray[Any]]) -> str:
+    return f"{sum(frame.size for frame in frames) / 3e6:.1f}"

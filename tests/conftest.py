@@ -91,6 +91,17 @@ def dynamic_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _export(tmp_path_factory.mktemp("dynamic"), None)
 
 
+@pytest.fixture(scope="session")
+def plugin_form(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published weights at any size, as TensorRT gets them."""
+    from export.to_trt import EngineOptions, Profile, build_engine
+
+    path = tmp_path_factory.mktemp("plugin") / "f.onnx"
+    sizes = ((320, 320), (320, 320), (640, 640))
+    build_engine(EngineOptions("mobilenet0.25", path, Profile(sizes_hw=sizes), onnx_only=True))
+    return path
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m MODULE ARGS` in an empty folder, as a user would."""

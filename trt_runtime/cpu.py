@@ -48,7 +48,7 @@ def read_detector(path: str | Path) -> tuple[bytes, OnnxHeader, ModelSpec]:
 def best_backend(path: str | Path, size: NetworkSize) -> str:
     """Return the faster backend for an ONNX detector, of those that are installed.
 
-    OpenVINO runs one size fastest, INT8 and bf16 above all; but every new size costs it more than a frame takes, so that
+    OpenVINO runs one size fastest, INT8 and bf16 above all; but every new size costs it more than a frame takes, so
     frames at their own sizes are for ONNX Runtime.
     """
     if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("onnx") is None:

@@ -276,7 +276,7 @@ def load_detector(
         return TRTRetinaFace(path, score_threshold=score_threshold, size_hw=size_hw, device=device)
     if suffix != ".onnx":
         raise ModelFileError(
-            f"{path}: expected a .onnx file written by python -m export.to_onnx, or an engine by python -m export.to_trt"
+            f"{path}: expected a .onnx file of python -m export.to_onnx, or a .engine of python -m export.to_trt"
         )
     from trt_runtime import cpu
 

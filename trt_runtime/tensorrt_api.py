@@ -41,13 +41,13 @@ def deserialize(runtime: Any, content: bytes) -> Any:
 
 def tensors(trt: Any, engine: Any) -> dict[str, tuple[bool, str, Shape]]:
     """Return name, whether it is an input, type as numpy names it, and shape of every input and output."""
+    kinds = {trt.DataType.UINT8: "uint8", trt.DataType.INT32: "int32", trt.DataType.FLOAT: "float32"}
     found = {}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
+        kind = engine.get_tensor_dtype(name)
         is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-        kind = {trt.DataType.UINT8: "uint8", trt.DataType.INT32: "int32", trt.DataType.FLOAT: "float32"}
-        shape = tuple(engine.get_tensor_shape(name))
-        found[name] = (is_input, kind.get(engine.get_tensor_dtype(name), "another type"), shape)
+        found[name] = (is_input, kinds[kind] if kind in kinds else str(kind), tuple(engine.get_tensor_shape(name)))
     return found
 
 
@@ -58,14 +58,16 @@ def workspace_bytes(engine: Any) -> int:
 
 def make_context(trt: Any, engine: Any) -> Any:
     """Return an execution context without memory of its own, whose work can be captured in a CUDA graph, or None."""
-    config = engine.create_runtime_config()
-    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    runtime_config = engine.create_runtime_config()
+    runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     if hasattr(
         trt, "CudaGraphStrategy"
     ):  # TensorRT-RTX compiles kernels at run time: all of them now, before a capture
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    return engine.create_execution_context(config)
+        runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+    return engine.create_execution_context(runtime_config)
 
 
 def bind(context: Any, shape: Shape, addresses: dict[str, int], workspace: int, nbytes: int) -> bool:
@@ -79,8 +81,9 @@ def bind(context: Any, shape: Shape, addresses: dict[str, int], workspace: int, 
         nbytes: Size of that memory.
     """
     context.set_device_memory(workspace, nbytes)
-    return context.set_input_shape("images", shape) and all(
-        context.set_tensor_address(name, address) for name, address in addresses.items()
+    return bool(
+        context.set_input_shape("images", shape)
+        and all(context.set_tensor_address(name, address) for name, address in addresses.items())
     )
 
 

@@ -18,7 +18,11 @@ import pytest
 from tests.export.trt_stubs import VERSIONS, bindings_environment
 
 ROOT = Path(__file__).parents[2]
-SOURCES = (ROOT / "export" / "engine_builder.py", ROOT / "export" / "engine_inspector.py")
+SOURCES = (
+    ROOT / "export" / "engine_builder.py",
+    ROOT / "export" / "engine_inspector.py",
+    ROOT / "trt_runtime" / "tensorrt_api.py",
+)
 
 # what a variable of this name is, in these files
 CLASSES = {
@@ -35,10 +39,21 @@ CLASSES = {
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
     "inspector": "EngineInspector",
+    "runtime_config": "IRuntimeConfig",
 }
 # variables, and attributes they may have, that are none of TensorRT's
-PLAIN = {"json", "os", "sys", "time", "importlib", "log", "errors", "self", "message", "path", "start"}
-RTX_ONLY = {"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability"}
+PLAIN = {"json", "os", "sys", "time", "importlib", "log", "errors", "self", "message", "path", "start", "times", "addresses"}
+RTX_ONLY = {
+    "ComputeCapability",
+    "IBuilderConfig.num_compute_capabilities",
+    "IBuilderConfig.set_compute_capability",
+    "CudaGraphStrategy",
+    "CudaGraphStrategy.DISABLED",
+    "DynamicShapesKernelSpecializationStrategy",
+    "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "IRuntimeConfig.cuda_graph_strategy",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+}
 
 
 def _used() -> tuple[dict[str, int | None], list[tuple[str, str]]]:

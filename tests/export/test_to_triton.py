@@ -28,9 +28,9 @@ from facespec.errors import BuildError, FrameError, ModelFileError, NonFiniteErr
 from facespec.images import write_image
 from facespec.letterbox import Frame
 from facespec.spec import DecodeSpec, ModelSpec
-from plugins import PLUGIN
+from tests.engines import write_engine
 from trt_runtime import load_detector
-from trt_runtime.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
+from trt_runtime.sidecar import check_engine, read_sidecar, sidecar_path
 
 grpc = pytest.importorskip("grpc", reason="pip install -e '.[serve]'")
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="pip install -e '.[serve]'")
@@ -52,33 +52,6 @@ def _kind(item: Any) -> str:
 def _shape(item: Any) -> list[int]:
     """Return what the model itself sees after the batch."""
     return list(item.reshape.shape) if item.HasField("reshape") else list(item.dims)
-
-
-def _engine(folder: Path, **changes: Any) -> Path:
-    """Write bytes that begin like an engine of TensorRT, and their sidecar."""
-    path = folder / "f.engine"
-    content = b"ftrt" + bytes(range(200))
-    path.write_bytes(content)
-    sidecar = Sidecar(
-        engine_sha256=hashlib.sha256(content).hexdigest(),
-        engine_bytes=len(content),
-        flavor="tensorrt",
-        version="10.14.1",
-        compute_capabilities=(86,),
-        plugin={"name": PLUGIN.name, "version": PLUGIN.version, "namespace": PLUGIN.namespace},
-        precision="fp16",
-        convolutions={"c": (100, "fp16")},
-        profile={"min": (1, 320, 640, 3), "opt": (4, 320, 640, 3), "max": (16, 320, 640, 3)},
-        calibration={},
-        parity={},
-        onnx_sha256="0" * 64,
-        spec=ModelSpec(decode=DecodeSpec(score_threshold=0.3, max_detections=99)),
-        built="2026-01-01T00:00:00+00:00",
-        toolkit="0.1.0",
-        command="python -m export.to_trt --weights w --fp16 --flavor rtx --compute-capability 86,89 --out f.engine",
-    )
-    sidecar_path(path).write_text(dataclasses.replace(sidecar, **changes).to_json())
-    return path
 
 
 @pytest.fixture
@@ -137,13 +110,13 @@ def test_an_onnx_configuration_is_what_onnx_runtime_finds(
 
 
 def test_an_engine_configuration_is_what_its_sidecar_says(tmp_path: Path, plugin: Path) -> None:
-    engine = _engine(tmp_path)
+    engine = write_engine(tmp_path)
     folder = _export(engine, tmp_path / "repository")
     assert sorted(os.listdir(folder)) == [
         *("1", "README.md", "config.pbtxt", "libretinaface_plugin.json", "libretinaface_plugin.so"),
     ]
     assert (folder / "libretinaface_plugin.so").read_bytes() == plugin.read_bytes()
-    assert check_engine(folder / "1" / "model.plan", read_sidecar(folder / "1" / "model.plan")) == []
+    assert checkwrite_engine(folder / "1" / "model.plan", read_sidecar(folder / "1" / "model.plan")) == []
     config = _config(folder)
     assert (config.platform, config.backend, config.max_batch_size) == ("tensorrt_plan", "", 16)
     assert list(config.input[0].dims) == [320, 640, 3]
@@ -168,7 +141,7 @@ def test_an_engine_configuration_is_what_its_sidecar_says(tmp_path: Path, plugin
     assert str(tmp_path) not in readme
     # fewer frames, sizes that vary: no graphs, which serve one shape
     shapes = {"min": (1, 320, 320, 3), "opt": (4, 640, 640, 3), "max": (8, 640, 1280, 3)}
-    folder = _export(_engine(tmp_path, profile=shapes), tmp_path / "repository", name="small", max_batch=1)
+    folder = _export(write_engine(tmp_path, profile=shapes), tmp_path / "repository", name="small", max_batch=1)
     config = _config(folder)
     assert (config.max_batch_size, list(config.input[0].dims)) == (1, [-1, -1, 3])
     assert not config.HasField("dynamic_batching")
@@ -180,13 +153,13 @@ def test_an_engine_configuration_is_what_its_sidecar_says(tmp_path: Path, plugin
 
 def test_engines_that_triton_cannot_run(tmp_path: Path, plugin: Path) -> None:
     options = TritonOptions(tmp_path / "f.engine", tmp_path / "out")
-    _engine(tmp_path, flavor="rtx")
+    write_engine(tmp_path, flavor="rtx")
     with pytest.raises(ModelFileError, match=r"TensorRT-RTX.*--weights w --fp16 --flavor tensorrt --out f\.engine"):
         plan(options)
-    _engine(tmp_path, profile={"min": (2, 320, 640, 3), "opt": (4, 320, 640, 3), "max": (16, 320, 640, 3)})
+    write_engine(tmp_path, profile={"min": (2, 320, 640, 3), "opt": (4, 320, 640, 3), "max": (16, 320, 640, 3)})
     with pytest.raises(SpecError, match="--batch 1:4:16"):
         plan(options)
-    _engine(tmp_path)
+    write_engine(tmp_path)
     with pytest.raises(SpecError, match="--batch 1:4:17"):
         plan(dataclasses.replace(options, max_batch=17))
     with pytest.raises(SpecError, match="always runs on the GPU"):

@@ -10,22 +10,12 @@ import numpy as np
 import onnx
 import pytest
 
-from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.errors import ModelFileError, NonFiniteError
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
 from trt_runtime import load_detector
 from trt_runtime.onnx_file import read_onnx
 from trt_runtime.plugin_form import cut_heads
-
-
-@pytest.fixture(scope="module")
-def plugin_form(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The published weights at any size."""
-    path = tmp_path_factory.mktemp("plugin") / "f.onnx"
-    sizes = ((320, 320), (320, 320), (640, 640))
-    build_engine(EngineOptions("mobilenet0.25", path, Profile(sizes_hw=sizes), onnx_only=True))
-    return path
 
 
 def test_same_faces_as_the_portable_form(plugin_form: Path, dynamic_onnx: Path, crowd: Frame, astronaut: Frame) -> None:
@@ -99,9 +89,3 @@ def test_graphs_that_are_not_plugin_forms_are_refused(
     onnx.save(model, tmp_path / "types.onnx")
     with pytest.raises(ModelFileError, match="plugin_version is None"):
         load_detector(tmp_path / "types.onnx")
-
-
-def test_engines_are_not_run_yet(tmp_path: Path) -> None:
-    (tmp_path / "f.engine").write_bytes(b"x")
-    with pytest.raises(ModelFileError, match="does not run them yet"):
-        load_detector(tmp_path / "f.engine")

@@ -1,0 +1,330 @@
+"""TRTRetinaFace through the device interface on the CPU: the same classes as on a GPU, with another device and engine.
+
+The device runs its streams on threads of their own, fills new memory with rubbish, and starts every piece of work late
+where a test asks for that, so that what is read too early shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+
+from export.to_trt import EngineOptions, Profile, build_engine
+from facespec.detections import Detections
+from facespec.errors import (
+    ClosedError,
+    DeviceMemoryError,
+    FrameError,
+    GpuError,
+    ModelFileError,
+    NonFiniteError,
+    SpecError,
+)
+from facespec.letterbox import Frame
+from tests.engines import write_engine
+from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
+from trt_runtime.device_host import HostArray, HostDevice
+from trt_runtime.engine import check_runs_here
+from trt_runtime.sidecar import read_sidecar
+from trt_runtime.timing import StageTimer
+
+LATE_S = 0.002
+
+
+def _assert_same(found: Detections, expected: Detections) -> None:
+    """To the bit, but for the batch: ONNX Runtime may sum in another order there."""
+    assert found.frame_hw == expected.frame_hw
+    assert len(found) == len(expected)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=2e-3)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    np.testing.assert_allclose(found.landmarks, expected.landmarks, atol=2e-3)
+
+
+def _assert_identical(found: Detections, expected: Detections) -> None:
+    for name in ("boxes", "scores", "landmarks"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+def _plans(detector: TRTRetinaFace) -> list:  # type: ignore[type-arg]
+    """Return what the idle lanes keep for each shape."""
+    return [plan for lane in detector._idle for plan in lane._plans._values.values()]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def device() -> Iterator[HostDevice]:
+    device = HostDevice(delay_s=LATE_S)
+    yield device
+    assert device.allocated_bytes == 0
+    device.close()
+
+
+@pytest.fixture(scope="module")
+def frames(crowd: Frame, photographs: dict[str, Frame]) -> list[Frame]:
+    """Frames of many sizes: one without a face, one that is a crop of another, one larger than the network."""
+    astronaut = photographs["astronaut"]
+    return [
+        astronaut,
+        crowd,
+        np.full((70, 130, 3), 90, np.uint8),
+        cv2.resize(astronaut, (320, 320)),
+        np.asarray(cv2.resize(astronaut, (700, 620)), np.uint8),
+        astronaut[:400, 100:333],
+    ]
+
+
+def test_frames_of_every_size_in_every_slot(device: HostDevice, plugin_form: Path, frames: list[Frame]) -> None:
+    """Against ONNX Runtime with cv2's letterbox; more frames than fit into one batch."""
+    expected = [OrtRetinaFace(plugin_form, size_hw=(320, 320)).detect(frame) for frame in frames]
+    assert [len(found) for found in expected] == [1, 3, 0, 1, 1, 1]
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device) as detector:
+        assert detector.max_batch == 8
+        for order in ([*range(6)], [5, 4, 3, 2, 1, 0, 0, 1, 2, 2, 1], [1], []):
+            for index, found in zip(order, detector.detect_batch([frames[i] for i in order]), strict=True):
+                _assert_same(found, expected[index])
+
+
+@pytest.mark.parametrize("size", [(192, 480), 320, None])
+def test_sizes_of_the_network(device: HostDevice, plugin_form: Path, frames: list[Frame], size: object) -> None:
+    plain = OrtRetinaFace(plugin_form, size_hw=size)  # type: ignore[arg-type]
+    with TRTRetinaFace(plugin_form, size_hw=size, device=device) as detector:  # type: ignore[arg-type]
+        for frame, found in zip(frames, detector.detect_batch(frames), strict=True):
+            _assert_same(found, plain.detect(frame))
+
+
+def test_frames_on_the_device_are_read_where_they_are(
+    device: HostDevice, plugin_form: Path, frames: list[Frame]
+) -> None:
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device) as detector:
+        expected = detector.detect_batch(frames)
+        mixed = [HostArray(frame) if index % 2 else frame for index, frame in enumerate(frames)]
+        for found, want in zip(detector.detect_batch(mixed), expected, strict=True):
+            _assert_same(found, want)
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device) as detector:
+        before = device.allocated_bytes
+        for frame, want in zip(frames, expected, strict=True):
+            _assert_same(detector.detect(HostArray(frame)), want)
+        assert device.allocated_bytes == before  # no room was made for a copy
+        image = frames[0].copy()
+        first = detector.detect(HostArray(image))
+        image[:] = 90  # the same array, the same graph, another content
+        assert len(first) == 1
+        assert len(detector.detect(HostArray(image))) == 0
+
+
+def test_nv12_of_a_hardware_decoder(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None:
+    height, width = astronaut.shape[:2]
+    planar = cv2.cvtColor(astronaut, cv2.COLOR_BGR2YUV_I420).reshape(-1)
+    luma = planar[: height * width].reshape(height, width)
+    chroma = np.stack(np.split(planar[height * width :], 2), axis=-1).reshape(height // 2, width)
+    decoded = cv2.cvtColor(np.vstack([luma, chroma]), cv2.COLOR_YUV2BGR_NV12)
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device) as detector:
+        found = detector.detect(Nv12Frame(HostArray(luma), HostArray(chroma), "bt601"))
+        expected = detector.detect(np.asarray(decoded, np.uint8))
+    assert len(found) == len(expected) == 1
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.3)
+
+
+def test_graphs_are_captured_once_a_shape_and_replayed(
+    device: HostDevice, plugin_form: Path, frames: list[Frame]
+) -> None:
+    with TRTRetinaFace(plugin_form, device=device, warm_up=False) as detector:
+        plain = TRTRetinaFace(plugin_form, device=device, graphs=False, warm_up=False)
+        for turn in range(4):
+            for frame in (frames[4], frames[2], frames[3]):  # the largest first: memory grows for it
+                _assert_identical(detector.detect(frame), plain.detect(frame))
+            plans = _plans(detector)
+            assert [plan._shape for plan in plans] == [(1, 640, 704), (1, 96, 160), (1, 320, 320)]
+            assert [plan._graph is not None for plan in plans] == [turn > 0] * 3
+        assert all(plan._graph is None for plan in _plans(plain))
+        (lane,) = detector._idle
+        made = lane._plans.made  # type: ignore[attr-defined]
+        # a larger shape moves the memory: graphs, which hold addresses, are made anew, and stay right
+        _assert_identical(detector.detect(frames[1]), plain.detect(frames[1]))
+        assert [plan._shape for plan in _plans(detector)] == [(1, 512, 1536)]
+        for _ in range(3):
+            _assert_identical(detector.detect(frames[3]), plain.detect(frames[3]))
+        assert lane._plans.made == made + 2  # type: ignore[attr-defined]
+        plain.close()
+
+
+def test_the_number_of_graphs_is_bounded(plugin_form: Path, astronaut: Frame) -> None:
+    device = HostDevice()
+    with TRTRetinaFace(plugin_form, device=device, size_hw=None, warm_up=False) as detector:
+        detector.detect(np.zeros((640, 640, 3), np.uint8))
+        held = device.allocated_bytes
+        for side in range(32, 32 * 30, 32):
+            detector.detect(np.zeros((32, side, 3), np.uint8))
+        assert len(_plans(detector)) == 16
+        assert device.allocated_bytes == held
+    device.close()
+
+
+def test_results_are_the_callers_own(device: HostDevice, plugin_form: Path, frames: list[Frame]) -> None:
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device) as detector:
+        first = detector.detect(frames[1])
+        kept = [values.copy() for values in (first.boxes, first.scores, first.landmarks)]
+        second = detector.detect(frames[0])
+        assert len(second) == 1
+        for found, want in zip((first.boxes, first.scores, first.landmarks), kept, strict=True):
+            np.testing.assert_array_equal(found, want)
+        first.boxes[:] = 0
+        np.testing.assert_array_equal(detector.detect(frames[1]).boxes, kept[0])
+    np.testing.assert_array_equal(first.scores, kept[1])  # and outlive the detector
+
+
+def test_threads_share_an_engine_and_never_a_lane(plugin_form: Path, frames: list[Frame]) -> None:
+    device = HostDevice()
+    with TRTRetinaFace(plugin_form, size_hw=(160, 160), device=device) as detector:
+        expected = [detector.detect(frame) for frame in frames]
+        start = threading.Barrier(8)
+
+        def work(seed: int) -> None:
+            start.wait()
+            for index in np.random.default_rng(seed).integers(0, len(frames), 12):
+                _assert_identical(detector.detect(frames[index]), expected[index])
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+        assert 2 <= len(detector._idle) <= 8
+    assert device.allocated_bytes == 0
+
+
+def test_streams_keep_the_order(device: HostDevice, plugin_form: Path, frames: list[Frame]) -> None:
+    with TRTRetinaFace(plugin_form, size_hw=(160, 160), device=device) as detector:
+        expected = [detector.detect(frame) for frame in frames]
+        with detector.stream(depth=3) as stream:
+            pairs = list(stream.map(frames[i % 6] for i in range(20)))
+        for index, (frame, found) in enumerate(pairs):
+            assert frame is frames[index % 6]
+            _assert_identical(found, expected[index % 6])
+
+
+def test_memory_that_runs_out_is_named_and_the_detector_goes_on(plugin_form: Path, astronaut: Frame) -> None:
+    device = HostDevice(memory_limit=9 << 20)
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device) as detector:
+        expected = detector.detect(astronaut)
+        with pytest.raises(DeviceMemoryError, match=r"8 frames of 11\.5 megapixels: 33\.0 MiB asked for, .* of 9\.0"):
+            detector.detect_batch([np.zeros((1200, 1200, 3), np.uint8)] * 8)
+        _assert_identical(detector.detect(astronaut), expected)
+        detector.size_hw = (2048, 1280)
+        with pytest.raises(DeviceMemoryError, match="a batch of 2 at 2048x1280"):
+            detector.detect_batch([astronaut] * 2)
+        detector.size_hw = (320, 320)
+        _assert_identical(detector.detect(astronaut), expected)
+    assert device.allocated_bytes == 0
+
+
+def test_an_engine_for_larger_batches_gets_empty_slots(
+    device: HostDevice, plugin_form: Path, frames: list[Frame]
+) -> None:
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device, warm_up=False) as detector:
+        expected = [detector.detect(frame) for frame in frames]
+        detector.engine.profile = dataclasses.replace(detector.engine.profile, smallest=(4, 32, 32))
+        for frame, want in zip(frames, expected, strict=True):
+            _assert_same(detector.detect(frame), want)
+        assert {plan._shape[0] for plan in _plans(detector)} == {4}
+
+
+def test_sizes_an_engine_does_not_take(device: HostDevice, tmp_path: Path, astronaut: Frame, plugin_form: Path) -> None:
+    path = tmp_path / "fixed.onnx"
+    build_engine(EngineOptions("mobilenet0.25", path, Profile(sizes_hw=((64, 96),) * 3), onnx_only=True))
+    with TRTRetinaFace(path, device=device) as detector:
+        assert detector.size_hw == (64, 96)
+        detector.size_hw = (64, 64)
+        with pytest.raises(FrameError, match="64x64 is not among the sizes of the engine, 64x96"):
+            detector.detect(astronaut)
+    with pytest.raises(SpecError, match="takes 64x96 only"):
+        TRTRetinaFace(path, device=device, size_hw=(64, 64))
+    with pytest.raises(SpecError, match="takes network sizes of 32x32 to"):
+        TRTRetinaFace(plugin_form, device=device, size_hw=(4096, 4096))
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (np.zeros((9, 9), np.uint8), "GRAY2BGR"),
+        (HostArray(np.zeros((3, 9, 9), np.uint8)), "permute"),
+        (HostArray(np.zeros((9, 9, 3), np.float32)), "uint8"),
+        (HostArray(np.zeros((0, 9, 3), np.uint8)), "shape"),
+        ("photo.jpg", "got str"),
+        (None, "got NoneType"),
+    ],
+)
+def test_wrong_frames(device: HostDevice, plugin_form: Path, frame: object, words: str, astronaut: Frame) -> None:
+    with TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device) as detector:
+        with pytest.raises(FrameError, match=words):
+            detector.detect_batch([astronaut, frame])
+        assert len(detector._idle) == 1  # it is still good
+    with pytest.raises(ClosedError, match="closed"):
+        detector.detect(astronaut)
+    detector.close()
+
+
+def test_nan_raises_and_the_next_frame_is_right(device: HostDevice, plugin_form: Path, tmp_path: Path) -> None:
+    model = onnx.load(plugin_form)
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    with TRTRetinaFace(tmp_path / "nan.onnx", size_hw=(64, 64), device=device) as detector:
+        with pytest.raises(NonFiniteError):
+            detector.detect(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_stages(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None:
+    with TRTRetinaFace(plugin_form, size_hw=(160, 160), device=device) as detector:
+        plain, fine = StageTimer(), StageTimer(fine=True)
+        expected = detector.detect(astronaut, plain)
+        _assert_identical(detector.detect(astronaut, fine), expected)
+    assert list(plain.total_ms) == ["upload", "graph", "results"]
+    assert list(fine.total_ms) == ["upload", "letterbox", "network", "decode+NMS", "download", "results"]
+    assert fine.total_ms["network"] > fine.total_ms["decode+NMS"] > 0
+    assert fine.total_ms["upload"] >= LATE_S * 1e3  # it was waited for
+
+
+def test_a_kernel_that_fails_is_an_error_and_not_a_result(plugin_form: Path, astronaut: Frame) -> None:
+    device = HostDevice()
+    detector = TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device)
+    detector.engine.close()  # as if its memory had gone
+    with pytest.raises(GpuError, match="lost"):
+        detector.detect(astronaut)
+    detector.close()
+
+
+def test_engines_for_another_gpu_are_refused_before_they_are_loaded(tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    sidecar = read_sidecar(engine)
+    check_runs_here(engine, sidecar, 86, "NVIDIA A10, device 0")
+    with pytest.raises(ModelFileError, match=r"built for sm_86, and NVIDIA H200, device 0 is sm_90.*export\.to_trt"):
+        check_runs_here(engine, sidecar, 90, "NVIDIA H200, device 0")
+    engine.write_bytes(engine.read_bytes()[:-1] + b"x")
+    with pytest.raises(ModelFileError, match="SHA-256 differs"):
+        check_runs_here(engine, sidecar, 86, "NVIDIA A10, device 0")
+
+
+def test_without_a_gpu_an_engine_says_so(tmp_path: Path) -> None:
+    from trt_runtime.flavor import gpu_capability
+
+    if gpu_capability() is not None:
+        pytest.skip("there is a GPU")
+    pytest.importorskip("cuda.bindings.driver")
+    with pytest.raises(GpuError, match=r"no NVIDIA driver here .*the \.onnx file runs on the CPU"):
+        load_detector(write_engine(tmp_path))
+
+
+def test_what_is_no_plugin_form_is_refused(device: HostDevice, static_onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"device cpu runs plugin forms.*--onnx-only"):
+        TRTRetinaFace(static_onnx, device=device)
+    with pytest.raises(ModelFileError, match="no such model file"):
+        TRTRetinaFace(tmp_path / "f.onnx", device="cpu")
+    with pytest.raises(GpuError, match="device must be"):
+        TRTRetinaFace(static_onnx, device="tpu")

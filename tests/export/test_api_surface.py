@@ -42,7 +42,10 @@ CLASSES = {
     "runtime_config": "IRuntimeConfig",
 }
 # variables, and attributes they may have, that are none of TensorRT's
-PLAIN = {"json", "os", "sys", "time", "importlib", "log", "errors", "self", "message", "path", "start", "times", "addresses"}
+PLAIN = {
+    *("json", "os", "sys", "time", "importlib"),
+    *("log", "errors", "self", "message", "path", "start", "times", "addresses"),
+}
 RTX_ONLY = {
     "ComputeCapability",
     "IBuilderConfig.num_compute_capabilities",

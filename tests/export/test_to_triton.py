@@ -7,7 +7,6 @@ of the repository in ONNX Runtime.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -27,10 +26,11 @@ from export.to_triton import TritonOptions, main, plan, write
 from facespec.errors import BuildError, FrameError, ModelFileError, NonFiniteError, OutputError, SpecError
 from facespec.images import write_image
 from facespec.letterbox import Frame
-from facespec.spec import DecodeSpec, ModelSpec
+from facespec.spec import ModelSpec
+from plugins import PLUGIN
 from tests.engines import write_engine
 from trt_runtime import load_detector
-from trt_runtime.sidecar import check_engine, read_sidecar, sidecar_path
+from trt_runtime.sidecar import check_engine, read_sidecar
 
 grpc = pytest.importorskip("grpc", reason="pip install -e '.[serve]'")
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="pip install -e '.[serve]'")
@@ -116,7 +116,7 @@ def test_an_engine_configuration_is_what_its_sidecar_says(tmp_path: Path, plugin
         *("1", "README.md", "config.pbtxt", "libretinaface_plugin.json", "libretinaface_plugin.so"),
     ]
     assert (folder / "libretinaface_plugin.so").read_bytes() == plugin.read_bytes()
-    assert checkwrite_engine(folder / "1" / "model.plan", read_sidecar(folder / "1" / "model.plan")) == []
+    assert check_engine(folder / "1" / "model.plan", read_sidecar(folder / "1" / "model.plan")) == []
     config = _config(folder)
     assert (config.platform, config.backend, config.max_batch_size) == ("tensorrt_plan", "", 16)
     assert list(config.input[0].dims) == [320, 640, 3]

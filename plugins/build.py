@@ -72,7 +72,8 @@ class BuildReport:
         left_out: Wanted ones that this nvcc does not know.
         headers: Folder of the TensorRT headers.
         headers_version: Their version.
-        kernels: Registers, spills and static shared memory of each kernel, one row for each architecture.
+        kernels: Registers, spills and static shared memory of each kernel, one row for each architecture;
+            `heads` is their type, empty for the letterbox.
     """
 
     target: str
@@ -374,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = ArgumentParser(
         prog="python -m plugins.build",
-        description="Compile the decode + NMS kernels. It needs a C++ compiler; for the GPU also nvcc (PATH, "
+        description="Compile the CUDA kernels. It needs a C++ compiler; for the GPU also nvcc (PATH, "
         f"CUDA_HOME, /usr/local/cuda, or pip: {NVCC_COMMAND}); for the TensorRT plugin also TensorRT's headers "
         f"(TENSORRT_INCLUDE_DIR, a system installation, or {HEADERS_COMMAND}).",
     )

@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"machine code for sm_{capability()}")
     for kernel in report["kernels"]:  # type: ignore[attr-defined]
         print("  " + ", ".join(f"{key} {value}" for key, value in kernel.items()))
-    steps.append(call("tests", [sys.executable, "-m", "unittest", "-v", "tests.gpu.test_kernel"], TESTS_S))
+    modules = ["tests.gpu.test_kernel", "tests.gpu.test_letterbox"]
+    steps.append(call("tests", [sys.executable, "-m", "unittest", "-v", *modules], TESTS_S))
     steps.append(plugin_step())
     if importlib.util.find_spec("pytest") and importlib.util.find_spec("cv2"):
         others = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--ignore", "tests/gpu"]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from plugins.build import build, is_current, library_path
 from plugins.host import HEAD_TYPES, DecodeParams, HeadSpec, Outputs, make_params
+from plugins.letterbox import load
 
 Array = NDArray[Any]
 
@@ -64,6 +65,7 @@ class Kernels:
         self._library.retinaface_check.restype = ctypes.c_char_p
         self._library.retinaface_workspace_bytes.restype = ctypes.c_size_t
         self._library.retinaface_launch.restype = ctypes.c_int32
+        self.letterbox = load(self._library)
 
     def check(self, params: DecodeParams) -> str | None:
         """Return None, or what is wrong with the parameters."""
@@ -142,7 +144,7 @@ def in_memory_order(head: Array, channels_last: bool) -> Array:
     return np.ascontiguousarray(head.transpose(0, 2, 3, 1) if channels_last else head)
 
 
-class _Guarded:
+class Guarded:
     """Device memory between two guards that nobody may write to."""
 
     def __init__(self, size: int) -> None:
@@ -191,14 +193,14 @@ class Call:
             )
             for rows, columns in spec.anchors.grids_hw(size_hw)
         ]
-        self._memory: dict[str, _Guarded] = {}
+        self._memory: dict[str, Guarded] = {}
         self.outputs: dict[str, torch.Tensor] = {}
         for name, (kind, shape) in spec.decode.outputs.items():
             whole = (batch, *shape)
-            self._memory[name] = _Guarded(4 * int(np.prod(whole)))
+            self._memory[name] = Guarded(4 * int(np.prod(whole)))
             kept = self._memory[name].inside
             self.outputs[name] = kept.view(torch.int32 if kind == "int32" else torch.float32).view(whole)
-        self._memory["workspace"] = _Guarded(kernels.workspace_bytes(self.params))
+        self._memory["workspace"] = Guarded(kernels.workspace_bytes(self.params))
         self.workspace = self._memory["workspace"].inside
 
     @property

@@ -7,6 +7,7 @@ workspace are written to beforehand, so that memcheck and initcheck see what tor
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from facespec.priors import make_priors
 from facespec.spec import DecodeSpec, ModelSpec
 from plugins import host
+from tests.gpu import frames
 from tests.gpu import heads as content
 from tests.gpu.kernel import Driver, Kernels, in_memory_order
 
@@ -51,6 +53,20 @@ def same_as_host(
     return same
 
 
+def same_letterbox(kernels: Kernels, driver: Driver, slots: Sequence[frames.Slot], size_hw: tuple[int, int]) -> bool:
+    """Letterbox a batch once; return whether the device gives the bits of the host."""
+    want = frames.on_host(slots, size_hw)
+    addresses = [driver.upload(slot.buffer) for slot in slots]
+    described, out = driver.upload(frames.descriptions(slots, addresses)), driver.allocate(want.nbytes)
+    kernels.letterbox(described, len(slots), size_hw, frames.PAD, out, 0)
+    driver("cuCtxSynchronize")
+    got = np.empty_like(want)
+    driver.download(out, got)
+    for address in (*addresses, described, out):
+        driver.free(address)
+    return got.tobytes() == want.tobytes()
+
+
 def main() -> int:
     """Run every path of the kernels; return 0 if each gave the bits of the host."""
     kernels, driver = Kernels(Path(sys.argv[1])), Driver()
@@ -74,6 +90,8 @@ def main() -> int:
         content.same_place(rng, priors, 16_800, spec),
     ]
     same.append(same_as_host(kernels, driver, crowds, large, wide, np.float32, False))
+    letterboxed = (97, 128)
+    same += [same_letterbox(kernels, driver, slots, letterboxed) for slots in frames.batches(letterboxed)]
     print(f"{sum(same)} of {len(same)} launches gave the bits of the host")
     return 0 if all(same) else 1
 

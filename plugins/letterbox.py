@@ -19,8 +19,6 @@ from plugins import host
 MAX_FRAME_SIDE = 16384
 """Pixels: up to here a float, in which positions are held, is fine enough."""
 
-WIDTH_MULTIPLE = 32
-OUT_ALIGNMENT = 16
 REFUSALS = (1, 716)
 """cudaErrorInvalidValue and cudaErrorMisalignedAddress: given before anything is launched."""
 
@@ -153,8 +151,8 @@ def load(library: Any) -> Launch:
         code = function(frames_address, batch, *size_hw, pack_bgr(pad_bgr), out_address, stream_handle)
         if code:
             call = f"letterbox of {batch} frames into {size_hw[1]}x{size_hw[0]} at {out_address:#x}"
-            wanted = f"; it takes a width that is a multiple of {WIDTH_MULTIPLE} and an output aligned to {OUT_ALIGNMENT} bytes"
             error = f"CUDA error {code}" if on_device else "refused"
+            wanted = "; it takes widths that are multiples of 32 and addresses aligned to 16 bytes"
             raise LaunchError(f"{call}: {error}{wanted if code in REFUSALS else ''}")
 
     return launch

@@ -283,7 +283,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
         (lambda: host_letterbox([frame[:9]], [box], PAD), ValueError, "its box is for"),
         (lambda: host_letterbox([frame], [box], PAD, frame), ValueError, "out must be"),
         (lambda: host_letterbox([frame], [box], (0, 0, 256)), ValueError, "0 to 255"),
-        (lambda: host_letterbox([frame], [Letterbox.fit((10, 10), (64, 48))], PAD), LaunchError, "multiple of 32"),
+        (lambda: host_letterbox([frame], [Letterbox.fit((10, 10), (64, 48))], PAD), LaunchError, "multiples of 32"),
         (lambda: host_letterbox_nv12([(luma, chroma[1:])], [box], PAD), FrameError, "NV12 is"),
         (lambda: host_letterbox_nv12([(luma[..., None], chroma)], [box], PAD), FrameError, "NV12 is"),
         (lambda: host_letterbox_nv12([(luma[1:], chroma)], [box], PAD), FrameError, "NV12 is|even"),

@@ -6,9 +6,12 @@
 //
 // Nothing of libnvinfer is linked: its headers are enough, and IPluginRegistry::loadLibrary calls getCreators below.
 #include <NvInferRuntime.h>
+#include <dlfcn.h>
+#include <link.h>
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -358,3 +361,41 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
   count = 1;
   return creators;
 }
+
+namespace {
+
+struct LoadedLibraries {
+  bool triton = false;
+  std::string nvinfer;
+};
+
+int note_library(dl_phdr_info* info, size_t, void* found) {
+  const char* const slash = std::strrchr(info->dlpi_name, '/');
+  const std::string name = slash ? slash + 1 : info->dlpi_name;
+  auto& libraries = *static_cast<LoadedLibraries*>(found);
+  if (name == "libtriton_tensorrt.so") libraries.triton = true;
+  if (name.rfind("libnvinfer.so.", 0) == 0) libraries.nvinfer = info->dlpi_name;
+  return 0;
+}
+
+// Triton's TensorRT backend opens the libraries of its option `plugins` and calls nothing in them. So there, and
+// nowhere else, the creator registers itself, with the libnvinfer that the backend has loaded. The layout of the
+// registry is that of the headers: another major version may have another.
+__attribute__((constructor)) void register_with_triton() {
+  LoadedLibraries libraries;
+  dl_iterate_phdr(note_library, &libraries);
+  if (!libraries.triton || libraries.nvinfer.empty()) return;
+  const size_t version = libraries.nvinfer.rfind(".so.") + 4;
+  if (std::atoi(libraries.nvinfer.c_str() + version) != NV_TENSORRT_MAJOR) {
+    return retinaface::report("compiled with the headers of another TensorRT than Triton's: python -m plugins.build");
+  }
+  void* const nvinfer = dlopen(libraries.nvinfer.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  void* const symbol = nvinfer ? dlsym(nvinfer, "getPluginRegistry") : nullptr;
+  auto* const registry = symbol ? reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(symbol)() : nullptr;
+  int32_t count = 0;
+  if (!registry || !registry->registerCreator(*getCreators(count)[0], retinaface::kNamespace)) {
+    retinaface::report("Triton's TensorRT did not take it");
+  }
+}
+
+}  // namespace

@@ -21,6 +21,7 @@ from plugins import PLUGIN
 from plugins.build import (
     ARCHITECTURES,
     ensure,
+    find_compiler,
     find_nvcc,
     find_tensorrt_headers,
     is_current,
@@ -197,3 +198,28 @@ def test_a_compiler_error_is_one_line(refused: Callable[..., str], tmp_path: Pat
         "plugins.build", "host", "--out", tmp_path / "lib", env={"CXX": str(compiler)}
     )
     assert not list((tmp_path / "lib").glob("*")) if (tmp_path / "lib").exists() else True
+
+
+@pytest.mark.parametrize("host", ["Triton", "Triton with another TensorRT", "another host"])
+def test_in_triton_the_library_registers_itself(plugin: Path, tmp_path: Path, host: str) -> None:
+    """Triton opens plugin libraries and calls nothing in them. Elsewhere loadLibrary registers, and once is enough.
+
+    libnvinfer and Triton's backend are stand-ins with their names; the registry has the layout of the real headers.
+    """
+    headers, version = find_tensorrt_headers()
+    major = int(version.split(".")[0]) + (host == "Triton with another TensorRT")
+    nvinfer, driver = tmp_path / f"libnvinfer.so.{major}", tmp_path / "triton_main"
+    backend = tmp_path / ("libother.so" if host == "another host" else "libtriton_tensorrt.so")
+    flags = ["-std=c++17", "-isystem", headers, "-w", *plugins.build.toolkit_paths(find_nvcc())]
+    source = Path(__file__).with_name("triton_main.cpp")
+    shared = ["-shared", "-Xcompiler", "-fPIC", "-Xlinker", f"-soname={nvinfer.name}"]
+    subprocess.run([find_nvcc(), *flags, *shared, source, "-o", nvinfer], check=True)
+    subprocess.run([find_compiler(), "-shared", "-Wl,--no-as-needed", nvinfer, "-o", backend], check=True)
+    subprocess.run([find_nvcc(), *flags, "-DMAIN", source, "-o", driver, "-ldl"], check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    line = [driver, backend, plugin, nvinfer]
+    result = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout
+    registered = f"{PLUGIN.name} {PLUGIN.version} {PLUGIN.namespace}\n"
+    assert result.stdout == (registered if host == "Triton" else "")
+    assert ("headers of another TensorRT" in result.stderr) == (host == "Triton with another TensorRT")

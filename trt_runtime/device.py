@@ -7,6 +7,7 @@ stream reads and writes must be left alone, and alive, until the stream or an ev
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -217,11 +218,10 @@ def open_device(place: str = "cuda") -> Device:
         GpuError: There is no such device, or it cannot be used.
         MissingPackageError: cuda-bindings or PyCUDA is not installed.
     """
-    kind, _, number = place.partition(":")
-    if kind == "cuda" and (not number or (number.isascii() and number.isdigit())):
+    if place == "cuda" or re.fullmatch("cuda:[0-9]{1,4}", place):
         from trt_runtime.device_cuda import CudaDevice
 
-        return CudaDevice(int(number or 0))
+        return CudaDevice(int(place.removeprefix("cuda").removeprefix(":") or 0))
     if place == "pycuda":
         from trt_runtime.device_pycuda import PyCudaDevice
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -151,7 +151,7 @@ class CudaDevice:
             address = self.cuda("cuMemAlloc", check_nbytes(nbytes))
         except DeviceMemoryError:
             raise out_of_memory(what, nbytes, *self.free_and_total()) from None
-        return CudaMemory(self, int(address), nbytes)
+        return CudaMemory(int(address), nbytes, self.free, "cuMemFree", address)
 
     def pinned(self, nbytes: int) -> CudaPinned:
         """As `Device.pinned`.
@@ -163,7 +163,7 @@ class CudaDevice:
             address = self.cuda("cuMemHostAlloc", check_nbytes(nbytes), self.cuda.driver.CU_MEMHOSTALLOC_PORTABLE)
         except DeviceMemoryError:
             raise DeviceMemoryError(f"the host has no {nbytes} bytes that can be page-locked") from None
-        return CudaPinned(self, int(address), nbytes)
+        return CudaPinned(int(address), nbytes, self.free, "cuMemFreeHost", address)
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
         """As `Device.copy_in`."""
@@ -221,12 +221,12 @@ def locate(cuda: Cuda, address: int) -> int:
 
 
 class CudaMemory:
-    """Memory of a `CudaDevice`."""
+    """Memory of a GPU, with the call that frees it."""
 
-    def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
+    def __init__(self, address: int, nbytes: int, free: Callable[..., None], *arguments: Any) -> None:
         self.nbytes = nbytes
         self._address = address
-        self._free = weakref.finalize(self, device.free, "cuMemFree", address)
+        self._free = weakref.finalize(self, free, *arguments)
 
     @property
     def address(self) -> int:
@@ -241,11 +241,11 @@ class CudaMemory:
 
 
 class CudaPinned:
-    """Page-locked memory."""
+    """Page-locked memory, with the call that frees it."""
 
-    def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
+    def __init__(self, address: int, nbytes: int, free: Callable[..., None], *arguments: Any) -> None:
         buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-        weakref.finalize(buffer, device.free, "cuMemFreeHost", address)  # every view holds the buffer
+        weakref.finalize(buffer, free, *arguments)  # every view holds the buffer
         self._array: Bytes | None = np.ctypeslib.as_array(buffer)
 
     @property

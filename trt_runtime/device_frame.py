@@ -16,7 +16,7 @@ Nv12Matrix = Literal["bt601", "bt601_full", "bt709", "bt709_full"]
 MATRICES = ("bt601", "bt601_full", "bt709", "bt709_full")
 
 _DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_HOST, _DLPACK_CUDA_MANAGED = 1, 2, 3, 13
-_DLPACK_UINT = 1
+_DLPACK_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _MEND = ".contiguous() (torch) or cupy.ascontiguousarray mends it"
 
 
@@ -73,7 +73,7 @@ class _Array:
         address: Of its first element.
         shape: Elements.
         strides: Bytes.
-        kind: As numpy writes it: "|u1".
+        kind: "uint8", for instance.
         device_index: Of its GPU, if it says so.
         stream: Handle of the stream that the reader must wait for, or None.
         owner: Keeps it alive.
@@ -88,10 +88,7 @@ class _Array:
     owner: object
 
     def __str__(self) -> str:
-        try:
-            return f"{np.dtype(self.kind)} of shape {self.shape}"
-        except TypeError:
-            return f"{self.kind} of shape {self.shape}"
+        return f"{self.kind} of shape {self.shape}"
 
 
 def read_frame(
@@ -161,7 +158,7 @@ def _nv12_frame(luma: _Array, chroma: _Array, matrix: Nv12Matrix) -> DeviceFrame
 
 def _pitch(array: _Array, what: str, row_bytes: int) -> int:
     """Return the bytes from row to row of an array whose rows are each in one piece."""
-    if array.kind != "|u1":
+    if array.kind != "uint8":
         raise FrameError(f"{what} must be uint8 with values 0..255, got {array}")
     if 0 in array.shape:
         raise FrameError(f"{what} is empty: {array}")
@@ -254,13 +251,13 @@ def _read_capsule(capsule: object, device_index: int | None) -> _Array:
     else:
         raise FrameError("the frame's __dlpack__ gave no DLPack capsule")
     shape = tuple(tensor.shape[: tensor.ndim])
-    kind = "|u1" if (tensor.type_code, tensor.type_bits, tensor.type_lanes) == (_DLPACK_UINT, 8, 1) else ""
+    kind = f"{_DLPACK_KINDS.get(tensor.type_code, 'DLPack type ')}{tensor.type_bits}"
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _compact(shape)
     return _Array(
         (tensor.data or 0) + tensor.byte_offset,
         shape,
         strides,  # elements, and those are bytes for the one type that goes through
-        kind or f"DLPack type ({tensor.type_code}, {tensor.type_bits} bits)",
+        kind if tensor.type_lanes == 1 else f"{kind}x{tensor.type_lanes}",
         device_index,
         None,
         capsule,
@@ -270,9 +267,9 @@ def _read_capsule(capsule: object, device_index: int | None) -> _Array:
 def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
     """Return the array of a CUDA array interface, version 2 or 3."""
     try:
-        version, shape, kind = interface["version"], tuple(map(int, interface["shape"])), interface["typestr"]
+        version, shape, kind = interface["version"], tuple(map(int, interface["shape"])), np.dtype(interface["typestr"])
         address = int(interface["data"][0])
-        strides = tuple(map(int, interface.get("strides") or _compact(shape, np.dtype(kind).itemsize)))
+        strides = tuple(map(int, interface.get("strides") or _compact(shape, kind.itemsize)))
         stream = interface.get("stream") if version >= 3 else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FrameError(f"the frame's __cuda_array_interface__ cannot be read: {_line(error)}") from None
@@ -282,7 +279,7 @@ def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
         raise FrameError("a masked array is no frame")
     if stream is not None and (not isinstance(stream, int) or stream == 0):
         raise FrameError(f"stream {stream!r} in the frame's __cuda_array_interface__ is none: 1 is the default stream")
-    return _Array(address, shape, strides, kind, None, stream, owner)
+    return _Array(address, shape, strides, str(kind), None, stream, owner)
 
 
 def _compact(shape: tuple[int, ...], itemsize: int = 1) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DeviceMemoryError, GpuError, MissingPackageError
 from trt_runtime.device import Bytes, check_bytes, check_nbytes, out_of_memory
-from trt_runtime.device_cuda import Cuda, CudaCapture, CudaGraph, locate, order, record
+from trt_runtime.device_cuda import Cuda, CudaCapture, CudaGraph, CudaMemory, CudaPinned, locate, order, record
 from trt_runtime.device_frame import DeviceFrame, read_frame
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which PyCUDA has no name for
@@ -107,18 +107,20 @@ class PyCudaDevice:
             stream = self.pycuda.Stream(NON_BLOCKING) if self._given is None else self._given
         return PyCudaStream(self, stream)
 
-    def allocate(self, nbytes: int, what: str) -> PyCudaMemory:
+    def allocate(self, nbytes: int, what: str) -> CudaMemory:
         """As `Device.allocate`."""
         try:
             with self.calls():
-                return PyCudaMemory(self, self.pycuda.mem_alloc(check_nbytes(nbytes)), nbytes)
+                held = [self.pycuda.mem_alloc(check_nbytes(nbytes))]
+            return CudaMemory(int(held[0]), nbytes, self.drop, held)
         except DeviceMemoryError:
             raise out_of_memory(what, nbytes, *self.free_and_total()) from None
 
-    def pinned(self, nbytes: int) -> PyCudaPinned:
+    def pinned(self, nbytes: int) -> CudaPinned:
         """As `Device.pinned`."""
         with self.calls():
-            return PyCudaPinned(self.pycuda.pagelocked_empty(check_nbytes(nbytes), "uint8"))
+            held = [self.pycuda.pagelocked_empty(check_nbytes(nbytes), "uint8")]
+        return CudaPinned(held[0].ctypes.data, nbytes, self.drop, held)
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
         """As `Device.copy_in`."""
@@ -153,10 +155,10 @@ class PyCudaDevice:
         with suppress(GpuError), self.activate():
             self.cuda(name, handle)
 
-    def free_allocation(self, allocation: Any) -> None:
-        """Free memory of PyCUDA's, which on a thread where the context is not current would leak it."""
-        with suppress(GpuError), self.activate(), self.calls():
-            allocation.free()
+    def drop(self, held: list[Any]) -> None:
+        """Let go of what a list holds. PyCUDA frees it where the context is current, and would leak it elsewhere."""
+        with suppress(GpuError), self.activate():
+            held.clear()
 
     def wait(self) -> None:
         """Wait for everything in the context."""
@@ -167,56 +169,29 @@ class PyCudaDevice:
         return None if self._cuda is None else locate(self._cuda, address)
 
 
-class PyCudaMemory:
-    """Memory of a `PyCudaDevice`."""
-
-    def __init__(self, device: PyCudaDevice, allocation: Any, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._address = int(allocation)
-        self._free = weakref.finalize(self, device.free_allocation, allocation)
-
-    @property
-    def address(self) -> int:
-        """As `Memory.address`."""
-        if not self._free.alive:
-            raise GpuError("this memory has been closed")
-        return self._address
-
-    def close(self) -> None:
-        """As `Memory.close`."""
-        self._free()
-
-
-class PyCudaPinned:
-    """Page-locked memory."""
-
-    def __init__(self, array: Bytes) -> None:
-        self._array: Bytes | None = array
-
-    @property
-    def array(self) -> Bytes:
-        """As `PinnedArray.array`."""
-        if self._array is None:
-            raise GpuError("this memory has been closed")
-        return self._array
-
-    def close(self) -> None:
-        """As `PinnedArray.close`."""
-        self._array = None
-
-
 class PyCudaStream:
     """A stream of a `PyCudaDevice`.
 
     Attributes:
-        pycuda: The `pycuda.driver.Stream`.
         handle: The CUstream.
     """
 
     def __init__(self, device: PyCudaDevice, stream: Any) -> None:
-        self._device = device
-        self.pycuda = stream
         self.handle = int(stream.handle)
+        self._device = device
+        self._held = [stream]
+        self._drop = weakref.finalize(self, device.drop, self._held)
+
+    @property
+    def pycuda(self) -> Any:
+        """The `pycuda.driver.Stream`.
+
+        Raises:
+            GpuError: It has been closed.
+        """
+        if not self._held:
+            raise GpuError("this stream has been closed")
+        return self._held[0]
 
     def synchronize(self) -> None:
         """As `Stream.synchronize`."""
@@ -239,9 +214,8 @@ class PyCudaStream:
             self._device.wait()
 
     def close(self) -> None:
-        """As `Stream.close`: PyCUDA destroys it with the last reference, where the context is current."""
-        with suppress(GpuError), self._device.activate():
-            self.pycuda = None
+        """As `Stream.close`."""
+        self._drop()
 
 
 class PyCudaEvent:
@@ -249,19 +223,20 @@ class PyCudaEvent:
 
     def __init__(self, device: PyCudaDevice, event: Any) -> None:
         self._device = device
-        self._event = event
+        self._held = [event]
+        weakref.finalize(self, device.drop, self._held)
 
     def record(self, stream: Any) -> None:
         """As `Event.record`."""
         with self._device.calls():
-            self._event.record(stream.pycuda)
+            self._held[0].record(stream.pycuda)
 
     def synchronize(self) -> None:
         """As `Event.synchronize`."""
         with self._device.calls():
-            self._event.synchronize()
+            self._held[0].synchronize()
 
     def elapsed_ms(self, since: PyCudaEvent) -> float:
         """As `Event.elapsed_ms`."""
         with self._device.calls():
-            return float(self._event.time_since(since._event))
+            return float(self._held[0].time_since(since._held[0]))

@@ -1,0 +1,175 @@
+"""What every `Device` does, in plain asserts: the CPU's, CUDA's and PyCUDA's, on a fake driver and on a GPU."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from facespec.errors import DeviceMemoryError, GpuError
+from trt_runtime.device import ALIGNMENT, Device
+
+
+def refused(kind: type[Exception], call: Callable[[], Any]) -> str:
+    """Return the message of the error a call raises."""
+    try:
+        call()
+    except kind as error:
+        message = str(error)
+        assert "\n" not in message
+        return message
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def check_device(device: Device, asynchronous: bool = False) -> None:
+    """Raise AssertionError unless a device does what `Device` says.
+
+    Args:
+        device: Not active on this thread.
+        asynchronous: Whether work takes so long that a result cannot be there at once.
+    """
+    with device.activate():
+        _check_copies(device, asynchronous)
+        _check_memory(device)
+        if device.can_capture:
+            _check_capture(device)
+        _check_events(device)
+    _check_threads(device)
+
+
+def _check_copies(device: Device, asynchronous: bool) -> None:
+    stream = device.stream()
+    memory = device.allocate(5000, "a test")
+    sent, back = device.pinned(5000), device.pinned(5000)
+    assert memory.address % ALIGNMENT == 0
+    assert memory.nbytes == 5000
+    assert stream.handle > 2  # neither null nor a default stream
+    sent.array[:] = np.random.default_rng(1).integers(0, 256, 5000)
+    back.array[:] = 0
+    device.copy_in(memory.address, sent.array, stream)
+    device.copy_out(back.array[7:77], memory.address + 1001, stream)
+    if asynchronous:
+        assert not back.array.any()
+    stream.synchronize()
+    assert (back.array[7:77] == sent.array[1001:1071]).all()
+    assert not back.array[77:].any()
+    assert not back.array[:7].any()
+    refused(ValueError, lambda: device.copy_in(memory.address, sent.array[::2], stream))
+    refused(ValueError, lambda: device.copy_in(memory.address, sent.array.view(np.float32), stream))
+    fixed = sent.array.view()
+    fixed.flags.writeable = False
+    refused(ValueError, lambda: device.copy_out(fixed, memory.address, stream))
+    other = device.stream()
+    device.copy_in(memory.address, sent.array, other)
+    stream.wait_for(other.handle)
+    stream.wait_for(1)
+    device.copy_out(back.array, memory.address, stream)
+    stream.synchronize()
+    assert (back.array == sent.array).all()
+    assert device.frame(back.array.reshape(10, -1)[:, :30].reshape(10, 10, 3), stream) is None
+    assert device.frame("no frame", stream) is None
+    stream.close()
+    stream.close()
+
+
+def _check_memory(device: Device) -> None:
+    free, total = device.free_and_total()
+    assert 0 < free <= total
+    message = refused(DeviceMemoryError, lambda: device.allocate(1 << 60, "the workspace"))
+    for part in ("the workspace", f"{1 << 30:.1f} GiB asked for", "free"):
+        assert part in message, message
+    refused(ValueError, lambda: device.allocate(0, "nothing"))
+    refused(ValueError, lambda: device.pinned(0))
+    memory = device.allocate(16, "a test")
+    memory.close()
+    memory.close()
+    refused(GpuError, lambda: memory.address)
+    pinned = device.pinned(16)
+    view = pinned.array[3:]
+    pinned.close()
+    pinned.close()
+    refused(GpuError, lambda: pinned.array)
+    gc.collect()
+    view[:] = 7  # its memory is still there
+    assert (view == 7).all()
+
+
+def _check_capture(device: Device) -> None:
+    stream = device.stream()
+    memory, sent, back = device.allocate(64, "a test"), device.pinned(64), device.pinned(64)
+    back.array[:] = 1
+    sent.array[:] = 2
+    with stream.capture() as capture:
+        refused(GpuError, lambda: capture.graph)
+        device.copy_in(memory.address, sent.array, stream)
+        device.copy_out(back.array, memory.address, stream)
+        device.stream().close()  # freeing is always allowed
+    stream.synchronize()
+    assert (back.array == 1).all()  # captured work is not run
+    for value in (3, 4):
+        sent.array[:] = value
+        capture.graph.launch(stream)
+        stream.synchronize()
+        assert (back.array == value).all()
+    for forbidden in (lambda: device.allocate(16, "a test"), stream.synchronize):
+
+        def capture_it(forbidden: Callable[[], object] = forbidden) -> None:
+            with stream.capture():
+                forbidden()
+
+        refused(GpuError, capture_it)
+
+    def stop() -> None:
+        with stream.capture():
+            raise KeyError("stopped")
+
+    refused(KeyError, stop)
+    device.copy_out(back.array, memory.address, stream)  # captures have ended, all three
+    stream.synchronize()
+    capture.graph.close()
+    capture.graph.close()
+    refused(GpuError, lambda: capture.graph.launch(stream))
+
+
+def _check_events(device: Device) -> None:
+    stream = device.stream()
+    before, after, never = device.event(), device.event(), device.event()
+    before.record(stream)
+    after.record(stream)
+    after.synchronize()
+    assert 0 <= after.elapsed_ms(before) < 1e4
+    refused(GpuError, lambda: never.elapsed_ms(before))
+
+
+def _check_threads(device: Device) -> None:
+    failures: list[BaseException] = []
+    made: list[Any] = []
+
+    def work(number: int) -> None:
+        try:
+            with device.activate():
+                stream = device.stream()
+                sent, back = device.pinned(1 << 12), device.pinned(1 << 12)
+                for turn in range(20):
+                    memory = device.allocate(1 << 12, "a test")
+                    sent.array[:] = number * 20 + turn
+                    device.copy_in(memory.address, sent.array, stream)
+                    device.copy_out(back.array, memory.address, stream)
+                    stream.synchronize()
+                    assert (back.array == sent.array).all()
+                    made.append(memory)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    assert len({memory.address for memory in made}) == 80
+    for memory in made:  # on another thread, where the device is not active
+        memory.close()

@@ -1,0 +1,341 @@
+"""The GPU's device modules on machines without a GPU.
+
+Every name of CUDA's API that they use is looked up in the real cuda.bindings, with its number of arguments. Then the
+real cuda.bindings, and the real PyCUDA where it is installed, run them on a fake libcuda over the host's memory
+(fake_cuda.c). To have PyCUDA where there is no driver: build it with the CUDA toolkit's headers against this fake
+library (configure.py --cuda-root=... --cudadrv-lib-dir=..., then pip install --no-build-isolation .).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = [ROOT / "trt_runtime" / name for name in ("device_cuda.py", "device_pycuda.py")]
+
+driver = pytest.importorskip("cuda.bindings.driver")
+
+
+def _used() -> tuple[dict[str, int], set[str], set[str]]:
+    """Return the functions of CUDA's driver with the arguments given, its other names, and the names of PyCUDA."""
+    functions: dict[str, int] = {}
+    names, pycuda = set(), set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                words = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+                for word in words:
+                    if isinstance(word, str) and re.fullmatch("cu[A-Z]\\w+", word):
+                        # self.free(name, handle), weakref.finalize(object, function, ..., name, handle)
+                        given = node.args[[ast.unparse(item) for item in node.args].index(repr(word)) + 1 :]
+                        functions[word] = len(given)
+            if isinstance(node, ast.Attribute):
+                parts = ast.unparse(node).split(".")
+                for base, found in (("driver", names), ("pycuda", pycuda)):
+                    if base in parts[:-1] and parts[0] in ("self", "cuda", "device", "driver"):
+                        found.add(".".join(parts[parts.index(base) + 1 :]))
+                if parts[0] == "attributes":
+                    names.add(".".join(["CUdevice_attribute", *parts[1:]]))
+    return functions, names, pycuda
+
+
+def test_the_names_are_really_found() -> None:
+    functions, names, pycuda = _used()
+    assert functions["cuMemcpyHtoDAsync"] == 4
+    assert functions["cuMemFree"] == 1
+    assert functions["cuCtxPopCurrent"] == 0
+    assert "CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL" in names
+    assert {"mem_alloc", "Context.get_current", "MemoryError"} <= pycuda
+    assert len(functions) > 30
+
+
+def test_cuda_bindings_have_every_name() -> None:
+    functions, names, _ = _used()
+    for name, given in functions.items():
+        signature = (getattr(driver, name).__doc__ or "").strip().splitlines()[0]
+        parameters = re.fullmatch(rf"{name}\((.*)\)", signature)
+        assert parameters, signature
+        wanted = len(parameters[1].split(",")) if parameters[1] else 0
+        assert given == wanted, f"{signature} is given {given} arguments"
+    for name in names:
+        thing = driver
+        for part in name.split("."):
+            thing = getattr(thing, part)
+    assert not hasattr(driver, "cuMemFrobnicate")
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no gcc")
+    folder = tmp_path_factory.mktemp("fake")
+    source = Path(__file__).with_name("fake_cuda.c")
+    options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([compiler, *options, source, "-o", folder / "libcuda.so.1", "-ldl", "-lpthread"], check=True)
+    return folder
+
+
+def run(fake: Path, code: str, **settings: str) -> str:
+    """Run code on the fake driver; return what it prints. It must leave nothing on stderr, at its exit neither."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(fake), "PYTHONPATH": path, **settings}
+    head = (
+        "import ctypes, os, sys; sys.setdlopenflags(os.RTLD_LAZY); live = ctypes.CDLL('libcuda.so.1').fake_cuda_live\n"
+        "from trt_runtime.device import open_device\nfrom facespec.errors import RetinaFaceError\n"
+        "from tests.trt_runtime.device_contract import check_device\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", head + code], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def message(fake: Path, statement: str, **settings: str) -> str:
+    """Return the class and the line of the error that a statement raises."""
+    code = f"""
+try:
+    {statement}
+except RetinaFaceError as error:
+    print(type(error).__name__, error)
+"""
+    text = run(fake, code, **settings)
+    assert text.count("\n") == 1, text
+    return text
+
+
+def test_cuda_does_what_a_device_does(fake: Path) -> None:
+    code = """
+device = open_device("cuda:1")
+assert (device.name, device.compute_capability, device.index) == ("Fake, device 1", 91, 1)
+check_device(device)
+import gc; gc.collect()
+print([live(kind) for kind in range(7)])
+kept = device
+device.close(); device.close()
+print(live(0))
+"""
+    assert run(fake, code) == "[1, 0, 0, 0, 0, 0, 0]\n0\n"
+
+
+def test_everything_is_freed_at_exit_in_order(fake: Path) -> None:
+    code = """
+import atexit
+atexit.register(lambda: print([live(kind) for kind in range(7)]))
+device = open_device()
+with device.activate():
+    stream, memory, pinned, event = device.stream(), device.allocate(4, "a test"), device.pinned(4), device.event()
+    with stream.capture() as capture:
+        device.copy_in(memory.address, pinned.array, stream)
+    graph, view = capture.graph, pinned.array[1:]
+print([live(kind) for kind in range(7)])
+"""
+    assert run(fake, code).splitlines() == ["[6, 1, 1, 1, 1, 0, 1]", "[0, 0, 0, 0, 0, 0, 0]"]
+
+
+def test_the_context_that_was_current_is_so_again(fake: Path) -> None:
+    code = """
+from cuda.bindings import driver
+first, second = open_device("cuda:0"), open_device("cuda:1")
+current = lambda: int(driver.cuCtxGetCurrent()[1])
+seen = [current()]
+try:
+    with first.activate():
+        seen.append(current())
+        with second.activate():
+            seen.append(current())
+        seen.append(current())
+        raise KeyError
+except KeyError:
+    seen.append(current())
+print(seen[0] == seen[4] == 0, seen[1] == seen[3] != 0, seen[2] not in seen[:2])
+"""
+    assert run(fake, code) == "True True True\n"
+
+
+def test_frames_belong_to_a_gpu(fake: Path) -> None:
+    code = """
+from types import SimpleNamespace
+def frame(address):
+    return SimpleNamespace(__cuda_array_interface__=dict(version=3, typestr="|u1", shape=(2, 3, 3), data=(address, 0)))
+for index in (0, 1):
+    device = open_device(f"cuda:{index}")
+    with device.activate():
+        memory, stream = device.allocate(18, "a frame"), device.stream()
+        for address in (memory.address, 4096):
+            try:
+                found = device.frame(frame(address), stream)
+                print(found.address == memory.address, found.device_index)
+            except RetinaFaceError as error:
+                print(type(error).__name__, error)
+"""
+    lines = run(fake, code).splitlines()  # all memory of the fake driver is GPU 0's
+    assert lines[0] == "True 0"
+    assert lines[1].startswith("FrameError the frame's address 0x1000 is not in CUDA's memory")
+    assert lines[2].startswith("FrameError the frame is on GPU 0, the detector on GPU 1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"FAKE_CUDA_DEVICES": "0"}, "GpuError no NVIDIA GPU is visible: see nvidia-smi"),
+        ({"FAKE_CUDA_DEVICES": "1"}, "GpuError there is no GPU 1: 1 visible, counted from 0"),
+        ({"FAKE_CUDA_VERSION": "11080"}, "GpuError the NVIDIA driver knows CUDA 11.8, and 12.0 or newer is needed"),
+        ({"FAKE_CUDA_FAIL": "cuInit=34"}, "GpuError libcuda is the toolkit's stub"),
+        ({"FAKE_CUDA_FAIL": "cuInit=803"}, "GpuError the NVIDIA driver was updated under the running system: reboot"),
+        ({"FAKE_CUDA_FAIL": "cuInit=999"}, "GpuError CUDA failed (cuInit: CUDA_ERROR_UNKNOWN, a fake error)"),
+    ],
+)
+def test_no_gpu(fake: Path, settings: dict[str, str], expected: str) -> None:
+    assert message(fake, "open_device('cuda:1')", **settings).startswith(expected)
+
+
+def test_no_driver(tmp_path: Path) -> None:
+    code = "from trt_runtime.device import open_device; open_device()"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if "GpuError" not in done.stderr:
+        pytest.skip("there is a driver here")
+    last = done.stderr.splitlines()[-1]
+    assert re.search(r"GpuError: (there is no NVIDIA driver here|no NVIDIA GPU is visible).*runs on the CPU", last)
+
+
+@pytest.mark.parametrize(
+    ("failure", "call", "expected"),
+    [
+        (
+            "cuStreamSynchronize=700",
+            "stream.synchronize()",
+            "DeviceLostError a kernel broke this process's CUDA context",
+        ),
+        ("cuStreamSynchronize=719", "stream.synchronize()", "DeviceLostError"),
+        ("cuMemAlloc=700", "device.allocate(1, 'a test')", "DeviceLostError"),
+        (
+            "cuMemAlloc=2",
+            "device.allocate(1 << 20, 'the heads')",
+            "DeviceMemoryError no memory on the device for the h",
+        ),
+        ("cuMemHostAlloc=2", "device.pinned(100)", "DeviceMemoryError the host has no 100 bytes that can be page-lock"),
+        ("cuGraphInstantiate=801", "capture(stream)", "GpuError CUDA failed (cuGraphInstantiate: CUDA_ERROR_NOT_SUPP"),
+        ("cuEventCreate=400", "device.event()", "GpuError CUDA failed (cuEventCreate: CUDA_ERROR_INVALID_HANDLE, a f"),
+    ],
+)
+def test_failures(fake: Path, failure: str, call: str, expected: str) -> None:
+    code = f"""
+def capture(stream):
+    with stream.capture():
+        pass
+device = open_device()
+with device.activate():
+    stream = device.stream()
+    try:
+        {call}
+    except RetinaFaceError as error:
+        print(type(error).__name__, error)
+del stream
+print(live(0))
+"""
+    lines = run(fake, code, FAKE_CUDA_FAIL=failure).splitlines()
+    assert lines[0].startswith(expected)
+    assert lines[1:] == ["1"]  # nothing but the context is left of it
+
+
+PYCUDA = """
+import pycuda.driver as cuda
+cuda.init()
+context = cuda.Device(0).retain_primary_context()
+context.push()
+"""
+
+
+@pytest.fixture
+def pycuda() -> None:
+    if importlib.util.find_spec("pycuda") is None:
+        pytest.skip("PyCUDA is not installed")
+
+
+@pytest.mark.usefixtures("pycuda")
+def test_pycuda_has_every_name(fake: Path) -> None:
+    code = f"""
+import pycuda.driver
+for name in {sorted(_used()[2])}:
+    thing = pycuda.driver
+    for part in name.split("."):
+        thing = getattr(thing, part, None)
+    if thing is None:
+        print(name)
+"""
+    # of instances: `PyCudaStream.pycuda` is a stream
+    assert set(run(fake, code).split()) == {"synchronize"}
+    assert "True" in run(fake, "import pycuda.driver as d; print(hasattr(d.Stream, 'synchronize'))")
+
+
+@pytest.mark.usefixtures("pycuda")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_pycuda_does_what_a_device_does(fake: Path, graphs: bool) -> None:
+    without = "import sys; sys.modules['cuda.bindings.driver'] = None\n"
+    code = f"""
+{"" if graphs else without}{PYCUDA}
+before = live(0)
+device = open_device("pycuda")
+assert (device.name, device.compute_capability, device.can_capture) == ("Fake, device 0", 91, {graphs})
+check_device(device)
+import gc; gc.collect()
+print(live(0) - before, cuda.Context.get_current() == context)
+if not device.can_capture:
+    with device.activate():
+        try:
+            with device.stream().capture():
+                pass
+        except RetinaFaceError as error:
+            print(error)
+cuda.Context.pop()
+"""
+    lines = run(fake, code).splitlines()
+    assert lines[0] == "0 True"
+    assert lines[1:] == ([] if graphs else ["CUDA graphs with PyCUDA need cuda-bindings: pip install cuda-bindings"])
+
+
+@pytest.mark.usefixtures("pycuda")
+def test_pycudas_own_stream_arrays_and_errors(fake: Path) -> None:
+    code = f"""
+try:
+    open_device("pycuda")
+except RetinaFaceError as error:
+    print(error)
+{PYCUDA}
+import numpy as np
+from trt_runtime.device_pycuda import PyCudaDevice
+own = cuda.Stream(1)
+device = PyCudaDevice(own)
+with device.activate():
+    stream = device.stream()
+    print(stream.handle == own.handle, stream.pycuda is own)
+    stream.close()
+    print(own.handle > 0)
+    stream = device.stream()
+    from pycuda.gpuarray import GPUArray
+    array = GPUArray((4, 5, 3), np.uint8)
+    found = device.frame(array, stream)
+    print(found.address == int(array.gpudata), found.pitch, found.frame_hw, found.device_index, found.owner is array)
+    ctypes.CDLL(None).setenv(b"FAKE_CUDA_FAIL", b"cuStreamSynchronize=700", 1)
+    try:
+        stream.synchronize()
+    except RetinaFaceError as error:
+        print(type(error).__name__, error)
+cuda.Context.pop()
+"""
+    lines = run(fake, code).splitlines()
+    assert lines[0].startswith("there is no current PyCUDA context on this thread")
+    assert lines[1:4] == ["True True", "True", "True 15 (4, 5) 0 True"]
+    assert lines[4].startswith("DeviceLostError a kernel broke the CUDA context (cuStreamSynchronize failed")

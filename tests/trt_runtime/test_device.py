@@ -1,0 +1,504 @@
+"""The CPU as a device, and where frames lie."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
+from tests.trt_runtime.device_contract import check_device
+from trt_runtime.device import open_device
+from trt_runtime.device_frame import DeviceFrame, Nv12Frame, read_frame
+from trt_runtime.device_host import HostArray, HostDevice, HostStream
+
+
+@pytest.fixture
+def device() -> Iterator[HostDevice]:
+    device = HostDevice(memory_limit=1 << 20)
+    with device.activate():
+        yield device
+    device.close()
+
+
+def test_it_does_what_a_device_does() -> None:
+    device = HostDevice(delay_s=2e-3)
+    check_device(device, asynchronous=True)
+    gc.collect()
+    assert device.allocated_bytes == 0
+    device.close()
+
+
+def test_devices_by_name() -> None:
+    assert isinstance(open_device("cpu"), HostDevice)
+    for name in ("gpu", "", "cuda:", "cuda:-1", "cuda:x", "1", "cpu:1", "cuda:\u0662"):
+        with pytest.raises(GpuError, match="device must be cuda"):
+            open_device(name)
+
+
+def test_what_is_not_written_is_rubbish(device: HostDevice) -> None:
+    memory = device.allocate(8, "a test")
+    content = device.view(memory.address, 8)
+    assert np.isnan(content.view(np.float32)).all()
+    assert np.isnan(content.view(np.float16)).all()
+    assert (content.view(np.int32) == -1).all()
+
+
+def test_work_is_done_in_order_and_later(device: HostDevice) -> None:
+    stream, gate, seen = device.stream(), threading.Event(), list[int]()
+    stream.submit(gate.wait)
+    for number in range(100):
+        stream.submit(seen.append, number)
+    assert seen == []
+    gate.set()
+    stream.synchronize()
+    assert seen == list(range(100))
+
+
+def test_streams_run_beside_each_other_and_wait_when_told(device: HostDevice) -> None:
+    first, second, gate = device.stream(), device.stream(), threading.Event()
+    seen: list[str] = []
+    first.submit(gate.wait)
+    first.submit(seen.append, "first")
+    second.submit(seen.append, "beside")
+    second.synchronize()
+    assert seen == ["beside"]
+    second.wait_for(first.handle)
+    second.submit(seen.append, "after")
+    first.submit(seen.append, "first again")
+    threading.Timer(0.02, gate.set).start()
+    second.synchronize()
+    assert seen.index("first") < seen.index("after")
+    with pytest.raises(GpuError, match="none of this device"):
+        second.wait_for(12345)
+
+
+def test_a_graph_is_what_was_captured_with_what_memory_holds_now(device: HostDevice) -> None:
+    stream, seen, box = device.stream(), list[int](), [0]
+    with stream.capture() as capture:
+        stream.submit(lambda: seen.append(box[0]))
+        stream.submit(lambda: seen.append(-box[0]))
+    stream.synchronize()
+    assert seen == []
+    for box[0] in (1, 2):
+        capture.graph.launch(stream)
+        stream.synchronize()
+    assert seen == [1, -1, 2, -2]
+    with stream.capture() as outer:
+        capture.graph.launch(stream)
+    seen.clear()
+    outer.graph.launch(stream)
+    stream.synchronize()
+    assert seen == [2, -2]
+
+
+@pytest.mark.parametrize("what", ["pageable copy", "wait_for", "event", "pinned", "second capture"])
+def test_what_cannot_be_captured(device: HostDevice, what: str) -> None:
+    stream, memory, event = device.stream(), device.allocate(4, "a test"), device.event()
+    calls = {
+        "pageable copy": lambda: device.copy_in(memory.address, np.zeros(4, np.uint8), stream),
+        "wait_for": lambda: stream.wait_for(1),
+        "event": lambda: event.record(stream),
+        "pinned": lambda: device.pinned(4),
+        "second capture": lambda: stream.capture().__enter__(),
+    }
+    with pytest.raises(GpuError, match=r"the capture failed|captured"), stream.capture() as capture:
+        with pytest.raises(GpuError):
+            calls[what]()
+    with pytest.raises(GpuError, match="no graph"):
+        assert capture.graph
+    stream.synchronize()
+
+
+def test_another_thread_may_allocate_while_one_captures(device: HostDevice) -> None:
+    made: list[Any] = []
+
+    def work() -> None:
+        with device.activate():
+            made.append(device.allocate(4, "a test"))
+
+    with device.stream().capture():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(made) == 1
+
+
+def test_memory_is_limited_and_counted(device: HostDevice) -> None:
+    first = device.allocate(1 << 19, "the first")
+    assert device.free_and_total() == (1 << 19, 1 << 20)
+    with pytest.raises(DeviceMemoryError, match=r"for the second: 512.0 KiB asked for, 512.0 KiB of 1.0 MiB free"):
+        device.allocate((1 << 19) + 1, "the second")
+    second = device.allocate(1 << 19, "the second")
+    assert device.allocated_bytes == 1 << 20
+    first.close()
+    assert device.allocated_bytes == 1 << 19
+    del second
+    gc.collect()
+    assert device.allocated_bytes == 0
+    unlimited = HostDevice()
+    with unlimited.activate(), pytest.raises(DeviceMemoryError, match=r"for too much: 1073741824\.0 GiB asked for"):
+        unlimited.allocate(1 << 60, "too much")
+
+
+def test_closing_memory_waits_for_the_work_on_it(device: HostDevice) -> None:
+    stream, memory, gate = device.stream(), device.allocate(4, "a test"), threading.Event()
+    target = np.zeros(4, np.uint8)
+    device.copy_in(memory.address, np.full(4, 9, np.uint8), stream)
+    stream.submit(gate.wait)
+    device.copy_out(target, memory.address, stream)
+    threading.Timer(0.02, gate.set).start()
+    memory.close()
+    assert (target == 9).all()
+
+
+def test_closed_memory_cannot_be_reached(device: HostDevice) -> None:
+    stream, memory, pinned = device.stream(), device.allocate(4, "a test"), device.pinned(4)
+    address = memory.address
+    with stream.capture() as capture:
+        device.copy_out(pinned.array, address, stream)
+    memory.close()
+    with pytest.raises(GpuError, match="no live allocation"):
+        device.copy_out(pinned.array, address, stream)
+    stream.synchronize()
+    capture.graph.launch(stream)
+    with pytest.raises(DeviceLostError, match="no live allocation"):
+        stream.synchronize()
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(-1, 2), (0, 5), (3, 2), (4, 1)])
+def test_copies_stay_in_an_allocation(device: HostDevice, offset: int, nbytes: int) -> None:
+    stream, memory = device.stream(), device.allocate(4, "a test")
+    with pytest.raises(GpuError, match="no live allocation"):
+        device.copy_in(memory.address + offset, np.zeros(nbytes, np.uint8), stream)
+
+
+def test_writing_beside_memory_is_noticed(device: HostDevice) -> None:
+    import ctypes
+
+    for offset in (-1, 4):
+        memory = device.allocate(4, "the boxes")
+        ctypes.memset(memory.address + offset, 0, 1)
+        with pytest.raises(GpuError, match="beside the memory of the boxes"):
+            memory.close()
+
+
+def test_failed_work_loses_the_device(device: HostDevice) -> None:
+    stream, other, seen = device.stream(), device.stream(), list[int]()
+    stream.submit(lambda: 1 // 0)
+    stream.submit(seen.append, 1)
+    for call in (stream.synchronize, other.synchronize, lambda: device.allocate(4, "a test")):
+        with pytest.raises(DeviceLostError, match=r"ZeroDivisionError.*start again"):
+            call()
+    assert seen == []
+
+
+def test_it_must_be_active(device: HostDevice) -> None:
+    stream = device.stream()
+    caught: list[str] = []
+
+    def work() -> None:
+        for call in (device.stream, stream.synchronize, lambda: device.allocate(4, "a test"), device.event):
+            try:
+                call()
+            except GpuError as error:
+                caught.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(caught) == 4
+    assert all("not active on this thread" in message for message in caught)
+
+
+def test_a_closed_stream_takes_no_work(device: HostDevice) -> None:
+    stream = device.stream()
+    worker = stream.worker
+    stream.close()
+    with pytest.raises(GpuError, match="closed"):
+        stream.submit(print)
+    worker.join(5)
+    assert not worker.is_alive()
+    forgotten = device.stream().worker
+    gc.collect()
+    forgotten.join(5)
+    assert not forgotten.is_alive()
+
+
+def test_memory_that_only_a_kernel_holds(device: HostDevice) -> None:
+    stream = device.stream()
+    memory = device.allocate(4, "a test")
+    stream.submit(lambda kept: None, memory)
+    del memory
+    stream.synchronize()
+    stream.synchronize()
+    gc.collect()
+    assert device.allocated_bytes == 0
+
+
+def test_events_time_the_stream(device: HostDevice) -> None:
+    stream, before, after = device.stream(), device.event(), device.event()
+    gate = threading.Event()
+    before.record(stream)
+    stream.submit(gate.wait)
+    after.record(stream)
+    with pytest.raises(GpuError, match="not passed"):
+        after.elapsed_ms(before)
+    threading.Timer(0.03, gate.set).start()
+    after.synchronize()
+    assert 20 < after.elapsed_ms(before) < 5000
+    assert after.elapsed_ms(before) == -before.elapsed_ms(after)
+
+
+# frames
+
+
+class Interface:
+    """An object with a CUDA array interface, as given."""
+
+    def __init__(self, **interface: Any) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (4, 5, 3),
+            "data": (4096, True),
+            "strides": None,
+            **interface,
+        }
+
+
+class Tensor:
+    """A host array that says it is on a GPU; its capsule is numpy's or torch's own."""
+
+    def __init__(self, array: Any, device: tuple[int, int] = (2, 0), modern: bool = True) -> None:
+        self.array = array
+        self.device = device
+        self.modern = modern
+        self.streams: list[object] = []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device
+
+    def __dlpack__(self, stream: object = None, **options: Any) -> object:
+        if options and not self.modern:
+            raise TypeError("unexpected max_version")
+        self.streams.append(stream)
+        return self.array.__dlpack__(**options)
+
+
+@pytest.fixture
+def stream(device: HostDevice) -> HostStream:
+    return device.stream()
+
+
+def read(frame: object, stream: HostStream, located: int | None = 0) -> DeviceFrame | None:
+    return read_frame(frame, stream, 0, lambda address: located)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_interface_is_read(stream: HostStream, version: int) -> None:
+    frame = Interface(version=version)
+    found = read(frame, stream)
+    assert found == DeviceFrame(4096, 15, (4, 5), 0, frame)
+    assert found is not None
+    assert found.owner is frame
+    assert found.pixel_format == "bgr"
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "pitch"),
+    [
+        ((4, 5, 3), (32, 3, 1), 32),  # padded rows
+        ((4, 5, 3), (15, 3, 1), 15),
+        ((1, 5, 3), (-7, 3, 1), 15),  # one row: no stride from row to row
+        ((4, 1, 3), (64, 99, 1), 64),  # one column: none from pixel to pixel
+        ((1, 1, 3), (0, 0, 1), 3),
+    ],
+)
+def test_pitch(stream: HostStream, shape: tuple[int, ...], strides: tuple[int, ...], pitch: int) -> None:
+    found = read(Interface(shape=shape, strides=strides), stream)
+    assert found is not None
+    assert (found.pitch, found.frame_hw) == (pitch, shape[:2])
+
+
+@pytest.mark.parametrize(
+    ("interface", "message"),
+    [
+        ({"shape": (3, 4, 5)}, r"\.permute\(1, 2, 0\)\.contiguous\(\)"),
+        ({"shape": (1, 4, 5, 3)}, "detect_batch"),
+        ({"shape": (4, 5)}, "uint8 HxWx3 BGR"),
+        ({"shape": (4, 5, 4)}, "uint8 HxWx3 BGR"),
+        ({"shape": ()}, "uint8 HxWx3 BGR"),
+        ({"shape": (0, 5, 3)}, "empty"),
+        ({"typestr": "<f4"}, "must be uint8.*float32"),
+        ({"typestr": "|i1"}, "must be uint8.*int8"),
+        ({"typestr": "|b1"}, "must be uint8.*bool"),
+        ({"strides": (15, 3, -1)}, "contiguous"),
+        ({"strides": (-15, 3, 1)}, "contiguous"),
+        ({"strides": (3, 12, 1)}, "contiguous"),  # transposed
+        ({"strides": (5, 1, 20)}, "contiguous"),  # permuted from CHW
+        ({"strides": (14, 3, 1)}, "overlap"),
+        ({"strides": (0, 3, 1)}, "overlap"),
+        ({"strides": (15, 3)}, "cannot be read|version"),
+        ({"version": 1}, "version 1"),
+        ({"version": "x"}, "cannot be read"),
+        ({"data": None}, "cannot be read"),
+        ({"typestr": "nonsense"}, "cannot be read"),
+        ({"mask": object()}, "masked"),
+        ({"stream": 0}, "stream 0"),
+        ({"stream": "x"}, "stream 'x'"),
+    ],
+)
+def test_what_is_no_frame(stream: HostStream, interface: dict[str, Any], message: str) -> None:
+    with pytest.raises(FrameError, match=message) as caught:
+        read(Interface(**interface), stream)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_gpu(stream: HostStream) -> None:
+    with pytest.raises(FrameError, match="on GPU 1, the detector on GPU 0"):
+        read(Interface(), stream, located=1)
+    with pytest.raises(FrameError, match="on GPU 3, the detector on GPU 0"):
+        read(Tensor(np.zeros((4, 5, 3), np.uint8), (2, 3)), stream)
+    found = read(Interface(), stream, located=None)
+    assert found is not None
+    assert found.device_index is None
+
+
+def test_the_producers_stream_comes_first(device: HostDevice) -> None:
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    for version, waits in ((3, True), (2, False)):
+        producer, consumer, gate = device.stream(), device.stream(), threading.Event()
+        seen: list[str] = []
+        producer.submit(gate.wait)
+        producer.submit(seen.append, "made")
+        frame = Interface(stream=producer.handle, version=version)
+        assert read(frame, consumer) is not None
+        consumer.submit(seen.append, "read")
+        if not waits:
+            consumer.synchronize()
+        threading.Timer(0.01, gate.set).start()
+        producer.synchronize()
+        consumer.synchronize()
+        assert seen == (["made", "read"] if waits else ["read", "made"])
+    found = device.frame(HostArray(pixels, stream=1), device.stream())
+    assert found is not None
+    assert found.address == pixels.ctypes.data
+
+
+@pytest.mark.parametrize("modern", [True, False])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_dlpack_tensor_is_read(stream: HostStream, library: str, modern: bool) -> None:
+    pixels = np.zeros((6, 9, 3), np.uint8)[1:5, 2:7]
+    array: Any = pixels
+    if library == "torch":
+        array = pytest.importorskip("torch").from_numpy(pixels)
+    tensor = Tensor(array, modern=modern)
+    found = read(tensor, stream)
+    assert found is not None
+    assert (found.address, found.pitch, found.frame_hw, found.device_index) == (pixels.ctypes.data, 27, (4, 5), 0)
+    assert tensor.streams == [stream.handle]
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_the_owner_keeps_a_tensor_alive_and_no_longer(stream: HostStream, modern: bool) -> None:
+    memory = np.full((4, 5, 3), 9, np.uint8)
+    freed: list[int] = []
+    weakref.finalize(memory, freed.append, 1)
+    found = read(Tensor(memory, modern=modern), stream)
+    del memory
+    gc.collect()
+    assert found is not None
+    assert freed == []
+    del found
+    gc.collect()
+    assert freed == [1]
+
+
+def test_a_refused_tensor_is_let_go(stream: HostStream) -> None:
+    memory = np.zeros((3, 4, 5), np.uint8)
+    freed: list[int] = []
+    weakref.finalize(memory, freed.append, 1)
+    tensor = Tensor(memory)
+    del memory
+    with pytest.raises(FrameError, match="permute"):
+        read(tensor, stream)
+    del tensor
+    gc.collect()
+    assert freed == [1]
+
+
+def test_tensors_of_other_kinds(stream: HostStream) -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(FrameError, match="must be uint8"):
+        read(Tensor(torch.zeros(4, 5, 3)), stream)
+    with pytest.raises(FrameError, match="must be uint8"):
+        read(Tensor(torch.zeros(4, 5, 3, dtype=torch.int8)), stream)
+    with pytest.raises(FrameError, match=r"\.permute"):
+        read(Tensor(torch.zeros(3, 4, 5, dtype=torch.uint8)), stream)
+    with pytest.raises(FrameError, match="contiguous"):
+        read(Tensor(torch.zeros(3, 4, 5, dtype=torch.uint8).permute(1, 2, 0)), stream)
+    with pytest.raises(FrameError, match="grad"):
+        read(Tensor(torch.zeros(4, 5, 3, requires_grad=True)), stream)
+    with pytest.raises(FrameError, match="not CUDA's"):
+        read(Tensor(torch.zeros(4, 5, 3, dtype=torch.uint8), (10, 0)), stream)
+
+
+def test_what_is_on_the_host_is_no_device_frame(device: HostDevice, stream: HostStream) -> None:
+    torch = pytest.importorskip("torch")
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    for frame in (pixels, torch.from_numpy(pixels), Tensor(pixels, (3, 0)), pixels.tolist(), None, np.ndarray, Tensor):
+        assert read(frame, stream) is None
+        assert device.frame(frame, stream) is None
+
+
+def test_the_cpu_takes_host_arrays_alone(device: HostDevice, stream: HostStream) -> None:
+    pixels = np.zeros((6, 9, 3), np.uint8)[1:5, 2:7]
+    found = device.frame(HostArray(pixels), stream)
+    assert found is not None
+    assert (found.address, found.pitch, found.frame_hw) == (pixels.ctypes.data, 27, (4, 5))
+    assert device.frame(Interface(), stream) is None
+    with pytest.raises(FrameError, match="contiguous"):
+        device.frame(HostArray(pixels[::-1]), stream)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_nv12(device: HostDevice, stream: HostStream, pairs: bool) -> None:
+    luma, chroma = np.zeros((4, 8), np.uint8)[:, :6], np.zeros((2, 10), np.uint8)[:, :6]
+    frame = Nv12Frame(HostArray(luma), HostArray(chroma.reshape(2, 3, 2) if pairs else chroma), "bt601")
+    found = device.frame(frame, stream)
+    assert found is not None
+    assert (found.address, found.pitch, found.frame_hw) == (luma.ctypes.data, 8, (4, 6))
+    assert found.pixel_format == "nv12_bt601"
+    if not pairs:
+        assert (found.chroma_address, found.chroma_pitch) == (chroma.ctypes.data, 10)
+
+
+@pytest.mark.parametrize(
+    ("luma", "chroma", "message"),
+    [
+        ({"shape": (5, 6)}, {"shape": (2, 6)}, "even sides"),
+        ({"shape": (4, 5)}, {"shape": (2, 5)}, "even sides"),
+        ({"shape": (4, 6, 1)}, {"shape": (2, 6)}, "even sides"),
+        ({"shape": (4, 6)}, {"shape": (2, 3)}, "chroma must be"),
+        ({"shape": (4, 6)}, {"shape": (4, 6)}, "chroma must be"),
+        ({"shape": (4, 6)}, {"shape": (2, 6), "typestr": "<f2"}, "chroma must be uint8"),
+        ({"shape": (4, 6), "strides": (6, 2)}, {"shape": (2, 6)}, "rows of luma"),
+        ({"shape": (4, 6)}, {"shape": (2, 3, 2), "strides": (6, 1, 3)}, "rows of chroma"),
+    ],
+)
+def test_what_is_no_nv12(stream: HostStream, luma: dict[str, Any], chroma: dict[str, Any], message: str) -> None:
+    with pytest.raises(FrameError, match=message):
+        read(Nv12Frame(Interface(**luma), Interface(**chroma)), stream)
+
+
+def test_nv12_on_the_host_and_of_unknown_colours(stream: HostStream) -> None:
+    with pytest.raises(FrameError, match="two arrays on the device"):
+        read(Nv12Frame(np.zeros((4, 6), np.uint8), Interface(shape=(2, 6))), stream)
+    with pytest.raises(FrameError, match="bt709"):
+        Nv12Frame(None, None, "bt2020")  # type: ignore[arg-type]

@@ -106,24 +106,28 @@ def read_frame(
         FrameError: On a device, but another one, or not such a frame.
     """
     if isinstance(frame, Nv12Frame):
-        luma, chroma = (_read_array(plane, stream.handle) for plane in (frame.luma, frame.chroma))
+        luma, chroma = (_read_array(plane, stream.handle, device_index) for plane in (frame.luma, frame.chroma))
         if luma is None or chroma is None:
             raise FrameError("an Nv12Frame takes two arrays on the device, and these are not")
         planes = [luma, chroma]
         found = _nv12_frame(luma, chroma, frame.matrix)
     else:
-        array = _read_array(frame, stream.handle)
+        array = _read_array(frame, stream.handle, device_index)
         if array is None:
             return None
         planes = [array]
         found = _bgr_frame(array)
     for plane in planes:
         index = locate(plane.address) if plane.device_index is None else plane.device_index
-        if None not in (index, device_index) and index != device_index:
-            raise FrameError(f"the frame is on GPU {index}, the detector on GPU {device_index}: copy it there first")
+        _check_index(index, device_index)
         if plane.stream is not None:
             stream.wait_for(plane.stream)
     return replace(found, device_index=index)
+
+
+def _check_index(index: int | None, device_index: int | None) -> None:
+    if None not in (index, device_index) and index != device_index:
+        raise FrameError(f"the frame is on GPU {index}, the detector on GPU {device_index}: copy it there first")
 
 
 def _bgr_frame(array: _Array) -> DeviceFrame:
@@ -174,7 +178,7 @@ def _pitch(array: _Array, what: str, row_bytes: int) -> int:
     return array.strides[0]
 
 
-def _read_array(array: Any, stream_handle: int) -> _Array | None:
+def _read_array(array: Any, stream_handle: int, device_index: int | None) -> _Array | None:
     """Return where an array lies on a device; None if it is in the host's memory or no array."""
     if isinstance(array, type):
         return None
@@ -186,6 +190,7 @@ def _read_array(array: Any, stream_handle: int) -> _Array | None:
             raise FrameError(
                 f"the frame is on a device that is not CUDA's (DLPack calls it {int(kind)}): copy it first"
             )
+        _check_index(int(index), device_index)  # before torch says it in its own way
         return _read_capsule(_capsule(array, stream_handle), int(index))
     try:
         interface = getattr(array, "__cuda_array_interface__", None)

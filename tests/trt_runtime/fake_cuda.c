@@ -1,8 +1,8 @@
 /* A libcuda.so.1 for machines without a GPU: the driver calls of trt_runtime/device_*.py over the host's memory.
  *
  * The real cuda.bindings (and PyCUDA) run on it, so that what they are given is converted and checked for real. Work is
- * done at once, or recorded where a stream is captured. Rules that CUDA has are kept: a context must be current, nothing
- * is allocated or waited for in a capture, every handle must be a live one.
+ * done at once, or recorded where a stream is captured. Rules that CUDA has are kept: a context must be current,
+ * nothing is allocated or waited for in a capture, every handle must be a live one.
  *
  * FAKE_CUDA_DEVICES, FAKE_CUDA_VERSION, FAKE_CUDA_MEMORY: what there is. FAKE_CUDA_FAIL=cuLaunch=700: what fails.
  */
@@ -17,59 +17,59 @@
 
 enum { MEMORY = 1, PINNED, STREAM, EVENT, GRAPH, EXECUTABLE, CONTEXT };
 typedef struct Copy {
-  void *to;
-  const void *from;
+  void* to;
+  const void* from;
   size_t size;
-  struct Copy *next;
+  struct Copy* next;
 } Copy;
 typedef struct Object {
   int kind, capturing, invalid, recorded;
   size_t size;
   double seconds;
-  void *data;
+  void* data;
   Copy *first, **last;
-  struct Object *next;
+  struct Object* next;
 } Object;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static Object *objects;
+static Object* objects;
 static long retained, used;
 static Object primary[8];
-static __thread void *stack[16];
+static __thread void* stack[16];
 static __thread int depth, relaxed;
-static __thread Object *captured;
+static __thread Object* captured;
 
-static long setting(const char *name, long otherwise) {
-  const char *value = getenv(name);
+static long setting(const char* name, long otherwise) {
+  const char* value = getenv(name);
   return value ? atol(value) : otherwise;
 }
 
-static int failure(const char *name) {
-  const char *wanted = getenv("FAKE_CUDA_FAIL");
+static int failure(const char* name) {
+  const char* wanted = getenv("FAKE_CUDA_FAIL");
   size_t length = strlen(name);
   return wanted && !strncmp(wanted, name, length) && wanted[length] == '=' ? atoi(wanted + length + 1) : 0;
 }
 
-#define ENTER(name) \
-  do { \
+#define ENTER(name)           \
+  do {                        \
     int code = failure(name); \
-    if (code) return code; \
+    if (code) return code;    \
   } while (0)
 #define ENTER_CONTEXT(name) \
-  do { \
-    ENTER(name); \
+  do {                      \
+    ENTER(name);            \
     if (!depth) return 201; \
   } while (0)
-#define NOT_CAPTURED() \
-  do { \
+#define NOT_CAPTURED()          \
+  do {                          \
     if (captured && !relaxed) { \
-      captured->invalid = 1; \
-      return 900; \
-    } \
+      captured->invalid = 1;    \
+      return 900;               \
+    }                           \
   } while (0)
 
-static Object *add(int kind, void *data, size_t size) {
-  Object *object = calloc(1, sizeof *object);
+static Object* add(int kind, void* data, size_t size) {
+  Object* object = calloc(1, sizeof *object);
   object->kind = kind, object->data = data ? data : object, object->size = size, object->last = &object->first;
   pthread_mutex_lock(&mutex);
   object->next = objects, objects = object;
@@ -77,20 +77,20 @@ static Object *add(int kind, void *data, size_t size) {
   return object;
 }
 
-static Object *find(int kind, const void *data) {
+static Object* find(int kind, const void* data) {
   pthread_mutex_lock(&mutex);
-  Object *object = objects;
+  Object* object = objects;
   while (object && !(object->kind == kind && object->data == data)) object = object->next;
   pthread_mutex_unlock(&mutex);
   return object;
 }
 
-static int take(int kind, const void *data) {
+static int take(int kind, const void* data) {
   int found = 0;
   pthread_mutex_lock(&mutex);
-  for (Object **place = &objects; *place && !found; place = *place ? &(*place)->next : place)
+  for (Object** place = &objects; *place && !found; place = *place ? &(*place)->next : place)
     if ((*place)->kind == kind && (*place)->data == data) {
-      Object *gone = *place;
+      Object* gone = *place;
       if (kind == MEMORY) used -= (long)gone->size;
       if (kind == MEMORY || kind == PINNED) free(gone->data);
       *place = gone->next, found = 1; /* the object itself stays: a handle is never given out twice */
@@ -103,7 +103,7 @@ static int take(int kind, const void *data) {
 /* Counts what is alive of a kind, 0 for all, the primary context among them. */
 int fake_cuda_live(int kind) {
   int count = kind && kind != CONTEXT ? 0 : (int)retained;
-  for (Object *object = objects; object; object = object->next) count += !kind || object->kind == kind;
+  for (Object* object = objects; object; object = object->next) count += !kind || object->kind == kind;
   return count;
 }
 int fake_cuda_depth(void) { return depth; }
@@ -112,41 +112,41 @@ int cuInit(unsigned flags) {
   ENTER("cuInit");
   return setting("FAKE_CUDA_DEVICES", 2) ? 0 : 100;
 }
-int cuDriverGetVersion(int *version) { return *version = (int)setting("FAKE_CUDA_VERSION", 13000), 0; }
-int cuDeviceGetCount(int *count) { return *count = (int)setting("FAKE_CUDA_DEVICES", 2), 0; }
-int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, 0; }
-int cuDeviceGetName(char *name, int length, int device) { return snprintf(name, length, "Fake"), 0; }
-int cuDeviceGetAttribute(int *value, int attribute, int device) {
+int cuDriverGetVersion(int* version) { return *version = (int)setting("FAKE_CUDA_VERSION", 13000), 0; }
+int cuDeviceGetCount(int* count) { return *count = (int)setting("FAKE_CUDA_DEVICES", 2), 0; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
+int cuDeviceGetName(char* name, int length, int device) { return snprintf(name, length, "Fake"), 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
   return *value = attribute == 75 ? 9 : attribute == 76 ? 1 : 0, 0;
 }
-int cuDeviceComputeCapability(int *major, int *minor, int device) { return *major = 9, *minor = 1, 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { return retained++, *context = &primary[device], 0; }
+int cuDeviceComputeCapability(int* major, int* minor, int device) { return *major = 9, *minor = 1, 0; }
+int cuDevicePrimaryCtxRetain(void** context, int device) { return retained++, *context = &primary[device], 0; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return retained--, 0; }
-int cuCtxDetach(void *context) { return retained--, depth -= depth > 0, 0; }
-int cuCtxPushCurrent_v2(void *context) {
+int cuCtxDetach(void* context) { return retained--, depth -= depth > 0, 0; }
+int cuCtxPushCurrent_v2(void* context) {
   ENTER("cuCtxPushCurrent");
   return stack[depth++] = context, 0;
 }
-int cuCtxPopCurrent_v2(void **context) { return depth ? (*context = stack[--depth], 0) : 201; }
-int cuCtxGetCurrent(void **context) { return *context = depth ? stack[depth - 1] : NULL, 0; }
-int cuCtxGetDevice(int *device) {
+int cuCtxPopCurrent_v2(void** context) { return depth ? (*context = stack[--depth], 0) : 201; }
+int cuCtxGetCurrent(void** context) { return *context = depth ? stack[depth - 1] : NULL, 0; }
+int cuCtxGetDevice(int* device) {
   ENTER_CONTEXT("cuCtxGetDevice");
-  return *device = (int)((Object *)stack[depth - 1] - primary), 0;
+  return *device = (int)((Object*)stack[depth - 1] - primary), 0;
 }
 int cuCtxSynchronize(void) {
   ENTER_CONTEXT("cuCtxSynchronize");
   return 0;
 }
-int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
+int cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
   ENTER_CONTEXT("cuMemGetInfo");
   *total = (size_t)setting("FAKE_CUDA_MEMORY", 1 << 30);
   return *free_bytes = *total - (size_t)used, 0;
 }
-int cuMemAlloc_v2(uintptr_t *address, size_t size) {
+int cuMemAlloc_v2(uintptr_t* address, size_t size) {
   ENTER_CONTEXT("cuMemAlloc");
   NOT_CAPTURED();
   if (used + (long)size > setting("FAKE_CUDA_MEMORY", 1 << 30)) return 2;
-  void *data = aligned_alloc(256, (size + 255) / 256 * 256);
+  void* data = aligned_alloc(256, (size + 255) / 256 * 256);
   memset(data, 0xFF, size);
   used += (long)size;
   return *address = (uintptr_t)data, add(MEMORY, data, size), 0;
@@ -154,142 +154,142 @@ int cuMemAlloc_v2(uintptr_t *address, size_t size) {
 int cuMemFree_v2(uintptr_t address) {
   ENTER_CONTEXT("cuMemFree");
   NOT_CAPTURED();
-  return take(MEMORY, (void *)address);
+  return take(MEMORY, (void*)address);
 }
-int cuMemHostAlloc(void **address, size_t size, unsigned flags) {
+int cuMemHostAlloc(void** address, size_t size, unsigned flags) {
   ENTER_CONTEXT("cuMemHostAlloc");
   NOT_CAPTURED();
   return add(PINNED, *address = malloc(size), size), 0;
 }
-int cuMemFreeHost(void *address) {
+int cuMemFreeHost(void* address) {
   ENTER_CONTEXT("cuMemFreeHost");
   NOT_CAPTURED();
   return take(PINNED, address);
 }
-int cuPointerGetAttribute(void *value, int attribute, uintptr_t address) {
-  for (Object *object = objects; object; object = object->next)
+int cuPointerGetAttribute(void* value, int attribute, uintptr_t address) {
+  for (Object* object = objects; object; object = object->next)
     if (object->kind == MEMORY && (uintptr_t)object->data <= address &&
         address < (uintptr_t)object->data + object->size)
-      return *(int *)value = 0, 0;
+      return *(int*)value = 0, 0;
   return 1;
 }
 
-int cuStreamCreate(void **stream, unsigned flags) {
+int cuStreamCreate(void** stream, unsigned flags) {
   ENTER_CONTEXT("cuStreamCreate");
   return flags == 1 ? (*stream = add(STREAM, NULL, 0), 0) : 1; /* non-blocking ones only */
 }
-int cuStreamDestroy_v2(void *stream) {
+int cuStreamDestroy_v2(void* stream) {
   ENTER_CONTEXT("cuStreamDestroy");
   return take(STREAM, stream);
 }
-int cuStreamSynchronize(void *stream) {
+int cuStreamSynchronize(void* stream) {
   ENTER_CONTEXT("cuStreamSynchronize");
-  Object *object = find(STREAM, stream);
+  Object* object = find(STREAM, stream);
   if (object && object->capturing) return object->invalid = 1, 900;
   return object ? 0 : 400;
 }
-static int copy(Object *stream, void *to, const void *from, size_t size) {
+static int copy(Object* stream, void* to, const void* from, size_t size) {
   if (!stream) return 400;
   if (!stream->capturing) return memcpy(to, from, size), 0;
-  Copy *item = malloc(sizeof *item);
+  Copy* item = malloc(sizeof *item);
   *item = (Copy){to, from, size, NULL};
   *stream->last = item, stream->last = &item->next;
   return 0;
 }
-int cuMemcpyHtoDAsync_v2(uintptr_t to, const void *from, size_t size, void *stream) {
+int cuMemcpyHtoDAsync_v2(uintptr_t to, const void* from, size_t size, void* stream) {
   ENTER_CONTEXT("cuMemcpyHtoDAsync");
-  return copy(find(STREAM, stream), (void *)to, from, size);
+  return copy(find(STREAM, stream), (void*)to, from, size);
 }
-int cuMemcpyDtoHAsync_v2(void *to, uintptr_t from, size_t size, void *stream) {
+int cuMemcpyDtoHAsync_v2(void* to, uintptr_t from, size_t size, void* stream) {
   ENTER_CONTEXT("cuMemcpyDtoHAsync");
-  return copy(find(STREAM, stream), to, (void *)from, size);
+  return copy(find(STREAM, stream), to, (void*)from, size);
 }
 
-int cuEventCreate(void **event, unsigned flags) {
+int cuEventCreate(void** event, unsigned flags) {
   ENTER_CONTEXT("cuEventCreate");
   return *event = add(EVENT, NULL, flags), 0;
 }
-int cuEventDestroy_v2(void *event) {
+int cuEventDestroy_v2(void* event) {
   ENTER_CONTEXT("cuEventDestroy");
   return take(EVENT, event);
 }
-int cuEventRecord(void *event, void *stream) {
+int cuEventRecord(void* event, void* stream) {
   ENTER_CONTEXT("cuEventRecord");
-  Object *object = find(EVENT, event);
+  Object* object = find(EVENT, event);
   if (!object || ((uintptr_t)stream > 2 && !find(STREAM, stream))) return 400;
   struct timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
   return object->seconds = (double)now.tv_sec + 1e-9 * (double)now.tv_nsec, object->recorded = 1, 0;
 }
-int cuEventSynchronize(void *event) {
+int cuEventSynchronize(void* event) {
   ENTER_CONTEXT("cuEventSynchronize");
   return find(EVENT, event) ? 0 : 400;
 }
-int cuEventElapsedTime_v2(float *milliseconds, void *start, void *end) {
+int cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) {
   ENTER_CONTEXT("cuEventElapsedTime");
   Object *first = find(EVENT, start), *last = find(EVENT, end);
   if (!first || !last || !first->recorded || !last->recorded || first->size || last->size) return 400;
   return *milliseconds = (float)((last->seconds - first->seconds) * 1e3), 0;
 }
-int cuEventElapsedTime(float *milliseconds, void *start, void *end) {
+int cuEventElapsedTime(float* milliseconds, void* start, void* end) {
   return cuEventElapsedTime_v2(milliseconds, start, end);
 }
-int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
+int cuStreamWaitEvent(void* stream, void* event, unsigned flags) {
   ENTER_CONTEXT("cuStreamWaitEvent");
   return find(STREAM, stream) && find(EVENT, event) && !flags ? 0 : 400;
 }
 
-int cuThreadExchangeStreamCaptureMode(int *mode) {
+int cuThreadExchangeStreamCaptureMode(int* mode) {
   int before = relaxed ? 2 : 0;
   return relaxed = *mode == 2, *mode = before, 0;
 }
-int cuStreamBeginCapture_v2(void *stream, int mode) {
+int cuStreamBeginCapture_v2(void* stream, int mode) {
   ENTER_CONTEXT("cuStreamBeginCapture");
-  Object *object = find(STREAM, stream);
+  Object* object = find(STREAM, stream);
   if (!object || mode != 1) return 1; /* thread-local ones only */
   return captured = object, object->capturing = 1, object->invalid = 0, object->last = &object->first,
          object->first = NULL, 0;
 }
-int cuStreamEndCapture(void *stream, void **graph) {
-  Object *object = find(STREAM, stream);
+int cuStreamEndCapture(void* stream, void** graph) {
+  Object* object = find(STREAM, stream);
   *graph = NULL;
   if (!object || !object->capturing) return 400;
   captured = NULL, object->capturing = 0;
   if (object->invalid) return 901;
-  Object *made = add(GRAPH, NULL, 0);
+  Object* made = add(GRAPH, NULL, 0);
   return made->first = object->first, *graph = made, 0;
 }
-int cuGraphInstantiateWithFlags(void **executable, void *graph, unsigned long long flags) {
+int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long flags) {
   ENTER_CONTEXT("cuGraphInstantiate");
   Object *from = find(GRAPH, graph), *made = from ? add(EXECUTABLE, NULL, 0) : NULL;
   return from ? (made->first = from->first, *executable = made, 0) : 400;
 }
-int cuGraphDestroy(void *graph) { return take(GRAPH, graph); }
-int cuGraphLaunch(void *executable, void *stream) {
+int cuGraphDestroy(void* graph) { return take(GRAPH, graph); }
+int cuGraphLaunch(void* executable, void* stream) {
   ENTER_CONTEXT("cuGraphLaunch");
   Object *object = find(EXECUTABLE, executable), *on = find(STREAM, stream);
   int code = object && on ? 0 : 400;
-  for (Copy *item = code ? NULL : object->first; item && !code; item = item->next)
+  for (Copy* item = code ? NULL : object->first; item && !code; item = item->next)
     code = copy(on, item->to, item->from, item->size);
   return code;
 }
-int cuGraphExecDestroy(void *executable) { return take(EXECUTABLE, executable); }
+int cuGraphExecDestroy(void* executable) { return take(EXECUTABLE, executable); }
 
-int cuGetErrorString(int code, const char **text) {
+int cuGetErrorString(int code, const char** text) {
   *text = code == 700 ? "an illegal memory access was encountered" : code == 2 ? "out of memory" : "a fake error";
   return 0;
 }
-int cuGetErrorName(int code, const char **text) { return *text = "CUDA_ERROR_FAKE", 0; }
+int cuGetErrorName(int code, const char** text) { return *text = "CUDA_ERROR_FAKE", 0; }
 
-int cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags, int *status) {
+int cuGetProcAddress_v2(const char* symbol, void** function, int version, uint64_t flags, int* status) {
   char name[128];
   Dl_info own;
   *function = NULL;
-  dladdr((void *)cuInit, &own);
-  void *library = dlopen(own.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+  dladdr((void*)cuInit, &own);
+  void* library = dlopen(own.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
   snprintf(name, sizeof name, "%s_v2", symbol);
   if (!(*function = dlsym(library, name))) *function = dlsym(library, symbol);
-  if (!*function && !strcmp(symbol, "cuGraphInstantiate")) *function = (void *)cuGraphInstantiateWithFlags;
+  if (!*function && !strcmp(symbol, "cuGraphInstantiate")) *function = (void*)cuGraphInstantiateWithFlags;
   if (status) *status = *function ? 0 : 1;
   return *function ? 0 : 500;
 }

@@ -363,8 +363,10 @@ def test_what_is_no_frame(stream: HostStream, interface: dict[str, Any], message
 def test_another_gpu(stream: HostStream) -> None:
     with pytest.raises(FrameError, match="on GPU 1, the detector on GPU 0"):
         read(Interface(), stream, located=1)
+    tensor = Tensor(np.zeros((4, 5, 3), np.uint8), (2, 3))
     with pytest.raises(FrameError, match="on GPU 3, the detector on GPU 0"):
-        read(Tensor(np.zeros((4, 5, 3), np.uint8), (2, 3)), stream)
+        read(tensor, stream)
+    assert tensor.streams == []  # nothing was asked of it: its GPU's stream is none of ours
     found = read(Interface(), stream, located=None)
     assert found is not None
     assert found.device_index is None

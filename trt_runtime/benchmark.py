@@ -1,0 +1,436 @@
+"""How fast a detector is: latency by stage, and frames a second.
+
+python -m trt_runtime.benchmark --model retinaface.onnx --batch 1,4 --plot latency.png
+python -m trt_runtime.benchmark --compare fp32.onnx int8.onnx
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from facespec.cli import ArgumentParser, require, run
+from facespec.errors import DataError, OutputError, SpecError
+from facespec.files import check_outputs, write_text
+from facespec.images import find_images, read_image
+from facespec.letterbox import Frame, Letterbox
+from facespec.samples import sample_photographs
+from facespec.spec import parse_size
+from trt_runtime import machine
+from trt_runtime.benchmark_report import PLOT_SUFFIXES, heading, plot, setting_table
+from trt_runtime.detector import load_detector
+from trt_runtime.measure import PAUSE_S, Latency, Ratio, Samples, speed_ratio, take_turns
+from trt_runtime.timing import StageTimer
+
+MAX_FRAMES = 32
+"""Images of a folder that are used, spread over it."""
+
+FRAME_HW = (720, 1280)
+GRIDS = ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4))
+"""Rows and columns of the photographs in each frame that is made of them."""
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What to measure.
+
+    Attributes:
+        models: Model files for `load_detector`; several are compared, call by call.
+        backends: Backends to run each of them on, compared as well.
+        batches: Frames in one call.
+        sizes: Network sizes (height, width); None is the model's own.
+        frames: Folder of images; None makes frames.
+        repeats: Recorded calls of each kind, at least.
+        warm_up: Calls before them.
+        threads: Threads of the network; None is the backend's choice.
+        streams: Calls the backend runs at once.
+        depth: Calls that are handed over at once to measure throughput; None is `streams`, 2 at least.
+        json: File of all figures.
+        plot: Picture of them.
+    """
+
+    models: tuple[Path, ...]
+    backends: tuple[str, ...] = ("auto",)
+    batches: tuple[int, ...] = (1,)
+    sizes: tuple[tuple[int, int] | None, ...] = (None,)
+    frames: Path | None = None
+    repeats: int = 200
+    warm_up: int = 20
+    threads: int | None = None
+    streams: int = 1
+    depth: int | None = None
+    json: Path | None = None
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        limits = {"--repeats": (self.repeats, 1, 1_000_000), "--warm-up": (self.warm_up, 0, 1_000_000)}
+        limits.update({f"--batch {batch}": (batch, 1, 1024) for batch in self.batches})
+        limits["--streams"] = (self.streams, 1, 64)
+        if self.depth is not None:
+            limits["--depth"] = (self.depth, 1, 64)
+        for option, (value, least, most) in limits.items():
+            if not least <= value <= most:
+                raise SpecError(f"{option}: expected a number from {least} to {most}, got {value}")
+        for option, values in (("--batch", self.batches), ("--size", self.sizes), ("--backend", self.backends)):
+            if len(set(values)) < len(values) or not values:
+                raise SpecError(f"{option}: expected one value or several different ones, separated by commas")
+        if self.plot and self.plot.suffix.lower() not in PLOT_SUFFIXES:
+            raise OutputError(f"--plot {self.plot}: a plot is written as {', '.join(PLOT_SUFFIXES)}")
+
+    @property
+    def stream_depth(self) -> int:
+        """Calls that are handed over at once to measure throughput."""
+        return self.depth or max(self.streams, 2)
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What the detectors are run on.
+
+    Attributes:
+        images: uint8 (H, W, 3) BGR each.
+        what: Where they come from, for people.
+    """
+
+    images: list[Frame]
+    what: str
+
+    def batches(self, size: int) -> list[list[Frame]]:
+        """Return as many batches as there are frames, each beginning with another frame."""
+        count = len(self.images)
+        return [[self.images[(start * size + i) % count] for i in range(size)] for start in range(count)]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What was measured of one detector at one size and batch.
+
+    Attributes:
+        name: Tells it from the others.
+        environment: What the detector says of itself.
+        size_hw: Network size; None where every frame ran at its own.
+        batch: Frames a call.
+        total_ms: Whole calls, without a timer.
+        stages_ms: Other calls, by stage.
+        pipelined_fps: Frames a second with `depth` calls under way.
+        depth: Calls handed over at once for that.
+        faces: Faces found in each frame.
+    """
+
+    name: str
+    environment: dict[str, Any]
+    size_hw: Any
+    batch: int
+    total_ms: Samples
+    stages_ms: dict[str, Samples]
+    pipelined_fps: float
+    depth: int
+    faces: list[int]
+
+    @property
+    def fps(self) -> float:
+        """Frames a second, one call after the other."""
+        return self.batch * 1e3 / float(self.total_ms.mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures, ready for JSON."""
+        return {
+            "name": self.name,
+            "detector": self.environment,
+            "size_hw": list(self.size_hw) if isinstance(self.size_hw, tuple) else self.size_hw,
+            "batch": self.batch,
+            "calls": self.total_ms.size,
+            "total_ms": Latency.of(self.total_ms).to_dict(),
+            "stages_ms": {name: Latency.of(samples).to_dict() for name, samples in self.stages_ms.items()},
+            "frames_per_s": round(self.fps, 2),
+            "frames_per_s_pipelined": round(self.pipelined_fps, 2),
+            "pipeline_depth": self.depth,
+            "faces_per_frame": {"mean": round(float(np.mean(self.faces)), 3), "max": max(self.faces)},
+        }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything measured at one size and batch.
+
+    Attributes:
+        measurements: One for each detector.
+        ratios: How many times as fast as the first each of the others is.
+    """
+
+    measurements: list[Measurement]
+    ratios: list[Ratio]
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return the figures of each detector, ready for JSON."""
+        rows = [measurement.to_dict() for measurement in self.measurements]
+        for row, ratio in zip(rows[1:], self.ratios, strict=True):
+            row["times_as_fast_as_first"] = {
+                **{name: round(value, 4) for name, value in ratio._asdict().items()},
+                "difference": not ratio.is_noise,
+            }
+        return rows
+
+
+def load_frames(folder: Path | None) -> Frames:
+    """Return the images of a folder, `MAX_FRAMES` at most; without one, frames made of sample photographs, or of noise.
+
+    Raises:
+        DataError: There are no images in it.
+        ImageError: One of them cannot be read.
+    """
+    if folder is not None:
+        if not folder.is_dir():
+            raise DataError(f"--frames {folder}: expected a folder of images, there is none of this name")
+        paths = find_images(folder)
+        if not paths:
+            raise DataError(f"--frames {folder}: no images in this folder")
+        chosen = np.linspace(0, len(paths) - 1, min(len(paths), MAX_FRAMES)).astype(int)
+        images = [read_image(paths[index]) for index in chosen]
+        return Frames(images, f"{len(images)} of {len(paths)} images in {folder}, each at its own size")
+    height, width = FRAME_HW
+    photographs = [read_image(path) for path in sample_photographs()]
+    if not photographs:
+        random = np.random.default_rng(0)
+        coarse = random.integers(0, 256, (8, height // 16, width // 16, 3), np.uint8)
+        images = [np.asarray(cv2.resize(image, (width, height)), np.uint8) for image in coarse]
+        return Frames(images, f"{len(images)} frames of noise, {width}x{height}: there are no faces in them")
+    images = [_mosaic(photographs, rows, columns) for rows, columns in GRIDS]
+    most = max(rows * columns for rows, columns in GRIDS)
+    return Frames(images, f"{len(images)} frames of {width}x{height}, made of sample photographs: 1 to {most} faces")
+
+
+def _mosaic(photographs: Sequence[Frame], rows: int, columns: int) -> Frame:
+    cell = FRAME_HW[0] // rows, FRAME_HW[1] // columns
+    frame = np.zeros((*FRAME_HW, 3), np.uint8)
+    for index in range(rows * columns):
+        photograph = photographs[index % len(photographs)]
+        top, left = index // columns * cell[0], index % columns * cell[1]
+        box = Letterbox.fit((photograph.shape[0], photograph.shape[1]), cell)
+        frame[top : top + cell[0], left : left + cell[1]] = box.apply(photograph, (0, 0, 0))
+    return frame
+
+
+def benchmark(options: BenchmarkOptions, frames: Frames) -> Iterator[Setting]:
+    """Yield what was measured at each size and batch; every model is opened before the first is measured.
+
+    Whole calls are timed without a `StageTimer`, and as many other calls, which take turns with them, by stage: the
+    total is not burdened with the timer. All detectors of a setting take turns, too.
+
+    Raises:
+        RetinaFaceError: A model cannot be opened, or does not take a size, a batch or a frame.
+    """
+    kinds = [(model, backend) for model in options.models for backend in options.backends]
+    names = _names(kinds)
+    with ExitStack() as stack:
+        opened = []
+        for size in options.sizes:
+            detectors = [
+                stack.enter_context(
+                    load_detector(
+                        model, size_hw=size, threads=options.threads, streams=options.streams, backend=backend
+                    )
+                )
+                for model, backend in kinds
+            ]
+            opened.append(detectors)
+            for name, detector in zip(names, detectors, strict=True):
+                most = detector.max_batch
+                if too_large := [batch for batch in options.batches if batch > most]:
+                    raise SpecError(f"{name} runs {most} frames at once at most, not --batch {too_large[0]}")
+        settings = len(opened) * len(options.batches)
+        calls = settings * len(kinds) * (2 * options.repeats + options.warm_up + options.repeats)
+        with tqdm(total=calls, unit="call", leave=False, disable=None) as progress:
+            for detectors in opened:
+                for batch in options.batches:
+                    yield _measure(names, detectors, frames, batch, options, progress.update)
+
+
+def _names(kinds: Sequence[tuple[Path, str]]) -> list[str]:
+    """Return a name for each model and backend, no longer than it takes to tell them apart."""
+    short = [path.name for path, _ in kinds]
+    if len(set(short)) < len({path for path, _ in kinds}):
+        short = [str(path) for path, _ in kinds]
+    several = len({backend for _, backend in kinds}) > 1
+    names = [f"{name} / {backend}" if several else name for name, (_, backend) in zip(short, kinds, strict=True)]
+    counts = Counter(names)
+    return [f"{name} ({index + 1})" if counts[name] > 1 else name for index, name in enumerate(names)]
+
+
+def _measure(
+    names: Sequence[str],
+    detectors: Sequence[Any],
+    frames: Frames,
+    batch: int,
+    options: BenchmarkOptions,
+    progress: Callable[[int], object],
+) -> Setting:
+    batches = frames.batches(batch)
+    timers: list[dict[int, StageTimer]] = [{} for _ in detectors]
+
+    def whole(detector: Any) -> Callable[[int], object]:
+        if batch == 1:
+            return lambda index: detector.detect(frames.images[index % len(batches)])
+        return lambda index: detector.detect_batch(batches[index % len(batches)])
+
+    def staged(detector: Any, calls: dict[int, StageTimer]) -> Callable[[int], object]:
+        def call(index: int) -> None:
+            calls[index] = StageTimer()
+            detector.detect_batch(batches[index % len(batches)], calls[index])
+
+        return call
+
+    faces = [[len(detector.detect(image)) for image in frames.images] for detector in detectors]
+    for detector in detectors:
+        call = whole(detector)
+        for index in range(options.warm_up):
+            call(index)
+            progress(1)
+    calls = [
+        *(whole(detector) for detector in detectors),
+        *(staged(detector, kept) for detector, kept in zip(detectors, timers, strict=True)),
+    ]
+    samples = take_turns(calls, options.repeats, PAUSE_S if len(detectors) > 1 else 0, progress)
+    totals = samples[: len(detectors)]
+    measurements = []
+    for name, detector, total, kept, counts in zip(names, detectors, totals, timers, faces, strict=True):
+        fps = _pipelined(detector, batches, options.repeats, options.stream_depth)
+        progress(options.repeats)
+        stages = {stage: None for timer in kept.values() for stage in timer.total_ms}  # a set that keeps their order
+        by_stage = {
+            stage: np.array([kept[index].total_ms.get(stage, 0.0) for index in sorted(kept)]).reshape(total.shape)
+            for stage in stages
+        }
+        measurements.append(
+            Measurement(
+                name,
+                detector.environment(),
+                detector.size_hw,
+                batch,
+                total,
+                by_stage,
+                fps * batch,
+                options.stream_depth,
+                counts,
+            )
+        )
+    return Setting(measurements, [speed_ratio(totals[0], other) for other in totals[1:]])
+
+
+def _pipelined(detector: Any, batches: Sequence[list[Frame]], repeats: int, depth: int) -> float:
+    """Return calls a second with `depth` of them under way."""
+    with detector.stream(depth) as stream:
+        for future in [stream.submit(batches[index % len(batches)]) for index in range(2 * depth)]:
+            future.result()
+        start = time.perf_counter()
+        futures = [stream.submit(batches[index % len(batches)]) for index in range(repeats)]
+        for future in futures:
+            future.result()
+        return repeats / (time.perf_counter() - start)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
+    """Return the options of a command line."""
+    parser = ArgumentParser(
+        prog="python -m trt_runtime.benchmark",
+        description="Measure how fast a detector is, from uint8 frames to faces in their pixels, letterboxing "
+        "included: p50, p95 and p99 in all and by stage, and frames a second, one call after the other and pipelined. "
+        "Whole calls are timed without a stage timer, stages in as many other calls. Several models, or one on several "
+        "backends, take turns in one run, and the ratio comes with a 95 % interval: a difference within noise is "
+        "called that.",
+        epilog="Close other programs first: the load of the machine is recorded, and a busy one is warned of.",
+    )
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--model", type=Path, metavar="FILE", help="detector: .onnx (CPU) or .engine (GPU)")
+    models.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help="several; ratios are to the first")
+    parser.add_argument("--batch", default="1", metavar="N[,N]", help="frames in one call")
+    parser.add_argument("--size", metavar="HxW[,HxW]", help="network sizes, for models of dynamic size")
+    parser.add_argument(
+        "--frames",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of images, {MAX_FRAMES} are used (default: sample photographs)",
+    )
+    parser.add_argument("--repeats", type=int, default=200, metavar="N", help="recorded calls, at least")
+    parser.add_argument("--warm-up", type=int, default=20, metavar="N", help="calls before them")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the network (default: every core)")
+    parser.add_argument("--streams", type=int, default=1, metavar="N", help="calls the backend may run at once")
+    parser.add_argument("--depth", type=int, metavar="N", help="calls handed over at once in the pipeline (default: 2)")
+    parser.add_argument("--backend", default="auto", metavar="NAME[,NAME]", help="onnxruntime, openvino, ...")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure, with machine and versions")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw them ({', '.join(PLOT_SUFFIXES)})")
+    args = parser.parse_args(argv)
+    if args.compare and len(args.compare) < 2:
+        parser.error("--compare takes two models or more; --model measures one")
+    return BenchmarkOptions(
+        models=tuple(args.compare or [args.model]),
+        backends=tuple(args.backend.split(",")),
+        batches=tuple(_numbers("--batch", args.batch)),
+        sizes=tuple(parse_size(text) for text in args.size.split(",")) if args.size else (None,),
+        frames=args.frames,
+        repeats=args.repeats,
+        warm_up=args.warm_up,
+        threads=args.threads,
+        streams=args.streams,
+        depth=args.depth,
+        json=args.json,
+        plot=args.plot,
+    )
+
+
+def _numbers(option: str, text: str) -> Iterator[int]:
+    for part in text.split(","):
+        if not (part.isascii() and part.isdigit()):
+            raise SpecError(f"{option} {text!r}: expected numbers separated by commas, for instance 1,4,8")
+        yield int(part[:9])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; an interrupted one reports what is complete."""
+    options = parse_arguments(argv)
+    check_outputs([("--json", options.json), ("--plot", options.plot)], options.models)
+    if options.plot:
+        require("matplotlib", "bench", "--plot")
+    load = machine.load_average()
+    record = {
+        **machine.environment("retinaface-trt", "numpy"),
+        "opencv": cv2.__version__,
+        "load_average": load,
+        "repeats": options.repeats,
+        "warm_up": options.warm_up,
+    }
+    frames = load_frames(options.frames)
+    record["frames"] = frames.what
+    print(heading(record))
+    settings: list[Setting] = []
+    interrupted = False
+    try:
+        for setting in benchmark(options, frames):
+            settings.append(setting)
+            tqdm.write(f"\n{setting_table(setting)}", file=sys.stdout)
+    except KeyboardInterrupt:
+        interrupted = True
+        print(f"interrupted: {len(settings)} settings were measured", file=sys.stderr)
+    results = [row for setting in settings for row in setting.to_dict()]
+    if options.json and results:
+        what = "uint8 frame in, faces out, times in ms a call"
+        text = json.dumps({"what": what, **record, "interrupted": interrupted, "results": results}, indent=2)
+        write_text(options.json, text + "\n")
+    if options.plot and settings:
+        plot(settings, record, options.plot)
+    return 130 if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

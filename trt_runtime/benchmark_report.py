@@ -1,0 +1,198 @@
+"""What `trt_runtime.benchmark` found, as a table for a terminal and as a picture."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from facespec.cli import require
+from facespec.files import atomic_path
+from trt_runtime.machine import busy
+from trt_runtime.measure import Latency
+
+if TYPE_CHECKING:
+    from trt_runtime.benchmark import Measurement, Setting
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+WIDTH = 100
+"""Columns of a terminal that everything fits in."""
+
+_BAR = 14
+_NAME = 18
+_COLOURS = ("#2a6f9d", "#e09f1f", "#2a9d4b", "#c8373a", "#7d5ba6", "#8c8c8c", "#5fb7c9", "#b5651d")
+
+
+def heading(record: dict[str, Any]) -> str:
+    """Return the lines that say where and on what it was measured.
+
+    Args:
+        record: What is recorded of the run: machine, versions, load_average, frames, repeats, warm_up.
+    """
+    machine, load = record["machine"], record["load_average"]
+    cores = machine["cores"]
+    lines = [
+        f"machine   {machine['cpu']}, {cores} core{'s'[: cores != 1]}"
+        + (f", load average {load:.2f}" if load is not None else ""),
+        f"frames    {record['frames']}",
+        f"calls     {record['warm_up']} to warm up; at least {record['repeats']} as a whole, without a timer, and as "
+        "many others by stage",
+    ]
+    if busy(load, cores):
+        lines.append(
+            f"warning   the machine is busy: {load:.1f} of {cores} cores were in use before this began, and "
+            "the figures suffer from it"
+        )
+    return "\n".join(
+        textwrap.fill(line, WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False, break_long_words=False)
+        for line in lines
+    )
+
+
+def setting_table(setting: Setting) -> str:
+    """Return the table of one size and batch: milliseconds a call, and frames a second.
+
+    The bar of a stage is its share of the mean of all stages.
+    """
+    lines = []
+    for measurement in setting.measurements:
+        lines += [*_measurement_lines(measurement), ""]
+    if setting.ratios:
+        first, *others = setting.measurements
+        lines.append(f"times as fast as {first.name}, by p50, with the 95 % interval")
+        width = max(len(other.name) for other in others)
+        lines += [f"  {other.name:{width}}  {ratio}" for other, ratio in zip(others, setting.ratios, strict=True)]
+        if len({found.size_hw for found in setting.measurements}) > 1:
+            lines.append("  they ran at different network sizes: --size makes them comparable where they allow it")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _measurement_lines(found: Measurement) -> list[str]:
+    faces = f"{np.mean(found.faces):.1f} faces a frame, at most {max(found.faces)}"
+    on = ", ".join(f"{key} {value}" for key, value in found.environment.items() if isinstance(value, (str, int, float)))
+    rows = [
+        *textwrap.wrap(
+            f"{found.name}   {_size(found.size_hw)}, batch {found.batch}   {faces}   ({on})",
+            WIDTH,
+            subsequent_indent="  ",
+        ),
+        f"{'ms a call':{_NAME}}{'mean':>10}{'min':>10}{'p50':>10}{'p95':>10}{'p99':>10}",
+    ]
+    means = {stage: float(samples.mean()) for stage, samples in found.stages_ms.items()}
+    for stage, samples in found.stages_ms.items():
+        share = means[stage] / (sum(means.values()) or 1)
+        rows.append(f"  {stage:{_NAME - 2}}{_figures(Latency.of(samples))}  {_bar(share)} {share:4.0%}")
+    rows.append(f"{'whole call':{_NAME}}{_figures(Latency.of(found.total_ms))}")
+    rows.append(
+        f"frames a second: {found.fps:.1f} one call after the other, {found.pipelined_fps:.1f} with {found.depth} calls "
+        "under way"
+    )
+    return rows
+
+
+def _figures(latency: Latency) -> str:
+    return "".join(f"{value:10.3f}" for value in (latency.mean, latency.min, latency.p50, latency.p95, latency.p99))
+
+
+def _bar(share: float) -> str:
+    eighths = round(share * _BAR * 8)
+    return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).strip().ljust(_BAR)[:_BAR]
+
+
+def _size(size_hw: Any) -> str:
+    if size_hw is None:
+        return "each frame's own size"
+    return f"{size_hw[0]}x{size_hw[1]}" if isinstance(size_hw, tuple) else f"longer side {size_hw}"
+
+
+def plot(settings: Sequence[Setting], record: dict[str, Any], path: Path) -> None:
+    """Draw where the time goes: of one detector its stages in each setting, of several how their calls spread.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        OutputError: The file cannot be written.
+    """
+    figures = require("matplotlib.figure", "bench", "--plot")
+    backend = require("matplotlib.backends.backend_agg", "bench", "--plot")
+    several = len(settings[0].measurements) > 1
+    columns = min(len(settings), 3) if several else 1
+    rows = -(-len(settings) // columns) if several else 1
+    height = 4.2 * rows if several else 1.6 + 0.75 * len(settings)
+    figure = figures.Figure(figsize=(max(9.0, 5.0 * columns), height + 0.6), layout="constrained")
+    backend.FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    if several:
+        for axis, setting in zip(axes, settings, strict=False):
+            _spread(axis, setting)
+        for axis in axes[len(settings) :]:
+            axis.set_visible(False)
+    else:
+        _stages(axes[0], [setting.measurements[0] for setting in settings])
+    machine = record["machine"]
+    figure.supxlabel(f"{machine['cpu']}, {machine['cores']} cores; {record['date']}", fontsize=8, color="#666666")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def _stages(axis: Any, found: Sequence[Measurement]) -> None:
+    """Draw a bar for each setting: its stages end to end, milliseconds a frame, and p50 to p99 of whole calls."""
+    labels = [f"{_size(each.size_hw)}, batch {each.batch}" for each in found]
+    stages = list(dict.fromkeys(stage for each in found for stage in each.stages_ms))
+    ends = np.zeros(len(found))
+    for index, stage in enumerate(stages):
+        means = np.array([float(np.mean(each.stages_ms.get(stage, 0.0))) / each.batch for each in found])
+        axis.barh(labels, means, left=ends, height=0.6, color=_COLOURS[index % len(_COLOURS)], label=stage)
+        ends += means
+    whole = [Latency.of(each.total_ms) for each in found]
+    p50, p99 = (
+        np.array([getattr(latency, name) / each.batch for latency, each in zip(whole, found, strict=True)])
+        for name in ("p50", "p99")
+    )
+    axis.errorbar(
+        p50,
+        labels,
+        xerr=[p50 * 0, p99 - p50],
+        fmt="D",
+        ms=5,
+        color="black",
+        capsize=4,
+        lw=1.2,
+        label="whole call, p50 to p99",
+    )
+    for row, each in enumerate(found):
+        speed = f"  {each.fps:.0f} frames/s, {each.pipelined_fps:.0f} pipelined"
+        axis.text(max(p99[row], ends[row]), row, speed, va="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlabel="ms a frame", title=found[0].name, xlim=(0, 1.45 * max(p99.max(), ends.max())))
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35 if len(found) == 1 else -0.2), ncols=6)
+
+
+def _spread(axis: Any, setting: Setting) -> None:
+    """Draw what share of the calls took no longer than a time."""
+    for index, found in enumerate(setting.measurements):
+        times = np.sort(found.total_ms.ravel())
+        shares = np.arange(1, len(times) + 1) / len(times) * 100
+        colour = _COLOURS[index % len(_COLOURS)]
+        median = float(np.median(times))
+        ratio = f", {setting.ratios[index - 1].times:.2f} times as fast" if index else ""
+        axis.step(times, shares, where="post", color=colour, label=f"{found.name}: p50 {median:.2f} ms{ratio}")
+        axis.plot(median, 50, "o", color=colour, ms=5)
+    # a few outliers must not squeeze everything else
+    most = max(float(np.percentile(found.total_ms, 99)) for found in setting.measurements)
+    first = setting.measurements[0]
+    axis.set(
+        xlabel="ms a call",
+        ylabel="calls that took no longer, %",
+        title=f"{_size(first.size_hw)}, batch {first.batch}",
+        xlim=(0, most * 1.1),
+        ylim=(0, 101),
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right", fontsize=8)

@@ -56,7 +56,7 @@ def heading(record: dict[str, Any]) -> str:
 def setting_table(setting: Setting) -> str:
     """Return the table of one size and batch: milliseconds a call, and frames a second.
 
-    The bar of a stage is its share of the mean of all stages.
+    The bar of a stage is its share of the sum of their p50.
     """
     lines = []
     for measurement in setting.measurements:
@@ -83,14 +83,14 @@ def _measurement_lines(found: Measurement) -> list[str]:
         ),
         f"{'ms a call':{_NAME}}{'mean':>10}{'min':>10}{'p50':>10}{'p95':>10}{'p99':>10}",
     ]
-    means = {stage: float(samples.mean()) for stage, samples in found.stages_ms.items()}
+    usual = {stage: float(np.median(samples)) for stage, samples in found.stages_ms.items()}
     for stage, samples in found.stages_ms.items():
-        share = means[stage] / (sum(means.values()) or 1)
+        share = usual[stage] / (sum(usual.values()) or 1)
         rows.append(f"  {stage:{_NAME - 2}}{_figures(Latency.of(samples))}  {_bar(share)} {share:4.0%}")
     rows.append(f"{'whole call':{_NAME}}{_figures(Latency.of(found.total_ms))}")
     rows.append(
-        f"frames a second: {found.fps:.1f} one call after the other, {found.pipelined_fps:.1f} with {found.depth} calls "
-        "under way"
+        f"frames a second: {found.fps:.1f} one call after the other, "
+        f"{found.pipelined_fps:.1f} with {found.depth} under way"
     )
     return rows
 
@@ -140,14 +140,14 @@ def plot(settings: Sequence[Setting], record: dict[str, Any], path: Path) -> Non
 
 
 def _stages(axis: Any, found: Sequence[Measurement]) -> None:
-    """Draw a bar for each setting: its stages end to end, milliseconds a frame, and p50 to p99 of whole calls."""
+    """Draw a bar for each setting: the p50 of its stages end to end, in milliseconds a frame, and whole calls."""
     labels = [f"{_size(each.size_hw)}, batch {each.batch}" for each in found]
     stages = list(dict.fromkeys(stage for each in found for stage in each.stages_ms))
     ends = np.zeros(len(found))
     for index, stage in enumerate(stages):
-        means = np.array([float(np.mean(each.stages_ms.get(stage, 0.0))) / each.batch for each in found])
-        axis.barh(labels, means, left=ends, height=0.6, color=_COLOURS[index % len(_COLOURS)], label=stage)
-        ends += means
+        usual = np.array([float(np.median(each.stages_ms.get(stage, 0.0))) / each.batch for each in found])
+        axis.barh(labels, usual, left=ends, height=0.6, color=_COLOURS[index % len(_COLOURS)], label=stage)
+        ends += usual
     whole = [Latency.of(each.total_ms) for each in found]
     p50, p99 = (
         np.array([getattr(latency, name) / each.batch for latency, each in zip(whole, found, strict=True)])
@@ -186,11 +186,11 @@ def _spread(axis: Any, setting: Setting) -> None:
         axis.plot(median, 50, "o", color=colour, ms=5)
     # a few outliers must not squeeze everything else
     most = max(float(np.percentile(found.total_ms, 99)) for found in setting.measurements)
-    first = setting.measurements[0]
+    sizes = dict.fromkeys(_size(found.size_hw) for found in setting.measurements)
     axis.set(
         xlabel="ms a call",
         ylabel="calls that took no longer, %",
-        title=f"{_size(first.size_hw)}, batch {first.batch}",
+        title=f"{' and '.join(sizes)}, batch {setting.measurements[0].batch}",
         xlim=(0, most * 1.1),
         ylim=(0, 101),
     )

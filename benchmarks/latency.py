@@ -1,0 +1,187 @@
+"""From a frame to its faces: our detectors against other packages, in one run.
+
+python -m benchmarks.latency --ours retinaface.onnx@onnxruntime retinaface.onnx@openvino int8.plugin.onnx@openvino
+    [--frames DIR] [--repeats 200] [--out benchmarks/results/latency.json]
+
+Run it in the environment of `benchmarks.peers`; peers that are not installed are left out and named. All get the same
+frames, letterboxed to 640x640 beforehand, and as many threads as they take by themselves. They take turns, so that all
+see the same states of the machine; a pause before each turn lets the worker threads of the one before go to sleep.
+
+Every other network finds other faces. So beside the times stands how many each finds and how many of these agree with
+a face of our first detector (IoU over 0.5): speed without the faces is worth little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from benchmarks.environment import write_result
+from benchmarks.peers import SCORE, Peer, open_peers
+from facespec.boxes import iou_matrix
+from facespec.cli import run
+from facespec.files import check_outputs
+from facespec.letterbox import Frame, Letterbox
+from facespec.spec import PreprocessSpec
+from trt_runtime import machine
+from trt_runtime.benchmark import load_frames
+from trt_runtime.detector import load_detector
+from trt_runtime.measure import Latency, Samples, speed_ratio, take_turns
+
+SIZE = (640, 640)
+AGREEMENT_IOU = 0.5
+WARM_UP = 10
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A detector under test.
+
+    Attributes:
+        name: For people.
+        boxes: From a frame to (n, 4) x1, y1, x2, y2.
+        origin: What is recorded of it.
+    """
+
+    name: str
+    boxes: Callable[[Frame], NDArray[np.float32]]
+    origin: dict[str, Any]
+
+
+def agreeing(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> int:
+    """Return how many faces both found: pairs of boxes with an IoU over `AGREEMENT_IOU`, the best first, each box once.
+
+    Args:
+        ours: (n, 4) x1, y1, x2, y2.
+        theirs: (m, 4) likewise.
+    """
+    overlaps = iou_matrix(ours, theirs)
+    pairs = 0
+    while overlaps.size and overlaps.max() > AGREEMENT_IOU:
+        row, column = np.unravel_index(int(overlaps.argmax()), overlaps.shape)
+        overlaps[row, :] = overlaps[:, column] = 0
+        pairs += 1
+    return pairs
+
+
+def split_ours(text: str) -> tuple[str, str]:
+    """Return file and backend of FILE or FILE@BACKEND."""
+    file, at, backend = text.rpartition("@")
+    return (file, backend) if at and not Path(text).exists() else (text, "auto")
+
+
+def our_contender(text: str, stack: ExitStack) -> Contender:
+    """Open one of our detectors, given as FILE or FILE@BACKEND."""
+    file, backend = split_ours(text)
+    detector = stack.enter_context(load_detector(file, size_hw=SIZE, score_threshold=SCORE, backend=backend))
+    name = f"{Path(file).name}, {detector.backend}"
+    return Contender(name, lambda frame: detector.detect(frame).boxes, {"detector": detector.environment()})
+
+
+def peer_contender(peer: Peer) -> Contender:
+    """Return a peer as a contender."""
+    return Contender(
+        peer.name, lambda frame: peer.detect(frame).boxes, {"package": peer.package, "version": peer.version}
+    )
+
+
+def measure(contenders: list[Contender], frames: list[Frame], repeats: int) -> list[dict[str, Any]]:
+    """Return times, faces and agreement of each; the first is what the others are compared with."""
+    found = [[contender.boxes(frame) for frame in frames] for contender in contenders]
+    for contender in contenders:
+        for index in range(WARM_UP):
+            contender.boxes(frames[index % len(frames)])
+
+    def call(contender: Contender) -> Callable[[int], object]:
+        return lambda index: contender.boxes(frames[index % len(frames)])
+
+    with tqdm(total=repeats * len(contenders), unit="call", leave=False, disable=None) as progress:
+        samples = take_turns([call(contender) for contender in contenders], repeats, progress=progress.update)
+    return [
+        _row(contender, times, samples[0], boxes, found[0])
+        for contender, times, boxes in zip(contenders, samples, found, strict=True)
+    ]
+
+
+def _row(
+    contender: Contender,
+    times_ms: Samples,
+    first_ms: Samples,
+    found: list[NDArray[np.float32]],
+    first_found: list[NDArray[np.float32]],
+) -> dict[str, Any]:
+    ratio = speed_ratio(times_ms, first_ms)
+    return {
+        "name": contender.name,
+        **contender.origin,
+        "calls": times_ms.size,
+        "ms": Latency.of(times_ms).to_dict(),
+        "first_is_times_as_fast": {name: round(value, 3) for name, value in ratio._asdict().items()},
+        "faces": sum(map(len, found)),
+        "agree": sum(agreeing(ours, theirs) for ours, theirs in zip(first_found, found, strict=True)),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the results for a terminal."""
+    width = max(len(row["name"]) for row in rows)
+    first = rows[0]["faces"]
+    lines = [
+        f"{'':{width}}  p50 ms  p95 ms  the first is times as fast  faces  agree with the {first} of the first",
+    ]
+    for row in rows:
+        ratio = row["first_is_times_as_fast"]
+        lines.append(
+            f"{row['name']:{width}} {row['ms']['p50']:7.2f} {row['ms']['p95']:7.2f}  "
+            f"{ratio['times']:8.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]".ljust(width + 44)
+            + f"{row['faces']:7d} {row['agree']:6d}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the benchmark, print a table and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ours", nargs="+", required=True, metavar="FILE[@BACKEND]", help="the first is compared with")
+    parser.add_argument("--frames", type=Path, help="folder of images (default: sample photographs)")
+    parser.add_argument("--peers", nargs="*", metavar="PACKAGE", help="only these packages (default: all; none: ours)")
+    parser.add_argument("--repeats", type=int, default=200, help="recorded calls of each")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latency.json"))
+    args = parser.parse_args()
+    check_outputs([("--out", args.out)], [split_ours(text)[0] for text in args.ours])
+    load = machine.load_average()
+    if machine.busy(load, machine.cores()):
+        print(f"warning: the machine is busy (load average {load:.1f})", file=sys.stderr)
+    frames = load_frames(args.frames)
+    mean = PreprocessSpec().mean_bgr
+    images = [Letterbox.fit((image.shape[0], image.shape[1]), SIZE).apply(image, mean) for image in frames.images]
+    peers, left_out = open_peers(args.peers)
+    for name, why in left_out.items():
+        print(f"left out: {name}: {why}", file=sys.stderr)
+    with ExitStack() as stack:
+        contenders = [*(our_contender(text, stack) for text in args.ours), *map(peer_contender, peers)]
+        rows = measure(contenders, images, args.repeats)
+    print(table(rows))
+    write_result(
+        args.out,
+        "uint8 640x640 frame in, faces out, score 0.5 where a detector has one; default threads of each",
+        rows,
+        *("numpy", "opencv-python", "onnxruntime", "openvino"),
+        frames=f"{frames.what}; letterboxed to 640x640 beforehand",
+        left_out=left_out,
+        load_average=load,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -26,15 +26,17 @@ from facespec.files import check_outputs, write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
-from facespec.spec import parse_size
+from facespec.spec import NetworkSize, parse_network_size
 from trt_runtime import machine
-from trt_runtime.benchmark_report import PLOT_SUFFIXES, heading, plot, setting_table
-from trt_runtime.detector import load_detector
+from trt_runtime.benchmark_report import PLOT_SUFFIXES, heading, plot, setting_table, summary_table
+from trt_runtime.detector import BACKENDS, RetinaFaceDetector, load_detector
 from trt_runtime.measure import PAUSE_S, Latency, Ratio, Samples, speed_ratio, take_turns
 from trt_runtime.timing import StageTimer
 
 MAX_FRAMES = 32
 """Images of a folder that are used, spread over it."""
+
+CPU_BACKENDS = ("onnxruntime", "openvino")
 
 FRAME_HW = (720, 1280)
 GRIDS = ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4))
@@ -49,7 +51,7 @@ class BenchmarkOptions:
         models: Model files for `load_detector`; several are compared, call by call.
         backends: Backends to run each of them on, compared as well.
         batches: Frames in one call.
-        sizes: Network sizes (height, width); None is the model's own.
+        sizes: What frames are letterboxed to; None is the model's own size, or each frame's where it takes any.
         frames: Folder of images; None makes frames.
         repeats: Recorded calls of each kind, at least.
         warm_up: Calls before them.
@@ -63,7 +65,7 @@ class BenchmarkOptions:
     models: tuple[Path, ...]
     backends: tuple[str, ...] = ("auto",)
     batches: tuple[int, ...] = (1,)
-    sizes: tuple[tuple[int, int] | None, ...] = (None,)
+    sizes: tuple[NetworkSize, ...] = (None,)
     frames: Path | None = None
     repeats: int = 200
     warm_up: int = 20
@@ -119,7 +121,7 @@ class Measurement:
     Attributes:
         name: Tells it from the others.
         environment: What the detector says of itself.
-        size_hw: Network size; None where every frame ran at its own.
+        size_hw: What frames were letterboxed to; None where every frame ran at its own size.
         batch: Frames a call.
         total_ms: Whole calls, without a timer.
         stages_ms: Other calls, by stage.
@@ -130,7 +132,7 @@ class Measurement:
 
     name: str
     environment: dict[str, Any]
-    size_hw: Any
+    size_hw: NetworkSize
     batch: int
     total_ms: Samples
     stages_ms: dict[str, Samples]
@@ -222,39 +224,57 @@ def _mosaic(photographs: Sequence[Frame], rows: int, columns: int) -> Frame:
     return frame
 
 
-def benchmark(options: BenchmarkOptions, frames: Frames) -> Iterator[Setting]:
-    """Yield what was measured at each size and batch; every model is opened before the first is measured.
+def open_detectors(options: BenchmarkOptions, stack: ExitStack) -> list[dict[str, RetinaFaceDetector]]:
+    """Return for each size the detectors by name; `stack` closes them.
+
+    Raises:
+        RetinaFaceError: A model cannot be opened, or does not take a size or a batch.
+    """
+    kinds = [(model, backend) for model in options.models for backend in options.backends]
+    opened = []
+    for size in options.sizes:
+        detectors = {}
+        for name, (model, backend) in zip(_names(kinds), kinds, strict=True):
+            detector = load_detector(
+                model, size_hw=size, threads=options.threads, streams=options.streams, backend=backend
+            )
+            detectors[name] = stack.enter_context(detector)
+            _check_batches(name, detector, options.batches)
+        opened.append(detectors)
+    return opened
+
+
+def benchmark(
+    opened: Sequence[dict[str, RetinaFaceDetector]], frames: Frames, options: BenchmarkOptions
+) -> Iterator[Setting]:
+    """Yield what was measured at each size and batch.
 
     Whole calls are timed without a `StageTimer`, and as many other calls, which take turns with them, by stage: the
     total is not burdened with the timer. All detectors of a setting take turns, too.
 
+    Args:
+        opened: For each size the detectors by name.
+        frames: What they are run on.
+        options: How.
+
     Raises:
-        RetinaFaceError: A model cannot be opened, or does not take a size, a batch or a frame.
+        RetinaFaceError: A model does not take a frame, or fails.
     """
-    kinds = [(model, backend) for model in options.models for backend in options.backends]
-    names = _names(kinds)
-    with ExitStack() as stack:
-        opened = []
-        for size in options.sizes:
-            detectors = [
-                stack.enter_context(
-                    load_detector(
-                        model, size_hw=size, threads=options.threads, streams=options.streams, backend=backend
-                    )
-                )
-                for model, backend in kinds
-            ]
-            opened.append(detectors)
-            for name, detector in zip(names, detectors, strict=True):
-                most = detector.max_batch
-                if too_large := [batch for batch in options.batches if batch > most]:
-                    raise SpecError(f"{name} runs {most} frames at once at most, not --batch {too_large[0]}")
-        settings = len(opened) * len(options.batches)
-        calls = settings * len(kinds) * (2 * options.repeats + options.warm_up + options.repeats)
-        with tqdm(total=calls, unit="call", leave=False, disable=None) as progress:
-            for detectors in opened:
-                for batch in options.batches:
-                    yield _measure(names, detectors, frames, batch, options, progress.update)
+    each = options.warm_up + 3 * options.repeats
+    calls = sum(map(len, opened)) * len(options.batches) * each
+    with tqdm(total=calls, unit="call", leave=False, disable=None) as progress:
+        for detectors in opened:
+            for batch in options.batches:
+                yield _measure(detectors, frames, batch, options, progress.update)
+
+
+def _check_batches(name: str, detector: RetinaFaceDetector, batches: Sequence[int]) -> None:
+    """Refuse batches that an engine would split into several calls: their time would not be that of a batch.
+
+    A CPU takes any: its backends know best how many frames to compute at once.
+    """
+    if detector.backend not in CPU_BACKENDS and max(batches) > detector.max_batch:
+        raise SpecError(f"--batch {max(batches)}: {name} was built for {detector.max_batch} frames at once at most")
 
 
 def _names(kinds: Sequence[tuple[Path, str]]) -> list[str]:
@@ -269,66 +289,64 @@ def _names(kinds: Sequence[tuple[Path, str]]) -> list[str]:
 
 
 def _measure(
-    names: Sequence[str],
-    detectors: Sequence[Any],
+    detectors: dict[str, RetinaFaceDetector],
     frames: Frames,
     batch: int,
     options: BenchmarkOptions,
     progress: Callable[[int], object],
 ) -> Setting:
     batches = frames.batches(batch)
-    timers: list[dict[int, StageTimer]] = [{} for _ in detectors]
+    count = len(batches)
 
-    def whole(detector: Any) -> Callable[[int], object]:
+    def whole(detector: RetinaFaceDetector) -> Callable[[int], object]:
         if batch == 1:
-            return lambda index: detector.detect(frames.images[index % len(batches)])
-        return lambda index: detector.detect_batch(batches[index % len(batches)])
+            return lambda index: detector.detect(frames.images[index % count])
+        return lambda index: detector.detect_batch(batches[index % count])
 
-    def staged(detector: Any, calls: dict[int, StageTimer]) -> Callable[[int], object]:
+    def staged(detector: RetinaFaceDetector, timers: dict[int, StageTimer]) -> Callable[[int], object]:
         def call(index: int) -> None:
-            calls[index] = StageTimer()
-            detector.detect_batch(batches[index % len(batches)], calls[index])
+            timers[index] = StageTimer()
+            detector.detect_batch(batches[index % count], timers[index])
 
         return call
 
-    faces = [[len(detector.detect(image)) for image in frames.images] for detector in detectors]
-    for detector in detectors:
-        call = whole(detector)
+    for detector in detectors.values():
         for index in range(options.warm_up):
-            call(index)
+            whole(detector)(index)
             progress(1)
-    calls = [
-        *(whole(detector) for detector in detectors),
-        *(staged(detector, kept) for detector, kept in zip(detectors, timers, strict=True)),
-    ]
-    samples = take_turns(calls, options.repeats, PAUSE_S if len(detectors) > 1 else 0, progress)
+    timers: list[dict[int, StageTimer]] = [{} for _ in detectors]
+    samples = take_turns(
+        [*map(whole, detectors.values()), *map(staged, detectors.values(), timers)],
+        options.repeats,
+        PAUSE_S if len(detectors) > 1 else 0,
+        progress,
+    )
     totals = samples[: len(detectors)]
     measurements = []
-    for name, detector, total, kept, counts in zip(names, detectors, totals, timers, faces, strict=True):
-        fps = _pipelined(detector, batches, options.repeats, options.stream_depth)
+    for (name, detector), total, calls in zip(detectors.items(), totals, timers, strict=True):
+        pipelined = _pipelined(detector, batches, options.repeats, options.stream_depth)
         progress(options.repeats)
-        stages = {stage: None for timer in kept.values() for stage in timer.total_ms}  # a set that keeps their order
-        by_stage = {
-            stage: np.array([kept[index].total_ms.get(stage, 0.0) for index in sorted(kept)]).reshape(total.shape)
-            for stage in stages
-        }
+        stages = dict.fromkeys(stage for timer in calls.values() for stage in timer.total_ms)
         measurements.append(
             Measurement(
-                name,
-                detector.environment(),
-                detector.size_hw,
-                batch,
-                total,
-                by_stage,
-                fps * batch,
-                options.stream_depth,
-                counts,
+                name=name,
+                environment=detector.environment(),
+                size_hw=detector.size_hw,
+                batch=batch,
+                total_ms=total,
+                stages_ms={
+                    stage: np.reshape([calls[i].total_ms.get(stage, 0.0) for i in range(total.size)], total.shape)
+                    for stage in stages
+                },
+                pipelined_fps=batch * pipelined,
+                depth=options.stream_depth,
+                faces=[len(detector.detect(image)) for image in frames.images],
             )
         )
     return Setting(measurements, [speed_ratio(totals[0], other) for other in totals[1:]])
 
 
-def _pipelined(detector: Any, batches: Sequence[list[Frame]], repeats: int, depth: int) -> float:
+def _pipelined(detector: RetinaFaceDetector, batches: Sequence[list[Frame]], repeats: int, depth: int) -> float:
     """Return calls a second with `depth` of them under way."""
     with detector.stream(depth) as stream:
         for future in [stream.submit(batches[index % len(batches)]) for index in range(2 * depth)]:
@@ -355,7 +373,7 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
     models.add_argument("--model", type=Path, metavar="FILE", help="detector: .onnx (CPU) or .engine (GPU)")
     models.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help="several; ratios are to the first")
     parser.add_argument("--batch", default="1", metavar="N[,N]", help="frames in one call")
-    parser.add_argument("--size", metavar="HxW[,HxW]", help="network sizes, for models of dynamic size")
+    parser.add_argument("--size", metavar="SIZE[,SIZE]", help="HEIGHTxWIDTH or longer side, for models of dynamic size")
     parser.add_argument(
         "--frames",
         type=Path,
@@ -367,7 +385,7 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the network (default: every core)")
     parser.add_argument("--streams", type=int, default=1, metavar="N", help="calls the backend may run at once")
     parser.add_argument("--depth", type=int, metavar="N", help="calls handed over at once in the pipeline (default: 2)")
-    parser.add_argument("--backend", default="auto", metavar="NAME[,NAME]", help="onnxruntime, openvino, ...")
+    parser.add_argument("--backend", default="auto", metavar="NAME[,NAME]", help=", ".join(BACKENDS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure, with machine and versions")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw them ({', '.join(PLOT_SUFFIXES)})")
     args = parser.parse_args(argv)
@@ -377,7 +395,7 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
         models=tuple(args.compare or [args.model]),
         backends=tuple(args.backend.split(",")),
         batches=tuple(_numbers("--batch", args.batch)),
-        sizes=tuple(parse_size(text) for text in args.size.split(",")) if args.size else (None,),
+        sizes=tuple(parse_network_size(text) for text in args.size.split(",")) if args.size else (None,),
         frames=args.frames,
         repeats=args.repeats,
         warm_up=args.warm_up,
@@ -399,7 +417,7 @@ def _numbers(option: str, text: str) -> Iterator[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; an interrupted one reports what is complete."""
     options = parse_arguments(argv)
-    check_outputs([("--json", options.json), ("--plot", options.plot)], options.models)
+    outputs = [("--json", options.json), ("--plot", options.plot)]
     if options.plot:
         require("matplotlib", "bench", "--plot")
     load = machine.load_average()
@@ -412,16 +430,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     frames = load_frames(options.frames)
     record["frames"] = frames.what
-    print(heading(record))
     settings: list[Setting] = []
     interrupted = False
-    try:
-        for setting in benchmark(options, frames):
-            settings.append(setting)
-            tqdm.write(f"\n{setting_table(setting)}", file=sys.stdout)
-    except KeyboardInterrupt:
-        interrupted = True
-        print(f"interrupted: {len(settings)} settings were measured", file=sys.stderr)
+    with ExitStack() as stack:
+        opened = open_detectors(options, stack)
+        check_outputs(outputs, [file for detectors in opened for each in detectors.values() for file in each.files])
+        print(heading(record))
+        try:
+            for setting in benchmark(opened, frames, options):
+                settings.append(setting)
+                tqdm.write(f"\n{setting_table(setting)}", file=sys.stdout)
+        except KeyboardInterrupt:
+            interrupted = True
+            print(f"interrupted: {len(settings)} settings were measured", file=sys.stderr)
+    if len(settings) > 1:
+        print(f"\n{summary_table(settings)}")
     results = [row for setting in settings for row in setting.to_dict()]
     if options.json and results:
         what = "uint8 frame in, faces out, times in ms a call"

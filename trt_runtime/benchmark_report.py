@@ -11,6 +11,7 @@ import numpy as np
 
 from facespec.cli import require
 from facespec.files import atomic_path
+from facespec.spec import NetworkSize
 from trt_runtime.machine import busy
 from trt_runtime.measure import Latency
 
@@ -72,15 +73,30 @@ def setting_table(setting: Setting) -> str:
     return "\n".join(lines[:-1])
 
 
+def summary_table(settings: Sequence[Setting]) -> str:
+    """Return one line for each detector at each size and batch."""
+    rows = [found for setting in settings for found in setting.measurements]
+    name, size = (max(map(len, texts)) for texts in zip(*((f.name, _size(f.size_hw)) for f in rows), strict=True))
+    lines = [f"{'':{name}}  {'size':{size}}  batch   p50, ms  ms a frame  frames/s  pipelined"]
+    for found in rows:
+        p50 = float(np.median(found.total_ms))
+        lines.append(
+            f"{found.name:{name}}  {_size(found.size_hw):{size}}  {found.batch:5d} {p50:9.3f} {p50 / found.batch:11.3f}"
+            f" {found.fps:9.1f} {found.pipelined_fps:10.1f}"
+        )
+    return "\n".join(lines)
+
+
 def _measurement_lines(found: Measurement) -> list[str]:
-    faces = f"{np.mean(found.faces):.1f} faces a frame, at most {max(found.faces)}"
-    on = ", ".join(f"{key} {value}" for key, value in found.environment.items() if isinstance(value, (str, int, float)))
+    backend, *others = [
+        f"{key} {value}"
+        for key, value in found.environment.items()
+        if isinstance(value, (str, int)) and key != "backend"
+    ] or [""]
     rows = [
-        *textwrap.wrap(
-            f"{found.name}   {_size(found.size_hw)}, batch {found.batch}   {faces}   ({on})",
-            WIDTH,
-            subsequent_indent="  ",
-        ),
+        f"{found.name}   {_size(found.size_hw)}, batch {found.batch}   "
+        f"{np.mean(found.faces):.1f} faces a frame, at most {max(found.faces)}",
+        f"  {', '.join([backend.split('-')[0], *others])}"[:WIDTH],
         f"{'ms a call':{_NAME}}{'mean':>10}{'min':>10}{'p50':>10}{'p95':>10}{'p99':>10}",
     ]
     usual = {stage: float(np.median(samples)) for stage, samples in found.stages_ms.items()}
@@ -104,7 +120,7 @@ def _bar(share: float) -> str:
     return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).strip().ljust(_BAR)[:_BAR]
 
 
-def _size(size_hw: Any) -> str:
+def _size(size_hw: NetworkSize) -> str:
     if size_hw is None:
         return "each frame's own size"
     return f"{size_hw[0]}x{size_hw[1]}" if isinstance(size_hw, tuple) else f"longer side {size_hw}"
@@ -122,7 +138,7 @@ def plot(settings: Sequence[Setting], record: dict[str, Any], path: Path) -> Non
     several = len(settings[0].measurements) > 1
     columns = min(len(settings), 3) if several else 1
     rows = -(-len(settings) // columns) if several else 1
-    height = 4.2 * rows if several else 1.6 + 0.75 * len(settings)
+    height = 4.6 * rows if several else 2.0 + 0.75 * len(settings)
     figure = figures.Figure(figsize=(max(9.0, 5.0 * columns), height + 0.6), layout="constrained")
     backend.FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -141,12 +157,13 @@ def plot(settings: Sequence[Setting], record: dict[str, Any], path: Path) -> Non
 
 def _stages(axis: Any, found: Sequence[Measurement]) -> None:
     """Draw a bar for each setting: the p50 of its stages end to end, in milliseconds a frame, and whole calls."""
-    labels = [f"{_size(each.size_hw)}, batch {each.batch}" for each in found]
+    places = np.arange(len(found))
+    axis.set_yticks(places, [f"{_size(each.size_hw)}, batch {each.batch}" for each in found])
     stages = list(dict.fromkeys(stage for each in found for stage in each.stages_ms))
     ends = np.zeros(len(found))
     for index, stage in enumerate(stages):
         usual = np.array([float(np.median(each.stages_ms.get(stage, 0.0))) / each.batch for each in found])
-        axis.barh(labels, usual, left=ends, height=0.6, color=_COLOURS[index % len(_COLOURS)], label=stage)
+        axis.barh(places, usual, left=ends, height=0.6, color=_COLOURS[index % len(_COLOURS)], label=stage)
         ends += usual
     whole = [Latency.of(each.total_ms) for each in found]
     p50, p99 = (
@@ -155,7 +172,7 @@ def _stages(axis: Any, found: Sequence[Measurement]) -> None:
     )
     axis.errorbar(
         p50,
-        labels,
+        places,
         xerr=[p50 * 0, p99 - p50],
         fmt="D",
         ms=5,
@@ -164,14 +181,14 @@ def _stages(axis: Any, found: Sequence[Measurement]) -> None:
         lw=1.2,
         label="whole call, p50 to p99",
     )
-    for row, each in enumerate(found):
+    for row, each in zip(places, found, strict=True):
         speed = f"  {each.fps:.0f} frames/s, {each.pipelined_fps:.0f} pipelined"
         axis.text(max(p99[row], ends[row]), row, speed, va="center", fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel="ms a frame", title=found[0].name, xlim=(0, 1.45 * max(p99.max(), ends.max())))
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35 if len(found) == 1 else -0.2), ncols=6)
+    axis.figure.legend(fontsize=8, loc="outside upper center", ncols=4)
 
 
 def _spread(axis: Any, setting: Setting) -> None:
@@ -195,4 +212,4 @@ def _spread(axis: Any, setting: Setting) -> None:
         ylim=(0, 101),
     )
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.environment import write_result
 from benchmarks.peers import SCORE, Peer, open_peers
 from facespec.boxes import iou_matrix
-from facespec.cli import run
+from facespec.cli import quiet_libraries, run
 from facespec.files import check_outputs
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import PreprocessSpec
@@ -161,7 +161,8 @@ def main() -> int:
     load = machine.load_average()
     if machine.busy(load, machine.cores()):
         print(f"warning: the machine is busy (load average {load:.1f})", file=sys.stderr)
-    frames = load_frames(args.frames)
+    with quiet_libraries():
+        frames = load_frames(args.frames)
     mean = PreprocessSpec().mean_bgr
     images = [Letterbox.fit((image.shape[0], image.shape[1]), SIZE).apply(image, mean) for image in frames.images]
     peers, left_out = open_peers(args.peers)

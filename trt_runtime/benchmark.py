@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, require, run
+from facespec.cli import ArgumentParser, quiet_libraries, require, run
 from facespec.errors import DataError, OutputError, SpecError
 from facespec.files import check_outputs, write_text
 from facespec.images import find_images, read_image
@@ -428,7 +428,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "repeats": options.repeats,
         "warm_up": options.warm_up,
     }
-    frames = load_frames(options.frames)
+    with quiet_libraries():
+        frames = load_frames(options.frames)
     record["frames"] = frames.what
     settings: list[Setting] = []
     interrupted = False

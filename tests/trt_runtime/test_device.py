@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 import weakref
@@ -179,8 +180,6 @@ def test_copies_stay_in_an_allocation(device: HostDevice, offset: int, nbytes: i
 
 
 def test_writing_beside_memory_is_noticed(device: HostDevice) -> None:
-    import ctypes
-
     for offset in (-1, 4):
         memory = device.allocate(4, "the boxes")
         ctypes.memset(memory.address + offset, 0, 1)
@@ -405,6 +404,25 @@ def test_a_dlpack_tensor_is_read(stream: HostStream, library: str, modern: bool)
     assert found is not None
     assert (found.address, found.pitch, found.frame_hw, found.device_index) == (pixels.ctypes.data, 27, (4, 5), 0)
     assert tensor.streams == [stream.handle]
+
+
+def test_an_offset_and_no_strides(stream: HostStream) -> None:
+    """As DLPack allows, and neither numpy nor torch does."""
+
+    class Odd(Tensor):
+        def __dlpack__(self, stream: object = None, **options: Any) -> object:
+            capsule = self.array.__dlpack__()
+            pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+                ("PyCapsule_GetPointer", ctypes.pythonapi)
+            )(capsule, b"dltensor")
+            ctypes.c_void_p.from_address(pointer + 32).value = None  # strides
+            ctypes.c_uint64.from_address(pointer + 40).value = 30  # byte_offset
+            return capsule
+
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    found = read(Odd(pixels), stream)
+    assert found is not None
+    assert (found.address, found.pitch, found.frame_hw) == (pixels.ctypes.data + 30, 15, (4, 5))
 
 
 @pytest.mark.parametrize("modern", [True, False])

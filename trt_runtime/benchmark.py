@@ -32,6 +32,7 @@ from trt_runtime.benchmark_report import PLOT_SUFFIXES, heading, plot, setting_t
 from trt_runtime.detector import BACKENDS, RetinaFaceDetector, load_detector
 from trt_runtime.measure import PAUSE_S, Latency, Ratio, Samples, speed_ratio, take_turns
 from trt_runtime.timing import StageTimer
+from trt_runtime.trt import TRTRetinaFace
 
 MAX_FRAMES = 32
 """Images of a folder that are used, spread over it."""
@@ -58,6 +59,8 @@ class BenchmarkOptions:
         threads: Threads of the network; None is the backend's choice.
         streams: Calls the backend runs at once.
         depth: Calls that are handed over at once to measure throughput; None is `streams`, 2 at least.
+        device: Index of the GPU.
+        on_device: Frames lie on the GPU already, as behind a hardware decoder.
         json: File of all figures.
         plot: Picture of them.
     """
@@ -72,6 +75,8 @@ class BenchmarkOptions:
     threads: int | None = None
     streams: int = 1
     depth: int | None = None
+    device: int = 0
+    on_device: bool = False
     json: Path | None = None
     plot: Path | None = None
 
@@ -101,14 +106,20 @@ class Frames:
     """What the detectors are run on.
 
     Attributes:
-        images: uint8 (H, W, 3) BGR each.
+        images: uint8 (H, W, 3) BGR each, numpy arrays or on a device.
         what: Where they come from, for people.
     """
 
-    images: list[Frame]
+    images: list[Any]
     what: str
 
-    def batches(self, size: int) -> list[list[Frame]]:
+    def of(self, detector: RetinaFaceDetector, on_device: bool) -> Frames:
+        """Return them where a detector is to find them."""
+        if on_device and isinstance(detector, TRTRetinaFace):
+            return Frames([detector.to_device(image) for image in self.images], self.what)
+        return self
+
+    def batches(self, size: int) -> list[list[Any]]:
         """Return as many batches as there are frames, each beginning with another frame."""
         count = len(self.images)
         return [[self.images[(start * size + i) % count] for i in range(size)] for start in range(count)]
@@ -236,10 +247,17 @@ def open_detectors(options: BenchmarkOptions, stack: ExitStack) -> list[dict[str
         detectors = {}
         for name, (model, backend) in zip(_names(kinds), kinds, strict=True):
             detector = load_detector(
-                model, size_hw=size, threads=options.threads, streams=options.streams, backend=backend
+                model,
+                size_hw=size,
+                threads=options.threads,
+                streams=options.streams,
+                backend=backend,
+                device=options.device,
             )
             detectors[name] = stack.enter_context(detector)
             _check_batches(name, detector, options.batches)
+            if options.on_device and not isinstance(detector, TRTRetinaFace):
+                raise SpecError(f"--on-device: {name} runs on the CPU, where there is no other place for frames")
         opened.append(detectors)
     return opened
 
@@ -295,28 +313,29 @@ def _measure(
     options: BenchmarkOptions,
     progress: Callable[[int], object],
 ) -> Setting:
-    batches = frames.batches(batch)
-    count = len(batches)
+    count = len(frames.images)
+    batches = {name: frames.of(detector, options.on_device).batches(batch) for name, detector in detectors.items()}
 
-    def whole(detector: RetinaFaceDetector) -> Callable[[int], object]:
+    def whole(name: str) -> Callable[[int], object]:
+        detector, mine = detectors[name], batches[name]
         if batch == 1:
-            return lambda index: detector.detect(frames.images[index % count])
-        return lambda index: detector.detect_batch(batches[index % count])
+            return lambda index: detector.detect(mine[index % count][0])
+        return lambda index: detector.detect_batch(mine[index % count])
 
-    def staged(detector: RetinaFaceDetector, timers: dict[int, StageTimer]) -> Callable[[int], object]:
+    def staged(name: str, timers: dict[int, StageTimer]) -> Callable[[int], object]:
         def call(index: int) -> None:
-            timers[index] = StageTimer()
-            detector.detect_batch(batches[index % count], timers[index])
+            timers[index] = StageTimer(fine=True)
+            detectors[name].detect_batch(batches[name][index % count], timers[index])
 
         return call
 
-    for detector in detectors.values():
+    for name in detectors:
         for index in range(options.warm_up):
-            whole(detector)(index)
+            whole(name)(index)
             progress(1)
     timers: list[dict[int, StageTimer]] = [{} for _ in detectors]
     samples = take_turns(
-        [*map(whole, detectors.values()), *map(staged, detectors.values(), timers)],
+        [*map(whole, detectors), *map(staged, detectors, timers)],
         options.repeats,
         PAUSE_S if len(detectors) > 1 else 0,
         progress,
@@ -324,7 +343,7 @@ def _measure(
     totals = samples[: len(detectors)]
     measurements = []
     for (name, detector), total, calls in zip(detectors.items(), totals, timers, strict=True):
-        pipelined = _pipelined(detector, batches, options.repeats, options.stream_depth)
+        pipelined = _pipelined(detector, batches[name], options.repeats, options.stream_depth)
         progress(options.repeats)
         stages = dict.fromkeys(stage for timer in calls.values() for stage in timer.total_ms)
         measurements.append(
@@ -346,7 +365,7 @@ def _measure(
     return Setting(measurements, [speed_ratio(totals[0], other) for other in totals[1:]])
 
 
-def _pipelined(detector: RetinaFaceDetector, batches: Sequence[list[Frame]], repeats: int, depth: int) -> float:
+def _pipelined(detector: RetinaFaceDetector, batches: Sequence[list[Any]], repeats: int, depth: int) -> float:
     """Return calls a second with `depth` of them under way."""
     with detector.stream(depth) as stream:
         for future in [stream.submit(batches[index % len(batches)]) for index in range(2 * depth)]:
@@ -386,6 +405,8 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
     parser.add_argument("--streams", type=int, default=1, metavar="N", help="calls the backend may run at once")
     parser.add_argument("--depth", type=int, metavar="N", help="calls handed over at once in the pipeline (default: 2)")
     parser.add_argument("--backend", default="auto", metavar="NAME[,NAME]", help=", ".join(BACKENDS))
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="index of the GPU, for engines")
+    parser.add_argument("--on-device", action="store_true", help="frames lie on the GPU already; for engines")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure, with machine and versions")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw them ({', '.join(PLOT_SUFFIXES)})")
     args = parser.parse_args(argv)
@@ -397,6 +418,8 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
         batches=tuple(_numbers("--batch", args.batch)),
         sizes=tuple(parse_network_size(text) for text in args.size.split(",")) if args.size else (None,),
         frames=args.frames,
+        device=args.device,
+        on_device=args.on_device,
         repeats=args.repeats,
         warm_up=args.warm_up,
         threads=args.threads,

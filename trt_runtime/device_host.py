@@ -161,10 +161,10 @@ class HostDevice:
         return HostEvent(self)
 
     def frame(self, frame: object, stream: HostStream) -> DeviceFrame | None:
-        """As `Device.frame`: takes a `HostArray`, and an `Nv12Frame` of two; numpy arrays are the host's."""
+        """As `Device.frame`, for what has the CUDA array interface, also in an `Nv12Frame`; DLPack is the host's."""
         self.check()
         planes = (frame.luma, frame.chroma) if isinstance(frame, Nv12Frame) else (frame,)
-        if not all(isinstance(plane, HostArray) for plane in planes):
+        if not all(hasattr(plane, "__cuda_array_interface__") for plane in planes):
             return None
         return read_frame(frame, stream, None, lambda address: None)
 

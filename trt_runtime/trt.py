@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.errors import FrameError, GpuError, SpecError
-from facespec.letterbox import Letterbox, check_frame
+from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
 from plugins.letterbox import LetterboxFrame, PixelFormat, describe
 from trt_runtime.detector import Lane, RetinaFaceDetector, network_size
@@ -97,6 +97,25 @@ class TRTRetinaFace(RetinaFaceDetector):
         """Return backend, versions, GPU, and whether there are CUDA graphs."""
         return {**self.engine.environment(), "device": self.device.name, "cuda_graphs": self._graphs}
 
+    def to_device(self, frame: Frame) -> DeviceArray:
+        """Return a copy of a frame on the device, for frames that are used again.
+
+        Args:
+            frame: uint8 (H, W, 3) BGR.
+
+        Raises:
+            FrameError: Not such a frame.
+            DeviceMemoryError: There is no memory for it.
+        """
+        height, width = check_frame(frame).shape[:2]
+        with self.device.activate():
+            stream = self.device.stream()
+            memory = self.device.allocate(frame.size, f"a frame of {width}x{height}")
+            self.device.copy_in(memory.address, np.ascontiguousarray(frame), stream)
+            stream.synchronize()
+            stream.close()
+        return DeviceArray(memory, (height, width, 3))
+
     def close(self) -> None:
         """Free contexts, buffers and the engine."""
         super().close()
@@ -141,6 +160,32 @@ class TRTRetinaFace(RetinaFaceDetector):
     def _new_lane(self) -> Lane:
         with self.device.activate():
             return _GpuLane(self.device, self.engine, self._graphs)
+
+
+class DeviceArray:
+    """A frame in the memory of a device, from `TRTRetinaFace.to_device`.
+
+    Anything that reads the CUDA array interface can use it, too.
+
+    Attributes:
+        shape: (H, W, 3).
+    """
+
+    def __init__(self, memory: Memory, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self._memory = memory
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Version 3; its content is complete."""
+        return {
+            "shape": self.shape,
+            "typestr": "|u1",
+            "data": (self._memory.address, False),
+            "strides": None,
+            "version": 3,
+            "stream": None,
+        }
 
 
 class _GpuLane:

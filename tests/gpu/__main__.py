@@ -29,7 +29,7 @@ from tests.gpu.kernel import ROOT, build_kernels, capability, gpu_problem
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu_kernel.json"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TESTS_S, PLUGIN_S, TOOL_S, BENCHMARK_S = 180, 60, 60, 150
+TESTS_S, PLUGIN_S, TOOL_S, BENCHMARK_S, OTHERS_S = 180, 60, 60, 150, 600
 """Seconds a step, and for the plugin its compilation too, may take."""
 
 ERROR_EXITCODE = 9
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps.append(plugin_step())
     if importlib.util.find_spec("pytest") and importlib.util.find_spec("cv2"):
         others = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--ignore", "tests/gpu"]
-        steps.append(call("other tests", others, TESTS_S))
+        steps.append(call("other tests", others, OTHERS_S))
     else:
         steps.append(Step("other tests", "not run", 0, "pytest or opencv-python is not installed"))
     steps += (

@@ -11,8 +11,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
-    *("export.demo", "export.inspect", "export.sensitivity", "export.to_onnx", "export.to_trt", "export.verify"),
-    *("plugins.build", "trainer.evaluate", "trainer.fit", "trt_runtime.detect"),
+    *("export.demo", "export.inspect", "export.sensitivity", "export.to_onnx", "export.to_triton", "export.to_trt"),
+    *(
+        "export.verify",
+        "plugins.build",
+        "trainer.evaluate",
+        "trainer.fit",
+        "trt_runtime.benchmark",
+        "trt_runtime.detect",
+    ),
 ]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 

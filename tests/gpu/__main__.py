@@ -26,8 +26,10 @@ from facespec.files import check_outputs, write_text
 from plugins import host
 from plugins.build import find_compiler, find_nvcc, find_tensorrt_headers, read_report, toolkit_paths
 from tests.gpu.kernel import ROOT, build_kernels, capability, gpu_problem
+from trt_runtime.flavor import TENSORRT
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu_kernel.json"
+RUNTIME_RESULT = "gpu_runtime.json"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TESTS_S, PLUGIN_S, TOOL_S, BENCHMARK_S, OTHERS_S = 180, 60, 60, 150, 600
 """Seconds a step, and for the plugin its compilation too, may take."""
@@ -165,6 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("  " + ", ".join(f"{key} {value}" for key, value in kernel.items()))
     modules = ["tests.gpu.test_kernel", "tests.gpu.test_letterbox"]
     steps.append(call("tests", [sys.executable, "-m", "unittest", "-v", *modules], TESTS_S))
+    if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
+        device = [sys.executable, "-m", "unittest", "-v", "tests.gpu.test_device"]
+        steps.append(call("device", device, TESTS_S))
+    else:
+        steps.append(Step("device", "not run", 0, "cuda-bindings is not installed"))
     steps.append(plugin_step())
     if importlib.util.find_spec("pytest") and importlib.util.find_spec("cv2"):
         others = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--ignore", "tests/gpu"]
@@ -177,6 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.skip_benchmark:
         steps.append(Step("benchmark", "not run", 0, "--skip-benchmark"))
     else:
+        if TENSORRT.installed() and importlib.util.find_spec("onnxsim"):
+            command = [sys.executable, "-m", "benchmarks.gpu_runtime", "--out", out.with_name(RUNTIME_RESULT)]
+            steps.append(call("runtime", command, OTHERS_S))
+        else:
+            steps.append(Step("runtime", "not run", 0, "TensorRT, or what export.to_trt needs, is not installed"))
         before = out.stat().st_mtime_ns if out.is_file() else 0
         steps.append(call("benchmark", [sys.executable, "-m", "benchmarks.gpu_kernel", "--out", out], BENCHMARK_S))
         if out.is_file() and out.stat().st_mtime_ns != before:

@@ -36,7 +36,9 @@ def main() -> int:
                 ("ONNX", str(portable)),
                 ("plugin form", str(plugin)),
             ):
-                options = EvaluateOptions(args.data / "gt", detector=detector, data=args.data, protocol=protocol)
+                options = EvaluateOptions(
+                    args.data / "gt", detector=detector, data=args.data, protocol=protocol, backend="onnxruntime"
+                )
                 result = evaluate(options)
                 kept = {key: round(result[key], 3) for key in LEVELS}
                 counts = {key: result[key] for key in ("images", "predictions")}

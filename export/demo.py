@@ -27,7 +27,7 @@ from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
 from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec
-from trt_runtime import OrtRetinaFace
+from trt_runtime import TRTRetinaFace, load_detector
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.flavor import RTX
 from trt_runtime.timing import StageTimer
@@ -90,19 +90,22 @@ def demo_engine(out: Path, photographs: Sequence[Frame]) -> str:
     except (MissingPackageError, MissingToolError) as error:
         print(f"   not built: {error}")
         return ""
-    detector = OrtRetinaFace(options.plugin_form, size_hw=NETWORK_HW)
-    faces = [len(detector.detect(photograph)) for photograph in photographs]
+    with TRTRetinaFace(options.plugin_form, size_hw=NETWORK_HW, device="cpu") as detector:
+        faces = [len(detector.detect(photograph)) for photograph in photographs]
     found = inspect(path)
     if sidecar is None or not found.valid:
         raise RetinaFaceError(f"{path}: {found.problems}")
     print(engine_line(path, sidecar))
-    print(f"   {options.plugin_form.name} on the CPU, its plugin compiled for the host: {sum(faces)} faces")
+    print(f"   {options.plugin_form.name} through TRTRetinaFace on the CPU, its kernels compiled for it: {sum(faces)} faces")
     if 0 in faces:
         raise RetinaFaceError(f"{options.plugin_form} does not find the face in a photograph")
     return f"""
 An engine for GPUs of your own, and what is inside:
   {options.command()}
-  python -m export.inspect {path}"""
+  python -m export.inspect {path}
+and on a machine with such a GPU:
+  from trt_runtime import TRTRetinaFace
+  faces = TRTRetinaFace("{path}").detect(frame)"""
 
 
 def demo(out: Path) -> None:
@@ -121,7 +124,7 @@ def demo(out: Path) -> None:
     report = export_onnx(ExportOptions(DEFAULT_WEIGHTS, model, NETWORK_HW, DecodeSpec()))
     print(f"1. exported {DEFAULT_WEIGHTS} to {model} in {time.perf_counter() - start:.1f} s\n{report}\n")
 
-    detector = OrtRetinaFace(model)
+    detector = load_detector(model)
     photographs = [read_image(path) for path in samples]
     detector.detect(photographs[0])  # the first call allocates
     timer = StageTimer()

@@ -96,7 +96,7 @@ def demo_engine(out: Path, photographs: Sequence[Frame]) -> str:
     if sidecar is None or not found.valid:
         raise RetinaFaceError(f"{path}: {found.problems}")
     print(engine_line(path, sidecar))
-    print(f"   {options.plugin_form.name} through TRTRetinaFace on the CPU, its kernels compiled for it: {sum(faces)} faces")
+    print(f"   {options.plugin_form.name}, through TRTRetinaFace with the CPU as its device: {sum(faces)} faces")
     if 0 in faces:
         raise RetinaFaceError(f"{options.plugin_form} does not find the face in a photograph")
     return f"""

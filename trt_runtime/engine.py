@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -137,6 +138,7 @@ class TrtEngine:
         shapes = [sidecar.profile[name] for name in ("min", "opt", "max")]
         self.profile = Profile(*((shape[0], shape[1], shape[2]) for shape in shapes))
         self._device = device
+        self._making = threading.Lock()
         trt = importlib.import_module(flavor.module)
         self._trt = trt
         _check_version(path, sidecar, trt.__version__)
@@ -162,7 +164,8 @@ class TrtEngine:
             DeviceMemoryError: There is no memory for it.
             GpuError: TensorRT refuses the shape or an address.
         """
-        context = api.make_context(self._trt, self._engine)
+        with self._making:
+            context = api.make_context(self._trt, self._engine)
         if context is None:
             free, total = self._device.free_and_total()
             if "memory" in self._reason().lower():

@@ -119,7 +119,7 @@ class TRTRetinaFace(RetinaFaceDetector):
     def close(self) -> None:
         """Free contexts, buffers and the engine."""
         super().close()
-        with suppress(GpuError):
+        with suppress(GpuError), self.device.activate():
             self.engine.close()
         self._close_device()
 
@@ -231,11 +231,10 @@ class _GpuLane:
 
     def close(self) -> None:
         """As `Lane.close`."""
-        self._plans.clear()
-        held = (self._block, self._results, self._descriptions, self._frames, self._uploads)
-        for item in (*held, self._workspace, self._stream):
-            if item is not None:
-                item.close()
+        with self._device.activate():  # TensorRT frees in whatever context is current
+            self._plans.clear()
+            _close(self._block, self._results, self._descriptions, self._frames, self._uploads)
+            _close(self._workspace, self._stream)
 
     def _upload(self, frames: Sequence[Any]) -> list[DeviceFrame]:
         """Return where the frames lie on the device; those of the host are put there first."""

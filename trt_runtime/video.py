@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -40,6 +40,46 @@ class TimedFrame(NamedTuple):
     seconds: float
 
 
+class Source(Protocol):
+    """Where frames come from: a context manager that is iterated once.
+
+    Attributes:
+        name: For messages and records; it holds no password.
+        live: Frames come at their own pace, so whoever is too slow for them has to drop some.
+        rate: Frames per second.
+        frame_count: Number of frames announced; 0 if unknown.
+        damaged: Packets and frames so far that were broken and passed over.
+        reconnects: Connections so far after the first.
+    """
+
+    name: str
+    live: bool
+    rate: float
+    frame_count: int
+    damaged: int
+    reconnects: int
+
+    def __enter__(self) -> Source: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __iter__(self) -> Iterator[TimedFrame]: ...
+
+    def stop(self) -> None:
+        """End the iteration soon, whatever it waits for. Any thread may call it."""
+
+
+def open_source(text: str) -> Source:
+    """Open what a user names: a webcam's index, a video file or an address.
+
+    Raises:
+        VideoError: It is none of these, or cannot be opened.
+    """
+    if text.isdecimal() and not Path(text).exists():
+        return Camera(int(text[:9]))
+    return VideoFile(text)
+
+
 class VideoFile:
     """A video file, decoded frame by frame by FFmpeg (PyAV). What is damaged is passed over and counted.
 
@@ -61,7 +101,9 @@ class VideoFile:
         self._av = require("av", "cpu", "reading video")
         self._av.logging.set_level(self._av.logging.PANIC)  # what matters of it is counted in `damaged`
         self.path = Path(path)
-        self.damaged = 0
+        self.name, self.live = str(path), False
+        self.damaged = self.reconnects = 0
+        self._stopped = False
         if not self.path.is_file():
             raise VideoError(f"{path}: {'not a regular file' if self.path.exists() else 'no such file'}")
         limit = {"max_pixels": str(max_pixels)}  # holds for probing, too
@@ -98,6 +140,8 @@ class VideoFile:
         seconds = before = 0.0
         start: float | None = None
         for frame in self._decoded():
+            if self._stopped:
+                return
             stamp = None if frame.time is None else float(frame.time)
             if start is None:
                 start = stamp or 0.0
@@ -122,6 +166,10 @@ class VideoFile:
         end = (start or 0.0) + seconds + max(seconds - before, float(1 / rate) if rate else 0.0)
         length = self._announced_seconds()
         self.damaged += length - end > max(1.0, 0.02 * length)
+
+    def stop(self) -> None:
+        """End the iteration with the frame that is being decoded."""
+        self._stopped = True
 
     def _announced_seconds(self) -> float:
         """Return the length of the video stream as the file gives it; 0 where it gives that of all streams together."""
@@ -165,7 +213,9 @@ class Camera:
     """
 
     def __init__(self, index: int) -> None:
-        self.frame_count = self.damaged = 0
+        self.frame_count = self.damaged = self.reconnects = 0
+        self.name, self.live = f"camera {index}", True
+        self._stopped = False
         if not 0 <= index < 1000:
             raise VideoError(f"camera {index}: there is none of this number; 0 is the first")
         self._capture = cv2.VideoCapture(index)
@@ -181,11 +231,15 @@ class Camera:
 
     def __iter__(self) -> Iterator[TimedFrame]:
         start = cv2.getTickCount()
-        while True:
+        while not self._stopped:
             got, image = self._capture.read()
             if not got:
                 return
             yield TimedFrame(np.asarray(image, np.uint8), (cv2.getTickCount() - start) / cv2.getTickFrequency())
+
+    def stop(self) -> None:
+        """End the iteration with the frame that is being read."""
+        self._stopped = True
 
 
 class VideoWriter:

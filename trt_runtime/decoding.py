@@ -1,0 +1,90 @@
+"""What reading files and reading addresses with FFmpeg (PyAV) have in common."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from facespec.cli import require
+from facespec.errors import VideoError
+from facespec.letterbox import Frame
+
+FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,h264,hevc,m4v,mjpeg,gif,mxf,rm,dv"
+"""Containers that are opened. No playlists are among them: they would make FFmpeg open other files and addresses."""
+
+
+class TimedFrame(NamedTuple):
+    """A frame and when it is shown.
+
+    Attributes:
+        image: uint8 (H, W, 3) BGR; the size may change from frame to frame.
+        seconds: Time since the start.
+    """
+
+    image: Frame
+    seconds: float
+
+
+def load_av(why: str) -> Any:
+    """Import PyAV, and keep FFmpeg from writing to stderr.
+
+    Args:
+        why: What needs it, for the message.
+
+    Raises:
+        MissingPackageError: It is not installed.
+    """
+    av = require("av", "cpu", why)
+    av.logging.set_level(av.logging.PANIC)  # what matters of it is counted in `damaged`
+    return av
+
+
+def video_stream(container: Any, name: str, max_pixels: int) -> Any:
+    """Return the first video stream of a container, ready to be decoded; the container is closed if that fails.
+
+    Raises:
+        VideoError: It has none, or one that cannot be decoded or is too large.
+    """
+    try:
+        if not container.streams.video:
+            raise VideoError(f"{name}: there is no video stream in it")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise VideoError(f"{name}: FFmpeg has no decoder for its video")
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > max_pixels:
+            raise VideoError(f"{name}: {width}x{height} is more than {max_pixels / 1e6:g} megapixels")
+    except VideoError:
+        container.close()
+        raise
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a stream may grow later
+    return stream
+
+
+class Pictures:
+    """Turns decoded frames into BGR pictures, as fast as one swscale context that is kept for all of them allows."""
+
+    def __init__(self, av: Any) -> None:
+        self._reformatter = av.video.reformatter.VideoReformatter()
+
+    def __call__(self, frame: Any) -> Frame:
+        """Return uint8 (H, W, 3) BGR, upright. The frame's own matrix and range hold; without them BT.601, limited.
+
+        Raises:
+            FFmpegError: It cannot be converted; ValueError likewise.
+        """
+        image = self._reformatter.reformat(frame, format="bgr24").to_ndarray()
+        if rotation := round(getattr(frame, "rotation", 0) / 90) % 4:  # as phones record upright video
+            image = np.ascontiguousarray(np.rot90(image, rotation))
+        return image
+
+
+def frame_rate(value: float, otherwise: float) -> float:
+    """Frames per second as files and cameras give them (anything up to NaN), from 1 to 1000."""
+    return min(max(value, 1.0), 1000.0) if value > 0 else otherwise
+
+
+def reason(error: BaseException) -> str:
+    """Return what FFmpeg or the system says about an error, without the name of the file."""
+    return (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__

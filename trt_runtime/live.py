@@ -1,0 +1,357 @@
+"""Cameras and network addresses."""
+
+from __future__ import annotations
+
+import queue
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import cv2
+import numpy as np
+
+from facespec.errors import VideoError
+from facespec.images import MAX_PIXELS
+from trt_runtime.decoding import FORMATS, Pictures, TimedFrame, frame_rate, load_av, reason, video_stream
+
+# What FFmpeg may open on behalf of an address, by its scheme. No "file" and no "data" among it: a playlist from the
+# network leads to other addresses at most.
+_PROTOCOLS = {
+    "rtsp": "rtp,udp,tcp",
+    "rtsps": "rtp,udp,tcp,tls",
+    "rtmp": "rtmp,tcp",
+    "rtmps": "rtmps,tcp,tls",
+    "http": "http,https,httpproxy,tcp,tls,crypto",
+    "https": "http,https,httpproxy,tcp,tls,crypto",
+    "udp": "udp",
+    "srt": "srt",
+    "tcp": "tcp",
+}
+_NETWORK_FORMATS = f"{FORMATS},rtsp,hls,mpjpeg,live_flv"
+SCHEMES = tuple(_PROTOCOLS)
+"""Addresses that `NetworkStream` reads."""
+
+_SECRET = re.compile(r"([?&;][^=&;]*(?:pass|pwd|token|key|secret|auth|sig)[^=&;]*=)[^&;#]*", re.IGNORECASE)
+_QUEUED_PACKETS = 32  # about a second that is read ahead of the decoder
+_POLL_S = 0.1  # how soon a stop is noticed
+_GRACE_S = 0.3  # how long a closed connection is waited for
+_JUMP_S = 10.0  # time stamps this far from the clock are no use
+_PROBE_S = 2.0
+
+
+class Camera:
+    """A webcam, by its index.
+
+    Args:
+        index: As OpenCV counts them: 0 is the first.
+
+    Attributes:
+        rate: Frames per second the camera says it gives, 30 where it does not.
+
+    The others are those of `Source`: always live, nothing announced, nothing damaged.
+
+    Raises:
+        VideoError: There is no such camera.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.frame_count = self.damaged = self.reconnects = 0
+        self.name, self.live = f"camera {index}", True
+        self._stopped = False
+        if not 0 <= index < 1000:
+            raise VideoError(f"camera {index}: there is none of this number; 0 is the first")
+        self._capture = cv2.VideoCapture(index)
+        if not self._capture.isOpened():
+            raise VideoError(f"camera {index}: cannot be opened; is it connected, and free?")
+        self.rate = frame_rate(self._capture.get(cv2.CAP_PROP_FPS), 30.0)
+
+    def __enter__(self) -> Camera:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._capture.release()
+
+    def __iter__(self) -> Iterator[TimedFrame]:
+        start = cv2.getTickCount()
+        while not self._stopped:
+            got, image = self._capture.read()
+            if not got:
+                return
+            yield TimedFrame(np.asarray(image, np.uint8), (cv2.getTickCount() - start) / cv2.getTickFrequency())
+
+    def stop(self) -> None:
+        """End the iteration with the frame that is being read."""
+        self._stopped = True
+
+
+class NetworkStream:
+    """Video from an address. What is live is connected to again, after growing pauses, whenever it is lost.
+
+    Reading is done by a thread of its own, so that the connection is emptied while a frame is decoded, and so that
+    `stop` need not wait for the network. Packets read while FFmpeg finds out about the stream are kept: without them
+    (`nobuffer`) the picture would start with the next key frame; they are decoded faster than they came.
+
+    Args:
+        url: Address that starts with one of `SCHEMES`. User and password may stand in it; they are never shown.
+        timeout_s: How long connecting may take, and how long a connection may give nothing before it counts as lost.
+        transport: How RTSP sends its packets: "tcp" loses none, "udp" may be quicker.
+        backoff_s: Pause before the first attempt to connect again; each failure doubles it. Up to half of it is left
+            out at random, so that many readers do not return at once.
+        max_backoff_s: Longest pause.
+        max_attempts: Attempts that may fail in a row before the stream is given up; None: no limit.
+        max_pixels: Larger frames are refused before they are decoded.
+
+    Attributes:
+        name: The address without passwords.
+        live: False for a file, of known length, behind http or https: its end is the end.
+        rate: Frames per second as announced; 25 where they are not.
+        frame_count: Number of frames announced; 0 if unknown.
+        damaged: Packets and frames so far that were broken.
+        reconnects: Connections so far after the first.
+
+    Raises:
+        VideoError: Another kind of address, or the first connection fails. Iterating raises it when `max_attempts`
+            failed, or when a file has no frame that can be decoded.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 5.0,
+        transport: str = "tcp",
+        backoff_s: float = 0.5,
+        max_backoff_s: float = 30.0,
+        max_attempts: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.name = without_secrets(url)
+        scheme, found, rest = url.partition("://")
+        scheme = scheme.lower()
+        if not found or scheme not in _PROTOCOLS:
+            raise VideoError(f"{self.name}: addresses that can be read start with {', '.join(SCHEMES)}://")
+        if transport not in ("tcp", "udp"):
+            raise VideoError(f"{self.name}: transport must be tcp or udp, got {transport!r}")
+        if not 0 < timeout_s < 1e6:
+            raise VideoError(f"{self.name}: timeout_s must be above 0, got {timeout_s}")
+        self._av = load_av("reading video")
+        self._url = f"{scheme}://{rest}"
+        self._timeout_s, self._max_pixels = timeout_s, max_pixels
+        self._backoff_s, self._max_backoff_s, self._max_attempts = backoff_s, max_backoff_s, max_attempts
+        self._options = {
+            "protocol_whitelist": _PROTOCOLS[scheme],
+            "format_whitelist": _NETWORK_FORMATS,
+            "max_pixels": str(max_pixels),
+            # must end before the time-out does
+            "analyzeduration": str(int(min(_PROBE_S, timeout_s / 2) * 1e6)),
+        }
+        if scheme in ("rtsp", "rtsps"):
+            self._options |= {"rtsp_transport": transport, "allowed_media_types": "video"}
+        elif scheme in ("http", "https"):
+            self._options |= {"reconnect": "1"}  # in the middle of a file
+        self._stopped = threading.Event()
+        self._attempts = self.damaged = self.reconnects = 0
+        self._connection = self._connect()
+        container, stream = self._connection.container, self._connection.stream
+        finite = scheme in ("http", "https") and (container.duration or 0) > 0
+        self.live = not finite
+        self.frame_count = stream.frames if finite else 0
+        announced = float(stream.average_rate or stream.guessed_rate or 0)
+        self.rate = frame_rate(announced if announced <= 240 or finite else 0, 25.0)  # 90000 is a clock, not a rate
+        self._clock = _Clock(self.live, self.rate)
+
+    def __enter__(self) -> NetworkStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._connection.close()
+
+    def stop(self) -> None:
+        """End the iteration within a tenth of a second, whatever it waits for."""
+        self._stopped.set()
+
+    def __iter__(self) -> Iterator[TimedFrame]:
+        seen = False
+        while True:
+            for frame in self._frames():
+                seen = True
+                yield frame
+            if not self.live and not seen and not self._stopped.is_set():
+                raise VideoError(f"{self.name}: no frame of it can be decoded")
+            if not self.live or not self._reconnect():
+                return
+
+    def _frames(self) -> Iterator[TimedFrame]:
+        """Yield the frames of one connection until it is lost or ends."""
+        connection, pictures = self._connection, Pictures(self._av)
+        # frame threads would hold back a frame each
+        connection.stream.thread_type = "SLICE" if self.live else "AUTO"
+        joined = not self.live  # until the first key frame there is nothing to decode from: no damage
+        while (packet := connection.next(self._stopped)) is not None:
+            if isinstance(packet, Exception):
+                self.damaged += not self.live
+                return
+            try:
+                decoded = [(frame, pictures(frame)) for frame in packet.decode()]
+            except (self._av.error.FFmpegError, ValueError):
+                self.damaged += joined
+                continue
+            for frame, image in decoded:
+                joined = True
+                self._attempts = 0
+                self.damaged += bool(frame.is_corrupt)
+                if self._stopped.is_set():
+                    return
+                yield TimedFrame(image, self._clock(None if frame.time is None else float(frame.time)))
+
+    def _reconnect(self) -> bool:
+        """Connect again, however long it takes; return False once stopped."""
+        self._connection.close()
+        while True:
+            pause = min(self._max_backoff_s, self._backoff_s * 2 ** min(self._attempts, 30)) * random.uniform(0.5, 1)
+            if self._stopped.wait(pause):
+                return False
+            self._attempts += 1
+            try:
+                self._connection = self._connect()
+            except VideoError as error:
+                if self._stopped.is_set():
+                    return False
+                if self._max_attempts is not None and self._attempts >= self._max_attempts:
+                    raise VideoError(f"{error}; it was lost, and {self._attempts} attempts in a row failed") from None
+                continue
+            self._clock.restart()
+            self.reconnects += 1
+            return True
+
+    def _connect(self) -> _Connection:
+        connection = _Connection(self._open)
+        try:
+            error = connection.opened(self._stopped)
+        except BaseException:  # Ctrl-C while it waits
+            connection.close()
+            raise
+        if error is None:
+            return connection
+        connection.close()
+        if isinstance(error, VideoError):
+            raise error
+        raise VideoError(f"{self.name}: cannot be opened ({self._why(error)})") from None
+
+    def _open(self) -> tuple[Any, Any]:
+        container = self._av.open(self._url, options=self._options, timeout=(self._timeout_s, self._timeout_s))
+        return container, video_stream(container, self.name, self._max_pixels)
+
+    def _why(self, error: Exception) -> str:
+        if isinstance(error, self._av.error.ExitError):
+            return f"no answer within {self._timeout_s:g} s"
+        if isinstance(error, (self._av.error.HTTPUnauthorizedError, self._av.error.HTTPForbiddenError)):
+            return "user or password is not accepted: write them as in rtsp://USER:PASSWORD@HOST/"
+        if isinstance(error, self._av.error.ProtocolNotFoundError):
+            return "this build of PyAV does not know the protocol"
+        return reason(error).replace(self._url, self.name)
+
+
+class _Connection:
+    """One connection, read by a thread of its own: FFmpeg cannot be interrupted, but whoever waits for the thread can.
+
+    Args:
+        open_: Returns a container and its video stream, both from PyAV; called by the thread.
+    """
+
+    def __init__(self, open_: Callable[[], tuple[Any, Any]]) -> None:
+        self.container: Any = None
+        self.stream: Any = None
+        self._items: queue.Queue[Any] = queue.Queue(_QUEUED_PACKETS)  # packets, then None for the end, or an exception
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(open_,), name="network stream", daemon=True)
+        self._thread.start()
+
+    def opened(self, stopped: threading.Event) -> Exception | None:
+        """Wait until the connection stands; return why it does not."""
+        first = self.next(stopped)
+        return first if isinstance(first, Exception) else VideoError("stopped") if first is None else None
+
+    def next(self, stopped: threading.Event) -> Any:
+        """Return the next packet, the exception that ended the connection, or None at its end or when stopped."""
+        while not stopped.is_set():
+            with suppress(queue.Empty):
+                return self._items.get(timeout=_POLL_S)
+        return None
+
+    def close(self) -> None:
+        """Close the connection: at once, or, where its thread waits for the network, when that has timed out."""
+        self._closed.set()
+        self._thread.join(_GRACE_S)
+        if not self._thread.is_alive() and self.container is not None:
+            self.container.close()
+
+    def _read(self, open_: Callable[[], tuple[Any, Any]]) -> None:
+        try:
+            self.container, self.stream = open_()
+            self._put(self.stream)
+            for packet in self.container.demux(self.stream):
+                if not self._put(packet):
+                    break
+            self._put(None)
+        except Exception as error:  # whatever it is, it belongs to who waits
+            self._put(error)
+        if self._closed.is_set() and self.container is not None:
+            self.container.close()
+
+    def _put(self, item: Any) -> bool:
+        """Hand over an item; return False if nobody wants it any more."""
+        while not self._closed.is_set():
+            with suppress(queue.Full):
+                self._items.put(item, timeout=_POLL_S)
+                return True
+        return False
+
+
+class _Clock:
+    """Turns time stamps of several connections into the time since the first frame, which never goes back.
+
+    Within a connection a live stream's own stamps count; connections are put together by the clock of this machine.
+    """
+
+    def __init__(self, live: bool, rate: float) -> None:
+        self._live, self._step = live, 1 / rate
+        self._start: float | None = None
+        self._offset: float | None = None
+        self._last = 0.0
+
+    def restart(self) -> None:
+        """Take the next stamp as that of a new connection."""
+        self._offset = None
+
+    def __call__(self, stamp: float | None) -> float:
+        now = time.monotonic()
+        if self._start is None:
+            self._start = now
+            self._offset = None if stamp is None else -stamp
+            return 0.0
+        now -= self._start
+        following = self._last + self._step
+        if stamp is None:
+            seconds = max(now, following) if self._live else following
+        else:
+            if self._offset is None or (self._live and abs(stamp + self._offset - now) > _JUMP_S):
+                self._offset = (max(now, following) if self._live else following) - stamp
+            seconds = stamp + self._offset
+        if seconds <= self._last:
+            seconds = self._last + (1e-3 if self._live else self._step)
+        self._last = seconds
+        return seconds
+
+
+def without_secrets(url: str) -> str:
+    """Return an address without user, password and what looks like a key in its query.
+
+    A password may hold any character, so everything up to the last @ counts as one.
+    """
+    return _SECRET.sub(r"\1***", re.sub(r"://.*@", "://***@", url, flags=re.DOTALL))

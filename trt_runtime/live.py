@@ -102,7 +102,8 @@ class NetworkStream:
         backoff_s: Pause before the first attempt to connect again; each failure doubles it. Up to half of it is left
             out at random, so that many readers do not return at once.
         max_backoff_s: Longest pause.
-        max_attempts: Attempts that may fail in a row before the stream is given up; None: no limit.
+        max_attempts: Attempts in a row, none of which brings a frame, after which the stream is given up; None: no
+            limit.
         max_pixels: Larger frames are refused before they are decoded.
 
     Attributes:
@@ -114,8 +115,8 @@ class NetworkStream:
         reconnects: Connections so far after the first.
 
     Raises:
-        VideoError: Another kind of address, or the first connection fails. Iterating raises it when `max_attempts`
-            failed, or when a file has no frame that can be decoded.
+        VideoError: Another kind of address, or the first connection fails. Iterating raises it when the first
+            connection gives no frame, or `max_attempts` more do not.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class NetworkStream:
         self._attempts = self.damaged = self.reconnects = 0
         self._connection = self._connect()
         container, stream = self._connection.container, self._connection.stream
-        finite = scheme in ("http", "https") and (container.duration or 0) > 0
+        finite = scheme in ("http", "https") and _is_file(container)
         self.live = not finite
         self.frame_count = stream.frames if finite else 0
         announced = float(stream.average_rate or stream.guessed_rate or 0)
@@ -181,7 +182,9 @@ class NetworkStream:
             for frame in self._frames():
                 seen = True
                 yield frame
-            if not self.live and not seen and not self._stopped.is_set():
+            if self._stopped.is_set():
+                return
+            if not seen:
                 raise VideoError(f"{self.name}: no frame of it can be decoded")
             if not self.live or not self._reconnect():
                 return
@@ -212,7 +215,8 @@ class NetworkStream:
     def _reconnect(self) -> bool:
         """Connect again, however long it takes; return False once stopped."""
         self._connection.close()
-        while True:
+        problem = "it gives no frames"
+        while self._max_attempts is None or self._attempts < self._max_attempts:
             pause = min(self._max_backoff_s, self._backoff_s * 2 ** min(self._attempts, 30)) * random.uniform(0.5, 1)
             if self._stopped.wait(pause):
                 return False
@@ -222,12 +226,12 @@ class NetworkStream:
             except VideoError as error:
                 if self._stopped.is_set():
                     return False
-                if self._max_attempts is not None and self._attempts >= self._max_attempts:
-                    raise VideoError(f"{error}; it was lost, and {self._attempts} attempts in a row failed") from None
+                problem = str(error).removeprefix(f"{self.name}: ")
                 continue
             self._clock.restart()
             self.reconnects += 1
             return True
+        raise VideoError(f"{self.name}: lost, after {self._attempts} attempts to connect again: {problem}")
 
     def _connect(self) -> _Connection:
         connection = _Connection(self._open)
@@ -244,17 +248,29 @@ class NetworkStream:
         raise VideoError(f"{self.name}: cannot be opened ({self._why(error)})") from None
 
     def _open(self) -> tuple[Any, Any]:
-        container = self._av.open(self._url, options=self._options, timeout=(self._timeout_s, self._timeout_s))
+        start = time.monotonic()
+        try:
+            container = self._av.open(self._url, options=self._options, timeout=(self._timeout_s, self._timeout_s))
+        except self._av.error.FFmpegError:
+            if time.monotonic() - start < self._timeout_s:
+                raise
+            # some protocols have other names for an interrupted read
+            raise VideoError(f"{self.name}: cannot be opened (no answer within {self._timeout_s:g} s)") from None
         return container, video_stream(container, self.name, self._max_pixels)
 
     def _why(self, error: Exception) -> str:
-        if isinstance(error, self._av.error.ExitError):
-            return f"no answer within {self._timeout_s:g} s"
         if isinstance(error, (self._av.error.HTTPUnauthorizedError, self._av.error.HTTPForbiddenError)):
             return "user or password is not accepted: write them as in rtsp://USER:PASSWORD@HOST/"
         if isinstance(error, self._av.error.ProtocolNotFoundError):
             return "this build of PyAV does not know the protocol"
+        if isinstance(error, self._av.error.InvalidDataError):
+            return "what is there is not a video that can be read"
         return reason(error).replace(self._url, self.name)
+
+
+def _is_file(container: Any) -> bool:
+    """Whether what is behind http has an end: a duration, or a length in bytes, which is a playlist's own for HLS."""
+    return (container.duration or 0) > 0 or (container.format.name != "hls" and container.size > 0)
 
 
 class _Connection:

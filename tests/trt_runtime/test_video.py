@@ -14,7 +14,7 @@ import pytest
 
 from facespec.errors import VideoError
 from facespec.letterbox import Frame
-from trt_runtime.video import Camera, VideoFile, VideoWriter, require_display
+from trt_runtime.video import Camera, VideoFile, VideoWriter, open_source, require_display
 
 
 def _frame(index: int, height: int = 96, width: int = 128) -> Frame:
@@ -331,3 +331,78 @@ def test_slow_videos_and_long_sound_are_not_damage(suffix: str, tmp_path: Path) 
         with VideoFile(path) as video:
             assert sum(1 for _ in video) == 3
         assert video.damaged == 0
+
+
+_PATCHES = [(b, g, r) for b in (16, 128, 240) for g in (16, 128, 240) for r in (16, 128, 240)]  # BGR
+
+
+def _chart(height: int, width: int) -> Frame:
+    """27 colours side by side."""
+    columns = np.arange(width) * len(_PATCHES) // width
+    return np.broadcast_to(np.array(_PATCHES, np.uint8)[columns], (height, width, 3)).copy()
+
+
+def _patches(image: Frame) -> Frame:
+    """The colours of a chart, away from the edges of the patches."""
+    step = image.shape[1] // len(_PATCHES)
+    columns = [slice(i * step + step // 3, (i + 1) * step - step // 3) for i in range(len(_PATCHES))]
+    return np.array([image[10:-10, column].reshape(-1, 3).mean(axis=0) for column in columns])
+
+
+@pytest.mark.parametrize("height", [96, 97, 98])
+def test_colours_that_are_written_are_those_an_independent_reader_sees(height: int, tmp_path: Path) -> None:
+    path = _write(tmp_path / "v.mp4", [_chart(height, 27 * 16)] * 5)
+    image = cv2.VideoCapture(str(path)).read()[1]
+    assert np.abs(_patches(image) - _PATCHES).max() < 5
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        # said in the file, or players take BT.709 for granted
+        assert (frame.color_range, container.streams.video[0].codec_context.colorspace) == (1, 6)
+    with VideoFile(path) as video:
+        assert np.abs(next(iter(video)).image.astype(int) - image).mean() < 2
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize("matrix", ["BT.601", "BT.709", None])
+def test_colours_are_read_as_the_video_says(matrix: str | None, full_range: bool, tmp_path: Path) -> None:
+    """The chart is converted by the definition (ITU-R BT.601 and BT.709), in floating point."""
+    red, blue = (0.2126, 0.0722) if matrix == "BT.709" else (0.299, 0.114)
+    b, g, r = np.moveaxis(_chart(96, 27 * 16) / 255.0, 2, 0)
+    luma = red * r + (1 - red - blue) * g + blue * b
+    chroma = [(b - luma) / (2 * (1 - blue)), (r - luma) / (2 * (1 - red))]
+    span, base, chroma_span = (255, 0, 255) if full_range else (219, 16, 224)
+    planes = [luma * span + base, *((plane * chroma_span + 128)[::2, ::2] for plane in chroma)]
+    pixels = np.concatenate([np.clip(np.rint(plane), 0, 255).astype(np.uint8).ravel() for plane in planes])
+    with av.open(str(tmp_path / "v.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "5"})
+        stream.height, stream.width, stream.pix_fmt = 96, 27 * 16, "yuv420p"
+        stream.codec_context.colorspace = {"BT.601": 6, "BT.709": 1, None: 2}[matrix]
+        stream.codec_context.color_range = 2 if full_range else 1
+        frame = av.VideoFrame.from_ndarray(pixels.reshape(-1, 27 * 16), format="yuv420p")
+        frame.color_range = 2 if full_range else 1
+        for _ in range(3):
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with VideoFile(tmp_path / "v.mp4") as video:
+        image = next(iter(video)).image
+    assert np.abs(_patches(image) - _PATCHES).max() < 6
+
+
+def test_a_stopped_file_ends(tmp_path: Path) -> None:
+    with VideoFile(_write(tmp_path / "v.mp4", [_frame(i) for i in range(20)])) as video:
+        count = 0
+        for _ in video:
+            count += 1
+            if count == 5:
+                video.stop()
+    assert count == 5
+    assert video.damaged == 0
+
+
+def test_a_file_named_like_a_camera_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "v.mp4", [_frame(0)] * 3).rename(tmp_path / "97")
+    monkeypatch.chdir(tmp_path)
+    with open_source("97") as source:
+        assert (source.name, source.live, source.reconnects, source.frame_count) == ("97", False, 0, 3)
+    with pytest.raises(VideoError, match="camera 98"):
+        open_source("98")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +61,22 @@ def video_stream(container: Any, name: str, max_pixels: int) -> Any:
         raise
     stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a stream may grow later
     return stream
+
+
+def ends_early(container: Any, stream: Any, seconds: float) -> bool:
+    """Whether a video file was cut off, going by the length it announces for its video.
+
+    Args:
+        container: The file, still open.
+        stream: Its video.
+        seconds: When the last frame that could be decoded ends, by its time stamp.
+    """
+    length = 0.0
+    if tag := re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", "")):  # Matroska
+        length = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+    elif stream.duration and (len(container.streams) == 1 or "mp4" in container.format.name):
+        length = float(stream.duration * stream.time_base)  # elsewhere it is that of all streams together
+    return length - seconds > max(1.0, 0.02 * length)
 
 
 class Pictures:

@@ -16,7 +16,7 @@ import numpy as np
 
 from facespec.errors import VideoError
 from facespec.images import MAX_PIXELS
-from trt_runtime.decoding import FORMATS, Pictures, TimedFrame, frame_rate, load_av, reason, video_stream
+from trt_runtime.decoding import FORMATS, Pictures, TimedFrame, ends_early, frame_rate, load_av, reason, video_stream
 
 # What FFmpeg may open on behalf of an address, by its scheme. No "file" and no "data" among it: a playlist from the
 # network leads to other addresses at most.
@@ -98,7 +98,7 @@ class NetworkStream:
     Args:
         url: Address that starts with one of `SCHEMES`. User and password may stand in it; they are never shown.
         timeout_s: How long connecting may take, and how long a connection may give nothing before it counts as lost.
-        transport: How RTSP sends its packets: "tcp" loses none, "udp" may be quicker.
+        transport: How RTSP sends its packets: "tcp" loses none and passes firewalls, "udp" may be quicker.
         backoff_s: Pause before the first attempt to connect again; each failure doubles it. Up to half of it is left
             out at random, so that many readers do not return at once.
         max_backoff_s: Longest pause.
@@ -154,6 +154,8 @@ class NetworkStream:
             self._options |= {"rtsp_transport": transport, "allowed_media_types": "video"}
         elif scheme in ("http", "https"):
             self._options |= {"reconnect": "1"}  # in the middle of a file
+        elif scheme == "udp":
+            self._options |= {"overrun_nonfatal": "1"}  # who is late for some packets need not start anew
         self._stopped = threading.Event()
         self._attempts = self.damaged = self.reconnects = 0
         self._connection = self._connect()
@@ -173,7 +175,7 @@ class NetworkStream:
         self._connection.close()
 
     def stop(self) -> None:
-        """End the iteration within a tenth of a second, whatever it waits for."""
+        """End the iteration within half a second, whatever it waits for. Any thread may call it."""
         self._stopped.set()
 
     def __iter__(self) -> Iterator[TimedFrame]:
@@ -195,22 +197,31 @@ class NetworkStream:
         # frame threads would hold back a frame each
         connection.stream.thread_type = "SLICE" if self.live else "AUTO"
         joined = not self.live  # until the first key frame there is nothing to decode from: no damage
+        end = 0.0
         while (packet := connection.next(self._stopped)) is not None:
             if isinstance(packet, Exception):
-                self.damaged += not self.live
-                return
+                break
             try:
-                decoded = [(frame, pictures(frame)) for frame in packet.decode()]
+                decoded = packet.decode()
             except (self._av.error.FFmpegError, ValueError):
                 self.damaged += joined
                 continue
-            for frame, image in decoded:
+            for frame in decoded:
                 joined = True
-                self._attempts = 0
                 self.damaged += bool(frame.is_corrupt)
+                try:
+                    image = pictures(frame)
+                except (self._av.error.FFmpegError, ValueError):
+                    self.damaged += 1
+                    continue
                 if self._stopped.is_set():
                     return
-                yield TimedFrame(image, self._clock(None if frame.time is None else float(frame.time)))
+                self._attempts = 0
+                stamp = None if frame.time is None else float(frame.time)
+                end = end if stamp is None else stamp + 1 / self.rate
+                yield TimedFrame(image, self._clock(stamp))
+        if not self.live and not self._stopped.is_set():
+            self.damaged += packet is not None or ends_early(connection.container, connection.stream, end)
 
     def _reconnect(self) -> bool:
         """Connect again, however long it takes; return False once stopped."""

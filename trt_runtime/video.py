@@ -17,7 +17,7 @@ from facespec.errors import VideoError
 from facespec.files import atomic_path
 from facespec.images import MAX_PIXELS
 from facespec.letterbox import Frame, Letterbox
-from trt_runtime.decoding import FORMATS, Pictures, TimedFrame, frame_rate, load_av, reason, video_stream
+from trt_runtime.decoding import FORMATS, Pictures, TimedFrame, ends_early, frame_rate, load_av, reason, video_stream
 from trt_runtime.live import SCHEMES, Camera, NetworkStream
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v")
@@ -146,19 +146,11 @@ class VideoFile:
             raise VideoError(f"{self.path}: no frame of it can be decoded")
         rate = self._stream.average_rate
         end = (start or 0.0) + seconds + max(seconds - before, float(1 / rate) if rate else 0.0)
-        length = self._announced_seconds()
-        self.damaged += length - end > max(1.0, 0.02 * length)
+        self.damaged += ends_early(self._container, self._stream, end)
 
     def stop(self) -> None:
         """End the iteration with the frame that is being decoded."""
         self._stopped = True
-
-    def _announced_seconds(self) -> float:
-        """Return the length of the video stream as the file gives it; 0 where it gives that of all streams together."""
-        if tag := re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", self._stream.metadata.get("DURATION", "")):  # Matroska
-            return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-        own = len(self._container.streams) == 1 or "mp4" in self._container.format.name
-        return float(self._stream.duration * self._stream.time_base) if own and self._stream.duration else 0.0
 
     def _decoded(self) -> Iterator[Any]:
         packets = self._container.demux(self._stream)

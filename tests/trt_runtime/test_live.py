@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 
@@ -133,6 +134,8 @@ def test_the_first_connection_fails_in_one_line(units: list[list[bytes]]) -> Non
                 NetworkStream(f"{scheme}://127.0.0.1:{port}/a", timeout_s=0.3)
     with pytest.raises(VideoError, match="refused"):
         NetworkStream(f"rtsp://127.0.0.1:{port}/a")
+    with RtspServer(units, _RATE) as server, pytest.raises(VideoError, match="cannot be opened"):
+        NetworkStream(server.url(), timeout_s=2, transport="udp")
     with RtspServer(units, _RATE, [Visit(0)]) as server, pytest.raises(VideoError, match="no frame") as caught:
         list(NetworkStream(server.url(), timeout_s=0.5))
     assert "\n" not in str(caught.value)
@@ -173,12 +176,32 @@ def test_stop_ends_the_iteration_soon(while_: str, units: list[list[bytes]]) -> 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Callable[[str], str]]:
-    """A web server on the files of `tmp_path`; /away leads to one of them by its path."""
+    """A web server on the files of `tmp_path`.
+
+    /half-NAME breaks off in the middle of a file, /away leads to one by its path, /camera sends 20 pictures and ends.
+    """
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path.startswith("/half-"):
+                data = (tmp_path / self.path.removeprefix("/half-")).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
+                return
+            if self.path == "/camera":
+                self.send_response(200)
+                self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=next")
+                self.end_headers()
+                for index in range(20):
+                    jpeg = cv2.imencode(".jpg", _frame(index))[1].tobytes()
+                    self.wfile.write(b"--next\r\nContent-Type: image/jpeg\r\n")
+                    self.wfile.write(b"Content-Length: %d\r\n\r\n%s\r\n" % (len(jpeg), jpeg))
+                return
             if self.path != "/away":
-                return super().do_GET()
+                super().do_GET()
+                return
             self.send_response(302)
             self.send_header("Location", f"file://{tmp_path}/v.mp4")
             self.end_headers()
@@ -227,6 +250,25 @@ def test_a_file_behind_http_is_a_file(site: Callable[[str], str], tmp_path: Path
         assert len(frames) == len(expected) == 20
         assert [frame.seconds for frame in frames] == pytest.approx([frame.seconds for frame in expected])
         assert all(np.array_equal(a.image, b.image) for a, b in zip(frames, expected, strict=True))
+
+
+def test_a_file_behind_http_that_breaks_off_is_damaged(site: Callable[[str], str], tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "v.mp4", 5) as writer:
+        for index in range(40):
+            writer.write(np.random.default_rng(index).integers(0, 256, (96, 160, 3), np.uint8))
+    with NetworkStream(site("half-v.mp4"), timeout_s=0.5) as source:
+        assert 5 < sum(1 for _ in source) < 40
+    assert (source.live, source.reconnects) == (False, 0)
+    assert source.damaged > 0
+
+
+def test_a_camera_that_sends_jpegs_over_http_is_live(site: Callable[[str], str]) -> None:
+    with NetworkStream(site("camera"), timeout_s=2, backoff_s=0.01) as source:
+        frames = list(islice(source, 50))
+    assert source.live
+    assert source.reconnects == 2
+    assert [_index(frame.image) for frame in frames] == [*range(20), *range(20), *range(10)]
+    _check_increasing(frames)
 
 
 def test_nothing_from_the_network_leads_to_local_files(site: Callable[[str], str], tmp_path: Path) -> None:
@@ -291,4 +333,32 @@ def test_a_video_over_plain_tcp(tmp_path: Path) -> None:
         thread.join()
     assert [_index(frame.image) for frame in frames] == [*range(20), *range(20)]
     assert (source.live, source.reconnects) == (True, 1)
+    _check_increasing(frames)
+
+
+def test_a_video_over_udp(tmp_path: Path) -> None:
+    _write(tmp_path)
+    data = (tmp_path / "v.ts").read_bytes()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = probe.getsockname()
+    done = threading.Event()
+
+    def send() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            while not done.is_set():
+                for start in range(0, len(data), 7 * 188):
+                    sender.sendto(data[start : start + 7 * 188], address)
+                    time.sleep(0.002)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        with open_source(f"udp://127.0.0.1:{address[1]}") as source:
+            frames = list(islice(source, 30))
+    finally:
+        done.set()
+        thread.join()
+    assert source.live
+    assert {frame.image.shape for frame in frames} == {(96, 160, 3)}
     _check_increasing(frames)

@@ -354,6 +354,8 @@ def test_colours_that_are_written_are_those_an_independent_reader_sees(height: i
     path = _write(tmp_path / "v.mp4", [_chart(height, 27 * 16)] * 5)
     image = cv2.VideoCapture(str(path)).read()[1]
     assert np.abs(_patches(image) - _PATCHES).max() < 5
+    chart = _chart(*image.shape[:2]).astype(int)
+    assert np.abs((image - chart).mean(axis=1)).max() < 4  # down to the last row
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         # said in the file, or players take BT.709 for granted

@@ -5,7 +5,7 @@ import http.server
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -222,12 +222,17 @@ def _write(folder: Path) -> None:
     with VideoWriter(folder / "v.mp4", 25) as writer:
         for index in range(20):
             writer.write(_frame(index), index / 20 + 0.2 * (index > 10))
-    with av.open(str(folder / "v.ts"), "w", format="mpegts") as container:
-        stream = container.add_stream("libx264", rate=25)
+    _write_ts(folder / "v.ts", range(20), key_every=10)
+
+
+def _write_ts(path: Path, indices: Sequence[int], key_every: int) -> None:
+    with av.open(str(path), "w", format="mpegts") as container:
+        options = {"crf": "8", "x264-params": f"keyint={key_every}:scenecut=0:bframes=0"}
+        stream = container.add_stream("libx264", rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = 96, 160, "yuv420p"
-        for index in range(20):
+        for position, index in enumerate(indices):
             frame = av.VideoFrame.from_ndarray(_frame(index), format="bgr24")
-            frame.pts, frame.time_base = index, Fraction(1, 25)
+            frame.pts, frame.time_base = position, Fraction(1, 25)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
@@ -252,11 +257,14 @@ def test_a_file_behind_http_is_a_file(site: Callable[[str], str], tmp_path: Path
         assert all(np.array_equal(a.image, b.image) for a, b in zip(frames, expected, strict=True))
 
 
-def test_a_file_behind_http_that_breaks_off_is_damaged(site: Callable[[str], str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["half-v.mp4", "cut.mp4"])
+def test_a_file_behind_http_that_breaks_off_is_damaged(name: str, site: Callable[[str], str], tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "v.mp4", 5) as writer:
         for index in range(40):
             writer.write(np.random.default_rng(index).integers(0, 256, (96, 160, 3), np.uint8))
-    with NetworkStream(site("half-v.mp4"), timeout_s=0.5) as source:
+    data = (tmp_path / "v.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    with NetworkStream(site(name), timeout_s=0.5) as source:
         assert 5 < sum(1 for _ in source) < 40
     assert (source.live, source.reconnects) == (False, 0)
     assert source.damaged > 0
@@ -334,6 +342,27 @@ def test_a_video_over_plain_tcp(tmp_path: Path) -> None:
     assert [_index(frame.image) for frame in frames] == [*range(20), *range(20)]
     assert (source.live, source.reconnects) == (True, 1)
     _check_increasing(frames)
+
+
+def test_a_broadcast_that_is_joined_in_the_middle_is_not_damaged(tmp_path: Path) -> None:
+    """The next key frame comes after FFmpeg has given up probing: until then not even the size is known."""
+    _write_ts(tmp_path / "v.ts", [*[0] * 75, *range(20)], key_every=75)
+    data = (tmp_path / "v.ts").read_bytes()
+    middle = 188 * (len(data) // 188 // 10)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            client, _address = server.accept()
+            with client:
+                client.sendall(data[: 3 * 188] + data[middle:])
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with NetworkStream(f"tcp://127.0.0.1:{server.getsockname()[1]}", timeout_s=1) as source:
+            frames = list(islice(source, 20))
+        thread.join()
+    assert [_index(frame.image) for frame in frames] == list(range(20))
+    assert source.damaged == 0
 
 
 def test_a_video_over_udp(tmp_path: Path) -> None:

@@ -42,11 +42,13 @@ class Visit:
         frames: Frames that are sent before the connection ends; None: as many as there are.
         stall: Go silent after `frames` rather than hang up.
         first: The frame it starts with.
+        jump: Seconds by which the time stamps jump from the tenth frame on.
     """
 
     frames: int | None = None
     stall: bool = False
     first: int = 0
+    jump: int = 0
 
 
 @dataclass
@@ -180,7 +182,7 @@ class RtspServer:
             payloads = [payload for unit in units for payload in _payloads(unit)]
             for position, payload in enumerate(payloads):
                 marker = 128 * (position == len(payloads) - 1)
-                stamp = index * _CLOCK // self.rate
+                stamp = (index * _CLOCK // self.rate + (index >= 10) * visit.jump * _CLOCK + 2**31) % 2**32
                 header = struct.pack(">BBHII", 128, marker | _PAYLOAD_TYPE, sequence % 65536, stamp, 1)
                 client.sendall(struct.pack(">cBH", b"$", 0, 12 + len(payload)) + header + payload)
                 sequence += 1

@@ -89,6 +89,15 @@ def test_a_lost_camera_is_connected_to_again(stall: bool, units: list[list[bytes
     assert server.played == 2
 
 
+@pytest.mark.parametrize("jump", [-100, 100])
+def test_time_stamps_that_jump_are_put_right(jump: int, units: list[list[bytes]]) -> None:
+    with RtspServer(units, _RATE, [Visit(jump=jump)]) as server, NetworkStream(server.url(), timeout_s=2) as source:
+        frames = list(islice(source, 30))
+    _check_increasing(frames)
+    assert frames[-1].seconds < 10
+    assert source.reconnects == 0
+
+
 def test_a_camera_that_is_joined_late_starts_with_a_key_frame_and_is_not_damaged(units: list[list[bytes]]) -> None:
     with RtspServer(units, _RATE, [Visit(first=5)]) as server, NetworkStream(server.url(), timeout_s=2) as source:
         frames = list(islice(source, 10))

@@ -37,7 +37,9 @@ def load_av(why: str) -> Any:
         MissingPackageError: It is not installed.
     """
     av = require("av", "cpu", why)
-    av.logging.set_level(av.logging.PANIC)  # what matters of it is counted in `damaged`
+    # Any level but None has decoder threads wait for the GIL, whatever they log; who frees the decoder may hold it.
+    # What matters of the messages is counted in `damaged`.
+    av.logging.set_level(None)
     return av
 
 

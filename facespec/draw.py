@@ -17,8 +17,8 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _FAR = 30_000  # far outside the frame cv2's integers overflow, and nothing would be seen anyway
 
 
-def draw_detections(frame: Frame, detections: Detections, labels: bool = True) -> Frame:
-    """Return a copy of a frame with boxes, landmarks and scores.
+def draw_detections(frame: Frame, detections: Detections, labels: bool = True, copy: bool = True) -> Frame:
+    """Return a copy of a frame, or the frame itself, with boxes, landmarks and scores.
 
     Lines and points follow the size of the face. Better faces are drawn over weaker ones; a label that would cover
     another face or label is left out.
@@ -27,8 +27,9 @@ def draw_detections(frame: Frame, detections: Detections, labels: bool = True) -
         frame: uint8 (H, W, 3).
         detections: In pixels of the frame.
         labels: Whether to write scores.
+        copy: False draws on the frame itself where that can be written to.
     """
-    canvas = np.ascontiguousarray(frame).copy()
+    canvas = np.ascontiguousarray(frame).copy() if copy else np.require(frame, requirements=["C", "W"])
     boxes = np.clip(np.rint(detections.boxes), -_FAR, _FAR).astype(int)
     points = np.clip(np.rint(detections.landmarks), -_FAR, _FAR).astype(int)
     for box, face in zip(boxes[::-1].tolist(), points[::-1].tolist(), strict=True):

@@ -1,18 +1,22 @@
-"""Find faces in images, a folder, a video or a webcam, and draw or write them.
+"""Find faces in images, folders, videos, webcams and network streams, and draw or write them.
 
 python -m trt_runtime.detect photo.jpg --model retinaface.onnx --output faces.jpg --json faces.json
+python -m trt_runtime.detect 0 rtsp://camera/stream --model retinaface.onnx --output folder --json -
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import re
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,16 +24,16 @@ import cv2
 from tqdm import tqdm
 
 from facespec.cli import ArgumentParser, quiet_libraries, run
-from facespec.detections import Detections
 from facespec.draw import draw_detections
 from facespec.errors import DataError, FrameError, ImageError, OutputError
 from facespec.files import atomic_path, check_outputs
 from facespec.images import IMAGE_SUFFIXES, find_images, read_image, write_image
 from facespec.letterbox import Frame
 from facespec.spec import parse_size
-from trt_runtime.detector import RetinaFaceDetector, load_detector
+from trt_runtime.detector import load_detector
+from trt_runtime.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
 from trt_runtime.timing import StageTimer
-from trt_runtime.video import VIDEO_SUFFIXES, Camera, VideoFile, VideoWriter, require_display
+from trt_runtime.video import VIDEO_SUFFIXES, Source, VideoWriter, open_source, require_display
 
 
 @dataclass(frozen=True)
@@ -37,59 +41,105 @@ class DetectOptions:
     """What to detect on, with what, and where results go.
 
     Attributes:
-        source: Image, folder, glob pattern, video file, or a webcam's index.
+        source: One or several: images, folders and glob patterns; or video files, webcams' indices and addresses.
         model: Model file for `load_detector`.
-        output: Annotated image, folder of annotated images, or video; None draws nothing.
-        json: File of JSON lines, one a frame; "-" is standard output.
+        output: Annotated image or video, or a folder of them for several; None draws nothing.
+        json: File of JSON lines, one for each frame the network ran on; "-" is standard output.
         score: Lowest score reported; None is 0.5.
         size_hw: Network size for models of dynamic size.
         threads: Threads of the network; None is every core.
+        streams: Networks side by side; None leaves it to the detector, as it does for the next two.
+        backend: What runs the model.
+        device: Number of the GPU.
         show: Show annotated frames in a window; q or Esc ends.
+        flow: How the frames of videos flow.
     """
 
-    source: str
+    source: str | tuple[str, ...]
     model: Path
     output: Path | None = None
     json: str | None = None
     score: float | None = None
     size_hw: tuple[int, int] | None = None
     threads: int | None = None
+    streams: int | None = None
+    backend: str | None = None
+    device: int | None = None
     show: bool = False
+    flow: PipelineOptions = field(default_factory=PipelineOptions)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What `source` names, one or several."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclass
 class Summary:
-    """What a run did; `str()` gives the closing lines."""
+    """What a run did; `str()` gives the closing lines.
+
+    Attributes:
+        timer: Time by stage, over all threads.
+        frames: Frames that came through.
+        detected: Those of them the network ran on.
+        faces: Faces found.
+        truncated: Frames with more faces than the model's limits.
+        failures: What failed of several.
+        sources: Of videos, what became of each.
+        seconds: Wall time.
+        interrupted: Ctrl-C ended it.
+    """
 
     timer: StageTimer = field(default_factory=StageTimer)
     frames: int = 0
+    detected: int = 0
     faces: int = 0
     truncated: int = 0
-    damaged: int = 0
     failures: list[str] = field(default_factory=list)
+    sources: list[SourceReport] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: bool = False
 
     def __str__(self) -> str:
-        frames = max(self.frames, 1)
-        stages = ", ".join(f"{name} {total / frames:.2f}" for name, total in self.timer.total_ms.items())
+        passed = f" ({self.detected} through the network)" if self.detected != self.frames else ""
         lines = [
-            f"{_count(self.frames, 'frame')}, {_count(self.faces, 'face')}, {self.seconds:.1f} s "
+            f"{_count(self.frames, 'frame')}{passed}, {_count(self.faces, 'face')}, {self.seconds:.1f} s "
             f"({self.frames / max(self.seconds, 1e-9):.1f} frames/s)",
-            f"ms per frame: {stages or 'nothing was run'}",
+            self._stages(),
         ]
+        if len(self.sources) > 1 or any(source.dropped or source.reconnects for source in self.sources):
+            lines += map(_source_line, self.sources)
         if self.truncated:
             lines.append(
                 f"{_count(self.truncated, 'frame')} had more faces than the model's limits: export it with higher "
                 "--top-k and --max-detections"
             )
-        if self.damaged:
-            lines.append(f"{_count(self.damaged, 'damaged part')} of the video passed over")
+        if damaged := sum(source.damaged for source in self.sources):
+            lines.append(f"{_count(damaged, 'damaged part')} of the video passed over")
         if self.failures:
-            lines.append(f"{_count(len(self.failures), 'image')} could not be read or written")
+            what = "source" if self.sources else "image"
+            lines.append(f"{_count(len(self.failures), what)} could not be read or written")
         if self.interrupted:
             lines.append("interrupted: everything up to here was written")
         return "\n".join(lines)
+
+    def _stages(self) -> str:
+        """Say where the time of a frame went and, where stages overlap, how much longer they take than the frame."""
+        ms = {stage: total / max(self.frames, 1) for stage, total in self.timer.total_ms.items()}
+        line = "ms per frame: " + (", ".join(f"{stage} {mean:.2f}" for stage, mean in ms.items()) or "nothing was run")
+        if not self.sources or not self.frames:
+            return line
+        total, wall = sum(mean for stage, mean in ms.items() if stage != WAIT), 1e3 * self.seconds / self.frames
+        idle = f" without {WAIT}" if WAIT in ms else ""
+        return f"{line}; sum of stages{idle} {total:.2f}, wall {wall:.2f}: overlap {total / max(wall, 1e-9):.2f}x"
+
+
+def _source_line(source: SourceReport) -> str:
+    return (
+        f"{source.name}: {source.decoded} decoded, {source.detected} detected, {source.dropped} dropped, "
+        f"{source.reconnects} reconnects, {source.damaged} damaged, "
+        f"{source.frames / max(source.seconds, 1e-9):.1f} frames/s{', failed' * bool(source.error)}"
+    )
 
 
 def _count(number: int, noun: str) -> str:
@@ -97,36 +147,42 @@ def _count(number: int, noun: str) -> str:
 
 
 def detect(options: DetectOptions) -> Summary:
-    """Run the detector over a source and write what was asked for.
+    """Run the detector over sources and write what was asked for.
 
-    An image of several that cannot be read is reported and passed over; the summary counts it.
+    One of several images or videos that fails is reported and passed over; the summary counts it.
 
     Raises:
-        RetinaFaceError: The source, the model or an output is not usable.
+        RetinaFaceError: The only source, the model or an output is not usable.
     """
     if options.show:
         require_display()
-    images = _image_sources(options.source)
-    single = images is not None and Path(options.source).is_file()
+    images = _image_sources(options.sources)
+    single = len(options.sources) == 1 and (images is None or Path(options.sources[0]).is_file())
+    chosen = {name: getattr(options, name) for name in ("streams", "backend", "device")}
     detector = load_detector(
-        options.model, score_threshold=options.score, size_hw=options.size_hw, threads=options.threads
+        options.model,
+        score_threshold=options.score,
+        size_hw=options.size_hw,
+        threads=options.threads,
+        **{name: value for name, value in chosen.items() if value is not None},
     )
     targets = _check_outputs(options, detector.files, images, single)
     summary = Summary()
     start = time.perf_counter()
     with ExitStack() as stack:
-        lines = _open_json(options.json, stack)
-        sink = _Sink(detector, options, lines, summary)
+        sink = _Sink(options, _open_json(options.json, stack), single)
         try:
             if images is not None:
-                _run_images(images, single, targets, sink)
+                _run_images(images, targets, detector, sink, summary)
             else:
-                _run_video(sink)
+                _run_videos(targets, detector, sink, summary)
         except _QuitError:
             pass
         except KeyboardInterrupt:
             summary.interrupted = True
     summary.seconds = time.perf_counter() - start
+    if single and summary.sources and (error := summary.sources[0].error):
+        raise error  # it was lost after a while: what was found until then has been written
     return summary
 
 
@@ -134,66 +190,157 @@ class _QuitError(Exception):
     """The user closed the window."""
 
 
-@dataclass
 class _Sink:
-    """Runs one frame through the detector and hands the result to every output."""
+    """Where results go. Several threads may write lines, and leave frames for the window."""
 
-    detector: RetinaFaceDetector
-    options: DetectOptions
-    lines: TextIO | None
-    summary: Summary
-
-    def process(self, frame: Frame, record: dict[str, Any]) -> Frame | None:
-        """Return the annotated frame if somebody wants it."""
-        summary = self.summary
-        found = self.detector.detect(frame, summary.timer)
-        summary.frames += 1
-        summary.faces += len(found)
-        summary.truncated += found.truncated
-        if self.lines:
-            self.write({**record, **found.to_dict()})
-        return self._annotate(frame, found) if self.options.output or self.options.show else None
+    def __init__(self, options: DetectOptions, lines: TextIO | None, single: bool) -> None:
+        self.options, self.lines, self.single = options, lines, single
+        self.draws = options.output is not None or options.show
+        self.lock = threading.Lock()
+        self.shown: dict[str, Frame] = {}  # the newest of each window
 
     def write(self, record: dict[str, Any]) -> None:
         if self.lines:
-            self.lines.write(json.dumps(record) + "\n")
+            line = json.dumps(record) + "\n"
+            with self.lock:
+                self.lines.write(line)
 
-    def _annotate(self, frame: Frame, found: Detections) -> Frame:
-        with self.summary.timer("draw"):
-            canvas = draw_detections(frame, found)
-        if self.options.show:
-            cv2.imshow("faces (q ends)", canvas)
-            if cv2.waitKey(1) & 0xFF in (ord("q"), 27):
-                raise _QuitError
-        return canvas
+    def fail(self, name: str, error: Exception) -> None:
+        self.write({"source": name, "error": str(error)})
+        tqdm.write(f"error: {error}", file=sys.stderr)
+
+    def show(self, wait_ms: int = 1) -> None:
+        """Show what was left for the windows.
+
+        Raises:
+            _QuitError: The user wants no more.
+        """
+        for name in list(self.shown):
+            cv2.imshow(f"{name} (q ends)", self.shown.pop(name))
+        if cv2.waitKey(wait_ms) & 0xFF in (ord("q"), 27):
+            raise _QuitError
 
 
-def _run_images(paths: list[Path], single: bool, targets: dict[Path, Path], sink: _Sink) -> None:
-    summary = sink.summary
-    for path in tqdm(paths, unit="image", disable=True if single else None):
+def _run_images(paths: list[Path], targets: dict[str, Path], detector: Any, sink: _Sink, summary: Summary) -> None:
+    timer = summary.timer
+    for path in tqdm(paths, unit="image", disable=True if sink.single else None):
         try:
-            with summary.timer("read"), quiet_libraries():
+            with timer("read"), quiet_libraries():
                 frame = read_image(path)
-            canvas = sink.process(frame, {"source": str(path)})
-            if canvas is not None and path in targets:
-                with summary.timer("write"), quiet_libraries():
-                    write_image(targets[path], canvas)
+            found = detector.detect(frame, timer)
+            summary.frames += 1
+            summary.detected += 1
+            summary.faces += len(found)
+            summary.truncated += found.truncated
+            sink.write({"source": str(path), **found.to_dict()})
+            if sink.draws:
+                with timer("draw"):
+                    canvas = draw_detections(frame, found, copy=False)
+                if target := targets.get(str(path)):
+                    with timer("write"), quiet_libraries():
+                        write_image(target, canvas)
+                if sink.options.show:
+                    sink.shown["faces"] = canvas
+                    sink.show(0 if sink.single else 1)
         except (ImageError, FrameError, OutputError) as error:
-            if single:
+            if sink.single:
                 raise
             summary.failures.append(str(error))
-            sink.write({"source": str(path), "error": str(error)})
-            tqdm.write(f"error: {error}", file=sys.stderr)
-    if sink.options.show and summary.frames:
-        cv2.waitKey(0 if single else 1)
+            sink.fail(str(path), error)
 
 
-def _targets(source: str, paths: list[Path], folder: Path) -> dict[Path, Path]:
+def _run_videos(targets: dict[str, Path], detector: Any, sink: _Sink, summary: Summary) -> None:
+    jobs = [
+        Job(_label(source), partial(_open, source), partial(_output, _label(source), targets.get(source), sink))
+        for source in sink.options.sources
+    ]
+    told: set[str] = set()
+    show = sink.options.show
+    with tqdm(unit="frame", disable=None) as progress:
+
+        def tick(reports: list[SourceReport]) -> bool:
+            for report in reports:
+                if report.error and not sink.single and report.name not in told:
+                    told.add(report.name)
+                    summary.failures.append(str(report.error))
+                    sink.fail(report.name, report.error)
+            known = all(report.frame_count for report in reports)
+            progress.total = sum(report.frame_count for report in reports) if known else None
+            progress.update(sum(report.frames for report in reports) - progress.n)
+            try:
+                if show:
+                    sink.show()
+            except _QuitError:
+                return False
+            return True
+
+        report = run_pipeline(detector, jobs, sink.options.flow, tick=tick, tick_s=0.02 if show else 0.1)
+        tick(report.sources)
+    summary.timer, summary.sources, summary.interrupted = report.timer, report.sources, report.interrupted
+    for source in report.sources:
+        summary.frames += source.frames
+        summary.detected += source.detected
+        summary.faces += source.faces
+        summary.truncated += source.truncated
+        if sink.single and source.error and not (source.complete and source.frames):
+            raise source.error  # there is nothing worth keeping
+
+
+def _open(source: str) -> Source:
+    with quiet_libraries():  # OpenCV has its own words for a missing camera
+        return open_source(source)
+
+
+@contextmanager
+def _output(label: str, path: Path | None, sink: _Sink, source: Source) -> Iterator[Use]:
+    """Write and show the frames of a source."""
+    with VideoWriter(path, source.rate) if path else nullcontext() as writer:
+
+        def use(seen: SeenFrame, timer: StageTimer) -> None:
+            if seen.detected:
+                when = {"frame": seen.number, "time_s": round(seen.seconds, 4)}
+                sink.write({"source": label, **when, **seen.faces.to_dict()})
+            if not sink.draws:
+                return
+            with timer("draw"):
+                canvas = draw_detections(seen.image, seen.faces, copy=False)
+            if writer:
+                with timer("write"):
+                    writer.write(canvas, seen.seconds)
+            if sink.options.show:
+                sink.shown[label] = canvas
+
+        yield use
+
+
+def _label(source: str) -> str:
+    """Return a source as it may be shown: without a password."""
+    return re.sub(r"(?<=://)[^/?#]*@", "", source)
+
+
+def _targets(sources: Sequence[str], paths: list[Path], folder: Path) -> dict[str, Path]:
     """Return where the annotated copy of each image goes: under `folder` as it is under the source."""
-    common = Path(source) if Path(source).is_dir() else Path(*_common_parts(paths))
-    targets = {path: folder / _as_written(path.relative_to(common)) for path in paths}
+    one_folder = len(sources) == 1 and Path(sources[0]).is_dir()
+    common = Path(sources[0]) if one_folder else Path(*_common_parts(paths))
+    return _distinct({str(path): folder / _as_written(path.relative_to(common)) for path in paths}, folder)
+
+
+def _video_targets(sources: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Return the annotated video of each source: a file's has its name, an address's says host and path."""
+    names = {}
+    for source in sources:
+        if _is_camera(source):
+            names[source] = f"camera{source}"
+        elif "://" in source:
+            names[source] = re.sub(r"[^\w.-]+", "_", _label(source).split("://")[1]).strip("_.") or "stream"
+        else:
+            names[source] = Path(source).stem
+    return _distinct({source: folder / f"{name}.mp4" for source, name in names.items()}, folder)
+
+
+def _distinct(targets: dict[str, Path], folder: Path) -> dict[str, Path]:
     names = Counter(targets.values())
-    twice = [path for path, target in targets.items() if names[target] > 1]
+    twice = [_label(source) for source, target in targets.items() if names[target] > 1]
     if twice:
         raise OutputError(f"--output {folder}: {twice[0]} and {twice[1]} would get the same name; run them apart")
     return targets
@@ -213,52 +360,37 @@ def _common_parts(paths: list[Path]) -> list[str]:
     return list(first[:keep])
 
 
-def _run_video(sink: _Sink) -> None:
-    options, summary = sink.options, sink.summary
-    with ExitStack() as stack:
-        with quiet_libraries():  # OpenCV has its own words for a missing camera
-            source: Camera | VideoFile = (
-                VideoFile(options.source) if Path(options.source).exists() else Camera(int(options.source[:9]))
-            )
-        stack.enter_context(source)
-        writer = stack.enter_context(VideoWriter(options.output, source.rate)) if options.output else None
-        progress = stack.enter_context(tqdm(total=source.frame_count or None, unit="frame", disable=None))
-        frames: Iterator[Any] = iter(source)
-        try:
-            while True:
-                with summary.timer("read"):
-                    timed = next(frames, None)
-                if timed is None:
-                    break
-                record = {"source": options.source, "frame": summary.frames, "time_s": round(timed.seconds, 4)}
-                canvas = sink.process(timed.image, record)
-                if writer and canvas is not None:
-                    with summary.timer("write"):
-                        writer.write(canvas, timed.seconds)
-                progress.update()
-        except _QuitError:
-            pass
-        finally:
-            summary.damaged = source.damaged
+def _is_camera(source: str) -> bool:
+    return source.isdecimal() and not Path(source).exists()
 
 
-def _image_sources(source: str) -> list[Path] | None:
-    """Return the images a source names, or None if it is a video file or a webcam.
+def _image_sources(sources: Sequence[str]) -> list[Path] | None:
+    """Return the images that the sources name, or None if they are videos, webcams and addresses.
 
     Raises:
-        DataError: Nothing is there.
+        DataError: Nothing is there, or both kinds are.
     """
+    found = [(source, _images(source)) for source in sources]
+    images = [path for _, paths in found for path in paths or []]
+    videos = [_label(source) for source, paths in found if paths is None]
+    if images and videos:
+        raise DataError(f"{images[0]} is an image, {videos[0]} is not: run images and videos apart")
+    if len(set(videos)) < len(videos):
+        raise DataError(f"{Counter(videos).most_common(1)[0][0]} is given more than once")
+    return list(dict.fromkeys(images)) if images else None
+
+
+def _images(source: str) -> list[Path] | None:
+    """Return the images of one source, or None if it is a video, a webcam or an address."""
     if not source:
-        raise DataError("the source is empty: give a file, a folder, a glob or a webcam's index")
-    if source.isdecimal() and not Path(source).exists():
+        raise DataError("the source is empty: give a file, a folder, a glob, a webcam's index or an address")
+    if _is_camera(source) or "://" in source:
         return None
-    if "://" in source:
-        raise DataError(f"{source}: addresses are not supported yet; give a file, a folder, a glob or a webcam's index")
     path = Path(source)
     if path.is_dir():
         found = find_images(path)
         if not found:
-            raise DataError(f"{source}: no images in this folder; videos are run one at a time")
+            raise DataError(f"{source}: no images in this folder; videos are named one by one")
         return found
     if path.exists():
         return [path] if path.suffix.lower() in IMAGE_SUFFIXES else None
@@ -266,38 +398,41 @@ def _image_sources(source: str) -> list[Path] | None:
         found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
         found = [item for item in found if item.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
-            raise DataError(f"{source}: no image matches this pattern; videos are run one at a time")
+            raise DataError(f"{source}: no image matches this pattern; videos are named one by one")
         return found
     raise DataError(f"{source}: no such file or folder")
 
 
 def _check_outputs(
     options: DetectOptions, model_files: Sequence[Path], images: list[Path] | None, single: bool
-) -> dict[Path, Path]:
-    """Refuse before any work what could not be written or would destroy a file; return where annotated images go."""
-    output = options.output
+) -> dict[str, Path]:
+    """Refuse before any work what could not be written or would destroy a file; return where what is drawn goes."""
+    output, sources = options.output, options.sources
     suffix = output.suffix.lower() if output else ""
-    targets: dict[Path, Path] = {}
+    targets: dict[str, Path] = {}
     if output is None:
         pass
-    elif images is None:
+    elif single and images is None:
         if suffix not in VIDEO_SUFFIXES:
             raise OutputError(f"--output {output}: video is written as {', '.join(VIDEO_SUFFIXES)}")
-    elif single:
+        targets = {sources[0]: output}
+    elif single and images:
         if suffix not in IMAGE_SUFFIXES:
             raise OutputError(f"--output {output}: for one image give a name that ends in .jpg or .png")
-        targets = {images[0]: output}
+        targets = {str(images[0]): output}
     else:
         if output.is_file() or suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
-            raise OutputError(f"--output {output}: for several images give a folder")
-        if Path(options.source).is_dir() and output.resolve().is_relative_to(Path(options.source).resolve()):
-            raise OutputError(f"--output {output} lies in the source folder: choose one outside")
-        targets = _targets(options.source, images, output)
-    drawn = targets.values() if images is not None else [output]
+            raise OutputError(
+                f"--output {output}: for several {'videos' if images is None else 'images'} give a folder"
+            )
+        for folder in filter(Path.is_dir, map(Path, sources)):
+            if output.resolve().is_relative_to(folder.resolve()):
+                raise OutputError(f"--output {output} lies in the source folder: choose one outside")
+        targets = _video_targets(sources, output) if images is None else _targets(sources, images, output)
     report = None if options.json == "-" else options.json
     check_outputs(
-        [*(("--output", path) for path in drawn), ("--json", report)],
-        [*model_files, *(images if images is not None else [Path(options.source)])],
+        [*(("--output", path) for path in targets.values()), ("--json", report)],
+        [*model_files, *(images if images is not None else filter(Path.exists, map(Path, sources)))],
     )
     return targets
 
@@ -315,27 +450,51 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     """Return the options of a command line."""
     parser = ArgumentParser(
         prog="python -m trt_runtime.detect",
-        description="Find faces and their landmarks in images, videos or a webcam.",
+        description="Find faces and their landmarks in images or, several at once, in videos, webcams and streams.",
         epilog="A model comes from: python -m export.to_onnx --out retinaface.onnx",
     )
-    parser.add_argument("source", help="image, folder, glob pattern (in quotes), video file, or a webcam's index")
-    parser.add_argument("--model", type=Path, required=True, help="detector written by export.to_onnx")
-    parser.add_argument("--output", type=Path, help="annotated image, folder of images, or H.264 video (.mp4)")
+    parser.add_argument(
+        "source",
+        nargs="+",
+        help="image, folder or glob pattern (in quotes); or video file, webcam's index or address, as rtsp://host/path",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="detector written by export.to_onnx or export.to_trt")
+    parser.add_argument(
+        "--output", type=Path, help="annotated image or H.264 video (.mp4); for several, the folder they go to"
+    )
     parser.add_argument("--json", help="write one JSON line a frame, in pixels of the original frame; '-' prints them")
     parser.add_argument("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
     parser.add_argument("--size", help="HEIGHTxWIDTH frames are letterboxed to, for models of dynamic size")
     parser.add_argument("--threads", type=int, help="threads of the network (default: every core)")
-    parser.add_argument("--show", action="store_true", help="show the frames in a window; q ends")
+    parser.add_argument("--streams", type=int, help="networks side by side (default: 1)")
+    parser.add_argument("--backend", help="what runs the model (default: auto)")
+    parser.add_argument("--device", type=int, help="number of the GPU (default: 0)")
+    parser.add_argument("--show", action="store_true", help="show the newest frames in a window; q ends")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="frames of videos in one run of the network (default: what is ready, as the model takes)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        default=1,
+        help="run the network on one frame of so many; the others are drawn with its faces and get no JSON line",
+    )
     args = parser.parse_args(argv)
     return DetectOptions(
-        source=args.source,
+        source=tuple(args.source),
         model=args.model,
         output=args.output,
         json=args.json,
         score=args.score,
         size_hw=parse_size(args.size) if args.size else None,
         threads=args.threads,
+        streams=args.streams,
+        backend=args.backend,
+        device=args.device,
         show=args.show,
+        flow=PipelineOptions(batch=args.batch, depth=max(2, args.streams or 1), stride=args.stride),
     )
 
 

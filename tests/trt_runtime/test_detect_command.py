@@ -160,7 +160,7 @@ def test_an_interrupted_video_is_playable(video: Path, static_onnx: Path, tmp_pa
         (["*.bmp"], "no image matches"),
         (["empty"], "no images in this folder"),
         (["97"], "camera 97"),
-        (["rtsp://host/stream"], "not supported yet"),
+        (["ftp://host/clip.mp4"], "ftp://host/clip.mp4"),
         (["photos/astronaut.png", "--score", "0.001"], "below the model's floor"),
         (["photos/astronaut.png", "--score", "nan"], "score threshold"),
         (["photos/astronaut.png", "--size", "640x640"], "takes 320x320 only"),

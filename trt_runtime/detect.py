@@ -31,6 +31,7 @@ from facespec.images import IMAGE_SUFFIXES, find_images, read_image, write_image
 from facespec.letterbox import Frame
 from facespec.spec import parse_size
 from trt_runtime.detector import load_detector
+from trt_runtime.live import without_secrets
 from trt_runtime.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
 from trt_runtime.timing import StageTimer
 from trt_runtime.video import VIDEO_SUFFIXES, Source, VideoWriter, open_source, require_display
@@ -315,7 +316,7 @@ def _output(label: str, path: Path | None, sink: _Sink, source: Source) -> Itera
 
 def _label(source: str) -> str:
     """Return a source as it may be shown: without a password."""
-    return re.sub(r"(?<=://)[^/?#]*@", "", source)
+    return without_secrets(source) if "://" in source else source
 
 
 def _targets(sources: Sequence[str], paths: list[Path], folder: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -120,6 +121,107 @@ def test_a_video(command: Run, video: Path, static_onnx: Path, tmp_path: Path) -
         assert np.abs(image - original)[y1 + 5 : y2 - 5, x1].mean() > 30  # the left edge of the box is drawn
 
 
+@pytest.fixture
+def second_video(tmp_path: Path, photographs: dict[str, Frame]) -> Path:
+    """Seven frames of another size and rate."""
+    small = np.asarray(cv2.resize(photographs["grace_hopper"], (256, 300)), np.uint8)
+    with VideoWriter(tmp_path / "other.mkv", 10) as writer:
+        for index in range(7):
+            writer.write(np.roll(small, 2 * index, axis=0))
+    return tmp_path / "other.mkv"
+
+
+def _times(path: Path) -> list[float]:
+    with VideoFile(path) as video:
+        return [frame.seconds for frame in video]
+
+
+def test_several_videos_at_once_though_one_is_damaged(
+    command: Run, video: Path, second_video: Path, static_onnx: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.mp4").write_text("this is text")
+    sources = ["text.mp4", "clip.mp4", "other.mkv"]
+    result = command("trt_runtime.detect", *sources, "--model", static_onnx, "--output", "out", "--json", "out.json")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: text.mp4: not a video")
+    assert "Traceback" not in result.stderr
+    records = _lines(tmp_path / "out.json")
+    for source, count in (("clip.mp4", 12), ("other.mkv", 7)):
+        own = [record for record in records if record["source"] == source]
+        assert [record["frame"] for record in own] == list(range(count))
+        with VideoFile(tmp_path / source) as plain:
+            detector = OrtRetinaFace(static_onnx)
+            for record, frame in zip(own, plain, strict=True):
+                assert {**record, **detector.detect(frame.image).to_dict()} == record
+                assert record["time_s"] == round(frame.seconds, 4)
+        assert f"{source}: {count} decoded, {count} detected, 0 dropped, 0 reconnects, 0 damaged" in result.stdout
+        drawn = Path(source).with_suffix(".mp4").name
+        assert _times(tmp_path / "out" / drawn) == pytest.approx(_times(tmp_path / source), abs=2e-3)
+    assert [record["source"] for record in records if "error" in record] == ["text.mp4"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip.mp4", "other.mp4"]
+    assert "19 frames, " in result.stdout
+    assert "1 source could not be read" in result.stdout
+    stages = re.search(r"read [\d.]+, .*write [\d.]+; sum of stages ([\d.]+), wall ([\d.]+)", result.stdout)
+    assert stages
+    assert float(stages[1]) > 0
+    assert float(stages[2]) > 0
+
+
+def test_stride_draws_every_frame_and_writes_a_line_for_those_the_network_saw(
+    command: Run, video: Path, static_onnx: Path, tmp_path: Path
+) -> None:
+    line = ("trt_runtime.detect", video, "--model", static_onnx)
+    result = command(*line, "--stride", "5", "--output", "out.mp4", "--json", "out.json")
+    assert result.returncode == 0, result.stderr
+    assert "12 frames (3 through the network), 3 faces" in result.stdout
+    records = _lines(tmp_path / "out.json")
+    assert [record["frame"] for record in records] == [0, 5, 10]
+    with VideoFile(tmp_path / "out.mp4") as drawn, VideoFile(video) as plain:
+        pairs = [(a.image.astype(int), b.image) for a, b in zip(drawn, plain, strict=True)]
+    for number, (image, original) in enumerate(pairs):
+        x1, y1, _, y2 = (round(value) for value in records[number // 5]["faces"][0]["box"])
+        assert np.abs(image - original)[y1 + 5 : y2 - 5, x1].mean() > 30
+
+
+def test_images_of_several_sources(photos: Path, static_onnx: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "one.png", read_image(photos / "astronaut.png"))
+    sources = (str(tmp_path / "one.png"), str(photos), str(photos / "astronaut.png"))
+    summary = detect(DetectOptions(sources, static_onnx, output=tmp_path / "out", json=str(tmp_path / "f.json")))
+    assert (summary.frames, summary.faces) == (3, 3)  # one of them is named twice
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    assert found == {"one.png", "photos/astronaut.png", "photos/more/hopper.jpg"}
+
+
+def test_interrupted_videos_are_playable(video: Path, static_onnx: Path, tmp_path: Path) -> None:
+    with VideoFile(video) as source:
+        frames = [frame.image for frame in source]
+    for name in ("a.mp4", "b.mp4"):
+        with VideoWriter(tmp_path / name, 25) as writer:
+            for index in range(800):
+                writer.write(frames[index % 12])
+    line = [sys.executable, "-m", "trt_runtime.detect", "a.mp4", "b.mp4", "--model", static_onnx, "--output", "out"]
+    process = subprocess.Popen([*line, "--json", "o.json"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})  # fmt: skip
+    while process.poll() is None and sum(path.stat().st_size > 20_000 for path in tmp_path.glob("out/.*.mp4")) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert not errors
+    records = _lines(tmp_path / "o.json")
+    for name in ("a.mp4", "b.mp4"):
+        count = len(_times(tmp_path / "out" / name))
+        assert 0 < count < 800
+        assert [record["frame"] for record in records if record["source"] == name] == list(range(count))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mp4", "b.mp4"]
+
+
+def test_passwords_are_not_shown(refused: Callable[..., str], static_onnx: Path) -> None:
+    line = refused("trt_runtime.detect", "rtsp://user:geheim@127.0.0.1:1/x", "--model", static_onnx, "--json", "-")
+    assert "127.0.0.1:1" in line
+    assert "geheim" not in line
+
+
 def test_an_interrupted_video_is_playable(video: Path, static_onnx: Path, tmp_path: Path) -> None:
     with VideoFile(video) as source, VideoWriter(tmp_path / "long.mp4", 25) as writer:
         frames = [frame.image for frame in source]
@@ -172,6 +274,13 @@ def test_an_interrupted_video_is_playable(video: Path, static_onnx: Path, tmp_pa
         (["photos", "--output", "photos"], "lies in the source folder"),
         (["clip.mp4", "--output", "out.jpg"], "video is written as"),
         (["clip.mp4", "--output", "clip.mp4"], "is a file that is read"),
+        (["clip.mp4", "photos"], "run images and videos apart"),
+        (["clip.mp4", "clip.mp4"], "clip.mp4 is given more than once"),
+        (["clip.mp4", "text.mp4", "--output", "out.mp4"], "for several videos give a folder"),
+        (["clip.mp4", "text.mp4", "--output", "."], "is a file that is read"),
+        (["clip.mp4", "empty/../clip.mp4", "--output", "out"], "would get the same name"),
+        (["clip.mp4", "--stride", "0"], "stride must be"),
+        (["clip.mp4", "--batch", "0"], "batch must be"),
         (["photos/astronaut.png", "--show"], "needs a display"),
         (["photos/astronaut.png", "--model", "none.onnx"], "no such model file"),
         (["photos/astronaut.png", "--model", "clip.mp4"], "expected a .onnx"),

@@ -128,11 +128,10 @@ class Summary:
         """Say where the time of a frame went and, where stages overlap, how much longer they take than the frame."""
         ms = {stage: total / max(self.frames, 1) for stage, total in self.timer.total_ms.items()}
         line = "ms per frame: " + (", ".join(f"{stage} {mean:.2f}" for stage, mean in ms.items()) or "nothing was run")
-        if not self.sources or not self.frames:
+        if not self.sources or not self.frames or WAIT in ms:  # a camera sets the pace
             return line
-        total, wall = sum(mean for stage, mean in ms.items() if stage != WAIT), 1e3 * self.seconds / self.frames
-        idle = f" without {WAIT}" if WAIT in ms else ""
-        return f"{line}; sum of stages{idle} {total:.2f}, wall {wall:.2f}: overlap {total / max(wall, 1e-9):.2f}x"
+        total, wall = sum(ms.values()), 1e3 * self.seconds / self.frames
+        return f"{line}; sum of stages {total:.2f}, wall {wall:.2f}: overlap {total / max(wall, 1e-9):.2f}x"
 
 
 def _source_line(source: SourceReport) -> str:
@@ -181,6 +180,8 @@ def detect(options: DetectOptions) -> Summary:
             pass
         except KeyboardInterrupt:
             summary.interrupted = True
+        except _LinesError as failure:
+            raise (failure.__cause__ or failure) from None
     summary.seconds = time.perf_counter() - start
     if single and summary.sources and (error := summary.sources[0].error):
         raise error  # it was lost after a while: what was found until then has been written
@@ -189,6 +190,10 @@ def detect(options: DetectOptions) -> Summary:
 
 class _QuitError(Exception):
     """The user closed the window."""
+
+
+class _LinesError(Exception):
+    """The JSON lines cannot be written. It is no OSError, which the video's file would take for its own."""
 
 
 class _Sink:
@@ -203,8 +208,12 @@ class _Sink:
     def write(self, record: dict[str, Any]) -> None:
         if self.lines:
             line = json.dumps(record) + "\n"
-            with self.lock:
-                self.lines.write(line)
+            try:
+                with self.lock:
+                    self.lines.write(line)
+                    self.lines.flush()  # who reads the lines of a camera wants them now
+            except OSError as error:
+                raise _LinesError from error
 
     def fail(self, name: str, error: Exception) -> None:
         self.write({"source": name, "error": str(error)})
@@ -431,10 +440,8 @@ def _check_outputs(
                 raise OutputError(f"--output {output} lies in the source folder: choose one outside")
         targets = _video_targets(sources, output) if images is None else _targets(sources, images, output)
     report = None if options.json == "-" else options.json
-    check_outputs(
-        [*(("--output", path) for path in targets.values()), ("--json", report)],
-        [*model_files, *(images if images is not None else filter(Path.exists, map(Path, sources)))],
-    )
+    files = images if images is not None else [Path(source) for source in sources if "://" not in source]
+    check_outputs([*(("--output", path) for path in targets.values()), ("--json", report)], [*model_files, *files])
     return targets
 
 

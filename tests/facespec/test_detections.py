@@ -129,6 +129,17 @@ def test_drawing_marks_the_box_and_leaves_the_frame_alone() -> None:
     assert draw_detections(frame, far).shape == frame.shape
 
 
+def test_drawing_on_the_frame_itself_gives_the_same_picture() -> None:
+    frame, found = np.full((100, 90, 3), 7, np.uint8), _detections()
+    expected = draw_detections(frame, found)
+    sealed = frame.copy()
+    sealed.flags.writeable = False
+    assert np.array_equal(draw_detections(sealed, found, copy=False), expected)
+    assert (sealed == 7).all()  # what cannot be written to is copied
+    assert draw_detections(frame, found, copy=False) is frame
+    assert np.array_equal(frame, expected)
+
+
 @pytest.mark.parametrize(
     "frame",
     [np.full((64, 64), 200, np.uint8), np.full((64, 64, 4), 200, np.uint8), np.full((64, 64, 3), 200.0, np.float32)],

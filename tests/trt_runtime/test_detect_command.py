@@ -22,6 +22,7 @@ from PIL import Image
 
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
+from tests.trt_runtime.rtsp_server import RtspServer, Visit, encode_h264
 from trt_runtime import OrtRetinaFace
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.video import VideoFile, VideoWriter
@@ -214,6 +215,40 @@ def test_interrupted_videos_are_playable(video: Path, static_onnx: Path, tmp_pat
         assert 0 < count < 800
         assert [record["frame"] for record in records if record["source"] == name] == list(range(count))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mp4", "b.mp4"]
+
+
+def test_a_camera_that_is_lost_for_a_while_beside_a_file(
+    video: Path, astronaut: Frame, static_onnx: Path, tmp_path: Path
+) -> None:
+    small = np.asarray(cv2.resize(astronaut, (256, 256)), np.uint8)
+    units = encode_h264([np.roll(small, index, axis=1) for index in range(30)], rate=25, key_every=10)
+    with RtspServer(units, 25, [Visit(20), Visit()], login="user:geheim") as server:
+        sources = [server.url("user:geheim"), "clip.mp4"]
+        line = [sys.executable, "-m", "trt_runtime.detect", *sources, "--model", static_onnx, "--threads", "1"]
+        process = subprocess.Popen([*line, "--output", "out", "--json", "o.json"], cwd=tmp_path, text=True,
+                                   env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        while process.poll() is None and not (
+            server.played == 2 and any(path.read_text().count("rtsp:") > 25 for path in tmp_path.glob(".o.*.json"))
+        ):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert not errors
+    assert "geheim" not in output
+    camera = re.search(r"rtsp://.*: (\d+) decoded, (\d+) detected, (\d+) dropped, 1 reconnects", output)
+    assert camera, output
+    assert "clip.mp4: 12 decoded, 12 detected, 0 dropped, 0 reconnects" in output
+    records = [record for record in _lines(tmp_path / "o.json") if record["source"].startswith("rtsp://")]
+    assert "geheim" not in (tmp_path / "o.json").read_text()
+    assert len(records) == int(camera[2])
+    assert all(len(record["faces"]) == 1 for record in records if not record["truncated"])
+    for key in ("frame", "time_s"):
+        values = [record[key] for record in records]
+        assert values == sorted(set(values))
+    (drawn,) = (path for path in (tmp_path / "out").iterdir() if path.name != "clip.mp4")
+    assert len(_times(drawn)) == len(records)
 
 
 def test_passwords_are_not_shown(refused: Callable[..., str], static_onnx: Path) -> None:
@@ -426,6 +461,15 @@ def test_the_end_of_a_container_leaves_nothing_half_written(video: Path, static_
     assert not list(tmp_path.glob(".*"))
     with VideoFile(tmp_path / "o.mp4") as drawn:
         assert sum(1 for _ in drawn) > 0
+
+
+def test_a_video_ends_with_the_reader_of_its_lines(video: Path, static_onnx: Path, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m trt_runtime.detect clip.mp4 --model {static_onnx} --json - --output o.mp4 | head -c 10"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert len(result.stdout) == 10
+    assert not result.stderr
+    assert not list(tmp_path.glob("*o.*.mp4"))
 
 
 def test_closed_streams_and_other_encodings(photos: Path, static_onnx: Path, tmp_path: Path) -> None:

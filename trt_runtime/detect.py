@@ -29,8 +29,8 @@ from facespec.errors import DataError, FrameError, ImageError, OutputError
 from facespec.files import atomic_path, check_outputs
 from facespec.images import IMAGE_SUFFIXES, find_images, read_image, write_image
 from facespec.letterbox import Frame
-from facespec.spec import parse_size
-from trt_runtime.detector import load_detector
+from facespec.spec import NetworkSize, parse_network_size
+from trt_runtime.detector import BACKENDS, RetinaFaceDetector, load_detector
 from trt_runtime.live import without_secrets
 from trt_runtime.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
 from trt_runtime.timing import StageTimer
@@ -49,9 +49,9 @@ class DetectOptions:
         score: Lowest score reported; None is 0.5.
         size_hw: Network size for models of dynamic size.
         threads: Threads of the network; None is every core.
-        streams: Networks side by side; None leaves it to the detector, as it does for the next two.
-        backend: What runs the model.
-        device: Number of the GPU.
+        streams: Frames a CPU computes at once.
+        backend: What runs the model, one of `trt_runtime.detector.BACKENDS`.
+        device: Index of the GPU.
         show: Show annotated frames in a window; q or Esc ends.
         flow: How the frames of videos flow.
     """
@@ -61,11 +61,11 @@ class DetectOptions:
     output: Path | None = None
     json: str | None = None
     score: float | None = None
-    size_hw: tuple[int, int] | None = None
+    size_hw: NetworkSize = None
     threads: int | None = None
-    streams: int | None = None
-    backend: str | None = None
-    device: int | None = None
+    streams: int = 1
+    backend: str = "auto"
+    device: int = 0
     show: bool = False
     flow: PipelineOptions = field(default_factory=PipelineOptions)
 
@@ -158,18 +158,19 @@ def detect(options: DetectOptions) -> Summary:
         require_display()
     images = _image_sources(options.sources)
     single = len(options.sources) == 1 and (images is None or Path(options.sources[0]).is_file())
-    chosen = {name: getattr(options, name) for name in ("streams", "backend", "device")}
     detector = load_detector(
         options.model,
         score_threshold=options.score,
         size_hw=options.size_hw,
         threads=options.threads,
-        **{name: value for name, value in chosen.items() if value is not None},
+        streams=options.streams,
+        backend=options.backend,
+        device=options.device,
     )
     targets = _check_outputs(options, detector.files, images, single)
     summary = Summary()
     start = time.perf_counter()
-    with ExitStack() as stack:
+    with detector, ExitStack() as stack:
         sink = _Sink(options, _open_json(options.json, stack), single)
         try:
             if images is not None:
@@ -231,7 +232,9 @@ class _Sink:
             raise _QuitError
 
 
-def _run_images(paths: list[Path], targets: dict[str, Path], detector: Any, sink: _Sink, summary: Summary) -> None:
+def _run_images(
+    paths: list[Path], targets: dict[str, Path], detector: RetinaFaceDetector, sink: _Sink, summary: Summary
+) -> None:
     timer = summary.timer
     for path in tqdm(paths, unit="image", disable=True if sink.single else None):
         try:
@@ -259,7 +262,7 @@ def _run_images(paths: list[Path], targets: dict[str, Path], detector: Any, sink
             sink.fail(str(path), error)
 
 
-def _run_videos(targets: dict[str, Path], detector: Any, sink: _Sink, summary: Summary) -> None:
+def _run_videos(targets: dict[str, Path], detector: RetinaFaceDetector, sink: _Sink, summary: Summary) -> None:
     jobs = [
         Job(_label(source), partial(_open, source), partial(_output, _label(source), targets.get(source), sink))
         for source in sink.options.sources
@@ -472,16 +475,18 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     )
     parser.add_argument("--json", help="write one JSON line a frame, in pixels of the original frame; '-' prints them")
     parser.add_argument("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
-    parser.add_argument("--size", help="HEIGHTxWIDTH frames are letterboxed to, for models of dynamic size")
+    parser.add_argument(
+        "--size", help="HEIGHTxWIDTH, or longer side, frames are letterboxed to, for models of dynamic size"
+    )
     parser.add_argument("--threads", type=int, help="threads of the network (default: every core)")
-    parser.add_argument("--streams", type=int, help="networks side by side (default: 1)")
-    parser.add_argument("--backend", help="what runs the model (default: auto)")
-    parser.add_argument("--device", type=int, help="number of the GPU (default: 0)")
+    parser.add_argument("--streams", type=int, default=1, help="frames a CPU computes at once")
+    parser.add_argument("--backend", default="auto", help=", ".join(BACKENDS))
+    parser.add_argument("--device", type=int, default=0, help="index of the GPU, for engines")
     parser.add_argument("--show", action="store_true", help="show the newest frames in a window; q ends")
     parser.add_argument(
         "--batch",
         type=int,
-        help="frames of videos in one run of the network (default: what is ready, as the model takes)",
+        help="frames of videos in one run of the network (default: what is ready and worth it)",
     )
     parser.add_argument(
         "--stride",
@@ -496,13 +501,13 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
         output=args.output,
         json=args.json,
         score=args.score,
-        size_hw=parse_size(args.size) if args.size else None,
+        size_hw=parse_network_size(args.size) if args.size else None,
         threads=args.threads,
         streams=args.streams,
         backend=args.backend,
         device=args.device,
         show=args.show,
-        flow=PipelineOptions(batch=args.batch, depth=max(2, args.streams or 1), stride=args.stride),
+        flow=PipelineOptions(batch=args.batch, depth=max(2, args.streams), stride=args.stride),
     )
 
 

@@ -19,11 +19,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from facespec.detections import Detections
 from facespec.errors import ConfigError, RetinaFaceError
 from facespec.letterbox import Frame
+from trt_runtime.detector import RetinaFaceDetector
+from trt_runtime.stream import DetectionStream
 from trt_runtime.timing import StageTimer
 from trt_runtime.video import Source
 
@@ -74,7 +76,7 @@ class PipelineOptions:
     """How frames flow.
 
     Attributes:
-        batch: Frames in a call of the network at most; None: as many as the detector takes at once.
+        batch: Frames in a call of the network at most; None: as many as the detector finds worth it.
         depth: Calls of the network at once.
         stride: The network runs on one frame of so many; the others pass with the result of the last.
         queue: Frames of a source that may wait for the network.
@@ -145,7 +147,7 @@ class PipelineReport:
 
 
 def run_pipeline(
-    detector: Any,
+    detector: RetinaFaceDetector,
     jobs: Sequence[Job],
     options: PipelineOptions | None = None,
     *,
@@ -158,7 +160,7 @@ def run_pipeline(
     still used, what waits for it is not.
 
     Args:
-        detector: As `trt_runtime.detector.load_detector` returns it.
+        detector: What runs the frames.
         jobs: The sources and their outputs.
         options: How frames flow.
         tick: Called here, in the caller's thread, every `tick_s` seconds; False ends the sources.
@@ -209,9 +211,9 @@ class _Lane:
 class _Pipeline:
     """The threads and what they share. One lock guards it all: it is held for bookkeeping alone, never for work."""
 
-    def __init__(self, detector: Any, jobs: Sequence[Job], options: PipelineOptions) -> None:
+    def __init__(self, detector: RetinaFaceDetector, jobs: Sequence[Job], options: PipelineOptions) -> None:
         self.detector, self.depth, self.stride = detector, options.depth, options.stride
-        self.batch = min(options.batch or detector.max_batch, detector.max_batch)
+        self.batch = options.batch or detector.max_batch
         self.lock = threading.Lock()
         self.lanes = [_Lane(job, self.lock) for job in jobs]
         share = -(-self.batch // max(len(jobs), 1))  # frames of a source in a call, where all have some
@@ -225,7 +227,7 @@ class _Pipeline:
         self.error: Exception | None = None
         self.unused = len(jobs)  # lanes whose output is not done
         self.finished = threading.Event()
-        self.stream: Any = None
+        self.stream: DetectionStream
 
     def run(self, tick: Callable[[list[SourceReport]], bool], tick_s: float) -> PipelineReport:
         threads = [threading.Thread(target=self._feed, name="feed")]
@@ -451,4 +453,4 @@ class _Pipeline:
 
 def _add(total: StageTimer, part: StageTimer) -> None:
     for stage, ms in part.total_ms.items():
-        total.total_ms[stage] = total.total_ms.get(stage, 0.0) + ms
+        total.add(stage, ms)

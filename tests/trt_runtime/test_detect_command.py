@@ -23,7 +23,7 @@ from PIL import Image
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from tests.trt_runtime.rtsp_server import RtspServer, Visit, encode_h264
-from trt_runtime import OrtRetinaFace
+from trt_runtime import OrtRetinaFace, load_detector
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.video import VideoFile, VideoWriter
 
@@ -151,7 +151,7 @@ def test_several_videos_at_once_though_one_is_damaged(
         own = [record for record in records if record["source"] == source]
         assert [record["frame"] for record in own] == list(range(count))
         with VideoFile(tmp_path / source) as plain:
-            detector = OrtRetinaFace(static_onnx)
+            detector = load_detector(static_onnx)
             for record, frame in zip(own, plain, strict=True):
                 assert {**record, **detector.detect(frame.image).to_dict()} == record
                 assert record["time_s"] == round(frame.seconds, 4)

@@ -206,7 +206,7 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
         precision = "fp32"
         if self._graph.half:
             native = self._core.get_property("CPU", "INFERENCE_PRECISION_HINT")
-            precision = {"bfloat16": "bf16", "float16": "fp16"}.get(native.get_type_name(), "fp32")
+            precision = {"bf16": "bf16", "f16": "fp16"}.get(native.get_type_name(), "fp32")
         return {
             "backend": self.backend,
             "openvino": self._openvino.__version__,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
             **({} if self._graph.half else {"INFERENCE_PRECISION_HINT": "f32"}),
         }
         self._core = self._openvino.Core()
-        self._compiled: ShapeCache[tuple[int, int] | None, Any] = ShapeCache(COMPILED_SIZES, self._compile)
+        self._compiled: ShapeCache[tuple[int, int] | None, _Compiled] = ShapeCache(COMPILED_SIZES, self._compile)
         if not isinstance(self.size_hw, int):  # now, not with the first frame
             self._compiled.get(self.size_hw)
 
@@ -215,12 +216,12 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
             "precision": precision,
         }
 
-    def _compile(self, size_hw: tuple[int, int] | None) -> Any:
+    def _compile(self, size_hw: tuple[int, int] | None) -> _Compiled:
         """Return the network compiled for one frame of a size, or of any size."""
         try:
             model = self._core.read_model(self._graph.content)
             model.reshape({"images": [1, *(size_hw or (-1, -1)), 3]})
-            return self._core.compile_model(model, "CPU", self._options)
+            return _Compiled(self._core.compile_model(model, "CPU", self._options), size_hw)
         except Exception as error:  # OpenVINO raises RuntimeError for everything
             raise ModelFileError(f"{self._path}: OpenVINO cannot run it ({_reason(error)})") from None
 
@@ -229,11 +230,7 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
         return 1
 
     def _new_lane(self) -> Lane:
-        def request(size_hw: tuple[int, int] | None) -> tuple[Any, Frame | None]:
-            buffer = np.empty((*size_hw, 3), np.uint8) if size_hw else None
-            return self._compiled.get(size_hw).create_infer_request(), buffer
-
-        return _OpenVinoLane(self, ShapeCache(COMPILED_SIZES, request))
+        return _OpenVinoLane(self, self._compiled)
 
     def close(self) -> None:
         """Free the compiled models, too."""
@@ -241,35 +238,56 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
         self._compiled.clear()
 
 
-class _OpenVinoLane:
-    """A request of each compiled model, and the letterboxed frame it reads."""
+class _Compiled:
+    """A compiled model with the requests that calls take from it and put back; they go when it goes.
 
-    def __init__(
-        self,
-        detector: OpenVinoRetinaFace,
-        requests: ShapeCache[tuple[int, int] | None, tuple[Any, Frame | None]],
-    ) -> None:
-        self._detector, self._requests = detector, requests
+    Args:
+        model: OpenVINO's.
+        size_hw: Network size, or None for any.
+    """
+
+    def __init__(self, model: Any, size_hw: tuple[int, int] | None) -> None:
+        self._model, self._size_hw = model, size_hw
+        self._idle: list[tuple[Any, Frame | None]] = []
+
+    @contextmanager
+    def request(self) -> Iterator[tuple[Any, Frame | None]]:
+        """Lend a request and, of a fixed size, the letterboxed frame it reads."""
+        try:
+            pair = self._idle.pop()
+        except IndexError:  # asking first would leave a gap for other threads
+            buffer = np.empty((*self._size_hw, 3), np.uint8) if self._size_hw else None
+            pair = self._model.create_infer_request(), buffer
+        yield pair
+        self._idle.append(pair)  # not after an error
+
+
+class _OpenVinoLane:
+    """Requests belong to the compiled models, so there is nothing to keep."""
+
+    def __init__(self, detector: OpenVinoRetinaFace, compiled: ShapeCache[tuple[int, int] | None, _Compiled]) -> None:
+        self._detector, self._compiled = detector, compiled
 
     def run(
         self, frames: Sequence[Frame], boxes: Sequence[Letterbox], stage: Callable[[str], Any]
     ) -> list[NDArray[Any]]:
         (frame,), (box,) = frames, boxes
         spec = self._detector.spec
-        request, buffer = self._requests.get(None if self._detector.size_hw is None else box.size_hw)
-        with stage("letterbox"):
-            fits = box.frame_hw == box.size_hw
-            pixels = box.apply(frame, spec.preprocess.mean_bgr, out=None if fits else buffer)
-        with stage("network"):
-            try:
-                found = request.infer({0: pixels[None]}, share_inputs=True, share_outputs=True)
-            except Exception as error:
-                raise ModelFileError(f"OpenVINO failed on a frame of {box.size_hw}: {_reason(error)}") from None
-        with stage("decode+NMS"):
-            return _decode(list(found.values()), box.size_hw, spec)
+        compiled = self._compiled.get(None if self._detector.size_hw is None else box.size_hw)
+        with compiled.request() as (request, buffer):
+            with stage("letterbox"):
+                fits = box.frame_hw == box.size_hw
+                pixels = box.apply(frame, spec.preprocess.mean_bgr, out=None if fits else buffer)
+            with stage("network"):
+                try:
+                    found = request.infer({0: pixels[None]}, share_inputs=True, share_outputs=True)
+                except Exception as error:
+                    raise ModelFileError(f"OpenVINO failed on a frame of {box.size_hw}: {_reason(error)}") from None
+            with stage("decode+NMS"):  # copies: the request's memory serves the next call
+                return _decode(list(found.values()), box.size_hw, spec)
 
     def close(self) -> None:
-        self._requests.clear()
+        pass
 
 
 def _cut(content: bytes, spec: ModelSpec, path: str | Path) -> HeadsGraph:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from facespec.detections import Detections
-from facespec.errors import SpecError
+from facespec.errors import ClosedError, SpecError
 
 MAX_DEPTH = 64
 
@@ -35,6 +35,7 @@ class DetectionStream:
         self._depth = depth
         self._free = threading.BoundedSemaphore(depth)
         self._threads = ThreadPoolExecutor(depth, thread_name_prefix="detect")
+        self._closed = False
 
     def submit(self, frames: Sequence[Any], *options: Any) -> Future[list[Detections]]:
         """Hand over frames; return what will hold their faces. It blocks while `depth` calls are under way.
@@ -42,12 +43,17 @@ class DetectionStream:
         Args:
             frames: As for `detect_batch`.
             options: Passed on to `detect_batch`, for instance a `StageTimer` that no other call uses meanwhile.
+
+        Raises:
+            ClosedError: Its context has been left.
         """
         self._free.acquire()
         try:
             future = self._threads.submit(self._detect_batch, frames, *options)
         except BaseException:
             self._free.release()
+            if self._closed:
+                raise ClosedError("the stream is closed: frames go to it inside its with block") from None
             raise
         future.add_done_callback(lambda _: self._free.release())
         return future
@@ -56,10 +62,13 @@ class DetectionStream:
         """Yield each frame with its faces, in order; at most `depth` frames are taken ahead."""
         waiting: deque[tuple[Any, Future[list[Detections]]]] = deque()
         for frame in frames:
+            done = None
             if len(waiting) == self._depth:
                 ready, future = waiting.popleft()
-                yield ready, future.result()[0]
+                done = ready, future.result()[0]
             waiting.append((frame, self.submit([frame])))
+            if done is not None:  # after the next is under way: the caller takes its time
+                yield done
         while waiting:
             ready, future = waiting.popleft()
             yield ready, future.result()[0]
@@ -70,4 +79,5 @@ class DetectionStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closed = True
         self._threads.shutdown(wait=True, cancel_futures=kind is not None)

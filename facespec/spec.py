@@ -283,8 +283,9 @@ def parse_network_size(text: str) -> tuple[int, int] | int:
         SpecError: As for `parse_size`.
     """
     if text.isascii() and text.isdigit():
-        check_size(int(text[:9]))
-        return int(text)
+        longest = _side(text)
+        check_size(longest)
+        return longest
     return parse_size(text)
 
 
@@ -297,9 +298,14 @@ def parse_size(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise SpecError(f"size {text!r} is not HEIGHTxWIDTH, for instance 640x640")
-    height, width = (int(part[:9]) for part in parts)
+    height, width = (_side(part) for part in parts)
     check_size((height, width))
     return height, width
+
+
+def _side(digits: str) -> int:
+    """Return a number; of one beyond all sizes, however long, another that is."""
+    return int(digits.lstrip("0")[:9] or 0)
 
 
 def check_size(size_hw: tuple[int, int] | int) -> None:

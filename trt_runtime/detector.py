@@ -302,6 +302,8 @@ def network_size(fixed: tuple[int, int] | None, size: NetworkSize, path: str | P
     if size is None:
         return fixed
     check_size(size)
+    if not isinstance(size, int):
+        size = size[0], size[1]  # lists pass the check, and are no keys
     if fixed is not None and size != fixed:
         asked = size if isinstance(size, int) else f"{size[0]}x{size[1]}"
         raise SpecError(f"{path} takes {fixed[0]}x{fixed[1]} only, not {asked}: export it again with --size")

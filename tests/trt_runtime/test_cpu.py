@@ -1,0 +1,596 @@
+"""OpenVINO against ONNX Runtime and PyTorch, the choice between them, and what both promise about threads and closing."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+
+from export.agreement import Agreement
+from export.calibration import demo_frames
+from export.calibration_options import CalibrationOptions
+from export.to_onnx import ExportOptions, export_onnx
+from export.to_trt import EngineOptions, Profile, build_engine
+from export.verify import BUDGETS
+from facespec.detections import Detections
+from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
+from facespec.images import find_images, read_image
+from facespec.letterbox import Frame, Letterbox
+from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec, NetworkSize
+from trainer import load_model
+from trainer.detector import TorchRetinaFace
+from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, RetinaFaceDetector, load_detector
+from trt_runtime.cpu import COMPILED_SIZES, best_backend
+from trt_runtime.timing import StageTimer
+
+openvino = pytest.importorskip("openvino", reason="pip install -e '.[cpu]'")
+
+BACKENDS = (OrtRetinaFace, OpenVinoRetinaFace)
+FLOOR = 0.02
+ROOT = Path(__file__).parents[2]
+
+both = pytest.mark.parametrize("kind", BACKENDS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Callable[[str, str], Path]:
+    """Return what exports the published weights at 320x320: in a precision, as the portable or as the plugin form."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def export(precision: str, form: str) -> Path:
+        path = folder / f"{precision}_{form}.onnx"
+        calibration = CalibrationOptions("demo", images=16) if precision == "int8" else None
+        if not path.exists() and form == "portable":
+            export_onnx(
+                ExportOptions(
+                    "mobilenet0.25", path, (320, 320), DecodeSpec(), precision=precision, calibration=calibration
+                )
+            )
+        elif not path.exists():
+            profile = Profile(sizes_hw=((320, 320),) * 3)
+            build_engine(
+                EngineOptions(
+                    "mobilenet0.25", path, profile, precision=precision, calibration=calibration, onnx_only=True
+                )
+            )
+        return path
+
+    return export
+
+
+@pytest.fixture(scope="module")
+def frames(crowd: Frame, astronaut: Frame) -> list[Frame]:
+    """Frames of many shapes: one without a face, views, one of the network's size and one larger than it."""
+    return [
+        astronaut,
+        crowd,
+        np.full((70, 130, 3), 90, np.uint8),
+        np.asarray(cv2.resize(astronaut, (320, 320))),
+        np.asarray(cv2.resize(astronaut, (700, 620))),
+        astronaut[:400, 100:333],
+        crowd[:, ::-1],
+    ]
+
+
+def _assert_close(found: Detections, expected: Detections, pixels: float, scores: float = 1e-4) -> None:
+    assert found.frame_hw == expected.frame_hw
+    assert len(found) == len(expected)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=pixels)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=scores)
+    np.testing.assert_allclose(found.landmarks, expected.landmarks, atol=pixels)
+
+
+def _assert_identical(found: Detections, expected: Detections) -> None:
+    assert found.frame_hw == expected.frame_hw
+    assert found.truncated == expected.truncated
+    for name in ("boxes", "scores", "landmarks"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+def _changed(path: Path, out: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, out)
+    return out
+
+
+# the same faces
+
+
+@pytest.mark.parametrize("size", [(192, 480), (480, 192), 320, 64, None])
+def test_openvino_finds_what_onnx_runtime_finds(
+    size: NetworkSize, frames: list[Frame], dynamic_onnx: Path, plugin_form: Path
+) -> None:
+    """Down to the floor, in both forms, at one size, by the longer side, and at each frame's own size."""
+    expected = OrtRetinaFace(dynamic_onnx, score_threshold=FLOOR, size_hw=size)
+    several = list(frames) if isinstance(size, tuple) else frames[:4]  # each size costs a compilation
+    for path in (dynamic_onnx, plugin_form):
+        with OpenVinoRetinaFace(path, score_threshold=FLOOR, size_hw=size, threads=1) as detector:
+            assert detector.size_hw == size
+            assert sum(len(detector.detect(frame)) for frame in several[:2]) >= (4 if size != 64 else 0)
+            for frame in several:
+                # what the network sees as one pixel may be many pixels of the frame
+                pixel = max(1, 1 / min(Letterbox.place(frame.shape[:2], size).scale_xy))
+                _assert_close(detector.detect(frame), expected.detect(frame), 2e-3 * pixel, 1e-5)
+
+
+def test_openvino_finds_what_pytorch_finds(frames: list[Frame], static_onnx: Path, dynamic_onnx: Path) -> None:
+    torch_side = TorchRetinaFace(load_model(), score_threshold=FLOOR, size_hw=(320, 320))
+    with OpenVinoRetinaFace(static_onnx, score_threshold=FLOOR) as detector:
+        assert detector.size_hw == (320, 320)
+        for frame in frames:
+            _assert_close(detector.detect(frame), torch_side.detect(frame), 0.01 * max(1, max(frame.shape) / 320))
+    crowd = frames[1]  # of whole multiples of 32, so that PyTorch sees the same, without padding
+    with OpenVinoRetinaFace(dynamic_onnx, score_threshold=FLOOR) as detector:
+        _assert_close(detector.detect(crowd), TorchRetinaFace(load_model(), score_threshold=FLOOR).detect(crowd), 0.01)
+
+
+@pytest.mark.parametrize("form", ["portable", "plugin"])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_reduced_precision_stays_within_its_budget(
+    precision: str, form: str, exported: Callable[[str, str], Path]
+) -> None:
+    """Against PyTorch in float32, on crops of photographs, by the limits of export.verify for few images."""
+    reference = TorchRetinaFace(load_model(), size_hw=(320, 320))
+    budget = BUDGETS[precision]
+    agreement = Agreement()
+    with OpenVinoRetinaFace(exported(precision, form), threads=1) as detector:
+        for _, frame in demo_frames(16, seed=5):
+            agreement.add(reference.detect(frame), detector.detect(frame))
+    assert agreement.faces >= 10
+    assert agreement.recall is not None
+    assert agreement.precision is not None
+    assert agreement.recall >= budget.case_recall
+    assert agreement.precision >= budget.case_precision
+    assert np.mean(agreement.landmarks) <= 2 * budget.landmark_error
+    assert np.mean(agreement.scores) <= budget.score_drift
+
+
+@pytest.mark.data
+def test_the_same_faces_on_wider_face(widerface: Path, static_onnx: Path) -> None:
+    images = [read_image(path) for path in find_images(widerface / "val" / "images")[::400]]
+    with OpenVinoRetinaFace(static_onnx) as openvino_side, OrtRetinaFace(static_onnx) as ort_side:
+        found = [openvino_side.detect(image) for image in images]
+        for image, ours in zip(images, found, strict=True):
+            _assert_close(ours, ort_side.detect(image), 0.01 * max(1, max(image.shape) / 320), 1e-5)
+    assert sum(map(len, found)) >= 10
+
+
+@both
+def test_views_and_read_only_frames(kind: type[RetinaFaceDetector], astronaut: Frame, static_onnx: Path) -> None:
+    """At the size of the network, where nothing is resized or padded, and at another."""
+    read_only = astronaut.copy()
+    read_only.flags.writeable = False
+    with kind(static_onnx) as detector:  # type: ignore[call-arg, arg-type]
+        for wide in (read_only, np.asarray(cv2.resize(astronaut, (640, 640)))[::2, ::2], read_only[:320, 60:380]):
+            for view in (wide, wide[::-1], wide[:, ::-1], wide[::-1, ::-1], wide[..., ::-1], np.asfortranarray(wide)):
+                before = view.copy()
+                _assert_identical(detector.detect(view), detector.detect(np.ascontiguousarray(view)))
+                np.testing.assert_array_equal(view, before)
+        assert len(detector.detect(read_only)) == 1
+        for flat in (np.broadcast_to(np.uint8(9), (320, 320, 3)), np.frombuffer(bytes(30_000), np.uint8)):
+            assert len(detector.detect(flat.reshape(-1, 100, 3) if flat.ndim == 1 else flat)) == 0
+
+
+@both
+def test_results_are_the_callers_own(kind: type[RetinaFaceDetector], astronaut: Frame, static_onnx: Path) -> None:
+    """The buffers serve the next call; of a frame that fits the network reads the caller's own array."""
+    fits = np.asarray(cv2.resize(astronaut, (320, 320)))
+    with kind(static_onnx) as detector:  # type: ignore[call-arg, arg-type]
+        for frame in (fits, astronaut):
+            first = detector.detect(frame)
+            kept = dataclasses.replace(first, **{n: getattr(first, n).copy() for n in ("boxes", "scores", "landmarks")})
+            for other in (frame[:, ::-1], np.zeros_like(frame)):
+                detector.detect(other)
+            _assert_identical(first, kept)
+            changed = frame.copy()
+            detector.detect(changed)
+            changed[:] = 0
+            assert len(detector.detect(changed)) == 0
+
+
+# batches, sizes, runs and threads
+
+
+@pytest.mark.parametrize("size", [(192, 480), 320, None])
+def test_every_slot_of_an_openvino_batch_has_the_bits_of_the_frame_alone(
+    size: NetworkSize, frames: list[Frame], dynamic_onnx: Path
+) -> None:
+    with OpenVinoRetinaFace(dynamic_onnx, score_threshold=FLOOR, size_hw=size, threads=1) as detector:
+        alone = [detector.detect(frame) for frame in frames[:4]]
+        for order in (range(4), [1, 1, 0, 3, 2, 0, 1], [2]):
+            for index, found in zip(order, detector.detect_batch([frames[i] for i in order]), strict=True):
+                _assert_identical(found, alone[index])
+        assert detector.detect_batch([]) == []
+
+
+def test_no_more_than_so_many_sizes_stay_compiled(dynamic_onnx: Path) -> None:
+    """However many threads have used them: a request that is kept keeps its compiled model alive."""
+
+    def alive() -> set[tuple[int, ...]]:
+        gc.collect()
+        requests = [item for item in gc.get_objects() if type(item) is openvino.InferRequest]
+        return {tuple(request.get_input_tensor().shape) for request in requests} - before
+
+    before: set[tuple[int, ...]] = set()
+    before = alive()
+    sizes = [(32 * rows, 32 * columns) for rows, columns in [(1, 3), (2, 3), (3, 3), (3, 2), (3, 1)]]
+    frames = [np.full((*size, 3), 90, np.uint8) for size in sizes]
+    assert len(frames) > COMPILED_SIZES
+    meet = threading.Barrier(3)
+
+    def work(seed: int) -> None:
+        order = np.random.default_rng(seed).permutation(np.arange(len(frames)).repeat(3))
+        for index in order:
+            detector.detect(frames[index])
+        meet.wait()
+
+    with OpenVinoRetinaFace(dynamic_onnx, size_hw=96, threads=1) as detector:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(work, range(3)))
+        assert 1 <= len(alive()) <= COMPILED_SIZES
+        for frame in frames:
+            detector.detect(frame)
+        last = {(1, *frame.shape) for frame in frames[-COMPILED_SIZES:]}
+        assert alive() == last  # those used last
+    assert alive() == set()
+
+
+@both
+@pytest.mark.parametrize("threads", [1, 2])
+def test_results_are_identical_from_run_to_run(
+    kind: type[RetinaFaceDetector], threads: int, crowd: Frame, dynamic_onnx: Path
+) -> None:
+    runs = []
+    for _ in range(2):
+        with kind(dynamic_onnx, size_hw=(192, 480), score_threshold=FLOOR, threads=threads) as detector:  # type: ignore
+            runs += [detector.detect(crowd) for _ in range(3)]
+    assert len(runs[0]) > 3
+    for run in runs[1:]:
+        _assert_identical(run, runs[0])
+
+
+@both
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("size", [320, (192, 480)])
+def test_eight_threads_share_a_detector(
+    kind: type[RetinaFaceDetector], streams: int, size: NetworkSize, frames: list[Frame], dynamic_onnx: Path
+) -> None:
+    """With the results of one thread and one stream, to the bit."""
+    some = frames[:4]
+    with kind(dynamic_onnx, size_hw=size, threads=1) as detector:  # type: ignore[call-arg]
+        expected = [detector.detect(frame) for frame in some]
+    with kind(dynamic_onnx, size_hw=size, threads=2, streams=streams) as detector:  # type: ignore[call-arg]
+
+        def work(shift: int) -> None:
+            for step in range(12):
+                index = (step * (1 + shift % 3) + shift) % len(some)
+                if step % 4 == 3:
+                    pair = detector.detect_batch([some[index], some[index - 1]])
+                    _assert_identical(pair[0], expected[index])
+                    _assert_identical(pair[1], expected[index - 1])
+                else:
+                    _assert_identical(detector.detect(some[index]), expected[index])
+
+        with ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(work, shift) for shift in range(8)]:
+                done.result()
+
+
+@both
+def test_a_threshold_set_later_holds_at_once(kind: type[RetinaFaceDetector], crowd: Frame, dynamic_onnx: Path) -> None:
+    with kind(dynamic_onnx, size_hw=(256, 768)) as detector:  # type: ignore[call-arg]
+        few = detector.detect(crowd)
+        detector.score_threshold = FLOOR
+        many = detector.detect(crowd)
+        assert len(many) > len(few) == 3
+        np.testing.assert_array_equal(many.boxes[:3], few.boxes)
+        with pytest.raises(SpecError):
+            detector.score_threshold = 0.001
+
+
+# which backend
+
+
+def test_the_best_backend(static_onnx: Path, dynamic_onnx: Path, plugin_form: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "m.onnx"
+    onnx.save(onnx.load(static_onnx), outside, save_as_external_data=True, location="w.bin", size_threshold=1024)
+    cases: list[tuple[Path, NetworkSize, type]] = [
+        (static_onnx, None, OpenVinoRetinaFace),
+        (static_onnx, (320, 320), OpenVinoRetinaFace),
+        (dynamic_onnx, None, OrtRetinaFace),
+        (dynamic_onnx, (320, 320), OpenVinoRetinaFace),
+        (dynamic_onnx, 320, OpenVinoRetinaFace),
+        (plugin_form, None, OrtRetinaFace),
+        (plugin_form, (320, 320), OpenVinoRetinaFace),
+        (outside, None, OrtRetinaFace),
+        (outside, (320, 320), OrtRetinaFace),
+    ]
+    for path, size, kind in cases:
+        assert best_backend(path, size) == kind.backend, (path, size)
+        with load_detector(path, size_hw=size) as detector:
+            assert type(detector) is kind
+    with load_detector(dynamic_onnx, backend="openvino") as detector:
+        assert type(detector) is OpenVinoRetinaFace
+
+
+WITHOUT = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self._finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] == HIDDEN else self._finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self._finder, name)
+
+HIDDEN, model = sys.argv[1:]
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+
+from facespec.errors import MissingPackageError
+from facespec.images import read_image
+from facespec.samples import sample_photographs
+from trt_runtime import load_detector
+
+with load_detector(model) as detector:
+    print(detector.backend, len(detector.detect(read_image(next(iter(sample_photographs()))))))
+try:
+    load_detector(model, backend="openvino")
+except MissingPackageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("package", ["openvino", "onnx"])
+def test_without_openvino_a_model_runs_in_onnx_runtime(package: str, static_onnx: Path, tmp_path: Path) -> None:
+    """In a process that finds no such package, as where it is not installed."""
+    line = [sys.executable, "-c", WITHOUT, package, str(static_onnx)]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == "onnxruntime 1"
+    assert f"needs {package}, which is not installed" in second
+    assert ".[cpu]" in second
+
+
+# what is refused
+
+
+@both
+@pytest.mark.parametrize("name", ["threads", "streams"])
+@pytest.mark.parametrize("value", [0, -1, 257, 1.0, "2"])
+def test_threads_and_streams_are_numbers(
+    kind: type[RetinaFaceDetector], name: str, value: object, static_onnx: Path
+) -> None:
+    with pytest.raises(SpecError, match=f"{name} must be a number from 1 to 256, got {value!r}"):
+        kind(static_onnx, **{name: value})  # type: ignore[arg-type, call-arg]
+    with pytest.raises(SpecError, match=name):
+        load_detector(static_onnx, **{name: value})  # type: ignore[arg-type]
+
+
+@both
+def test_sizes_that_do_not_fit(kind: type[RetinaFaceDetector], static_onnx: Path, dynamic_onnx: Path) -> None:
+    for size, words in (((640, 640), "640x640"), (640, "640"), (320, "320"), ([640, 320], "640x320")):
+        with pytest.raises(SpecError, match=f"takes 320x320 only, not {words}: "):
+            kind(static_onnx, size_hw=size)  # type: ignore[call-arg, arg-type]
+    for wrong in ((100, 100), 100, 0, -32, (0, 32), (8192, 8192), 4128, (640.0, 640.0), 640.0, (640,), "640", True):
+        with pytest.raises(SpecError, match="network size"):
+            kind(dynamic_onnx, size_hw=wrong)  # type: ignore[call-arg, arg-type]
+    for path in (static_onnx, dynamic_onnx):
+        with kind(path, size_hw=[320, 320]) as detector:  # type: ignore[call-arg, arg-type]
+            assert detector.size_hw == (320, 320)
+            assert len(detector.detect(np.zeros((9, 9, 3), np.uint8))) == 0
+
+
+@both
+def test_wrong_frames_are_refused_and_the_rest_goes_on(
+    kind: type[RetinaFaceDetector], astronaut: Frame, static_onnx: Path, dynamic_onnx: Path
+) -> None:
+    with kind(static_onnx) as detector:  # type: ignore[call-arg, arg-type]
+        for wrong in (astronaut.astype(np.float32), astronaut[..., 0], astronaut[:0], None, [1]):
+            with pytest.raises(FrameError):
+                detector.detect(wrong)
+            with pytest.raises(FrameError):
+                detector.detect_batch([astronaut, wrong])
+        with pytest.raises(FrameError, match="one frame goes to detect"):
+            detector.detect_batch(astronaut)
+        assert len(detector.detect(astronaut)) == 1
+    huge = np.broadcast_to(np.uint8(0), (8000, 8000, 3))
+    with kind(dynamic_onnx) as detector, pytest.raises(FrameError, match="size_hw"):  # type: ignore[call-arg, arg-type]
+        detector.detect(huge)
+
+
+def test_files_that_openvino_cannot_run(
+    static_onnx: Path, dynamic_onnx: Path, plugin_form: Path, tmp_path: Path, astronaut: Frame
+) -> None:
+    out = tmp_path / "m.onnx"
+
+    def nameless(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [name.replace("head_", "h") for name in names]
+
+    def spec(model: onnx.ModelProto, **changes: object) -> None:
+        onnx.helper.set_model_props(model, {SPEC_KEY: dataclasses.replace(ModelSpec(), **changes).to_json()})  # type: ignore[arg-type]
+
+    def enlarge(model: onnx.ModelProto) -> None:
+        for side in model.graph.input[0].type.tensor_type.shape.dim[1:3]:
+            side.dim_value = 8192
+
+    cases: list[tuple[str, Path, Callable[[onnx.ModelProto], object]]] = [
+        ("not a detector written by this toolkit", static_onnx, lambda m: m.ClearField("metadata_props")),
+        ("not JSON", static_onnx, lambda m: onnx.helper.set_model_props(m, {SPEC_KEY: "{"})),
+        ("head maps cannot be told apart", static_onnx, nameless),
+        ("the plugin's max_detections is 750, the spec says 7", plugin_form,
+         lambda m: spec(m, decode=DecodeSpec(max_detections=7))),
+        ("OpenVINO cannot run it", static_onnx, lambda m: setattr(m.graph.node[0], "op_type", "NoSuchOperator")),
+        ("OpenVINO cannot run it", static_onnx, lambda m: setattr(m.graph.input[0], "name", "pictures")),
+        ("8192x8192 is more than", static_onnx, enlarge),
+    ]  # fmt: skip
+    for words, path, change in cases:
+        with pytest.raises((ModelFileError, SpecError), match=words) as caught:
+            OpenVinoRetinaFace(_changed(path, out, change))
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500
+    for content in (b"", b"\x00" * 99, static_onnx.read_bytes()[:-1000], static_onnx.read_bytes()[:3000]):
+        out.write_bytes(content)
+        with pytest.raises(ModelFileError, match=r"m\.onnx"):
+            OpenVinoRetinaFace(out)
+    onnx.save(onnx.load(static_onnx), out, save_as_external_data=True, location="w.bin", size_threshold=1024)
+    with pytest.raises(ModelFileError, match="weights in other files runs in ONNX Runtime only"):
+        OpenVinoRetinaFace(out)
+    with pytest.raises(ModelFileError, match="no such|not found|cannot"):
+        OpenVinoRetinaFace(tmp_path / "nothing.onnx")
+
+
+@both
+def test_a_network_that_gives_nan_raises_and_may_be_called_again(
+    kind: type[RetinaFaceDetector], static_onnx: Path, tmp_path: Path, astronaut: Frame
+) -> None:
+    def poison(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if node.output[0] == "head_32")
+        bias = next(item for item in model.graph.initializer if item.name == node.input[2])
+        values = onnx.numpy_helper.to_array(bias).copy()
+        values[31] = np.nan
+        bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+
+    with kind(_changed(static_onnx, tmp_path / "m.onnx", poison)) as detector:  # type: ignore[call-arg, arg-type]
+        for _ in range(2):
+            with pytest.raises(NonFiniteError):
+                detector.detect(astronaut)
+
+
+# environment, stages, closing
+
+
+def test_what_the_speed_depends_on(static_onnx: Path, exported: Callable[[str, str], Path]) -> None:
+    import onnxruntime
+
+    with OrtRetinaFace(static_onnx) as plain, OrtRetinaFace(static_onnx, threads=4, streams=2) as shared:
+        assert plain.environment() == {
+            "backend": "onnxruntime", "onnxruntime": onnxruntime.__version__, "threads": "every core",
+        }  # fmt: skip
+        assert shared.environment()["threads"] == 2
+    native = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    for precision in ("fp32", "fp16", "int8"):
+        with OpenVinoRetinaFace(exported(precision, "portable"), threads=2, streams=2) as detector:
+            found = detector.environment()
+            assert found.pop("openvino") == openvino.__version__
+            fastest = "bf16" if "BF16" in native else "fp16" if "FP16" in native else "fp32"
+            expected = "fp32" if precision == "fp32" else fastest
+            assert found == {"backend": "openvino", "threads": 2, "streams": 2, "precision": expected}
+            # OpenVINO's own word for what its operators compute in
+            (compiled,) = detector._compiled._values.values()
+            operators = compiled._model.get_runtime_model().get_ops()
+            computed = {str(operator.get_rt_info()["runtimePrecision"].astype(str)) for operator in operators}
+            assert ("bf16" in computed) == (expected == "bf16")
+
+
+@both
+def test_the_timer_knows_every_stage(
+    kind: type[RetinaFaceDetector], frames: list[Frame], static_onnx: Path, plugin_form: Path
+) -> None:
+    for path in (static_onnx, plugin_form):
+        timer = StageTimer()
+        with kind(path, size_hw=(320, 320)) as detector:  # type: ignore[call-arg, arg-type]
+            detector.detect_batch(frames[:3], timer)
+        host = kind is OpenVinoRetinaFace or path == plugin_form
+        assert list(timer.total_ms) == ["letterbox", "network", *(["decode+NMS"] if host else []), "results"]
+        assert all(value > 0 for value in timer.total_ms.values())
+
+
+@both
+def test_a_closed_detector_says_so(kind: type[RetinaFaceDetector], static_onnx: Path, astronaut: Frame) -> None:
+    with kind(static_onnx) as detector:  # type: ignore[call-arg, arg-type]
+        assert len(detector.detect(astronaut)) == 1
+    for call in (lambda: detector.detect(astronaut), lambda: detector.detect_batch([astronaut] * 2)):
+        with pytest.raises(ClosedError, match="the detector is closed: make a new one"):
+            call()
+    detector.close()
+    with pytest.raises(RuntimeError, match="mine"), kind(static_onnx) as detector:  # type: ignore[call-arg, arg-type]
+        raise RuntimeError("mine")
+    with pytest.raises(ClosedError):
+        detector.detect(astronaut)
+    with kind(static_onnx) as unused:  # type: ignore[call-arg, arg-type]
+        pass
+    unused.close()
+
+
+@both
+def test_close_waits_for_the_call_that_runs(
+    kind: type[RetinaFaceDetector], static_onnx: Path, astronaut: Frame
+) -> None:
+    """The call is held up where its timer is told of the network."""
+    detector = kind(static_onnx)  # type: ignore[call-arg, arg-type]
+    running, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    class Held(StageTimer):
+        def add(self, stage: str, ms: float) -> None:
+            if stage == "letterbox":
+                running.set()
+                assert go_on.wait(30)
+
+    def close() -> None:
+        detector.close()
+        closed.set()
+
+    with ThreadPoolExecutor(3) as pool:
+        call = pool.submit(detector.detect, astronaut, Held())
+        assert running.wait(30)
+        closing = [pool.submit(close) for _ in range(2)]
+        assert not closed.wait(0.2)
+        with pytest.raises(ClosedError):  # no new ones meanwhile
+            detector.detect(astronaut)
+        go_on.set()
+        assert len(call.result(30)) == 1
+        for done in closing:
+            done.result(30)
+    assert closed.is_set()
+
+
+@both
+def test_closing_under_load(kind: type[RetinaFaceDetector], dynamic_onnx: Path, astronaut: Frame) -> None:
+    """Each call of four threads returns the faces, or says that the detector is closed; nothing else happens."""
+    small = np.asarray(cv2.resize(astronaut, (160, 160)))
+    for _ in range(3):
+        detector = kind(dynamic_onnx, size_hw=(160, 160), threads=1)  # type: ignore[call-arg]
+        expected = detector.detect(small)
+        assert len(expected) == 1
+        begun = threading.Barrier(5)
+
+        def work() -> int:
+            begun.wait(30)  # noqa: B023
+            calls = 0
+            while True:
+                try:
+                    _assert_identical(detector.detect(small), expected)  # noqa: B023
+                except ClosedError:
+                    return calls
+                calls += 1
+
+        with ThreadPoolExecutor(4) as pool:
+            threads = [pool.submit(work) for _ in range(4)]
+            begun.wait(30)
+            threading.Event().wait(0.1)
+            detector.close()
+            assert sum(thread.result(30) for thread in threads) > 0

@@ -1,4 +1,4 @@
-"""OpenVINO against ONNX Runtime and PyTorch, the choice between them, and what both promise about threads and closing."""
+"""OpenVINO against ONNX Runtime and PyTorch, the choice between them, and what both say of threads and closing."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from export.to_onnx import ExportOptions, export_onnx
 from export.to_trt import EngineOptions, Profile, build_engine
 from export.verify import BUDGETS
 from facespec.detections import Detections
-from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
+from facespec.errors import ClosedError, ModelFileError, NonFiniteError, SpecError
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec, NetworkSize
 from trainer import load_model
 from trainer.detector import TorchRetinaFace
-from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, RetinaFaceDetector, load_detector
+from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, load_detector
 from trt_runtime.cpu import COMPILED_SIZES, best_backend
 from trt_runtime.timing import StageTimer
 
 openvino = pytest.importorskip("openvino", reason="pip install -e '.[cpu]'")
 
-BACKENDS = (OrtRetinaFace, OpenVinoRetinaFace)
+Kind = type[OrtRetinaFace] | type[OpenVinoRetinaFace]
 FLOOR = 0.02
 ROOT = Path(__file__).parents[2]
 
-both = pytest.mark.parametrize("kind", BACKENDS)
+both = pytest.mark.parametrize("kind", [OrtRetinaFace, OpenVinoRetinaFace])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,7 +165,7 @@ def test_reduced_precision_stays_within_its_budget(
 
 @pytest.mark.data
 def test_the_same_faces_on_wider_face(widerface: Path, static_onnx: Path) -> None:
-    images = [read_image(path) for path in find_images(widerface / "val" / "images")[::400]]
+    images = [read_image(path) for path in find_images(widerface / "val" / "images")[::20]]
     with OpenVinoRetinaFace(static_onnx) as openvino_side, OrtRetinaFace(static_onnx) as ort_side:
         found = [openvino_side.detect(image) for image in images]
         for image, ours in zip(images, found, strict=True):
@@ -174,11 +174,11 @@ def test_the_same_faces_on_wider_face(widerface: Path, static_onnx: Path) -> Non
 
 
 @both
-def test_views_and_read_only_frames(kind: type[RetinaFaceDetector], astronaut: Frame, static_onnx: Path) -> None:
+def test_views_and_read_only_frames(kind: Kind, astronaut: Frame, static_onnx: Path) -> None:
     """At the size of the network, where nothing is resized or padded, and at another."""
     read_only = astronaut.copy()
     read_only.flags.writeable = False
-    with kind(static_onnx) as detector:  # type: ignore[call-arg, arg-type]
+    with kind(static_onnx) as detector:
         for wide in (read_only, np.asarray(cv2.resize(astronaut, (640, 640)))[::2, ::2], read_only[:320, 60:380]):
             for view in (wide, wide[::-1], wide[:, ::-1], wide[::-1, ::-1], wide[..., ::-1], np.asfortranarray(wide)):
                 before = view.copy()
@@ -190,10 +190,10 @@ def test_views_and_read_only_frames(kind: type[RetinaFaceDetector], astronaut: F
 
 
 @both
-def test_results_are_the_callers_own(kind: type[RetinaFaceDetector], astronaut: Frame, static_onnx: Path) -> None:
+def test_results_are_the_callers_own(kind: Kind, astronaut: Frame, static_onnx: Path) -> None:
     """The buffers serve the next call; of a frame that fits the network reads the caller's own array."""
     fits = np.asarray(cv2.resize(astronaut, (320, 320)))
-    with kind(static_onnx) as detector:  # type: ignore[call-arg, arg-type]
+    with kind(static_onnx) as detector:
         for frame in (fits, astronaut):
             first = detector.detect(frame)
             kept = dataclasses.replace(first, **{n: getattr(first, n).copy() for n in ("boxes", "scores", "landmarks")})
@@ -255,12 +255,10 @@ def test_no_more_than_so_many_sizes_stay_compiled(dynamic_onnx: Path) -> None:
 
 @both
 @pytest.mark.parametrize("threads", [1, 2])
-def test_results_are_identical_from_run_to_run(
-    kind: type[RetinaFaceDetector], threads: int, crowd: Frame, dynamic_onnx: Path
-) -> None:
+def test_results_are_identical_from_run_to_run(kind: Kind, threads: int, crowd: Frame, dynamic_onnx: Path) -> None:
     runs = []
     for _ in range(2):
-        with kind(dynamic_onnx, size_hw=(192, 480), score_threshold=FLOOR, threads=threads) as detector:  # type: ignore
+        with kind(dynamic_onnx, size_hw=(192, 480), score_threshold=FLOOR, threads=threads) as detector:
             runs += [detector.detect(crowd) for _ in range(3)]
     assert len(runs[0]) > 3
     for run in runs[1:]:
@@ -269,15 +267,15 @@ def test_results_are_identical_from_run_to_run(
 
 @both
 @pytest.mark.parametrize("streams", [1, 2])
-@pytest.mark.parametrize("size", [320, (192, 480)])
+@pytest.mark.parametrize("size", [320, (192, 480), None])
 def test_eight_threads_share_a_detector(
-    kind: type[RetinaFaceDetector], streams: int, size: NetworkSize, frames: list[Frame], dynamic_onnx: Path
+    kind: Kind, streams: int, size: NetworkSize, frames: list[Frame], dynamic_onnx: Path
 ) -> None:
     """With the results of one thread and one stream, to the bit."""
     some = frames[:4]
-    with kind(dynamic_onnx, size_hw=size, threads=1) as detector:  # type: ignore[call-arg]
+    with kind(dynamic_onnx, size_hw=size, threads=1) as detector:
         expected = [detector.detect(frame) for frame in some]
-    with kind(dynamic_onnx, size_hw=size, threads=2, streams=streams) as detector:  # type: ignore[call-arg]
+    with kind(dynamic_onnx, size_hw=size, threads=2, streams=streams) as detector:
 
         def work(shift: int) -> None:
             for step in range(12):
@@ -292,18 +290,6 @@ def test_eight_threads_share_a_detector(
         with ThreadPoolExecutor(8) as pool:
             for done in [pool.submit(work, shift) for shift in range(8)]:
                 done.result()
-
-
-@both
-def test_a_threshold_set_later_holds_at_once(kind: type[RetinaFaceDetector], crowd: Frame, dynamic_onnx: Path) -> None:
-    with kind(dynamic_onnx, size_hw=(256, 768)) as detector:  # type: ignore[call-arg]
-        few = detector.detect(crowd)
-        detector.score_threshold = FLOOR
-        many = detector.detect(crowd)
-        assert len(many) > len(few) == 3
-        np.testing.assert_array_equal(many.boxes[:3], few.boxes)
-        with pytest.raises(SpecError):
-            detector.score_threshold = 0.001
 
 
 # which backend
@@ -379,9 +365,7 @@ def test_without_openvino_a_model_runs_in_onnx_runtime(package: str, static_onnx
 @both
 @pytest.mark.parametrize("name", ["threads", "streams"])
 @pytest.mark.parametrize("value", [0, -1, 257, 1.0, "2"])
-def test_threads_and_streams_are_numbers(
-    kind: type[RetinaFaceDetector], name: str, value: object, static_onnx: Path
-) -> None:
+def test_threads_and_streams_are_numbers(kind: Kind, name: str, value: object, static_onnx: Path) -> None:
     with pytest.raises(SpecError, match=f"{name} must be a number from 1 to 256, got {value!r}"):
         kind(static_onnx, **{name: value})  # type: ignore[arg-type, call-arg]
     with pytest.raises(SpecError, match=name):
@@ -389,35 +373,17 @@ def test_threads_and_streams_are_numbers(
 
 
 @both
-def test_sizes_that_do_not_fit(kind: type[RetinaFaceDetector], static_onnx: Path, dynamic_onnx: Path) -> None:
+def test_sizes_that_do_not_fit(kind: Kind, static_onnx: Path, dynamic_onnx: Path) -> None:
     for size, words in (((640, 640), "640x640"), (640, "640"), (320, "320"), ([640, 320], "640x320")):
         with pytest.raises(SpecError, match=f"takes 320x320 only, not {words}: "):
-            kind(static_onnx, size_hw=size)  # type: ignore[call-arg, arg-type]
+            kind(static_onnx, size_hw=size)
     for wrong in ((100, 100), 100, 0, -32, (0, 32), (8192, 8192), 4128, (640.0, 640.0), 640.0, (640,), "640", True):
         with pytest.raises(SpecError, match="network size"):
-            kind(dynamic_onnx, size_hw=wrong)  # type: ignore[call-arg, arg-type]
+            kind(dynamic_onnx, size_hw=wrong)
     for path in (static_onnx, dynamic_onnx):
-        with kind(path, size_hw=[320, 320]) as detector:  # type: ignore[call-arg, arg-type]
+        with kind(path, size_hw=[320, 320]) as detector:
             assert detector.size_hw == (320, 320)
             assert len(detector.detect(np.zeros((9, 9, 3), np.uint8))) == 0
-
-
-@both
-def test_wrong_frames_are_refused_and_the_rest_goes_on(
-    kind: type[RetinaFaceDetector], astronaut: Frame, static_onnx: Path, dynamic_onnx: Path
-) -> None:
-    with kind(static_onnx) as detector:  # type: ignore[call-arg, arg-type]
-        for wrong in (astronaut.astype(np.float32), astronaut[..., 0], astronaut[:0], None, [1]):
-            with pytest.raises(FrameError):
-                detector.detect(wrong)
-            with pytest.raises(FrameError):
-                detector.detect_batch([astronaut, wrong])
-        with pytest.raises(FrameError, match="one frame goes to detect"):
-            detector.detect_batch(astronaut)
-        assert len(detector.detect(astronaut)) == 1
-    huge = np.broadcast_to(np.uint8(0), (8000, 8000, 3))
-    with kind(dynamic_onnx) as detector, pytest.raises(FrameError, match="size_hw"):  # type: ignore[call-arg, arg-type]
-        detector.detect(huge)
 
 
 def test_files_that_openvino_cannot_run(
@@ -459,13 +425,13 @@ def test_files_that_openvino_cannot_run(
     onnx.save(onnx.load(static_onnx), out, save_as_external_data=True, location="w.bin", size_threshold=1024)
     with pytest.raises(ModelFileError, match="weights in other files runs in ONNX Runtime only"):
         OpenVinoRetinaFace(out)
-    with pytest.raises(ModelFileError, match="no such|not found|cannot"):
+    with pytest.raises(ModelFileError, match="no such model file"):
         OpenVinoRetinaFace(tmp_path / "nothing.onnx")
 
 
 @both
 def test_a_network_that_gives_nan_raises_and_may_be_called_again(
-    kind: type[RetinaFaceDetector], static_onnx: Path, tmp_path: Path, astronaut: Frame
+    kind: Kind, static_onnx: Path, tmp_path: Path, astronaut: Frame
 ) -> None:
     def poison(model: onnx.ModelProto) -> None:
         node = next(node for node in model.graph.node if node.output[0] == "head_32")
@@ -474,7 +440,7 @@ def test_a_network_that_gives_nan_raises_and_may_be_called_again(
         values[31] = np.nan
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
 
-    with kind(_changed(static_onnx, tmp_path / "m.onnx", poison)) as detector:  # type: ignore[call-arg, arg-type]
+    with kind(_changed(static_onnx, tmp_path / "m.onnx", poison)) as detector:
         for _ in range(2):
             with pytest.raises(NonFiniteError):
                 detector.detect(astronaut)
@@ -507,12 +473,10 @@ def test_what_the_speed_depends_on(static_onnx: Path, exported: Callable[[str, s
 
 
 @both
-def test_the_timer_knows_every_stage(
-    kind: type[RetinaFaceDetector], frames: list[Frame], static_onnx: Path, plugin_form: Path
-) -> None:
+def test_the_timer_knows_every_stage(kind: Kind, frames: list[Frame], static_onnx: Path, plugin_form: Path) -> None:
     for path in (static_onnx, plugin_form):
         timer = StageTimer()
-        with kind(path, size_hw=(320, 320)) as detector:  # type: ignore[call-arg, arg-type]
+        with kind(path, size_hw=(320, 320)) as detector:
             detector.detect_batch(frames[:3], timer)
         host = kind is OpenVinoRetinaFace or path == plugin_form
         assert list(timer.total_ms) == ["letterbox", "network", *(["decode+NMS"] if host else []), "results"]
@@ -520,28 +484,26 @@ def test_the_timer_knows_every_stage(
 
 
 @both
-def test_a_closed_detector_says_so(kind: type[RetinaFaceDetector], static_onnx: Path, astronaut: Frame) -> None:
-    with kind(static_onnx) as detector:  # type: ignore[call-arg, arg-type]
+def test_a_closed_detector_says_so(kind: Kind, static_onnx: Path, astronaut: Frame) -> None:
+    with kind(static_onnx) as detector:
         assert len(detector.detect(astronaut)) == 1
     for call in (lambda: detector.detect(astronaut), lambda: detector.detect_batch([astronaut] * 2)):
         with pytest.raises(ClosedError, match="the detector is closed: make a new one"):
             call()
     detector.close()
-    with pytest.raises(RuntimeError, match="mine"), kind(static_onnx) as detector:  # type: ignore[call-arg, arg-type]
+    with pytest.raises(RuntimeError, match="mine"), kind(static_onnx) as detector:
         raise RuntimeError("mine")
     with pytest.raises(ClosedError):
         detector.detect(astronaut)
-    with kind(static_onnx) as unused:  # type: ignore[call-arg, arg-type]
+    with kind(static_onnx) as unused:
         pass
     unused.close()
 
 
 @both
-def test_close_waits_for_the_call_that_runs(
-    kind: type[RetinaFaceDetector], static_onnx: Path, astronaut: Frame
-) -> None:
+def test_close_waits_for_the_call_that_runs(kind: Kind, static_onnx: Path, astronaut: Frame) -> None:
     """The call is held up where its timer is told of the network."""
-    detector = kind(static_onnx)  # type: ignore[call-arg, arg-type]
+    detector = kind(static_onnx)
     running, go_on, closed = threading.Event(), threading.Event(), threading.Event()
 
     class Held(StageTimer):
@@ -569,11 +531,11 @@ def test_close_waits_for_the_call_that_runs(
 
 
 @both
-def test_closing_under_load(kind: type[RetinaFaceDetector], dynamic_onnx: Path, astronaut: Frame) -> None:
+def test_closing_under_load(kind: Kind, dynamic_onnx: Path, astronaut: Frame) -> None:
     """Each call of four threads returns the faces, or says that the detector is closed; nothing else happens."""
     small = np.asarray(cv2.resize(astronaut, (160, 160)))
     for _ in range(3):
-        detector = kind(dynamic_onnx, size_hw=(160, 160), threads=1)  # type: ignore[call-arg]
+        detector = kind(dynamic_onnx, size_hw=(160, 160), threads=1)
         expected = detector.detect(small)
         assert len(expected) == 1
         begun = threading.Barrier(5)

@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 
 from export.agreement import Agreement, landmark_errors, match_faces
+from export.calibration_options import CalibrationOptions
 from export.disagreements import draw_disagreements
 from export.emulation import emulate_fp16
-from export.verify import BUDGETS, Row, VerifyOptions, _batch_rows, _face_rows, parse_arguments, verify
+from export.to_onnx import ExportOptions, export_onnx
+from export.verify import BUDGETS, Row, VerifyOptions, _batch_rows, _demo_samples, _face_rows, parse_arguments, verify
 from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.images import read_image
 from facespec.letterbox import Frame
+from facespec.spec import DecodeSpec
+from trainer import load_model
+from trainer.detector import TorchRetinaFace
+from trt_runtime import load_detector
+from trt_runtime.flavor import gpu_capability
 
 
 def _faces(boxes: list[list[float]], scores: list[float] | None = None, shift: float = 0.0) -> Detections:
@@ -184,6 +191,58 @@ def test_identical_models_have_no_differences(dynamic_onnx: Path, tmp_path: Path
     assert (image == (60, 60, 255)).all(axis=2).any()
 
 
+@pytest.fixture(scope="module")
+def int8_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published weights in INT8 at 320x320; what is not INT8 is FP16."""
+    folder = tmp_path_factory.mktemp("int8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        calibration = CalibrationOptions("demo", images=16)
+        path = folder / "int8.onnx"
+        export_onnx(
+            ExportOptions("mobilenet0.25", path, (320, 320), DecodeSpec(), precision="int8", calibration=calibration)
+        )
+    return path
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "openvino"])
+def test_a_candidate_as_it_is_deployed(backend: str, int8_onnx: Path) -> None:
+    """The faces are those of the backend, not of the emulation; raw heads are for graphs only."""
+    result = verify(VerifyOptions("mobilenet0.25", str(int8_onnx), images=8, backend=backend, budget="none"))
+    ran = "onnxruntime" if backend == "onnxruntime" else "openvino"
+    (note,) = (note for note in result.notes if "run as it is deployed" in note)
+    assert f"backend {ran}, {ran} " in note
+    assert not any("emulated" in note for note in result.notes)
+    assert any("does not show its raw heads" in note for note in result.notes)
+    assert "raw heads" not in {row.stage for row in result.rows}
+    detector = load_detector(int8_onnx, backend=ran, score_threshold=0.02)
+    reference = TorchRetinaFace(load_model(), score_threshold=0.02, size_hw=(320, 320))
+    agreement = Agreement()
+    for sample in _demo_samples(8):
+        agreement.add(reference.detect(sample.load()), detector.detect(sample.load()))
+    values = {(row.stage, row.quantity): row.value for row in result.rows if row.case == "letterbox 320x320"}
+    assert values["boxes", "recall %"] == pytest.approx(agreement.recall)
+    assert values["landmarks", "mean error, % of face"] == pytest.approx(np.mean(agreement.landmarks))
+    assert values["scores", "largest drift"] == pytest.approx(np.max(agreement.scores))
+
+
+def test_without_a_backend_the_graph_is_emulated(int8_onnx: Path) -> None:
+    result = verify(VerifyOptions("mobilenet0.25", str(int8_onnx), images=2))
+    assert any("fp16 is emulated" in note for note in result.notes)
+    assert not any("deployed" in note for note in result.notes)
+    assert "raw heads" in {row.stage for row in result.rows}
+
+
+def test_the_backend_is_of_the_candidate(static_onnx: Path) -> None:
+    """And what it cannot run is refused in one line."""
+    result = verify(VerifyOptions(str(static_onnx), str(static_onnx), images=2, backend="openvino"))
+    assert result.passed
+    assert [note for note in result.notes if "deployed" in note and "openvino" in note] != []
+    assert sum("deployed" in note for note in result.notes) == 1
+    with pytest.raises(SpecError, match="TensorRT runs engines"):
+        verify(VerifyOptions(str(static_onnx), str(static_onnx), images=2, backend="tensorrt"))
+
+
 def test_checkpoint_against_a_model_of_fixed_size(static_onnx: Path) -> None:
     result = verify(VerifyOptions("mobilenet0.25", str(static_onnx), images=2))
     assert result.passed
@@ -246,11 +305,14 @@ def test_missing_models_take_one_line(refused: Callable[..., str], side: str, na
 
 
 def test_an_engine_takes_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings.driver")
     engine = tmp_path / "a.engine"
     engine.write_bytes(b"ftrt")
-    assert "does not run them yet" in refused(
-        "export.verify", "--reference", "mobilenet0.25", "--candidate", str(engine)
-    )
+    line = refused("export.verify", "--reference", "mobilenet0.25", "--candidate", str(engine))
+    if gpu_capability() is None:
+        assert "the .onnx file runs on the CPU" in line
+    else:  # it gets further, and finds that this is none
+        assert "a.engine" in line
 
 
 @pytest.mark.parametrize(
@@ -283,6 +345,10 @@ def test_options_are_checked(changes: dict[str, object]) -> None:
 def test_arguments() -> None:
     options = parse_arguments(["--reference", "a", "--candidate", "b.onnx", "--size", "480x640", "--budget", "int8"])
     assert options == VerifyOptions("a", "b.onnx", size_hw=(480, 640), budget="int8")
+    options = parse_arguments(["--reference", "a", "--candidate", "b.onnx", "--backend", "openvino"])
+    assert options == VerifyOptions("a", "b.onnx", backend="openvino")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--reference", "a", "--candidate", "b.onnx", "--backend", "abacus"])
 
 
 def test_a_picture_of_nothing_is_still_a_picture() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from facespec.errors import FrameError
@@ -85,6 +85,71 @@ def test_original_scale_pads_to_multiples_of_32() -> None:
     assert (image[:100, :33] == 7).all()
     assert (image[100:] == MEAN).all()
     assert (image[:, 33:] == MEAN).all()
+
+
+@given(sides, sides, network)
+@example(1, 10_000, 640)
+@example(10_000, 1, 640)
+@example(31, 47, 4096)
+def test_the_longer_side_decides(height: int, width: int, longest: int) -> None:
+    """The pixels of a fit into the square, with less padding: under 32 rows and columns."""
+    box = Letterbox.longest((height, width), longest)
+    square = Letterbox.fit((height, width), (longest, longest))
+    assert (box.frame_hw, box.scaled_hw, box.scale_xy) == (square.frame_hw, square.scaled_hw, square.scale_xy)
+    assert max(box.scaled_hw) == max(box.size_hw) == longest
+    for scaled, size in zip(box.scaled_hw, box.size_hw, strict=True):
+        assert size % 32 == 0
+        assert 0 <= size - scaled < 32
+    points = np.array([[0, 0], [width, height], [width / 3, height / 7], [-5, 2 * height]], np.float32)
+    np.testing.assert_allclose(box.to_network(points), square.to_network(points), rtol=0)
+    np.testing.assert_allclose(box.to_frame(box.to_network(points)), points, rtol=1e-5, atol=1e-3)
+    boxes = np.concatenate([points, points + 9], axis=1)
+    np.testing.assert_allclose(box.to_frame(box.to_network(boxes)), boxes, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("frame_hw", "longest", "scaled_hw", "size_hw"),
+    [
+        ((1080, 1920), 640, (360, 640), (384, 640)),
+        ((1920, 1080), 640, (640, 360), (640, 384)),
+        ((480, 640), 640, (480, 640), (480, 640)),
+        ((512, 512), 640, (640, 640), (640, 640)),
+        ((45, 80), 1280, (720, 1280), (736, 1280)),  # upscaled
+        ((1, 10_000), 640, (1, 640), (32, 640)),
+        ((10_000, 1), 640, (640, 1), (640, 32)),
+        ((1, 1), 32, (32, 32), (32, 32)),
+    ],
+)
+def test_the_longer_side_by_hand(
+    frame_hw: tuple[int, int], longest: int, scaled_hw: tuple[int, int], size_hw: tuple[int, int]
+) -> None:
+    box = Letterbox.longest(frame_hw, longest)
+    assert (box.scaled_hw, box.size_hw) == (scaled_hw, size_hw)
+    frame = np.random.default_rng(2).integers(0, 256, (*frame_hw, 3), np.uint8)
+    image, (height, width) = box.apply(frame, MEAN), scaled_hw
+    assert image.shape == (*size_hw, 3)
+    np.testing.assert_array_equal(
+        image[:height, :width], Letterbox.fit(frame_hw, (longest, longest)).apply(frame, MEAN)[:height, :width]
+    )
+    assert (image[height:] == MEAN).all()
+    assert (image[:, width:] == MEAN).all()
+
+
+def test_other_multiples() -> None:
+    assert Letterbox.longest((1080, 1920), 640, multiple=64).size_hw == (384, 640)
+    assert Letterbox.longest((1080, 1920), 640, multiple=128).size_hw == (384, 640)
+    assert Letterbox.longest((1080, 1920), 640, multiple=16).size_hw == (368, 640)
+
+
+def test_a_frame_is_placed_as_its_network_size_asks() -> None:
+    frame_hw = (1080, 1920)
+    for size, scaled_hw, size_hw in (
+        (None, (1080, 1920), (1088, 1920)),
+        (640, (360, 640), (384, 640)),
+        ((640, 640), (360, 640), (640, 640)),
+        ((320, 1280), (320, 569), (320, 1280)),
+    ):
+        assert Letterbox.place(frame_hw, size) == Letterbox(frame_hw, scaled_hw, size_hw)
 
 
 def test_views_and_other_memory_orders_give_the_same_image() -> None:

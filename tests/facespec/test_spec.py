@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from facespec.errors import SpecError
 from facespec.priors import make_priors
-from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec, PreprocessSpec, parse_size
+from facespec.spec import (
+    MAX_NETWORK_PIXELS,
+    AnchorSpec,
+    DecodeSpec,
+    ModelSpec,
+    PreprocessSpec,
+    check_size,
+    parse_network_size,
+    parse_size,
+)
 
 
 def test_prior_counts_are_the_published_ones() -> None:
@@ -124,3 +133,49 @@ def test_parse_size() -> None:
             parse_size(wrong)
     with pytest.raises(SpecError, match="try 608"):
         parse_size("600x600")
+
+
+def test_parse_network_size() -> None:
+    assert parse_network_size("384x640") == (384, 640)
+    assert parse_network_size("640") == 640
+    for wrong in ("", "0", "600", "-32", "+64", "6 40", "640.0", "1e3", "٦٤٠", "²", "640x", "4128", "x"):
+        with pytest.raises(SpecError, match="size"):
+            parse_network_size(wrong)
+    with pytest.raises(SpecError, match="try 608"):
+        parse_network_size("600")
+    with pytest.raises(SpecError, match="HEIGHTxWIDTH"):
+        parse_network_size("big")
+
+
+@given(st.integers(0, 130).map(lambda n: 32 * n) | st.integers(0, 10**12), st.integers(0, 40))
+def test_parsed_sizes_are_the_numbers_as_they_stand(value: int, zeros: int) -> None:
+    """Or refused: never other numbers, whatever zeros lead, and never beyond the limit."""
+    text = "0" * zeros + str(value)
+    fits = value % 32 == 0 and 0 < value and value * value <= MAX_NETWORK_PIXELS
+    for parse, written, expected in (
+        (parse_network_size, text, value),
+        (parse_network_size, f"{text}x{text}", (value, value)),
+        (parse_size, f"{text}X{text}", (value, value)),
+    ):
+        if fits:
+            assert parse(written) == expected
+        else:
+            with pytest.raises(SpecError):
+                parse(written)
+
+
+@pytest.mark.parametrize("text", ["000000064001", "000000064" * 600, "9" * 5000])
+def test_long_numbers_are_no_sizes(text: str) -> None:
+    for parse, written in ((parse_network_size, text), (parse_size, f"{text}x64"), (parse_size, f"64x{text}")):
+        with pytest.raises(SpecError) as caught:
+            parse(written)
+        assert len(str(caught.value)) < 200
+
+
+def test_check_size() -> None:
+    for right in ((32, 32), (4096, 4096), (32, 4096 * 128), [64, 32], 32, 4096):
+        check_size(right)  # type: ignore[arg-type]
+    wrong = ((32, 33), (0, 32), (-32, 32), (32,), (32, 32, 32), (32.0, 32), (True, 32), True, 32.0, "32", None, 33, 0)
+    for size in (*wrong, -32, 4128, (4096, 4128), (32, 4096 * 128 + 32), 10**30):
+        with pytest.raises(SpecError, match="network size"):
+            check_size(size)  # type: ignore[arg-type]

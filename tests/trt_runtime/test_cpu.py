@@ -174,6 +174,41 @@ def test_the_same_faces_on_wider_face(widerface: Path, static_onnx: Path) -> Non
 
 
 @both
+def test_less_padding_finds_the_same_faces(kind: Kind, crowd: Frame, astronaut: Frame, dynamic_onnx: Path) -> None:
+    """The longer side of 320 against a square of 320: the same pixels of the frame, fewer of padding.
+
+    Both networks see the same but for the rows and columns where padding ends: where there is none, its convolutions
+    take zeros, and where there is some, what its layers made of it. Faces near that edge move by a part of a pixel.
+    """
+    upright = np.vstack(np.split(crowd, 3, axis=1))
+    with (
+        kind(dynamic_onnx, size_hw=320, threads=1) as longest,
+        kind(dynamic_onnx, size_hw=(320, 320), threads=1) as square,
+    ):
+        _assert_identical(longest.detect(astronaut), square.detect(astronaut))  # square itself
+        for frame, faces in ((crowd, 3), (upright, 3), (astronaut[:300], 1)):
+            found = longest.detect(frame)
+            assert len(found) == faces
+            pixel = max(1, max(frame.shape) / 320)
+            _assert_close(found, square.detect(frame), 0.3 * pixel, 0.01)
+
+
+@pytest.mark.data
+def test_less_padding_finds_the_same_faces_on_wider_face(widerface: Path, dynamic_onnx: Path) -> None:
+    agreement = Agreement()
+    with OrtRetinaFace(dynamic_onnx, size_hw=640) as longest, OrtRetinaFace(dynamic_onnx, size_hw=(640, 640)) as square:
+        for path in find_images(widerface / "val" / "images")[::20]:
+            image = read_image(path)
+            agreement.add(square.detect(image), longest.detect(image))
+    assert agreement.faces >= 30
+    assert (agreement.recall or 0) >= 98
+    assert (agreement.precision or 0) >= 98
+    assert np.mean(agreement.iou) > 0.995
+    assert np.mean(agreement.scores) < 0.01
+    assert np.mean(agreement.landmarks) < 0.1  # percent of the face size
+
+
+@both
 def test_views_and_read_only_frames(kind: Kind, astronaut: Frame, static_onnx: Path) -> None:
     """At the size of the network, where nothing is resized or padded, and at another."""
     read_only = astronaut.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,7 +182,7 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
         content, header, spec = read_detector(path)
         if header.external_files:
             raise ModelFileError(f"{path}: a model with weights in other files runs in ONNX Runtime only")
-        self._openvino = require("openvino", "cpu", "OpenVinoRetinaFace")
+        self._openvino = _load_openvino()
         self._path = path
         self._graph = _cut(content, spec, path)
         if self._graph.fixed_hw:
@@ -288,6 +289,17 @@ class _OpenVinoLane:
 
     def close(self) -> None:
         pass
+
+
+_loading_openvino = threading.Lock()
+
+
+def _load_openvino() -> Any:
+    """Import OpenVINO and let its bindings meet numpy: two threads that are the first to do so, at once, deadlock."""
+    with _loading_openvino:
+        openvino = require("openvino", "cpu", "OpenVinoRetinaFace")
+        _ = openvino.Tensor(np.zeros(1, np.uint8), shared_memory=True).data
+    return openvino
 
 
 def _cut(content: bytes, spec: ModelSpec, path: str | Path) -> HeadsGraph:

@@ -20,8 +20,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from benchmarks.cpu_vs_tiny import SIZE, load_frames, session_of
 from benchmarks.environment import write_result
+from benchmarks.tiny import SIZE, load_frames, session_of
 from export.graph import HEAD_NAMES
 from export.parity import rows_from_maps
 from export.to_onnx import ExportOptions, export_onnx

@@ -1,0 +1,251 @@
+"""Detectors on the CPU under load and over time: the same bits from every thread, and no memory that grows.
+
+python -m benchmarks.soak [--frames 10000] [--threads 8] [--reopens 1000] [--detectors NAME ...]
+
+Each part runs in a process of its own, on frames of 30 to 1300 pixels a side, cut from sample photographs, with faces
+and without:
+
+frames   Threads share one detector. Every result is compared bit for bit with the one a single thread got of the same
+         frame before. Growth is that of the resident memory since the first `--settle` frames.
+reopens  A detector is opened, detects one frame and is closed, again and again; growth since the first 50.
+
+Exit code 1 if a result differs, or memory grows by `LIMIT_MB`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from benchmarks.environment import write_result
+from export.to_trt import EngineOptions, Profile, build_engine
+from facespec.cli import ArgumentParser, run
+from facespec.detections import Detections
+from facespec.errors import DataError, SpecError
+from facespec.files import check_outputs
+from facespec.images import read_image
+from facespec.letterbox import Frame
+from facespec.samples import sample_photographs
+from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, RetinaFaceDetector, TRTRetinaFace
+from trt_runtime.machine import load_average
+
+SIZE = (160, 160)
+SIDES = (30, 1300)
+DISTINCT = 60
+LIMIT_MB = 20
+SETTLE_REOPENS = 50
+
+Opener = Callable[[], RetinaFaceDetector]
+
+
+@dataclass(frozen=True)
+class SoakOptions:
+    """How long.
+
+    Attributes:
+        frames: Frames detected after the first `settle`.
+        threads: Threads that share a detector.
+        reopens: Times a detector is opened after the first `settle_reopens`.
+        settle: Frames until memory is read for the first time.
+        settle_reopens: Reopenings until then.
+    """
+
+    frames: int = 10_000
+    threads: int = 8
+    reopens: int = 1000
+    settle: int = 1000
+    settle_reopens: int = SETTLE_REOPENS
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise SpecError(f"--{name.replace('_', '-')} {value}: give at least 1")
+
+
+@dataclass(frozen=True)
+class Soaked:
+    """What came of it.
+
+    Attributes:
+        calls: Calls of detect that were compared.
+        identical: How many gave the expected bits.
+        growth_mb: Of the resident memory, in MB of 1e6 bytes.
+        resident_mb: At the end.
+        seconds: All in all.
+    """
+
+    calls: int
+    identical: int
+    growth_mb: float
+    resident_mb: float
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every result was right and memory did not grow."""
+        return self.identical == self.calls and self.growth_mb < LIMIT_MB
+
+
+def open_detector(name: str, plugin_form: Path) -> RetinaFaceDetector:
+    """Return a detector by the name of its class, at `SIZE`, on at most 2 threads of its own."""
+    if name == "TRTRetinaFace":
+        return TRTRetinaFace(plugin_form, size_hw=SIZE, device="cpu")
+    kind = OpenVinoRetinaFace if name == "OpenVinoRetinaFace" else OrtRetinaFace
+    return kind(plugin_form, size_hw=SIZE, threads=2)
+
+
+DETECTORS = ("TRTRetinaFace", "OpenVinoRetinaFace", "OrtRetinaFace")
+
+
+def make_frames(count: int = DISTINCT, seed: int = 0) -> list[Frame]:
+    """Return distinct frames of sides within `SIDES`: whole photographs, squeezed a little, and corners of them.
+
+    Raises:
+        DataError: There are no sample photographs.
+    """
+    photographs = [read_image(path) for path in sample_photographs()]
+    if not photographs:
+        raise DataError("there are no sample photographs: pip install -e '.[export]'")
+    random = np.random.default_rng(seed)
+    frames = []
+    for index in range(count):
+        image = photographs[index % len(photographs)]
+        if index % 3 == 2:
+            image = image[: random.integers(20, 90), : random.integers(20, 90)]  # there is no face in either
+        side = np.exp(random.uniform(*np.log(SIDES)))
+        height, width = np.clip([side, side * random.uniform(0.75, 1.33)], *SIDES).astype(int)
+        frames.append(np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), np.uint8))
+    return frames
+
+
+def resident_bytes() -> int:
+    """Return how much of this process lies in memory (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def identical(found: Detections, expected: Detections) -> bool:
+    """Whether two results are the same to the bit."""
+    arrays = ("boxes", "scores", "landmarks")
+    return (found.frame_hw, found.truncated) == (expected.frame_hw, expected.truncated) and all(
+        getattr(found, name).tobytes() == getattr(expected, name).tobytes() for name in arrays
+    )
+
+
+def soak_frames(opener: Opener, frames: Sequence[Frame], options: SoakOptions) -> Soaked:
+    """Detect frames from many threads that share a detector, each in an order of its own."""
+    start = time.perf_counter()
+    with opener() as detector, ThreadPoolExecutor(options.threads) as pool:
+        expected = [detector.detect(frame) for frame in frames]
+
+        def detect_some(count: int, seed: int) -> int:
+            order = np.random.default_rng(seed).integers(0, len(frames), count)
+            return sum(identical(detector.detect(frames[i]), expected[i]) for i in order)
+
+        def detect_all(count: int, seed: int) -> int:
+            shares = [len(part) for part in np.array_split(np.arange(count), options.threads)]
+            return sum(pool.map(detect_some, shares, range(seed, seed + options.threads)))
+
+        right = detect_all(options.settle, 0)
+        before = resident_bytes()
+        right += detect_all(options.frames, options.threads)
+        after = resident_bytes()
+    return _soaked(options.settle + options.frames, right, before, after, start)
+
+
+def soak_reopens(opener: Opener, frame: Frame, options: SoakOptions) -> Soaked:
+    """Open a detector, detect a frame and close it, many times."""
+    start = time.perf_counter()
+    with opener() as detector:
+        expected = detector.detect(frame)
+
+    def reopen(times: int) -> int:
+        right = 0
+        for _ in range(times):
+            with opener() as detector:
+                right += identical(detector.detect(frame), expected)
+        return right
+
+    right = reopen(options.settle_reopens)
+    before = resident_bytes()
+    right += reopen(options.reopens)
+    return _soaked(options.settle_reopens + options.reopens, right, before, resident_bytes(), start)
+
+
+def _soaked(calls: int, right: int, before: int, after: int, start: float) -> Soaked:
+    seconds = round(time.perf_counter() - start, 1)
+    return Soaked(calls, right, round((after - before) / 1e6, 2), round(after / 1e6, 1), seconds)
+
+
+def soak(name: str, part: str, plugin_form: Path, options: SoakOptions) -> Soaked:
+    """Run one part for one detector, "frames" or "reopens", in this process."""
+
+    def opener() -> RetinaFaceDetector:
+        return open_detector(name, plugin_form)
+
+    frames = make_frames()
+    return soak_frames(opener, frames, options) if part == "frames" else soak_reopens(opener, frames[0], options)
+
+
+def soak_apart(*arguments: Any) -> Soaked:
+    """Run `soak` in a process of its own, whose memory nothing else disturbs."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(soak, *arguments).result()
+
+
+def main() -> int:
+    """Run every part for every detector, print a line for each and write the result; exit code 1 if one fails."""
+    default = SoakOptions()
+    parser = ArgumentParser(prog="python -m benchmarks.soak", description="Detectors under load and over time.")
+    parser.add_argument("--frames", type=int, default=default.frames, help="frames detected after the first ones")
+    parser.add_argument("--threads", type=int, default=default.threads, help="threads that share a detector")
+    parser.add_argument("--reopens", type=int, default=default.reopens, help="times it is opened after the first 50")
+    parser.add_argument("--settle", type=int, default=default.settle, help="frames until memory is first read")
+    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS, help="which detectors")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak.json"), help="result file")
+    args = parser.parse_args()
+    options = SoakOptions(args.frames, args.threads, args.reopens, args.settle)
+    check_outputs([("--out", args.out)], [])
+    results, passed = [], True
+    with tempfile.TemporaryDirectory() as folder:
+        form = Path(folder) / "retinaface.plugin.onnx"
+        build_engine(EngineOptions("mobilenet0.25", form, Profile(sizes_hw=(SIZE, SIZE, (640, 640))), onnx_only=True))
+        for name in args.detectors:
+            for part in ("frames", "reopens"):
+                found = soak_apart(name, part, form, options)
+                passed &= found.passed
+                results.append({"detector": name, "part": part, **asdict(found), "passed": found.passed})
+                print(
+                    f"{name:19} {part:8} {found.identical} of {found.calls} identical, grew by {found.growth_mb:.1f} "
+                    f"to {found.resident_mb:.0f} MB, {found.seconds:.0f} s{'' if found.passed else '  FAILED'}",
+                    flush=True,
+                )
+    what = (
+        f"{DISTINCT} frames of {SIDES[0]} to {SIDES[1]} pixels a side, network {SIZE[0]}x{SIZE[1]}, plugin form of the "
+        f"published mobilenet0.25; frames: {options.threads} threads share one detector; reopens: open, detect, close; "
+        f"growth of the resident memory after the first {options.settle} frames or {SETTLE_REOPENS} times, "
+        f"which must stay below {LIMIT_MB} MB"
+    )
+    write_result(
+        args.out,
+        what,
+        results,
+        *("onnxruntime", "openvino", "numpy", "opencv-python"),
+        options=asdict(options),
+        load_average=load_average(),
+    )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

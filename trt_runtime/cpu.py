@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import threading
@@ -183,7 +184,6 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
         if header.external_files:
             raise ModelFileError(f"{path}: a model with weights in other files runs in ONNX Runtime only")
         self._openvino = _load_openvino()
-        self._path = path
         self._graph = _cut(content, spec, path)
         if self._graph.fixed_hw:
             check_size(self._graph.fixed_hw)
@@ -199,7 +199,9 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
             **({} if self._graph.half else {"INFERENCE_PRECISION_HINT": "f32"}),
         }
         self._core = self._openvino.Core()
-        self._compiled: ShapeCache[tuple[int, int] | None, _Compiled] = ShapeCache(COMPILED_SIZES, self._compile)
+        # not a method: that would make a circle, and what is closed would wait for the garbage collector
+        make = functools.partial(_compile, self._core, self._graph.content, self._options, path)
+        self._compiled: ShapeCache[tuple[int, int] | None, _Compiled] = ShapeCache(COMPILED_SIZES, make)
         if not isinstance(self.size_hw, int):  # now, not with the first frame
             self._compiled.get(self.size_hw)
 
@@ -216,15 +218,6 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
             "streams": self._options["NUM_STREAMS"],
             "precision": precision,
         }
-
-    def _compile(self, size_hw: tuple[int, int] | None) -> _Compiled:
-        """Return the network compiled for one frame of a size, or of any size."""
-        try:
-            model = self._core.read_model(self._graph.content)
-            model.reshape({"images": [1, *(size_hw or (-1, -1)), 3]})
-            return _Compiled(self._core.compile_model(model, "CPU", self._options), size_hw)
-        except Exception as error:  # OpenVINO raises RuntimeError for everything
-            raise ModelFileError(f"{self._path}: OpenVINO cannot run it ({_reason(error)})") from None
 
     def _batch_limit(self, size_hw: tuple[int, int]) -> int:
         super()._batch_limit(size_hw)
@@ -300,6 +293,18 @@ def _load_openvino() -> Any:
         openvino = require("openvino", "cpu", "OpenVinoRetinaFace")
         _ = openvino.Tensor(np.zeros(1, np.uint8), shared_memory=True).data
     return openvino
+
+
+def _compile(
+    core: Any, content: bytes, options: dict[str, Any], path: str | Path, size_hw: tuple[int, int] | None
+) -> _Compiled:
+    """Return a network in OpenVINO, compiled for one frame of a size, or of any size."""
+    try:
+        model = core.read_model(content)
+        model.reshape({"images": [1, *(size_hw or (-1, -1)), 3]})
+        return _Compiled(core.compile_model(model, "CPU", options), size_hw)
+    except Exception as error:  # OpenVINO raises RuntimeError for everything
+        raise ModelFileError(f"{path}: OpenVINO cannot run it ({_reason(error)})") from None
 
 
 def _cut(content: bytes, spec: ModelSpec, path: str | Path) -> HeadsGraph:

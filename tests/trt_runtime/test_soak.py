@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,21 @@ def test_what_is_closed_gives_its_memory_back(name: str, frames: list[Frame], pl
     soaked = soak_reopens(lambda: open_detector(name, plugin_form), frames[0], SMALL)
     assert soaked.identical == soaked.calls == 25
     assert soaked.growth_mb < SANE_MB
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_what_is_closed_does_not_wait_for_the_garbage_collector(
+    name: str, frames: list[Frame], plugin_form: Path
+) -> None:
+    gc.disable()  # what is in no circle goes at once, all the same
+    try:
+        with open_detector(name, plugin_form) as detector:
+            detector.detect(frames[0])
+            alive = weakref.ref(detector)
+        del detector
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_process_of_its_own_gives_the_same(plugin_form: Path) -> None:

@@ -394,6 +394,35 @@ def test_without_openvino_a_model_runs_in_onnx_runtime(package: str, static_onnx
     assert ".[cpu]" in second
 
 
+AT_ONCE = """
+import sys, threading
+import numpy as np
+from trt_runtime import OpenVinoRetinaFace
+
+def first(detector):
+    meet.wait()
+    (detector or OpenVinoRetinaFace(sys.argv[1])).detect(np.zeros((64, 64, 3), np.uint8))
+
+meet = threading.Barrier(8)
+shared = OpenVinoRetinaFace(sys.argv[1]) if sys.argv[2] == "shared" else None
+sys.setswitchinterval(1e-7)
+threads = [threading.Thread(target=first, args=(shared,)) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("detectors", ["shared", "each its own"])
+def test_the_first_calls_of_a_process_may_come_from_many_threads(detectors: str, static_onnx: Path) -> None:
+    """OpenVINO alone hangs there, holding the GIL; a process of its own can be ended."""
+    line = [sys.executable, "-c", AT_ONCE, str(static_onnx), detectors]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
 # what is refused
 
 

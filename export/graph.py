@@ -215,7 +215,7 @@ def add_plugin(model: onnx.ModelProto, spec: ModelSpec) -> None:
         PLUGIN.name,
         [head.name for head in model.graph.output],
         [output.name for output in outputs],
-        name="decode_nms",
+        name=PLUGIN.node,
         domain=PLUGIN.domain,
         plugin_version=PLUGIN.version,
         plugin_namespace=PLUGIN.namespace,

@@ -16,6 +16,8 @@ class PluginName:
     version: str = "1"
     namespace: str = "retinaface_trt"
     domain: str = "trt.plugins"
+    node: str = "decode_nms"
+    """Name of its node in our graphs, and so of its layer in engines."""
 
 
 PLUGIN = PluginName()

@@ -19,8 +19,16 @@ from plugins import host
 MAX_FRAME_SIDE = 16384
 """Pixels: up to here a float, in which positions are held, is fine enough."""
 
-REFUSALS = (1, 716)
-"""cudaErrorInvalidValue and cudaErrorMisalignedAddress: given before anything is launched."""
+_REFUSED = "; it takes widths that are multiples of 32 and addresses aligned to 16 bytes"
+_REBUILD = ": update the NVIDIA driver, or compile the plugin with an older nvcc: python -m plugins.build"
+MENDS = {
+    1: _REFUSED,
+    716: _REFUSED,
+    35: f", the plugin was compiled by a CUDA that is newer than the driver{_REBUILD}",
+    209: f", the plugin has no code for this GPU{_REBUILD}",
+}
+"""What to do about an error of CUDA: cudaErrorInvalidValue and cudaErrorMisalignedAddress, given before anything is
+launched, cudaErrorInsufficientDriver and cudaErrorNoKernelImageForDevice."""
 
 Launch = Callable[[int, int, tuple[int, int], tuple[int, int, int], int, int], None]
 """(frames_address, batch, size_hw, pad_bgr, out_address, stream_handle): see `load`."""
@@ -102,24 +110,26 @@ def describe(
         FrameError: There can be no such frame, or it is too large.
     """
     (height, width), nv12 = frame_hw, pixel_format != PixelFormat.BGR
-    name = f"frame of {width}x{height} pixels, {PixelFormat(pixel_format).name}"
-    if not all(1 <= side <= MAX_FRAME_SIDE for side in (*frame_hw, *scaled_hw)):
-        raise FrameError(
-            f"{name}, scaled to {scaled_hw[1]}x{scaled_hw[0]}: sides must be 1 to {MAX_FRAME_SIDE} pixels for the GPU; "
+    row = width if nv12 else 3 * width
+    problem = ""
+    if not all(1 <= side <= MAX_FRAME_SIDE for side in (height, width, *scaled_hw)):
+        problem = (
+            f"scaled to {scaled_hw[1]}x{scaled_hw[0]}: sides must be 1 to {MAX_FRAME_SIDE} pixels for the GPU; "
             "cv2.resize makes a smaller frame"
         )
-    if nv12 and (height % 2 or width % 2):
-        raise FrameError(f"{name}: height and width of NV12 must be even")
-    row = width if nv12 else 3 * width
-    if not address or pitch < row:
-        raise FrameError(f"{name}: expected an address and a pitch of {row} bytes at least, got {address} and {pitch}")
-    if nv12 and (not chroma_address or chroma_pitch < row):
-        raise FrameError(
-            f"{name}: expected the address of its chroma and a pitch of {row} bytes at least, got {chroma_address} and "
+    elif nv12 and (height % 2 or width % 2):
+        problem = "height and width of NV12 must be even"
+    elif not address or pitch < row:
+        problem = f"expected an address and a pitch of {row} bytes at least, got {address} and {pitch}"
+    elif nv12 and (not chroma_address or chroma_pitch < row):
+        problem = (
+            f"expected the address of its chroma and a pitch of {row} bytes at least, got {chroma_address} and "
             f"{chroma_pitch}"
         )
-    if not nv12 and (chroma_address or chroma_pitch):
-        raise FrameError(f"{name}: it has no chroma plane; NV12 does")
+    elif not nv12 and (chroma_address or chroma_pitch):
+        problem = "it has no chroma plane; NV12 does"
+    if problem:
+        raise FrameError(f"frame of {width}x{height} pixels, {PixelFormat(pixel_format).name}: {problem}")
     return LetterboxFrame(address, chroma_address, pitch, chroma_pitch, height, width, *scaled_hw, int(pixel_format))
 
 
@@ -152,8 +162,7 @@ def load(library: Any) -> Launch:
         if code:
             call = f"letterbox of {batch} frames into {size_hw[1]}x{size_hw[0]} at {out_address:#x}"
             error = f"CUDA error {code}" if on_device else "refused"
-            wanted = "; it takes widths that are multiples of 32 and addresses aligned to 16 bytes"
-            raise LaunchError(f"{call}: {error}{wanted if code in REFUSALS else ''}")
+            raise LaunchError(f"{call}: {error}{MENDS.get(code, '')}")
 
     return launch
 

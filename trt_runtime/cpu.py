@@ -57,11 +57,11 @@ def best_backend(path: str | Path, size: NetworkSize) -> str:
     if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("onnx") is None:
         return "onnxruntime"
     content, header, spec = read_detector(path)
-    if header.external_files or (size is None and _cut(content, spec, path).fixed_hw is None):
-        return "onnxruntime"
     try:
+        if header.external_files or (_cut(content, spec, path).fixed_hw is None and size is None):
+            return "onnxruntime"
         library()
-    except BuildError:  # no C++ compiler: the portable graph decodes by itself
+    except (ModelFileError, BuildError):  # no head maps, or no C++ compiler: a portable graph decodes by itself
         return "onnxruntime"
     return "openvino"
 
@@ -226,9 +226,8 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
     def _new_lane(self) -> Lane:
         return _OpenVinoLane(self, self._compiled)
 
-    def close(self) -> None:
-        """Free the compiled models, too."""
-        super().close()
+    def _free(self) -> None:
+        super()._free()
         self._compiled.clear()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.detections import Detections, to_detections
-from facespec.errors import ClosedError, FrameError, ModelFileError, SpecError
+from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import CHECKPOINT_SUFFIXES, MAX_NETWORK_PIXELS, ModelSpec, NetworkSize, check_size
 from trt_runtime.stream import DetectionStream
@@ -76,7 +76,7 @@ class RetinaFaceDetector:
         self._changed = threading.Condition()
         self._idle: list[Lane] = []
         self._lent = 0
-        self._closed = False
+        self._closed = self._freed = False
 
     # what a backend supplies
 
@@ -101,6 +101,11 @@ class RetinaFaceDetector:
     def environment(self) -> dict[str, Any]:
         """Return what the speed of this detector depends on: backend, versions, threads, device."""
         return {"backend": self.backend}
+
+    def _free(self) -> None:
+        """Free everything; called once, when no call is under way."""
+        while self._idle:
+            self._idle.pop().close()
 
     # what users call
 
@@ -160,11 +165,17 @@ class RetinaFaceDetector:
     def close(self) -> None:
         """Free what the detector holds; calls that are under way end first. It may be called again."""
         with self._changed:
+            if self._closed:  # another thread may be at it
+                self._changed.wait_for(lambda: self._freed)
+                return
             self._closed = True
             self._changed.wait_for(lambda: not self._lent)
-            lanes, self._idle = self._idle, []
-        for lane in lanes:
-            lane.close()
+        try:
+            self._free()
+        finally:
+            with self._changed:
+                self._freed = True
+                self._changed.notify_all()
 
     def __enter__(self: Self) -> Self:
         return self
@@ -176,19 +187,22 @@ class RetinaFaceDetector:
 
     # how a batch runs
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the detector is closed: make a new one")
+
     @contextmanager
     def _lane(self) -> Iterator[Lane]:
         """Lend a lane: an idle one, the last used first, or a new one."""
         with self._changed:
-            if self._closed:
-                raise ClosedError("the detector is closed: make a new one")
+            self._check_open()
             self._lent += 1
             lane = self._idle.pop() if self._idle else None
         try:
             lane = lane or self._new_lane()
             try:
                 yield lane
-            except FrameError:
+            except (FrameError, NonFiniteError):
                 raise
             except BaseException:
                 broken, lane = lane, None  # nobody knows in which state it is

@@ -15,6 +15,8 @@ PixelFormat = Literal["bgr", "nv12_bt601", "nv12_bt601_full", "nv12_bt709", "nv1
 Nv12Matrix = Literal["bt601", "bt601_full", "bt709", "bt709_full"]
 MATRICES = ("bt601", "bt601_full", "bt709", "bt709_full")
 
+UINT8 = np.dtype(np.uint8)
+
 _DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_HOST, _DLPACK_CUDA_MANAGED = 1, 2, 3, 13
 _DLPACK_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _MEND = ".contiguous() (torch) or cupy.ascontiguousarray mends it"
@@ -238,21 +240,21 @@ class _VersionedTensor(ctypes.Structure):
     )
 
 
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
+_get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
 def _read_capsule(capsule: object, device_index: int | None) -> _Array:
     """Return the array of a DLPack capsule, which becomes its owner: nobody consumes it, so it deletes the tensor."""
-    is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
-        ("PyCapsule_IsValid", ctypes.pythonapi)
-    )
-    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-        ("PyCapsule_GetPointer", ctypes.pythonapi)
-    )
-    if is_valid(capsule, b"dltensor_versioned"):
-        managed = _VersionedTensor.from_address(get_pointer(capsule, b"dltensor_versioned"))
+    if _is_valid(capsule, b"dltensor_versioned"):
+        managed = _VersionedTensor.from_address(_get_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:
             raise FrameError(f"the frame comes as DLPack {managed.major}.{managed.minor}, and 1.x is known")
         tensor = managed.tensor
-    elif is_valid(capsule, b"dltensor"):
-        tensor = _DLTensor.from_address(get_pointer(capsule, b"dltensor"))
+    elif _is_valid(capsule, b"dltensor"):
+        tensor = _DLTensor.from_address(_get_pointer(capsule, b"dltensor"))
     else:
         raise FrameError("the frame's __dlpack__ gave no DLPack capsule")
     shape = tuple(tensor.shape[: tensor.ndim])
@@ -272,9 +274,11 @@ def _read_capsule(capsule: object, device_index: int | None) -> _Array:
 def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
     """Return the array of a CUDA array interface, version 2 or 3."""
     try:
-        version, shape, kind = interface["version"], tuple(map(int, interface["shape"])), np.dtype(interface["typestr"])
+        version, shape, kind = interface["version"], tuple(map(int, interface["shape"])), interface["typestr"]
+        dtype = UINT8 if kind == "|u1" else np.dtype(kind)
         address = int(interface["data"][0])
-        strides = tuple(map(int, interface.get("strides") or _compact(shape, kind.itemsize)))
+        strides = interface.get("strides")
+        strides = _compact(shape, dtype.itemsize) if strides is None else tuple(map(int, strides))
         stream = interface.get("stream") if version >= 3 else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FrameError(f"the frame's __cuda_array_interface__ cannot be read: {_line(error)}") from None
@@ -284,16 +288,15 @@ def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
         raise FrameError("a masked array is no frame")
     if stream is not None and (not isinstance(stream, int) or stream == 0):
         raise FrameError(f"stream {stream!r} in the frame's __cuda_array_interface__ is none: 1 is the default stream")
-    return _Array(address, shape, strides, str(kind), None, stream, owner)
+    return _Array(address, shape, strides, str(dtype), getattr(owner, "device_index", None), stream, owner)
 
 
 def _compact(shape: tuple[int, ...], itemsize: int = 1) -> tuple[int, ...]:
     """Return the strides of a C-contiguous array."""
-    strides: list[int] = []
-    for side in reversed(shape):
-        strides.insert(0, itemsize)
-        itemsize *= side
-    return tuple(strides)
+    strides = [itemsize]
+    for side in reversed(shape[1:]):
+        strides.append(strides[-1] * side)
+    return tuple(reversed(strides)) if shape else ()
 
 
 def _line(error: Exception) -> str:

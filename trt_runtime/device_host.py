@@ -161,12 +161,19 @@ class HostDevice:
         return HostEvent(self)
 
     def frame(self, frame: object, stream: HostStream) -> DeviceFrame | None:
-        """As `Device.frame`, for what has the CUDA array interface, also in an `Nv12Frame`; DLPack is the host's."""
+        """As `Device.frame`: takes `HostArray`, its own memory and `Nv12Frame` of these; all else is the host's."""
         self.check()
         planes = (frame.luma, frame.chroma) if isinstance(frame, Nv12Frame) else (frame,)
-        if not all(hasattr(plane, "__cuda_array_interface__") for plane in planes):
+        if not all(map(self._holds, planes)):
             return None
         return read_frame(frame, stream, None, lambda address: None)
+
+    def _holds(self, plane: object) -> bool:
+        """Whether an array may be read here: what says it is CUDA's may be a GPU's."""
+        if isinstance(plane, HostArray):
+            return True
+        address = (getattr(plane, "__cuda_array_interface__", None) or {"data": (0,)})["data"][0]
+        return any(start <= address < start + len(content) for start, content in tuple(self._live.items()))
 
     def close(self) -> None:
         """As `Device.close`; the threads of its streams end."""

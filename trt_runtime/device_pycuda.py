@@ -30,7 +30,7 @@ class PyCudaDevice:
     Attributes:
         name: "NVIDIA H200, device 0".
         compute_capability: 90 for 9.0.
-        can_capture: Whether cuda-bindings is installed, which captures for PyCUDA.
+        can_capture: Whether cuda-bindings is installed, which captures for PyCUDA, and no stream was given.
         index: Number of the GPU.
 
     Raises:
@@ -51,7 +51,8 @@ class PyCudaDevice:
         self._cuda: Cuda | None = None
         with suppress(MissingPackageError):
             self._cuda = Cuda()
-        self.can_capture = self._cuda is not None
+        # of one stream that all callers share, a capture would record what the others put on it
+        self.can_capture = self._cuda is not None and stream is None
         with self.calls():
             device = self.pycuda.Context.get_device()
             count = self.pycuda.Device.count()
@@ -59,6 +60,11 @@ class PyCudaDevice:
             self.name = f"{device.name()}, device {self.index}"
             major, minor = device.compute_capability()
         self.compute_capability = 10 * major + minor
+
+    @property
+    def can_order(self) -> bool:
+        """Whether streams can wait for others of the same context."""
+        return self._cuda is not None
 
     @property
     def cuda(self) -> Cuda:
@@ -208,7 +214,7 @@ class PyCudaStream:
 
     def wait_for(self, handle: int) -> None:
         """As `Stream.wait_for`; without cuda-bindings the calling thread waits, for all there is in the context."""
-        if self._device.can_capture:
+        if self._device.can_order:
             order(self._device.cuda, self.handle, handle)
         else:
             self._device.wait()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from facespec.cli import require
 from facespec.errors import GpuError, ModelFileError
 from facespec.spec import ModelSpec
 from plugins import PLUGIN, letterbox
@@ -131,7 +131,6 @@ class TrtEngine:
         self.sidecar = sidecar = read_sidecar(path)
         check_runs_here(path, sidecar, device.compute_capability, device.name)
         flavor = FLAVORS[sidecar.flavor]
-        flavor.require()
         self.backend = flavor.name
         self.spec = sidecar.spec
         self.files = [Path(path), sidecar_path(path)]
@@ -139,15 +138,17 @@ class TrtEngine:
         self.profile = Profile(*((shape[0], shape[1], shape[2]) for shape in shapes))
         self._device = device
         self._making = threading.Lock()
-        trt = importlib.import_module(flavor.module)
-        self._trt = trt
+        self._trt = trt = require(flavor.module, flavor.extra, f"running {path}")
         _check_version(path, sidecar, trt.__version__)
         plugin = str(ensure("plugin"))
         self._launch_letterbox = letterbox.load(ctypes.CDLL(plugin))
         self._logger = api.make_logger(trt)
-        self._runtime = api.make_runtime(trt, self._logger, plugin)
+        self._runtime = api.make_runtime(trt, self._logger)
         if self._runtime is None:
+            raise GpuError(f"{flavor.title} does not start{self._reason()}: does it fit the NVIDIA driver?")
+        if not api.load_plugin(self._runtime, plugin):
             raise GpuError(f"{flavor.title} cannot load the plugin {plugin}{self._reason()}: python -m plugins.build")
+        self._logger.errors.clear()
         self._engine = api.deserialize(self._runtime, Path(path).read_bytes())
         if self._engine is None:
             if "memory" in self._reason().lower():
@@ -155,6 +156,7 @@ class TrtEngine:
                 raise out_of_memory(f"the engine {path}", sidecar.engine_bytes, free, total)
             raise GpuError(f"{path}: {flavor.title} cannot load it{self._reason()}; it is built by: {sidecar.command}")
         self._check_contract(path)
+        self._cache = api.make_runtime_cache(trt, self._engine)
         self.workspace_bytes = max(api.workspace_bytes(self._engine), 1)
 
     def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> TrtContext:
@@ -165,14 +167,15 @@ class TrtEngine:
             GpuError: TensorRT refuses the shape or an address.
         """
         with self._making:
-            context = api.make_context(self._trt, self._engine)
-        if context is None:
-            free, total = self._device.free_and_total()
-            if "memory" in self._reason().lower():
-                raise out_of_memory(f"an execution context for {shape}", self.workspace_bytes, free, total)
-            raise GpuError(f"TensorRT cannot make an execution context{self._reason()}")
-        if not api.bind(context, (*shape, 3), addresses, workspace, self.workspace_bytes):
-            raise GpuError(f"TensorRT refuses an input of {shape}{self._reason()}")
+            self._logger.errors.clear()
+            context = api.make_context(self._trt, self._engine, self._cache)
+            if context is None:
+                free, total = self._device.free_and_total()
+                if "memory" in self._reason().lower():
+                    raise out_of_memory(f"an execution context for {shape}", self.workspace_bytes, free, total)
+                raise GpuError(f"TensorRT cannot make an execution context{self._reason()}")
+            if not api.bind(context, (*shape, 3), addresses, workspace, self.workspace_bytes):
+                raise GpuError(f"TensorRT refuses an input of {shape}{self._reason()}")
         return TrtContext(self, context)
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Stream) -> None:
@@ -186,7 +189,7 @@ class TrtEngine:
 
     def close(self) -> None:
         """As `Engine.close`; contexts must be gone."""
-        self._engine = self._runtime = None
+        self._cache = self._engine = self._runtime = None
 
     def _reason(self) -> str:
         """Return the last error of the logger, to be put into a message."""
@@ -226,7 +229,7 @@ class TrtContext:
             stream.synchronize()
             api.end_profile(self._context)
         total = sum(times.ms.values())
-        return sum(ms for name, ms in times.ms.items() if PLUGIN.name in name) / total if total else 0.0
+        return sum(ms for name, ms in times.ms.items() if PLUGIN.node in name) / total if total else 0.0
 
     def close(self) -> None:
         """As `Context.close`."""

@@ -33,6 +33,9 @@ class ShapeCache(Generic[Key, Value]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
     def get(self, key: Key) -> Value:
         """Return the value of a key; making one gives up the one that was not used for the longest time."""
         with self._lock:

@@ -80,4 +80,4 @@ class DetectionStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed = True
-        self._threads.shutdown(wait=True, cancel_futures=kind is not None)
+        self._threads.shutdown(wait=True)

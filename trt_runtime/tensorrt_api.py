@@ -27,11 +27,18 @@ def make_logger(trt: Any) -> Any:
     return LastErrors()
 
 
-def make_runtime(trt: Any, logger: Any, plugin: str) -> Any:
-    """Return a Runtime that knows a plugin library, or None if the library cannot be loaded."""
-    runtime = trt.Runtime(logger)
+def make_runtime(trt: Any, logger: Any) -> Any:
+    """Return a Runtime, or None if there can be none; the logger knows why."""
+    try:
+        return trt.Runtime(logger)
+    except TypeError:  # the bindings' word for a null pointer
+        return None
+
+
+def load_plugin(runtime: Any, library: str) -> bool:
+    """Let a Runtime know the plugins of a library; return whether it could be loaded."""
     registry = runtime.get_plugin_registry()
-    return runtime if registry.load_library(plugin) is not None else None
+    return registry.load_library(library) is not None
 
 
 def deserialize(runtime: Any, content: bytes) -> Any:
@@ -56,18 +63,35 @@ def workspace_bytes(engine: Any) -> int:
     return int(engine.device_memory_size_v2)
 
 
-def make_context(trt: Any, engine: Any) -> Any:
-    """Return an execution context without memory of its own, whose work can be captured in a CUDA graph, or None."""
+def make_runtime_cache(trt: Any, engine: Any) -> Any:
+    """Return what keeps the kernels that TensorRT-RTX compiles for a shape, for other contexts; None of TensorRT."""
+    if not hasattr(trt, "CudaGraphStrategy"):
+        return None
+    runtime_config = engine.create_runtime_config()
+    return runtime_config.create_runtime_cache()
+
+
+def make_context(trt: Any, engine: Any, cache: Any) -> Any:
+    """Return an execution context without memory of its own, whose work can be captured in a CUDA graph, or None.
+
+    Args:
+        trt: Module.
+        engine: What it runs.
+        cache: From `make_runtime_cache`; must outlive the context.
+    """
     runtime_config = engine.create_runtime_config()
     runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    if hasattr(
-        trt, "CudaGraphStrategy"
-    ):  # TensorRT-RTX compiles kernels at run time: all of them now, before a capture
+    if cache is not None:  # TensorRT-RTX compiles kernels at run time: all of them now, before a capture
+        runtime_config.set_runtime_cache(cache)
         runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         runtime_config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
-    return engine.create_execution_context(runtime_config)
+    context = engine.create_execution_context(runtime_config)
+    if context is not None:
+        # engines are built with all names in them, which would cost time at each launch
+        context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
+    return context
 
 
 def bind(context: Any, shape: Shape, addresses: dict[str, int], workspace: int, nbytes: int) -> bool:

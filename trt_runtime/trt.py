@@ -24,7 +24,7 @@ from trt_runtime.engine import Engine, Shape, TrtEngine
 from trt_runtime.engine_host import HostEngine
 from trt_runtime.shape_cache import ShapeCache
 
-GRAPHS = 16
+GRAPHS = 32
 """Shapes (B, H, W) for which a lane keeps a context and a CUDA graph."""
 
 _FRAME_BYTES = ctypes.sizeof(LetterboxFrame)
@@ -69,29 +69,28 @@ class TRTRetinaFace(RetinaFaceDetector):
         graphs: bool = True,
         warm_up: bool = True,
     ) -> None:
-        self._own_device = isinstance(device, (int, str))
         place = f"cuda:{device}" if isinstance(device, int) else device
         self.device: Device = open_device(place) if isinstance(place, str) else place
-        try:
-            with self.device.activate():
-                self.engine: Engine
-                if isinstance(self.device, HostDevice):
-                    self.engine = HostEngine(engine, self.device)
-                else:
-                    self.engine = TrtEngine(engine, self.device)
-            self.backend = self.engine.backend
-            profile = self.engine.profile
-            self.max_batch = profile.largest[0]
-            self._graphs = graphs and self.device.can_capture
-            size = network_size(profile.fixed_hw, size_hw, engine)
-            super().__init__(self.engine.spec, self.engine.files, score_threshold, size)
-            if isinstance(size, tuple) and not profile.takes(size):
-                raise SpecError(f"{engine} takes network sizes of {profile}, not {size[0]}x{size[1]}")
-            if warm_up:
-                self._warm_up()
-        except BaseException:
-            self._close_device()
-            raise
+        self._graphs = graphs and self.device.can_capture
+        self.engine: Engine
+        with self.device.activate():
+            if isinstance(self.device, HostDevice):
+                self.engine = HostEngine(engine, self.device)
+            else:
+                self.engine = TrtEngine(engine, self.device)
+            try:
+                self.backend = self.engine.backend
+                profile = self.engine.profile
+                self.max_batch = profile.largest[0]
+                size = network_size(profile.fixed_hw, size_hw, engine)
+                super().__init__(self.engine.spec, self.engine.files, score_threshold, size)
+                if isinstance(size, tuple) and not profile.takes(size):
+                    raise SpecError(f"{engine} takes network sizes of {profile}, not {size[0]}x{size[1]}")
+                if warm_up:
+                    self._warm_up()
+            except BaseException:
+                self.engine.close()
+                raise
 
     def environment(self) -> dict[str, Any]:
         """Return backend, versions, GPU, and whether there are CUDA graphs."""
@@ -107,25 +106,22 @@ class TRTRetinaFace(RetinaFaceDetector):
             FrameError: Not such a frame.
             DeviceMemoryError: There is no memory for it.
         """
-        height, width = check_frame(frame).shape[:2]
+        pixels = np.ascontiguousarray(check_frame(frame))
+        height, width = pixels.shape[:2]
+        self._check_open()
         with self.device.activate():
             stream = self.device.stream()
-            memory = self.device.allocate(frame.size, f"a frame of {width}x{height}")
-            self.device.copy_in(memory.address, np.ascontiguousarray(frame), stream)
+            memory = self.device.allocate(pixels.size, f"a frame of {width}x{height}")
+            self.device.copy_in(memory.address, pixels, stream)
             stream.synchronize()
             stream.close()
-        return DeviceArray(memory, (height, width, 3))
+        return DeviceArray(memory, (height, width, 3), getattr(self.device, "index", None))
 
-    def close(self) -> None:
-        """Free contexts, buffers and the engine."""
-        super().close()
+    def _free(self) -> None:
+        """Free contexts, buffers and the engine. The device goes with the last that holds memory on it."""
+        super()._free()
         with suppress(GpuError), self.device.activate():
             self.engine.close()
-        self._close_device()
-
-    def _close_device(self) -> None:
-        if self._own_device:
-            self.device.close()
 
     def _warm_up(self) -> None:
         batch, height, width = self.engine.profile.best
@@ -169,10 +165,12 @@ class DeviceArray:
 
     Attributes:
         shape: (H, W, 3).
+        device_index: Of its GPU, where that is known.
     """
 
-    def __init__(self, memory: Memory, shape: tuple[int, int, int]) -> None:
+    def __init__(self, memory: Memory, shape: tuple[int, int, int], device_index: int | None) -> None:
         self.shape = shape
+        self.device_index = device_index
         self._memory = memory
 
     @property
@@ -261,16 +259,25 @@ class _GpuLane:
         return [place or next(rest) for place in places]
 
     def _plan(self, shape: Shape) -> _Plan:
-        needed = _Layout(self._engine, shape)
-        if self._block is None or self._block.nbytes < needed.nbytes:
-            self._plans.clear()
-            _close(self._block, self._results, self._descriptions)
-            self._block = self._results = self._descriptions = None
-            what = f"a batch of {shape[0]} at {shape[1]}x{shape[2]}"
-            self._block = self._device.allocate(needed.nbytes, what)
-            self._results = self._device.pinned(needed.nbytes - needed.outputs_at)
-            self._descriptions = self._device.pinned(needed.images_at)
+        if shape not in self._plans:
+            self._make_room(shape)
         return self._plans.get(shape)
+
+    def _make_room(self, shape: Shape) -> None:
+        layout = _Layout(self._engine, shape)
+        needed = layout.nbytes, layout.nbytes - layout.outputs_at, layout.images_at
+        held = (0, 0, 0)
+        if self._block and self._results and self._descriptions:
+            held = self._block.nbytes, len(self._results.array), len(self._descriptions.array)
+        if all(have >= need for have, need in zip(held, needed, strict=True)):
+            return
+        self._plans.clear()
+        _close(self._block, self._results, self._descriptions)
+        self._block = self._results = self._descriptions = None
+        block, results, descriptions = map(max, zip(held, needed, strict=True))
+        self._block = self._device.allocate(block, f"a batch of {shape[0]} at {shape[1]}x{shape[2]}")
+        self._results = self._device.pinned(results)
+        self._descriptions = self._device.pinned(descriptions)
 
     def _make_plan(self, shape: Shape) -> _Plan:
         assert self._block is not None
@@ -365,8 +372,10 @@ class _Plan:
         """Run them part by part, and tell what each takes."""
         if self._share is None:
             probe = self._engine.context(*self._arguments)
-            self._share = probe.plugin_share(stream)
-            probe.close()
+            try:
+                self._share = probe.plugin_share(stream)
+            finally:
+                probe.close()
         events = [self._device.event() for _ in range(4)]
         events[0].record(stream)
         self._letterbox(stream)

@@ -54,7 +54,9 @@ RTX_ONLY = {
     "CudaGraphStrategy.DISABLED",
     "DynamicShapesKernelSpecializationStrategy",
     "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.cuda_graph_strategy",
+    "IRuntimeConfig.set_runtime_cache",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
 }
 

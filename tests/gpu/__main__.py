@@ -26,7 +26,7 @@ from facespec.files import check_outputs, write_text
 from plugins import host
 from plugins.build import find_compiler, find_nvcc, find_tensorrt_headers, read_report, toolkit_paths
 from tests.gpu.kernel import ROOT, build_kernels, capability, gpu_problem
-from trt_runtime.flavor import TENSORRT
+from trt_runtime.flavor import FLAVORS, TENSORRT
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu_kernel.json"
 RUNTIME_RESULT = "gpu_runtime.json"
@@ -173,11 +173,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         steps.append(Step("device", "not run", 0, "cuda-bindings is not installed"))
     steps.append(plugin_step())
-    if importlib.util.find_spec("pytest") and importlib.util.find_spec("cv2"):
-        others = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--ignore", "tests/gpu"]
-        steps.append(call("other tests", others, OTHERS_S))
+    runtime = "tests/trt_runtime/test_trt_gpu.py"
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu"]
+    missing = [name for name in ("pytest", "cv2", "onnx", "onnxsim") if not importlib.util.find_spec(name)]
+    if missing:
+        steps.append(Step("other tests", "not run", 0, f"not installed: {', '.join(missing)}"))
     else:
-        steps.append(Step("other tests", "not run", 0, "pytest or opencv-python is not installed"))
+        steps.append(call("other tests", [*pytest, "--ignore", "tests/gpu", "--ignore", runtime], OTHERS_S))
+    if missing or not any(flavor.installed() for flavor in FLAVORS.values()):
+        steps.append(Step("engines", "not run", 0, "neither TensorRT nor TensorRT-RTX, or no onnxsim, is installed"))
+    else:
+        steps.append(call("engines", [*pytest, runtime], OTHERS_S))
     steps += (
         [Step(tool, "not run", 0, "--skip-sanitizer") for tool in TOOLS] if args.skip_sanitizer else sanitize(library)
     )

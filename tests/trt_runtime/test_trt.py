@@ -35,6 +35,7 @@ from trt_runtime.device_host import HostArray, HostDevice
 from trt_runtime.engine import check_runs_here
 from trt_runtime.sidecar import read_sidecar
 from trt_runtime.timing import StageTimer
+from trt_runtime.trt import GRAPHS
 
 LATE_S = 0.002
 
@@ -155,14 +156,23 @@ def test_graphs_are_captured_once_a_shape_and_replayed(
         plain.close()
 
 
+def test_larger_batches_of_smaller_frames_find_room(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None:
+    plain = OrtRetinaFace(plugin_form)
+    with TRTRetinaFace(plugin_form, device=device) as detector:  # memory is made for 1x640x640
+        for batch, side in ((8, 64), (3, 96), (8, 160), (1, 704), (8, 32)):
+            frame = np.asarray(cv2.resize(astronaut, (side, side)), np.uint8)
+            for found in detector.detect_batch([frame] * batch):
+                _assert_same(found, plain.detect(frame))
+
+
 def test_the_number_of_graphs_is_bounded(plugin_form: Path, astronaut: Frame) -> None:
     device = HostDevice()
     with TRTRetinaFace(plugin_form, device=device, size_hw=None, warm_up=False) as detector:
-        detector.detect(np.zeros((640, 640, 3), np.uint8))
+        detector.detect(np.zeros((640, 1472, 3), np.uint8))
         held = device.allocated_bytes
-        for side in range(32, 32 * 30, 32):
+        for side in range(32, 32 * 46, 32):
             detector.detect(np.zeros((32, side, 3), np.uint8))
-        assert len(_plans(detector)) == 16
+        assert len(_plans(detector)) == GRAPHS == 32
         assert device.allocated_bytes == held
     device.close()
 
@@ -276,8 +286,24 @@ def test_nan_raises_and_the_next_frame_is_right(device: HostDevice, plugin_form:
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(model, tmp_path / "nan.onnx")
     with TRTRetinaFace(tmp_path / "nan.onnx", size_hw=(64, 64), device=device) as detector:
+        (lane,) = detector._idle
         with pytest.raises(NonFiniteError):
             detector.detect(np.zeros((64, 64, 3), np.uint8))
+        assert detector._idle == [lane]  # nothing is wrong with it
+
+
+def test_it_is_closed_once_by_whom_ever(plugin_form: Path, astronaut: Frame) -> None:
+    device = HostDevice(delay_s=LATE_S)
+    detector = TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device)
+    kept = detector.to_device(astronaut)
+    with ThreadPoolExecutor(4) as pool:
+        for closed in [pool.submit(detector.close) for _ in range(4)]:
+            closed.result()
+    assert device.allocated_bytes == astronaut.size
+    with pytest.raises(ClosedError):
+        detector.to_device(astronaut)
+    del kept
+    assert device.allocated_bytes == 0
 
 
 def test_stages(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None:

@@ -86,7 +86,7 @@ def test_a_process_of_its_own_gives_the_same(plugin_form: Path) -> None:
 
 
 class _Hoarder(OrtRetinaFace):
-    """Keeps a copy of every frame, and tells of the hundredth result what is not so."""
+    """Keeps a copy of every frame, and tells of its two hundredth result what is not so."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, size_hw=(160, 160))
@@ -96,7 +96,7 @@ class _Hoarder(OrtRetinaFace):
     def detect(self, frame: Frame, timer: StageTimer | None = None) -> Detections:
         self._kept.append(frame.copy())
         found = super().detect(frame, timer)
-        return dataclasses.replace(found, truncated=not found.truncated) if next(self._numbers) == 100 else found
+        return dataclasses.replace(found, truncated=not found.truncated) if next(self._numbers) == 200 else found
 
 
 def test_a_leak_and_a_wrong_result_are_noticed(frames: list[Frame], plugin_form: Path) -> None:

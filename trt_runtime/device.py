@@ -67,8 +67,11 @@ class Graph(Protocol):
         """Free it. May be called again."""
 
 
-class Capture(Protocol):
+class Capture:
     """What `Stream.capture` yields."""
+
+    def __init__(self) -> None:
+        self._graph: Graph | None = None
 
     @property
     def graph(self) -> Graph:
@@ -77,6 +80,13 @@ class Capture(Protocol):
         Raises:
             GpuError: The block has not ended.
         """
+        if self._graph is None:
+            raise GpuError("there is no graph before the end of the capture")
+        return self._graph
+
+    def end(self, graph: Graph) -> None:
+        """Note what was captured."""
+        self._graph = graph
 
 
 class Stream(Protocol):

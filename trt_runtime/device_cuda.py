@@ -16,7 +16,7 @@ import numpy as np
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
-from trt_runtime.device import Bytes, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.device import Bytes, Capture, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.device_frame import DeviceFrame, read_frame
 
 OLDEST_DRIVER = 12000
@@ -273,9 +273,9 @@ class CudaStream:
         self._device.cuda("cuStreamSynchronize", self.handle)
 
     @contextmanager
-    def capture(self) -> Iterator[CudaCapture]:
+    def capture(self) -> Iterator[Capture]:
         """As `Stream.capture`."""
-        capture = CudaCapture()
+        capture = Capture()
         with record(self._device.cuda, self.handle) as executables:
             yield capture
         capture.end(CudaGraph(self._device, executables[0]))
@@ -315,24 +315,6 @@ def order(cuda: Cuda, handle: int, before: int) -> None:
         cuda("cuStreamWaitEvent", handle, event, 0)
     finally:
         cuda("cuEventDestroy", event)  # once it is reached
-
-
-class CudaCapture:
-    """What `CudaStream.capture` yields."""
-
-    def __init__(self) -> None:
-        self._graph: CudaGraph | None = None
-
-    @property
-    def graph(self) -> CudaGraph:
-        """As `Capture.graph`."""
-        if self._graph is None:
-            raise GpuError("there is no graph before the end of the capture")
-        return self._graph
-
-    def end(self, graph: CudaGraph) -> None:
-        """Note what was captured."""
-        self._graph = graph
 
 
 class CudaGraph:

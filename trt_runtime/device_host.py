@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.errors import DeviceLostError, GpuError
-from trt_runtime.device import ALIGNMENT, Bytes, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.device import ALIGNMENT, Bytes, Capture, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.device_frame import DeviceFrame, Nv12Frame, read_frame
 
 POISON = 0xFF
@@ -347,12 +347,12 @@ class HostStream:
             done.wait()
 
     @contextmanager
-    def capture(self) -> Iterator[HostCapture]:
+    def capture(self) -> Iterator[Capture]:
         """As `Stream.capture`."""
         self._device.check(may_capture=False)
         if self.capturing:
             raise GpuError(f"stream {self.handle:#x} is being captured already")
-        capture, graph = HostCapture(), HostGraph(self._device)
+        capture, graph = Capture(), HostGraph(self._device)
         self._captured, self._spoilt = graph, ""
         self._device.set_capturing(self)
         try:
@@ -400,24 +400,6 @@ class HostStream:
         if not self._stop.alive:
             raise GpuError(f"stream {self.handle:#x} has been closed")
         self._queue.put(work)
-
-
-class HostCapture:
-    """What `HostStream.capture` yields."""
-
-    def __init__(self) -> None:
-        self._graph: HostGraph | None = None
-
-    @property
-    def graph(self) -> HostGraph:
-        """As `Capture.graph`."""
-        if self._graph is None:
-            raise GpuError("there is no graph before the end of the capture")
-        return self._graph
-
-    def end(self, graph: HostGraph) -> None:
-        """Note what was captured."""
-        self._graph = graph
 
 
 class HostGraph:

@@ -12,8 +12,8 @@ from typing import Any
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DeviceMemoryError, GpuError, MissingPackageError
-from trt_runtime.device import Bytes, check_bytes, check_nbytes, out_of_memory
-from trt_runtime.device_cuda import Cuda, CudaCapture, CudaGraph, CudaMemory, CudaPinned, locate, order, record
+from trt_runtime.device import Bytes, Capture, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.device_cuda import Cuda, CudaGraph, CudaMemory, CudaPinned, locate, order, record
 from trt_runtime.device_frame import DeviceFrame, read_frame
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which PyCUDA has no name for
@@ -205,9 +205,9 @@ class PyCudaStream:
             self.pycuda.synchronize()
 
     @contextmanager
-    def capture(self) -> Iterator[CudaCapture]:
+    def capture(self) -> Iterator[Capture]:
         """As `Stream.capture`."""
-        capture = CudaCapture()
+        capture = Capture()
         with record(self._device.cuda, self.handle) as executables:
             yield capture
         capture.end(CudaGraph(self._device, executables[0]))

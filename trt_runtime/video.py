@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -175,7 +176,8 @@ class VideoWriter:
     """Writes H.264 that browsers play. The file appears, whole, when the writer is closed; on an error it does not.
 
     The first frame gives the size; H.264 wants even sides, so an odd one loses its last row or column. Later frames of
-    another size are letterboxed into it.
+    another size are letterboxed into it. A thread encodes one frame while the next is made ready; what goes wrong there
+    is raised by the next call.
 
     Args:
         path: File to write: .mp4, .mkv, .mov or .m4v.
@@ -194,6 +196,8 @@ class VideoWriter:
         self._last = -1
         self._first_hw = (0, 0)
         self._stream: Any = None
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._under_way: Future[None] | None = None
         self._file = atomic_path(self.path)
         temporary = self._file.__enter__()
         faststart = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "faststart"}
@@ -223,9 +227,19 @@ class VideoWriter:
             stamp = self._last + step if seconds is None else round(seconds * _CLOCK)
             self._last = max(stamp, self._last + 1)
             frame.pts, frame.time_base = self._last, Fraction(1, _CLOCK)
-            self._container.mux(self._stream.encode(frame))
+            self._wait()
+            self._under_way = self._encoder.submit(self._encode, frame)
         except self._av.error.FFmpegError as error:
             raise VideoError(f"{self.path}: cannot be written ({reason(error)})") from None
+
+    def _encode(self, frame: Any) -> None:
+        self._container.mux(self._stream.encode(frame))
+
+    def _wait(self) -> None:
+        """Wait until the last frame is encoded."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
 
     def _open(self, image: Frame) -> None:
         self._first_hw = (image.shape[0], image.shape[1])
@@ -250,9 +264,13 @@ class VideoWriter:
         keep = self._stream is not None and (kind is None or issubclass(kind, KeyboardInterrupt))
         failure = None if keep else (error or VideoError("nothing was written"))
         try:
-            if keep:
-                self._container.mux(self._stream.encode(None))
-            self._container.close()
+            try:
+                self._encoder.shutdown()
+                if keep:
+                    self._wait()
+                    self._encode(None)
+            finally:
+                self._container.close()
         except self._av.error.FFmpegError as cause:
             failure = VideoError(f"{self.path}: cannot be written ({reason(cause)})")
         self._file.__exit__(type(failure) if failure else None, failure, None)

@@ -87,7 +87,8 @@ def test_committed_results_hold_what_they_promise() -> None:
         assert videos[name]["overlap"] > 1
     assert videos["ours, int8"]["times_as_fast"]["tiny at 640"] >= 2
     assert all(row["growth_mb"] < 20 and row["identical"] == row["calls"] for row in _results("soak"))
-    assert {row["calls"] for row in _results("soak")} == {10_000, 1_000}
+    least = {"frames": 10_000, "reopens": 1_000}
+    assert all(row["calls"] >= least[row["part"]] for row in _results("soak"))
     (host,) = _results("host_kernel")
     assert host["frames_with_the_same_faces"] == host["frames"] == 24
     assert host["ms"]["host_kernel"]["p50"] < host["ms"]["onnx_operators"]["p50"]

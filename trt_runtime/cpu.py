@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from facespec.spec import SPEC_KEY, ModelSpec, NetworkSize, check_size
 from plugins import PLUGIN
 from plugins.host import decode_nms, library
 from trt_runtime.detector import Lane, RetinaFaceDetector, letterboxed, network_size
+from trt_runtime.machine import cores
 from trt_runtime.onnx_file import OnnxHeader, read_onnx
 from trt_runtime.plugin_form import HeadsGraph, cut_heads
 from trt_runtime.shape_cache import ShapeCache
@@ -190,7 +190,7 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
         super().__init__(spec, [Path(path)], score_threshold, network_size(self._graph.fixed_hw, size_hw, path))
         library()
         _threads(threads, streams)
-        total = threads or _cores()
+        total = threads or cores()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": total,
@@ -327,11 +327,7 @@ def _threads(threads: int | None, streams: int) -> int | None:
             raise SpecError(f"{name} must be a number from 1 to 256, got {value!r}")
     if streams == 1:
         return threads
-    return max((threads or _cores()) // streams, 1)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max((threads or cores()) // streams, 1)
 
 
 def open_session(model: str | bytes, path: str | Path, threads: int | None) -> Any:

@@ -99,7 +99,8 @@ def _cpu_latency(rows: list[dict]) -> str:
         )
         ap = " / ".join(f"{one['ap'][level]:.2f}" for level in ("easy", "medium", "hard")) if "ap" in one else ""
         computes = one.get("detector", {}).get("precision", "")
-        title = f"{name}, computed in {computes}" if one.get("precision") == "fp16" else name
+        title = name.replace("onnxruntime", "ONNX Runtime").replace("openvino", "OpenVINO")
+        title += f", computed in {computes}" if one.get("precision") == "fp16" else ""
         lines.append(f"| {title} | {times} | {ap} |")
     return _table("| | 1 thread: ms | ratio | 2 threads: ms | ratio | AP, easy / medium / hard |", lines)
 

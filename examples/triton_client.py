@@ -16,9 +16,9 @@ import numpy as np
 from facespec.cli import ArgumentParser, require, run
 from facespec.detections import Detections, to_detections
 from facespec.draw import draw_detections
-from facespec.errors import ModelFileError, RetinaFaceError, SpecError
+from facespec.errors import ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.files import check_outputs
-from facespec.images import read_image, write_image
+from facespec.images import IMAGE_SUFFIXES, read_image, write_image
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import SPEC_KEY, ModelSpec, parse_size
 
@@ -132,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
     parser.add_argument("--size", help="HEIGHTxWIDTH to letterbox to, for models of dynamic size")
     args = parser.parse_args(argv)
+    if args.out.suffix.lower() not in IMAGE_SUFFIXES:
+        raise OutputError(f"--out {args.out}: give a name that ends in .jpg or .png")
+    if "://" in args.server:
+        raise ServerError(f"--server {args.server}: give HOST:PORT alone, for instance localhost:8001")
     check_outputs([("--out", args.out)], [args.image])
     frame = read_image(args.image)
     size_hw = parse_size(args.size) if args.size else None

@@ -20,7 +20,7 @@ from facespec.errors import BuildError, ModelFileError, OutputError, SpecError
 from facespec.spec import CHECKPOINT_SUFFIXES
 from plugins import PLUGIN
 from plugins.build import ensure, read_report
-from trt_runtime.detector import load_detector
+from trt_runtime.detector import ENGINE_SUFFIXES, load_detector
 from trt_runtime.flavor import TENSORRT
 from trt_runtime.onnx_file import read_onnx
 from trt_runtime.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
@@ -105,6 +105,10 @@ def plan(options: TritonOptions) -> Layout:
         raise ModelFileError(
             f"{options.model}: a checkpoint; export it first: python -m export.to_onnx --weights {options.model}"
         )
+    if not options.model.is_file():
+        raise ModelFileError(f"{options.model}: no such model file")
+    if suffix not in (".onnx", *ENGINE_SUFFIXES):
+        raise ModelFileError(f"{options.model}: expected an ONNX file (.onnx) or an engine (.engine)")
     return _plan_onnx(options) if suffix == ".onnx" else _plan_engine(options)
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from export.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, Agreement
 from export.disagreements import Sample, draw_disagreements
-from export.sides import ModelInfo, Side
+from export.sides import DEPLOYED_SUFFIXES, ModelInfo, Side
 from facespec.cli import ArgumentParser, quiet_libraries, run
 from facespec.detections import Detections
 from facespec.errors import DataError, OutputError, SpecError
@@ -430,6 +430,8 @@ def verify(options: VerifyOptions) -> Verification:
         RetinaFaceError: A model, the images or an output file is not usable, or there was no face to compare.
     """
     start = time.perf_counter()
+    if options.backend and Path(options.candidate).suffix.lower() not in DEPLOYED_SUFFIXES:
+        raise SpecError(f"--backend is for exported models, the candidate {options.candidate} is none")
     if options.picture and options.picture.suffix.lower() not in PICTURE_SUFFIXES:
         raise OutputError(f"--picture {options.picture}: give a name that ends in {', '.join(PICTURE_SUFFIXES)}")
     outputs = [("--json", options.json_file), ("--picture", options.picture)]

@@ -218,6 +218,8 @@ def open_detector(
                 "--protocol letterbox, or export it with --size dynamic"
             )
         return deployed, deployed.size_hw if isinstance(deployed.size_hw, tuple) else None
+    if backend != "auto":
+        raise DataError(f"--backend is for exported models, {name} is none")
     require("torch", "train", "evaluating a checkpoint")
     from trainer.checkpoint import load_model
     from trainer.detector import TorchRetinaFace

@@ -198,7 +198,14 @@ def _spread(axis: Any, setting: Setting) -> None:
         shares = np.arange(1, len(times) + 1) / len(times) * 100
         colour = _COLOURS[index % len(_COLOURS)]
         median = float(np.median(times))
-        ratio = f", {setting.ratios[index - 1].times:.2f} times as fast" if index else ""
+        ratio = ""
+        if index:
+            found_ratio = setting.ratios[index - 1]
+            ratio = (
+                ", no difference beyond noise"
+                if found_ratio.is_noise
+                else f", {found_ratio.times:.2f} times as fast as the first"
+            )
         axis.step(times, shares, where="post", color=colour, label=f"{found.name}: p50 {median:.2f} ms{ratio}")
         axis.plot(median, 50, "o", color=colour, ms=5)
     # a few outliers must not squeeze everything else

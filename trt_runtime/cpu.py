@@ -51,14 +51,15 @@ def read_detector(path: str | Path) -> tuple[bytes, OnnxHeader, ModelSpec]:
 def best_backend(path: str | Path, size: NetworkSize) -> str:
     """Return the faster backend for an ONNX detector, of those that are installed.
 
-    OpenVINO runs one size fastest, INT8 and bf16 above all; but every new size costs it more than a frame takes, so
-    frames at their own sizes are for ONNX Runtime.
+    OpenVINO runs one size fastest, INT8 and bf16 above all; but every new size costs it more than a frame takes, so in
+    FP32 frames at their own sizes are for ONNX Runtime.
     """
-    if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("onnx") is None:
+    if not (_installed("openvino") and _installed("onnx")):
         return "onnxruntime"
     content, header, spec = read_detector(path)
     try:
-        if header.external_files or (_cut(content, spec, path).fixed_hw is None and size is None):
+        graph = _cut(content, spec, path)
+        if header.external_files or (graph.fixed_hw is None and size is None and not graph.half):
             return "onnxruntime"
         library()
     except (ModelFileError, BuildError):  # no head maps, or no C++ compiler: a portable graph decodes by itself
@@ -306,6 +307,13 @@ def _compile(
         raise ModelFileError(f"{path}: OpenVINO cannot run it ({_reason(error)})") from None
 
 
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def _cut(content: bytes, spec: ModelSpec, path: str | Path) -> HeadsGraph:
     try:
         return cut_heads(content, spec)
@@ -323,7 +331,7 @@ def _decode(heads: Sequence[NDArray[Any]], size_hw: tuple[int, int], spec: Model
 def _threads(threads: int | None, streams: int) -> int | None:
     """Return the threads of one call, of those that `streams` calls share; None leaves it to the backend."""
     for name, value in (("threads", threads), ("streams", streams)):
-        if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
+        if value is not None and (type(value) is not int or not 1 <= value <= 256):
             raise SpecError(f"{name} must be a number from 1 to 256, got {value!r}")
     if streams == 1:
         return threads

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 import sys
 import threading
@@ -131,7 +132,9 @@ class Summary:
         if not self.sources or not self.frames or WAIT in ms:  # a camera sets the pace
             return line
         total, wall = sum(ms.values()), 1e3 * self.seconds / self.frames
-        return f"{line}; sum of stages {total:.2f}, wall {wall:.2f}: overlap {total / max(wall, 1e-9):.2f}x"
+        if total < wall:  # a few frames: it is the start that took the time
+            return line
+        return f"{line}; sum of stages {total:.2f}, wall {wall:.2f}: overlap {total / wall:.2f}x"
 
 
 def _source_line(source: SourceReport) -> str:
@@ -180,6 +183,8 @@ def detect(options: DetectOptions) -> Summary:
         except _QuitError:
             pass
         except KeyboardInterrupt:
+            if images is None:  # a second one: the videos are given up
+                raise
             summary.interrupted = True
         except _LinesError as failure:
             raise (failure.__cause__ or failure) from None
@@ -208,7 +213,7 @@ class _Sink:
 
     def write(self, record: dict[str, Any]) -> None:
         if self.lines:
-            line = json.dumps(record) + "\n"
+            line = json.dumps(record, ensure_ascii=False) + "\n"
             try:
                 with self.lock:
                     self.lines.write(line)
@@ -320,6 +325,7 @@ def _output(label: str, path: Path | None, sink: _Sink, source: Source) -> Itera
             if writer:
                 with timer("write"):
                     writer.write(canvas, seen.seconds)
+                timer.add("encode", writer.take_encode_ms())
             if sink.options.show:
                 sink.shown[label] = canvas
 
@@ -327,7 +333,9 @@ def _output(label: str, path: Path | None, sink: _Sink, source: Source) -> Itera
 
 
 def _label(source: str) -> str:
-    """Return a source as it may be shown: without a password."""
+    """Return a source as it may be shown: without a password, and a camera as one."""
+    if _is_camera(source):
+        return f"camera {source}"
     return without_secrets(source) if "://" in source else source
 
 
@@ -452,6 +460,8 @@ def _open_json(target: str | None, stack: ExitStack) -> TextIO | None:
     if target is None:
         return None
     if target == "-":
+        if getattr(sys.stdout, "name", "") == os.devnull:
+            raise OutputError("--json -: standard output is closed; give a file")
         return sys.stdout
     temporary = stack.enter_context(atomic_path(target))
     return stack.enter_context(temporary.open("w", encoding="utf-8"))

@@ -137,6 +137,7 @@ class RetinaFaceDetector:
         """Return the faces of several frames, which may differ in size, in their order; see `detect`."""
         if getattr(frames, "ndim", 4) < 4:
             raise FrameError("detect_batch takes a list of frames; one frame goes to detect")
+        self._check_open()
         frames = list(frames)
         boxes = [Letterbox.place(self._frame_hw(frame), self.size_hw) for frame in frames]
         limits = {box.size_hw: self._batch_limit(box.size_hw) for box in boxes}
@@ -178,6 +179,7 @@ class RetinaFaceDetector:
                 self._changed.notify_all()
 
     def __enter__(self: Self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(
@@ -278,6 +280,8 @@ def load_detector(
     suffix = path.suffix.lower()
     if backend not in BACKENDS:
         raise SpecError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if path.is_dir():
+        raise ModelFileError(f"{path}: a folder; give the model file in it")
     if not path.is_file():
         raise ModelFileError(f"{path}: no such model file; python -m export.to_onnx --out {path} writes one")
     if suffix in CHECKPOINT_SUFFIXES:
@@ -294,6 +298,8 @@ def load_detector(
         )
     from trt_runtime import cpu
 
+    if device != 0:
+        raise SpecError(f"{path}: an ONNX file runs on the CPU, --device is for engines")
     if backend == "tensorrt":
         raise SpecError(f"{path}: TensorRT runs engines: python -m export.to_trt builds one")
     if backend == "auto":
@@ -319,6 +325,8 @@ def network_size(fixed: tuple[int, int] | None, size: NetworkSize, path: str | P
     if not isinstance(size, int):
         size = size[0], size[1]  # lists pass the check, and are no keys
     if fixed is not None and size != fixed:
-        asked = size if isinstance(size, int) else f"{size[0]}x{size[1]}"
-        raise SpecError(f"{path} takes {fixed[0]}x{fixed[1]} only, not {asked}: export it again with --size")
+        asked = f"a longer side of {size}" if isinstance(size, int) else f"{size[0]}x{size[1]}"
+        raise SpecError(
+            f"{path} takes {fixed[0]}x{fixed[1]} only, not {asked}: leave the size out, or export it again with --size"
+        )
     return size

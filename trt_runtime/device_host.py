@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from facespec.errors import DeviceLostError, GpuError
+from facespec.errors import DeviceLostError, FrameError, GpuError
 from trt_runtime.device import ALIGNMENT, Bytes, Capture, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.device_frame import DeviceFrame, Nv12Frame, read_frame
 
@@ -165,6 +165,8 @@ class HostDevice:
         self.check()
         planes = (frame.luma, frame.chroma) if isinstance(frame, Nv12Frame) else (frame,)
         if not all(map(self._holds, planes)):
+            if isinstance(frame, Nv12Frame):
+                raise FrameError("an Nv12Frame takes two arrays on the device, and these are not")
             return None
         return read_frame(frame, stream, None, lambda address: None)
 

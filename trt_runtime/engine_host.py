@@ -16,6 +16,7 @@ from facespec.spec import MAX_NETWORK_PIXELS, SIZE_MULTIPLE
 from plugins import PLUGIN, letterbox
 from plugins.host import decode_nms, library
 from trt_runtime.cpu import open_session, read_detector
+from trt_runtime.detector import ENGINE_SUFFIXES
 from trt_runtime.device_host import HostDevice, HostStream
 from trt_runtime.engine import Profile, Shape
 from trt_runtime.plugin_form import cut_heads
@@ -42,10 +43,13 @@ class HostEngine:
     workspace_bytes = 1
 
     def __init__(self, path: str | Path, device: HostDevice) -> None:
+        if Path(path).suffix.lower() in ENGINE_SUFFIXES:
+            raise ModelFileError(f"{path}: engines run on a GPU; device cpu runs the .plugin.onnx that lies beside one")
         content, header, self.spec = read_detector(path)
         if PLUGIN.domain not in header.domains or header.external_files:
             raise ModelFileError(
-                f"{path}: device cpu runs plugin forms, in one file: python -m export.to_trt --onnx-only --out {path}"
+                f"{path}: device cpu runs plugin forms, in one file: "
+                f"python -m export.to_trt --onnx-only --out {Path(path).stem}.plugin.onnx"
             )
         graph = cut_heads(content, self.spec)
         self.files = [Path(path)]

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from facespec.detections import Detections
-from facespec.errors import ClosedError, SpecError
+from facespec.errors import ClosedError, FrameError, SpecError
 
-MAX_DEPTH = 64
+MAX_DEPTH = 256
 
 
 class DetectionStream:
@@ -29,7 +29,7 @@ class DetectionStream:
     """
 
     def __init__(self, detect_batch: Callable[..., list[Detections]], depth: int) -> None:
-        if not isinstance(depth, int) or not 1 <= depth <= MAX_DEPTH:
+        if type(depth) is not int or not 1 <= depth <= MAX_DEPTH:
             raise SpecError(f"the depth of a stream must be a number from 1 to {MAX_DEPTH}, got {depth!r}")
         self._detect_batch = detect_batch
         self._depth = depth
@@ -60,6 +60,8 @@ class DetectionStream:
 
     def map(self, frames: Iterable[Any]) -> Iterator[tuple[Any, Detections]]:
         """Yield each frame with its faces, in order; at most `depth` frames are taken ahead."""
+        if getattr(frames, "ndim", 4) < 4:
+            raise FrameError("map takes the frames of a video; one frame goes to detect")
         waiting: deque[tuple[Any, Future[list[Detections]]]] = deque()
         for frame in frames:
             done = None

@@ -69,8 +69,11 @@ class TRTRetinaFace(RetinaFaceDetector):
         graphs: bool = True,
         warm_up: bool = True,
     ) -> None:
-        place = f"cuda:{device}" if isinstance(device, int) else device
-        self.device: Device = open_device(place) if isinstance(place, str) else place
+        if isinstance(device, (int, float)) or device is None:
+            if type(device) is not int or device < 0:
+                raise SpecError(f"device is the index of a GPU, pycuda, cpu or a Device, got {device!r}")
+            device = f"cuda:{device}"
+        self.device: Device = open_device(device) if isinstance(device, str) else device
         self._graphs = graphs and self.device.can_capture
         self.engine: Engine
         with self.device.activate():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
@@ -199,6 +200,7 @@ class VideoWriter:
         self._stream: Any = None
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._under_way: Future[None] | None = None
+        self._encode_ms = 0.0
         self._file = atomic_path(self.path)
         temporary = self._file.__enter__()
         faststart = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "faststart"}
@@ -233,8 +235,15 @@ class VideoWriter:
         except self._av.error.FFmpegError as error:
             raise VideoError(f"{self.path}: cannot be written ({reason(error)})") from None
 
+    def take_encode_ms(self) -> float:
+        """Return the time that encoding has taken on its thread since this was last asked."""
+        taken, self._encode_ms = self._encode_ms, 0.0
+        return taken
+
     def _encode(self, frame: Any) -> None:
+        start = time.perf_counter()
         self._container.mux(self._stream.encode(frame))
+        self._encode_ms += (time.perf_counter() - start) * 1e3
 
     def _wait(self) -> None:
         """Wait until the last frame is encoded."""

@@ -9,7 +9,7 @@ help:
 	@echo "make demo      find faces in sample photographs and a short video; no GPU, no data set (build/demo)"
 	@echo "make test      run the tests"
 	@echo "make lint      ruff, mypy and clang-format"
-	@echo "make test-gpu  test, sanitize and time the CUDA kernels; needs an NVIDIA GPU, nvcc and torch, installs nothing"
+	@echo "make test-gpu  test, sanitize and time all that needs an NVIDIA GPU; needs nvcc and torch, installs nothing"
 	@echo "make clean     remove build/, caches and .venv"
 
 $(VENV)/bin/python:

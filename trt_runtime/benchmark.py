@@ -302,8 +302,12 @@ def _names(kinds: Sequence[tuple[Path, str]]) -> list[str]:
         short = [str(path) for path, _ in kinds]
     several = len({backend for _, backend in kinds}) > 1
     names = [f"{name} / {backend}" if several else name for name, (_, backend) in zip(short, kinds, strict=True)]
-    counts = Counter(names)
-    return [f"{name} ({index + 1})" if counts[name] > 1 else name for index, name in enumerate(names)]
+    counts, seen = Counter(names), Counter[str]()
+    told = []
+    for name in names:
+        seen[name] += 1
+        told.append(f"{name} ({seen[name]})" if counts[name] > 1 else name)
+    return told
 
 
 def _measure(

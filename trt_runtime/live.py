@@ -158,6 +158,7 @@ class NetworkStream:
             self._options |= {"overrun_nonfatal": "1"}  # who is late for some packets need not start anew
         self._stopped = threading.Event()
         self._attempts = self.damaged = self.reconnects = 0
+        self._lost_by = ""
         self._connection = self._connect()
         container, stream = self._connection.container, self._connection.stream
         finite = scheme in ("http", "https") and _is_file(container)
@@ -187,7 +188,7 @@ class NetworkStream:
             if self._stopped.is_set():
                 return
             if not seen:
-                raise VideoError(f"{self.name}: no frame of it can be decoded")
+                raise VideoError(f"{self.name}: no frame of it can be decoded{self._lost_by}")
             if not self.live or not self._reconnect():
                 return
 
@@ -200,6 +201,7 @@ class NetworkStream:
         end = 0.0
         while (packet := connection.next(self._stopped)) is not None:
             if isinstance(packet, Exception):
+                self._lost_by = f" ({self._why(packet)})"
                 break
             try:
                 decoded = packet.decode()

@@ -185,7 +185,7 @@ def test_onnx_files_that_triton_cannot_run(static_onnx: Path, tmp_path: Path, re
     assert "not a detector" in refused("export.to_triton", tmp_path / "foreign.onnx", "--out", "repository")
     assert "export it first" in refused("export.to_triton", "w.pth", "--out", "repository")
     assert "no such" in refused("export.to_triton", "none.onnx", "--out", "repository")
-    assert "missing" in refused("export.to_triton", "none.engine", "--out", "repository")
+    assert "no such model file" in refused("export.to_triton", "none.engine", "--out", "repository")
     for option, value in (("--name", "a/b"), ("--version", 0), ("--instances", 0), ("--max-batch", 0)):
         assert option in refused("export.to_triton", static_onnx, "--out", "repository", option, value)
     assert not (tmp_path / "repository").exists()

@@ -162,7 +162,7 @@ def test_several_videos_at_once_though_one_is_damaged(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip.mp4", "other.mp4"]
     assert "19 frames, " in result.stdout
     assert "1 source could not be read" in result.stdout
-    stages = re.search(r"read [\d.]+, .*write [\d.]+; sum of stages ([\d.]+), wall ([\d.]+)", result.stdout)
+    stages = re.search(r"ms per frame: read [\d.]+, .*write ([\d.]+), encode ([\d.]+)", result.stdout)
     assert stages
     assert float(stages[1]) > 0
     assert float(stages[2]) > 0

@@ -184,7 +184,7 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
         content, header, spec = read_detector(path)
         if header.external_files:
             raise ModelFileError(f"{path}: a model with weights in other files runs in ONNX Runtime only")
-        self._openvino = _load_openvino()
+        self._openvino, self._core = _load_openvino()
         self._graph = _cut(content, spec, path)
         if self._graph.fixed_hw:
             check_size(self._graph.fixed_hw)
@@ -199,7 +199,6 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
             "CPU_RUNTIME_CACHE_CAPACITY": _DYNAMIC_KERNELS,
             **({} if self._graph.half else {"INFERENCE_PRECISION_HINT": "f32"}),
         }
-        self._core = self._openvino.Core()
         # not a method: that would make a circle, and what is closed would wait for the garbage collector
         make = functools.partial(_compile, self._core, self._graph.content, self._options, path)
         self._compiled: ShapeCache[tuple[int, int] | None, _Compiled] = ShapeCache(COMPILED_SIZES, make)
@@ -287,12 +286,25 @@ class _OpenVinoLane:
 _loading_openvino = threading.Lock()
 
 
-def _load_openvino() -> Any:
-    """Import OpenVINO and let its bindings meet numpy: two threads that are the first to do so, at once, deadlock."""
+def _load_openvino() -> tuple[Any, Any]:
+    """Return OpenVINO and the one Core of this process, made by one thread at a time."""
     with _loading_openvino:
-        openvino = require("openvino", "cpu", "OpenVinoRetinaFace")
-        _ = openvino.Tensor(np.zeros(1, np.uint8), shared_memory=True).data
-    return openvino
+        return _make_core()
+
+
+@functools.cache
+def _make_core() -> tuple[Any, Any]:
+    """Return OpenVINO and a Core, which stays for as long as the process.
+
+    A Core gives the thread that makes it another stack for signals. If another thread lets go of the Core, that memory
+    is unmapped and still in use: the next signal ends the process. And the bindings must meet numpy once before threads
+    use them: two that are the first to do so, at the same time, deadlock.
+    """
+    openvino = require("openvino", "cpu", "OpenVinoRetinaFace")
+    _ = openvino.Tensor(np.zeros(1, np.uint8), shared_memory=True).data
+    core = openvino.Core()
+    core.get_versions("CPU")  # loads the plugin, whose memory it is
+    return openvino, core
 
 
 def _compile(

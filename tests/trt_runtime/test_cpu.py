@@ -423,6 +423,34 @@ def test_the_first_calls_of_a_process_may_come_from_many_threads(detectors: str,
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
 
 
+CLOSED_ELSEWHERE = """
+import faulthandler, signal, subprocess, sys, threading
+import numpy as np
+from trt_runtime import OpenVinoRetinaFace
+
+faulthandler.enable()
+detectors = [OpenVinoRetinaFace(sys.argv[1])]
+detectors[0].detect(np.zeros((64, 64, 3), np.uint8))
+
+def close():
+    detectors.pop().close()
+
+thread = threading.Thread(target=close)
+thread.start()
+thread.join()
+signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch's loaders do
+subprocess.run([sys.executable, "-c", ""], check=True)
+print("done")
+"""
+
+
+def test_a_detector_may_end_on_another_thread_and_signals_still_come(static_onnx: Path) -> None:
+    """OpenVINO alone unmaps the stack that signals run on; the process ends with a segmentation fault then."""
+    line = [sys.executable, "-c", CLOSED_ELSEWHERE, str(static_onnx)]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
 # what is refused
 
 

@@ -466,7 +466,12 @@ def test_threads_and_streams_are_numbers(kind: Kind, name: str, value: object, s
 
 @both
 def test_sizes_that_do_not_fit(kind: Kind, static_onnx: Path, dynamic_onnx: Path) -> None:
-    for size, words in (((640, 640), "640x640"), (640, "640"), (320, "320"), ([640, 320], "640x320")):
+    for size, words in (
+        ((640, 640), "640x640"),
+        (640, "a longer side of 640"),
+        (320, "a longer side of 320"),
+        ([640, 320], "640x320"),
+    ):
         with pytest.raises(SpecError, match=f"takes 320x320 only, not {words}: "):
             kind(static_onnx, size_hw=size)
     for wrong in ((100, 100), 100, 0, -32, (0, 32), (8192, 8192), 4128, (640.0, 640.0), 640.0, (640,), "640", True):

@@ -21,7 +21,6 @@ from facespec.images import MAX_PIXELS
 from facespec.letterbox import Frame, Letterbox
 from trt_runtime.decoding import FORMATS, Pictures, TimedFrame, ends_early, frame_rate, load_av, reason, video_stream
 from trt_runtime.live import SCHEMES, Camera, NetworkStream
-from trt_runtime.machine import cores
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v")
 """What `VideoWriter` can write."""
@@ -262,7 +261,6 @@ class VideoWriter:
             "libx264", rate=self._rate, options={"preset": "superfast", "crf": "21"}
         )
         self._stream.thread_type = "AUTO"
-        self._stream.codec_context.thread_count = max(cores() // 2, 1)  # the other half reads and detects
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         self._stream.codec_context.time_base = Fraction(1, _CLOCK)
         self._stream.codec_context.colorspace = _BT601  # players take BT.709 for granted in large videos

@@ -163,6 +163,13 @@ def tables() -> dict[str, str]:
         ),
         "plugin_kernels": _kernels(_load("plugin_kernels")),
         "cpu_latency": _cpu_latency(_load("cpu_latency")),
+        "latency": _table(
+            "| | p50, ms | faces | of them our FP32 finds, too |",
+            [
+                f"| {row['name']} | {row['ms']['p50']:.1f} | {row['faces']} | {row['agree']} |"
+                for row in _load("latency")
+            ],
+        ),
         "video": _video(_load("video")),
         "soak": _table(
             "| detector | part | identical results | memory grew by, MB |",

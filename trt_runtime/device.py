@@ -42,8 +42,15 @@ class Memory(Protocol):
         """Free it, after everything that is on the device's streams. May be called again, and on any thread."""
 
 
-class PinnedArray(Protocol):
-    """Page-locked memory of the host, which copies from and to a device need to run beside other work."""
+class PinnedArray:
+    """Page-locked memory of the host, which copies from and to a device need to run beside other work.
+
+    Args:
+        array: The memory, uint8 (N,); it is freed when no view of it is left.
+    """
+
+    def __init__(self, array: Bytes) -> None:
+        self._array: Bytes | None = array
 
     @property
     def array(self) -> Bytes:
@@ -52,9 +59,13 @@ class PinnedArray(Protocol):
         Raises:
             GpuError: It has been closed.
         """
+        if self._array is None:
+            raise GpuError("this memory has been closed")
+        return self._array
 
     def close(self) -> None:
         """Let go of it; it is freed when no view of `array` is left. May be called again."""
+        self._array = None
 
 
 class Graph(Protocol):

@@ -16,7 +16,7 @@ import numpy as np
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
-from trt_runtime.device import Bytes, Capture, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.device import Bytes, Capture, PinnedArray, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.device_frame import DeviceFrame, read_frame
 
 OLDEST_DRIVER = 12000
@@ -240,24 +240,13 @@ class CudaMemory:
         self._free()
 
 
-class CudaPinned:
+class CudaPinned(PinnedArray):
     """Page-locked memory, with the call that frees it."""
 
     def __init__(self, address: int, nbytes: int, free: Callable[..., None], *arguments: Any) -> None:
         buffer = (ctypes.c_uint8 * nbytes).from_address(address)
         weakref.finalize(buffer, free, *arguments)  # every view holds the buffer
-        self._array: Bytes | None = np.ctypeslib.as_array(buffer)
-
-    @property
-    def array(self) -> Bytes:
-        """As `PinnedArray.array`."""
-        if self._array is None:
-            raise GpuError("this memory has been closed")
-        return self._array
-
-    def close(self) -> None:
-        """As `PinnedArray.close`."""
-        self._array = None
+        super().__init__(np.ctypeslib.as_array(buffer))
 
 
 class CudaStream:

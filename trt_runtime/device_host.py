@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.errors import DeviceLostError, FrameError, GpuError
-from trt_runtime.device import ALIGNMENT, Bytes, Capture, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.device import ALIGNMENT, Bytes, Capture, PinnedArray, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.device_frame import DeviceFrame, Nv12Frame, read_frame
 
 POISON = 0xFF
@@ -101,13 +101,13 @@ class HostDevice:
             self.allocated_bytes += nbytes
         return memory
 
-    def pinned(self, nbytes: int) -> HostPinned:
+    def pinned(self, nbytes: int) -> PinnedArray:
         """As `Device.pinned`."""
         self.check(may_capture=False)
         array = _aligned(check_nbytes(nbytes))
         array[:] = POISON
         self._pinned[array.ctypes.data] = array.base  # type: ignore[assignment]
-        return HostPinned(array)
+        return PinnedArray(array)
 
     def view(self, address: int, nbytes: int) -> Bytes:
         """Return the memory of an address as uint8 (nbytes,), for host kernels and tests.
@@ -263,24 +263,6 @@ class HostMemory:
             GpuError: Something was written right before or after it.
         """
         self._release()
-
-
-class HostPinned:
-    """Memory of the host that counts as page-locked."""
-
-    def __init__(self, array: Bytes) -> None:
-        self._array: Bytes | None = array
-
-    @property
-    def array(self) -> Bytes:
-        """As `PinnedArray.array`."""
-        if self._array is None:
-            raise GpuError("this memory has been closed")
-        return self._array
-
-    def close(self) -> None:
-        """As `PinnedArray.close`."""
-        self._array = None
 
 
 class HostStream:

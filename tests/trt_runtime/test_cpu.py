@@ -27,6 +27,7 @@ from facespec.errors import ClosedError, ModelFileError, NonFiniteError, SpecErr
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec, NetworkSize
+from tests.faces import assert_identical
 from trainer import load_model
 from trainer.detector import TorchRetinaFace
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, load_detector
@@ -95,13 +96,6 @@ def _assert_close(found: Detections, expected: Detections, pixels: float, scores
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=pixels)
     np.testing.assert_allclose(found.scores, expected.scores, atol=scores)
     np.testing.assert_allclose(found.landmarks, expected.landmarks, atol=pixels)
-
-
-def _assert_identical(found: Detections, expected: Detections) -> None:
-    assert found.frame_hw == expected.frame_hw
-    assert found.truncated == expected.truncated
-    for name in ("boxes", "scores", "landmarks"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def _changed(path: Path, out: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
@@ -185,7 +179,7 @@ def test_less_padding_finds_the_same_faces(kind: Kind, crowd: Frame, astronaut: 
         kind(dynamic_onnx, size_hw=320, threads=1) as longest,
         kind(dynamic_onnx, size_hw=(320, 320), threads=1) as square,
     ):
-        _assert_identical(longest.detect(astronaut), square.detect(astronaut))  # square itself
+        assert_identical(longest.detect(astronaut), square.detect(astronaut))  # square itself
         for frame, faces in ((crowd, 3), (upright, 3), (astronaut[:300], 1)):
             found = longest.detect(frame)
             assert len(found) == faces
@@ -217,7 +211,7 @@ def test_views_and_read_only_frames(kind: Kind, astronaut: Frame, static_onnx: P
         for wide in (read_only, np.asarray(cv2.resize(astronaut, (640, 640)))[::2, ::2], read_only[:320, 60:380]):
             for view in (wide, wide[::-1], wide[:, ::-1], wide[::-1, ::-1], wide[..., ::-1], np.asfortranarray(wide)):
                 before = view.copy()
-                _assert_identical(detector.detect(view), detector.detect(np.ascontiguousarray(view)))
+                assert_identical(detector.detect(view), detector.detect(np.ascontiguousarray(view)))
                 np.testing.assert_array_equal(view, before)
         assert len(detector.detect(read_only)) == 1
         for flat in (np.broadcast_to(np.uint8(9), (320, 320, 3)), np.frombuffer(bytes(30_000), np.uint8)):
@@ -234,7 +228,7 @@ def test_results_are_the_callers_own(kind: Kind, astronaut: Frame, static_onnx: 
             kept = dataclasses.replace(first, **{n: getattr(first, n).copy() for n in ("boxes", "scores", "landmarks")})
             for other in (frame[:, ::-1], np.zeros_like(frame)):
                 detector.detect(other)
-            _assert_identical(first, kept)
+            assert_identical(first, kept)
             changed = frame.copy()
             detector.detect(changed)
             changed[:] = 0
@@ -252,7 +246,7 @@ def test_every_slot_of_an_openvino_batch_has_the_bits_of_the_frame_alone(
         alone = [detector.detect(frame) for frame in frames[:4]]
         for order in (range(4), [1, 1, 0, 3, 2, 0, 1], [2]):
             for index, found in zip(order, detector.detect_batch([frames[i] for i in order]), strict=True):
-                _assert_identical(found, alone[index])
+                assert_identical(found, alone[index])
         assert detector.detect_batch([]) == []
 
 
@@ -297,7 +291,7 @@ def test_results_are_identical_from_run_to_run(kind: Kind, threads: int, crowd: 
             runs += [detector.detect(crowd) for _ in range(3)]
     assert len(runs[0]) > 3
     for run in runs[1:]:
-        _assert_identical(run, runs[0])
+        assert_identical(run, runs[0])
 
 
 @both
@@ -317,10 +311,10 @@ def test_eight_threads_share_a_detector(
                 index = (step * (1 + shift % 3) + shift) % len(some)
                 if step % 4 == 3:
                     pair = detector.detect_batch([some[index], some[index - 1]])
-                    _assert_identical(pair[0], expected[index])
-                    _assert_identical(pair[1], expected[index - 1])
+                    assert_identical(pair[0], expected[index])
+                    assert_identical(pair[1], expected[index - 1])
                 else:
-                    _assert_identical(detector.detect(some[index]), expected[index])
+                    assert_identical(detector.detect(some[index]), expected[index])
 
         with ThreadPoolExecutor(8) as pool:
             for done in [pool.submit(work, shift) for shift in range(8)]:
@@ -642,7 +636,7 @@ def test_closing_under_load(kind: Kind, dynamic_onnx: Path, astronaut: Frame) ->
             calls = 0
             while True:
                 try:
-                    _assert_identical(detector.detect(small), expected)  # noqa: B023
+                    assert_identical(detector.detect(small), expected)  # noqa: B023
                 except ClosedError:
                     return calls
                 calls += 1

@@ -30,6 +30,7 @@ from facespec.errors import (
 )
 from facespec.letterbox import Frame
 from tests.engines import write_engine
+from tests.faces import assert_identical
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
 from trt_runtime.device_host import HostArray, HostDevice
 from trt_runtime.engine import check_runs_here
@@ -47,11 +48,6 @@ def _assert_same(found: Detections, expected: Detections) -> None:
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=2e-3)
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
     np.testing.assert_allclose(found.landmarks, expected.landmarks, atol=2e-3)
-
-
-def _assert_identical(found: Detections, expected: Detections) -> None:
-    for name in ("boxes", "scores", "landmarks"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def _plans(detector: TRTRetinaFace) -> list:  # type: ignore[type-arg]
@@ -140,7 +136,7 @@ def test_graphs_are_captured_once_a_shape_and_replayed(
         plain = TRTRetinaFace(plugin_form, device=device, graphs=False, warm_up=False)
         for turn in range(4):
             for frame in (frames[4], frames[2], frames[3]):  # the largest first: memory grows for it
-                _assert_identical(detector.detect(frame), plain.detect(frame))
+                assert_identical(detector.detect(frame), plain.detect(frame))
             plans = _plans(detector)
             assert [plan._shape for plan in plans] == [(1, 640, 704), (1, 96, 160), (1, 320, 320)]
             assert [plan._graph is not None for plan in plans] == [turn > 0] * 3
@@ -148,10 +144,10 @@ def test_graphs_are_captured_once_a_shape_and_replayed(
         (lane,) = detector._idle
         made = lane._plans.made  # type: ignore[attr-defined]
         # a larger shape moves the memory: graphs, which hold addresses, are made anew, and stay right
-        _assert_identical(detector.detect(frames[1]), plain.detect(frames[1]))
+        assert_identical(detector.detect(frames[1]), plain.detect(frames[1]))
         assert [plan._shape for plan in _plans(detector)] == [(1, 512, 1536)]
         for _ in range(3):
-            _assert_identical(detector.detect(frames[3]), plain.detect(frames[3]))
+            assert_identical(detector.detect(frames[3]), plain.detect(frames[3]))
         assert lane._plans.made == made + 2  # type: ignore[attr-defined]
         plain.close()
 
@@ -199,7 +195,7 @@ def test_threads_share_an_engine_and_never_a_lane(plugin_form: Path, frames: lis
         def work(seed: int) -> None:
             start.wait()
             for index in np.random.default_rng(seed).integers(0, len(frames), 12):
-                _assert_identical(detector.detect(frames[index]), expected[index])
+                assert_identical(detector.detect(frames[index]), expected[index])
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))
@@ -214,7 +210,7 @@ def test_streams_keep_the_order(device: HostDevice, plugin_form: Path, frames: l
             pairs = list(stream.map(frames[i % 6] for i in range(20)))
         for index, (frame, found) in enumerate(pairs):
             assert frame is frames[index % 6]
-            _assert_identical(found, expected[index % 6])
+            assert_identical(found, expected[index % 6])
 
 
 def test_memory_that_runs_out_is_named_and_the_detector_goes_on(plugin_form: Path, astronaut: Frame) -> None:
@@ -223,12 +219,12 @@ def test_memory_that_runs_out_is_named_and_the_detector_goes_on(plugin_form: Pat
         expected = detector.detect(astronaut)
         with pytest.raises(DeviceMemoryError, match=r"8 frames of 11\.5 megapixels: 33\.0 MiB asked for, .* of 9\.0"):
             detector.detect_batch([np.zeros((1200, 1200, 3), np.uint8)] * 8)
-        _assert_identical(detector.detect(astronaut), expected)
+        assert_identical(detector.detect(astronaut), expected)
         detector.size_hw = (2048, 1280)
         with pytest.raises(DeviceMemoryError, match="a batch of 2 at 2048x1280"):
             detector.detect_batch([astronaut] * 2)
         detector.size_hw = (320, 320)
-        _assert_identical(detector.detect(astronaut), expected)
+        assert_identical(detector.detect(astronaut), expected)
     assert device.allocated_bytes == 0
 
 
@@ -310,7 +306,7 @@ def test_stages(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None
     with TRTRetinaFace(plugin_form, size_hw=(160, 160), device=device) as detector:
         plain, fine = StageTimer(), StageTimer(fine=True)
         expected = detector.detect(astronaut, plain)
-        _assert_identical(detector.detect(astronaut, fine), expected)
+        assert_identical(detector.detect(astronaut, fine), expected)
     assert list(plain.total_ms) == ["upload", "graph", "results"]
     assert list(fine.total_ms) == ["upload", "letterbox", "network", "decode+NMS", "download", "results"]
     assert fine.total_ms["network"] > fine.total_ms["decode+NMS"] > 0

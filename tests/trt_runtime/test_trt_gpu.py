@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from export.to_trt import EngineOptions, Profile, build_engine
-from facespec.detections import Detections
 from facespec.errors import MissingPackageError, ModelFileError
 from facespec.letterbox import Frame
+from tests.faces import assert_identical
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace
 from trt_runtime.flavor import RTX, find_flavor, gpu_capability
 from trt_runtime.sidecar import Sidecar, read_sidecar, sidecar_path
@@ -59,11 +59,6 @@ def frames(crowd: Frame, astronaut: Frame) -> list[Frame]:
     ]
 
 
-def _assert_identical(found: Detections, expected: Detections) -> None:
-    for name in ("boxes", "scores", "landmarks"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-
-
 def test_the_faces_of_onnx_runtime(options: EngineOptions, frames: list[Frame]) -> None:
     for size in (SIZE, (192, 480), 320, None):
         plain = OrtRetinaFace(options.plugin_form, size_hw=size)  # type: ignore[arg-type]
@@ -81,7 +76,7 @@ def test_graphs_give_the_bits_of_plain_launches(options: EngineOptions, frames: 
     with TRTRetinaFace(options.out, graphs=False) as plain, TRTRetinaFace(options.out) as detector:
         for _ in range(4):
             for frame in frames:
-                _assert_identical(detector.detect(frame), plain.detect(frame))
+                assert_identical(detector.detect(frame), plain.detect(frame))
         plans = detector._idle[0]._plans._values.values()  # type: ignore[attr-defined]
         assert any(plan._graph is not None for plan in plans)
 
@@ -91,17 +86,17 @@ def test_frames_of_torch_where_they_lie(detector: TRTRetinaFace, frames: list[Fr
     for frame in frames:
         expected = detector.detect(frame)
         tensor = torch.from_numpy(np.ascontiguousarray(frame)).cuda()
-        _assert_identical(detector.detect(tensor), expected)
-        _assert_identical(detector.detect(detector.to_device(frame)), expected)
+        assert_identical(detector.detect(tensor), expected)
+        assert_identical(detector.detect(detector.to_device(frame)), expected)
         padded = torch.empty((frame.shape[0], frame.shape[1] + 13, 3), dtype=torch.uint8, device="cuda")
         padded[:, : frame.shape[1]] = tensor
-        _assert_identical(detector.detect(padded[:, : frame.shape[1]]), expected)
+        assert_identical(detector.detect(padded[:, : frame.shape[1]]), expected)
     with torch.cuda.stream(torch.cuda.Stream()):  # what is still being made on another stream is waited for
         target = torch.zeros((512, 512, 3), dtype=torch.uint8, device="cuda")
         source = torch.from_numpy(frames[0]).cuda()
         torch.cuda._sleep(200_000_000)
         target.copy_(source)
-        _assert_identical(detector.detect(target), detector.detect(frames[0]))
+        assert_identical(detector.detect(target), detector.detect(frames[0]))
 
 
 def test_nv12(detector: TRTRetinaFace, astronaut: Frame) -> None:
@@ -121,13 +116,13 @@ def test_threads_and_runs_give_the_same_bits(detector: TRTRetinaFace, frames: li
 
     def work(seed: int) -> None:
         for index in np.random.default_rng(seed).integers(0, len(frames), 100):
-            _assert_identical(detector.detect(frames[index]), expected[index])
+            assert_identical(detector.detect(frames[index]), expected[index])
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     with detector.stream(4) as stream:
         for index, (_, found) in enumerate(stream.map(frames * 20)):
-            _assert_identical(found, expected[index % len(frames)])
+            assert_identical(found, expected[index % len(frames)])
 
 
 def test_another_gpus_engine_is_refused(options: EngineOptions, tmp_path: Path) -> None:
@@ -164,7 +159,7 @@ def test_frames_and_contexts_of_pycuda(options: EngineOptions, frames: list[Fram
         with TRTRetinaFace(options.out, size_hw=SIZE, device=device) as inside:
             for frame, want in zip(frames, expected, strict=True):
                 for given in (frame, to_gpu(np.ascontiguousarray(frame))):
-                    _assert_identical(inside.detect(given), want)
+                    assert_identical(inside.detect(given), want)
         assert cuda.Context.get_current() is not None
         device.close()
     finally:

@@ -91,7 +91,7 @@ class Copy:
             "PYTHONDONTWRITEBYTECODE": "1",  # two versions of a file may have one size and one time
             "RETINAFACE_DATA": str(DATA),
         }
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *places]
+        command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", *places]
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {self._core})  # of this thread, and so of its children
         with subprocess.Popen(
@@ -108,12 +108,15 @@ class Copy:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
         seconds = time.perf_counter() - start
-        failed = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", output, re.MULTILINE)
+        failed = re.findall(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", output, re.MULTILINE)
+        begun = re.findall(r"^tests/(\S+::.+?) ", output, re.MULTILINE)
         last = (output.strip().splitlines() or ["nothing was printed"])[-1]
         if process.returncode == 0 and " passed" in last:
-            return Verdict("survived", last, seconds)
-        if failed or process.returncode < 0:
-            return Verdict("noticed", failed[0] if failed else f"signal {-process.returncode}", seconds)
+            return Verdict("survived", last.strip("= "), seconds)
+        if failed:
+            return Verdict("noticed", failed[0], seconds)
+        if begun and (process.returncode < 0 or "+ Timeout +" in output):  # it died, or hung and was ended
+            return Verdict("noticed", f"{begun[-1]}, which ended the process", seconds)
         return Verdict("broken", last, seconds)
 
     def _restore_libraries(self) -> None:

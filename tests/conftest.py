@@ -5,14 +5,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from facespec.errors import MissingToolError
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
+from plugins.build import ensure
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("RETINAFACE_DATA", ROOT.parent / "shared" / "data"))
@@ -28,6 +31,13 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     if not pluginmanager.hasplugin("timeout"):  # on a machine with a GPU and little else, pyproject.toml may name them
         for name in ("timeout", "timeout_method"):
             parser.addini(name, "of pytest-timeout, which is not installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):  # in the process that starts the workers: they would all compile
+        for target in ("host", "plugin"):
+            with suppress(MissingToolError):
+                ensure(target)
 
 
 def _has_gpu() -> bool:

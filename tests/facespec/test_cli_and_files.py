@@ -114,16 +114,16 @@ def test_output_that_cannot_be_written_or_encoded() -> None:
     with open("/dev/full", "w") as full:
         result = _run("print('x' * 100); return 0", stdout=full)
     assert (result.returncode, result.stderr) == (1, "error: No space left on device\n")
-    reader, writer = os.pipe()
-    os.close(reader)
-    try:
-        result = _run("print('x' * 100_000); return 0", stdout=writer)
-    finally:
-        os.close(writer)
-    assert (result.returncode, result.stderr) == (1, "")
-    result = _run(
-        "print('\\udcff'); print('\\udcff', file=sys.stderr); return 0", "import sys"
-    )  # a name that is no UTF-8
+    for size in (1, 100_000):  # what is written at the end, and what is written at once
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            result = _run(f"print('x' * {size}); return 0", stdout=writer)
+        finally:
+            os.close(writer)
+        assert (result.returncode, result.stderr) == (1, "")
+    # a name that is no UTF-8
+    result = _run("print('\\udcff'); print('\\udcff', file=sys.stderr); return 0", "import sys")
     assert (result.returncode, result.stdout, result.stderr) == (0, "\\udcff\n", "\\udcff\n")
     # where a daemon has closed them
     result = _run(

@@ -143,7 +143,7 @@ def _faces(slot: Slot, count: int = 0) -> None:
         centre = slot.rng.uniform(0, extent)
         side = 2 ** slot.rng.uniform(3.5, 7)
         far = np.abs(slot.priors[:, :2] - centre).max(axis=1) / side + np.abs(np.log2(slot.priors[:, 2] / side))
-        near = np.argsort(far, kind="stable")[: int(slot.rng.integers(1, 12))]
+        near = np.argpartition(far, min(12, len(far) - 1))[: int(slot.rng.integers(1, 12))]
         target = np.concatenate([centre - side / 2, centre + side / 2])
         boxes = target + side * slot.rng.normal(0, 0.06, (len(near), 4))
         slot.boxes[near] = fb.encode_boxes(boxes.astype(np.float32), slot.priors[near], (0.1, 0.2))
@@ -151,7 +151,7 @@ def _faces(slot: Slot, count: int = 0) -> None:
 
 
 def _crowd(slot: Slot) -> None:
-    _faces(slot, 700)
+    _faces(slot, 350)
 
 
 def _covered(slot: Slot) -> None:
@@ -328,28 +328,28 @@ def _full(case: Case, out: Outputs) -> bool:
 ONE_SIZE: dict[str, Any] = {"sizes": ((160, 160),), "anchors": ANCHORS[:1]}
 
 KINDS = {
-    "none": Kind(40, (_none,), {}, _none_found),
-    "one": Kind(120, (_one,), {}, _one_found),
-    "few": Kind(260, (_few,), {"max_detections": 100}, _suppressed, 0.3),
-    "faces": Kind(200, (_faces,), {"sizes": MEDIUM, "top_k": 5000}, _suppressed, 0.5),
+    "none": Kind(120, (_none,), {}, _none_found),
+    "one": Kind(170, (_one,), {}, _one_found),
+    "few": Kind(300, (_few,), {"max_detections": 100}, _suppressed, 0.3),
+    "faces": Kind(100, (_faces,), {"sizes": MEDIUM, "top_k": 5000}, _suppressed, 0.5),
     "hundreds": Kind(100, (_hundreds,), {**ONE_SIZE}, _many_found),
     "every prior": Kind(120, (_every,), {}, _all_found),
-    "tied": Kind(150, (_tied,), {}, _equal_scores, 0.2),
-    "quantised": Kind(150, (_quantised,), {}, _equal_scores, 0.2),
-    "at the threshold": Kind(100, (_at_threshold,), {"score_threshold": 0.5}, _has_minus_zero, 0.8),
-    "huge logits": Kind(100, (_huge_logits,), {}, _infinite_differences, 0.5),
-    "huge boxes": Kind(120, (_huge_boxes,), {"top_k": 5000, "max_detections": 100}, _boxes_overflow, 0.5, 0.7),
+    "tied": Kind(80, (_tied,), {}, _equal_scores, 0.2),
+    "quantised": Kind(120, (_quantised,), {}, _equal_scores, 0.2),
+    "at the threshold": Kind(60, (_at_threshold,), {"score_threshold": 0.5}, _has_minus_zero, 0.8),
+    "huge logits": Kind(80, (_huge_logits,), {}, _infinite_differences, 0.5),
+    "huge boxes": Kind(60, (_huge_boxes,), {"top_k": 5000, "max_detections": 100}, _boxes_overflow, 0.5, 0.7),
     "tiny boxes": Kind(120, (_tiny_boxes,), {}, _empty_boxes, 0.5, 0.7),
-    "broken": Kind(100, (_broken,), {}, _all_broken),
+    "broken": Kind(180, (_broken,), {}, _all_broken),
     "one broken slot": Kind(120, (_broken, _few, _faces, _one), {"batch": 4}, _one_broken),
-    "mixed slots": Kind(120, CONTENTS, {"batch": 8}, _slots_differ, unclear=0.1),
-    "covered": Kind(50, (_covered,), {"sizes": MEDIUM, "top_k": 5000, "max_detections": 300}, _suppressed),
-    "other variances": Kind(60, (_few, _faces), {"variances": (0.3, 0.05)}, _suppressed, 0.2),
-    "cut": Kind(100, (_every, _tied, _quantised), {**ONE_SIZE, "top_k": 100}, _cut, 0.8),
-    "spilled": Kind(60, (_every, _covered), {**ONE_SIZE, "top_k": 700, "capacity": 128}, _spilled),
-    "few wanted": Kind(60, (_every,), {**ONE_SIZE, "max_detections": 33, "iou_threshold": 0.7}, _full, 0.4),
+    "mixed slots": Kind(60, CONTENTS, {"batch": 8}, _slots_differ, unclear=0.1),
+    "covered": Kind(25, (_covered,), {"sizes": MEDIUM, "top_k": 5000, "max_detections": 300}, _suppressed),
+    "other variances": Kind(100, (_few, _faces), {"variances": (0.3, 0.05)}, _suppressed, 0.2),
+    "cut": Kind(60, (_every, _tied, _quantised), {**ONE_SIZE, "top_k": 100}, _cut, 0.8),
+    "spilled": Kind(32, (_every, _covered), {**ONE_SIZE, "top_k": 700, "capacity": 128}, _spilled),
+    "few wanted": Kind(40, (_every,), {**ONE_SIZE, "max_detections": 33, "iou_threshold": 0.7}, _full, 0.4),
     "crowd": Kind(
-        4,
+        2,
         (_crowd,),
         {
             "sizes": ((640, 640),),
@@ -418,7 +418,7 @@ def _check(case: Case, what: object, orders: Iterator[tuple[str, int]]) -> tuple
 
 def _orders(index: int) -> Iterator[tuple[str, int]]:
     yield from (("forward", 0), ("reverse", 0), ("shuffled", index), ("shuffled", index + 1000))
-    if index % 3 == 0:
+    if index % 8 == 0:
         yield ("threads", 0)
 
 
@@ -437,7 +437,7 @@ def test_every_order_equals_the_slow_version(name: str) -> None:
         unclear += unclear_here
         so += kind.is_so(case, out)
     assert so >= kind.share * kind.count
-    assert unclear <= kind.unclear * images  # the rest was compared with facespec.boxes
+    assert unclear <= max(1, kind.unclear * images)  # the rest was compared with facespec.boxes
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -11,7 +11,7 @@ from trt_runtime.flavor import gpu_capability
 
 @pytest.fixture(scope="session")
 def device_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plugin library; where there is none yet, and no GPU to run it, one for a single architecture: it is quicker."""
+    """The plugin library; where there is none yet, and no GPU to run it, one for a single architecture."""
     try:
         find_nvcc(), find_tensorrt_headers()
     except MissingToolError as error:

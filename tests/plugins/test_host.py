@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 import zlib
@@ -18,12 +19,13 @@ import pytest
 from numpy.typing import NDArray
 
 from facespec import boxes as fb
-from facespec.errors import SpecError
+from facespec.errors import BuildError, SpecError
 from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
 from plugins import host
 from plugins.host import decode_nms
 from tests.plugins.brute_force import decode_image, elementary, join_heads, split_heads
+from trt_runtime.flavor import gpu_capability
 
 Array = NDArray[np.float32]
 Outputs = dict[str, NDArray[Any]]
@@ -451,6 +453,35 @@ def test_85200_priors(name: str) -> None:
         assert out["num_candidates"] == 85_200
 
 
+def test_more_priors_than_slices_of_the_usual_size() -> None:
+    """Over 1024 slices of 128 priors: each takes twice as many."""
+    sizes = ((1536, 2560),)
+    options: dict[str, Any] = {"sizes": sizes, "anchors": ANCHORS[:1], "batch": 2, "top_k": 500, "max_detections": 100}
+    case = make_case("many slices", 0, (_hundreds, _few), **options)
+    assert case.priors == 161_280 > 1024 * 128
+    _check(case, "many slices", iter((("forward", 0), ("reverse", 0))))
+
+
+@pytest.mark.parametrize("size_hw", [(64, 96), (160, 224), (320, 320), (640, 640), (640, 608)])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_the_first_and_the_last_value_of_every_map_is_looked_at(kind: type, size_hw: tuple[int, int]) -> None:
+    """However the values divide among the slices; also on both sides of where a slice may end."""
+    spec = ModelSpec(decode=DecodeSpec(max_detections=1))
+    heads = [np.zeros((2, 32, *grid), kind) for grid in spec.anchors.grids_hw(size_hw)]
+    for head in heads:
+        head[:, :4:2] = 9  # background
+    assert decode_nms(heads, size_hw, spec)["num_candidates"].tolist() == [0, 0]
+    for head in heads:
+        size = head[0].size
+        for image in (0, 1):
+            flat = head[image].reshape(-1)
+            for place in {0, size - 1, size // 2, size // 3, size - 17, size - 2000 if size > 2000 else 0}:
+                kept, flat[place] = flat[place], np.nan
+                found = decode_nms(heads, size_hw, spec)["num_candidates"].tolist()
+                flat[place] = kept
+                assert found == [-1 if image == 0 else 0, -1 if image == 1 else 0], (head.shape, image, place)
+
+
 def test_where_the_channels_lie() -> None:
     """One face in the second prior of one cell of the middle level; every number by hand."""
     heads = [np.zeros((1, 32, rows, columns), np.float32) for rows, columns in ((8, 12), (4, 6), (2, 3))]
@@ -655,7 +686,23 @@ def test_more_than_the_kernels_are_made_for_is_refused(anchors: AnchorSpec, mess
         ("grid_w", (12, 65537, 3), "rows and columns"),
         ("grid_w", (65536, 65536, 65536), None),
         ("grid_h", (2048, 4, 2), None),
+        ("batch", 65535, None),
+        ("batch", -1, "batch"),
+        ("strides", (1, 16, 1024), None),
+        ("grid_h", (0, 4, 2), "rows and columns"),
+        ("grid_h", (65537, 4, 2), "rows and columns"),
+        ("grid_w", (12, 0, 3), "rows and columns"),
+        ("top_k", 1_000_000, None),
+        ("top_k", 1, None),
+        ("max_detections", 1_000_000, None),
+        ("max_detections", 1, None),
+        ("logit_threshold", -1e30, "logit_threshold"),
+        ("logit_threshold", -9e29, None),
+        ("logit_threshold", -math.inf, "logit_threshold"),
         ("variances", (0.1, 0.0), "variances"),
+        ("variances", (0.0, 0.2), "variances"),
+        ("variances", (0.1, math.inf), "variances"),
+        ("variances", (0.1, math.nan), "variances"),
         ("variances", (math.nan, 0.2), "variances"),
         ("logit_threshold", math.inf, "logit_threshold"),
         ("logit_threshold", math.nan, "logit_threshold"),
@@ -674,6 +721,115 @@ def test_impossible_parameters_are_named(field: str, value: Any, message: str | 
     setattr(params, field, value)
     problem = host.library().retinaface_host_check(ctypes.byref(params))
     assert problem is None if message is None else message in problem.decode()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_every_size_of_a_prior_must_be_positive(value: float) -> None:
+    params = host.make_params(1, (64, 96), ModelSpec())
+    for level in range(4):
+        for member in range(4):
+            kept, params.min_sizes[level][member] = params.min_sizes[level][member], value
+            problem = host.library().retinaface_host_check(ctypes.byref(params))
+            params.min_sizes[level][member] = kept
+            used = level < 3 and member < 2
+            assert problem == (b"min_sizes must be positive" if used else None)
+
+
+def test_the_limits_are_those_of_the_header() -> None:
+    """plugins/host.py mirrors two headers; ctypes would not notice a difference."""
+    root = Path(__file__).parents[2] / "plugins"
+    text = "".join((root / name).read_text() for name in ("include/decode_nms.h", "src/geometry.h", "src/host_api.cpp"))
+    for name, value in (("kMaxLevels", host.MAX_LEVELS), ("kMaxPerCell", host.MAX_PER_CELL)):
+        assert f"{name} = {value};" in text
+    assert f"kSharedKeys = {host.SHARED_KEYS};" in text
+    assert "kFloat = 0, kHalf = 1" in text
+    assert host.HEAD_TYPES == {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
+    assert "kForward, kReverse, kShuffled, kThreads" in text
+    assert host.ORDERS == ("forward", "reverse", "shuffled", "threads")
+    assert list(dict(host.Outputs._fields_)) == list(DecodeSpec().outputs)
+    for struct in (host.DecodeParams, host.Outputs, host.Schedule):
+        body = text.split(f"struct {struct.__name__} {{")[1].split("};")[0]
+        names = re.findall(r"\b(?:\w+_t\*?|float\*?) (\w+)[\[;]", body)
+        assert names == [name for name, _ in struct._fields_]
+
+
+def test_parameters_are_those_of_the_spec() -> None:
+    decode = DecodeSpec((0.25, 0.5), 0.9, 0.75, 123, 45)
+    params = host.make_params(
+        7, (100, 260), ModelSpec(anchors=AnchorSpec((8, 32), ((4, 5, 6), (7, 8, 9))), decode=decode)
+    )
+    assert (params.batch, params.levels, params.per_cell, params.channels_last) == (7, 2, 3, 0)
+    assert [list(params.strides), list(params.grid_h), list(params.grid_w)] == [
+        [8, 32, 0, 0],
+        [13, 4, 0, 0],
+        [33, 9, 0, 0],
+    ]
+    assert [list(sizes) for sizes in params.min_sizes] == [[4, 5, 6, 0], [7, 8, 9, 0], [0] * 4, [0] * 4]
+    assert list(params.variances) == [0.25, 0.5]
+    assert params.logit_threshold == pytest.approx(math.log(9), rel=1e-6)
+    assert (params.iou_threshold, params.top_k, params.max_detections) == (0.75, 123, 45)
+
+
+def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.so").write_text("text")
+    monkeypatch.setattr(host, "ensure", lambda target: tmp_path / f"{'broken' if target == 'host' else target}.so")
+    with pytest.raises(BuildError, match=r"broken\.so cannot be loaded .*: python -m plugins\.build host"):
+        host.library.__wrapped__()
+
+
+def _packed(batch: int, size_hw: tuple[int, int], spec: ModelSpec) -> int:
+    """Return the bytes of device memory: keys, counts, boxes, kept, sorted keys and bits, each on 16 bytes."""
+    priors = spec.anchors.count(size_hw)
+    slice_priors = 128
+    while slice_priors * 1024 < priors:
+        slice_priors *= 2
+    slices = -(-priors // slice_priors)
+    capacity = max(64, 1 << (min(priors, spec.decode.top_k) - 1).bit_length())
+    parts = (8 * slices * slice_priors, 4 * slices, 16 * capacity, 4 * capacity, 8 * capacity, capacity // 8)
+    return batch * sum(-(-part // 16) * 16 for part in parts)
+
+
+def test_the_device_library_needs_the_memory_that_it_fills(device_library: Path) -> None:
+    """And refuses, before a GPU is asked, what a kernel could not take."""
+    library = ctypes.CDLL(str(device_library))
+    library.retinaface_workspace_bytes.restype = ctypes.c_size_t
+    library.retinaface_check.restype = ctypes.c_char_p
+    for size_hw in ((1, 1), (64, 96), (320, 320), (640, 640), (1088, 1920), (1536, 2560)):
+        for batch, top_k in ((1, 1), (3, 64), (1, 65), (8, 5000), (2, 1_000_000)):
+            spec = ModelSpec(decode=DecodeSpec(top_k=top_k))
+            params = host.make_params(batch, size_hw, spec)
+            assert library.retinaface_workspace_bytes(ctypes.byref(params)) == _packed(batch, size_hw, spec)
+            assert library.retinaface_check(ctypes.byref(params)) is None
+    params = host.make_params(2, (64, 96), ModelSpec())
+    base = 1 << 20
+
+    def launch(kind: int = 0, **moved: int) -> int:
+        heads = [base + moved.get(f"head{level}", 0) for level in range(3)]
+        outputs = [base + moved.get(name, 0) for name in DecodeSpec().outputs]
+        return library.retinaface_launch(
+            ctypes.byref(params),
+            kind,
+            (ctypes.c_void_p * 3)(*heads),
+            ctypes.byref(host.Outputs(*outputs)),
+            ctypes.c_void_p(base + moved.get("workspace", 0)),
+            None,
+        )
+
+    invalid, misaligned = 1, 716
+    for name in ("workspace", "boxes", "head0", "head1", "head2"):
+        assert launch(**{name: -base}) == invalid, name
+        assert launch(**{name: 8}) == misaligned, name
+    for name in ("scores", "landmarks", "num_detections", "num_candidates"):
+        assert launch(**{name: -base}) == invalid, name
+        assert launch(**{name: 2}) == misaligned, name
+        if gpu_capability() is None:
+            assert launch(**{name: 4}) not in (0, invalid, misaligned), name
+    assert launch(2) == launch(-1) == invalid
+    if gpu_capability() is None:
+        assert {launch(0), launch(1)}.isdisjoint({0, invalid, misaligned})
+    params.top_k = 0
+    assert launch() == invalid
+    assert library.retinaface_check(ctypes.byref(params)) == b"top_k must be in 1..1000000"
 
 
 def test_too_many_priors_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import cv2
@@ -186,6 +187,33 @@ def test_times_against_tiny_and_their_table() -> None:
     assert second.split()[-9:-8] == ["7"] or " 7 " in second
     assert "times as fast as tiny" in header
     assert cpu_latency.table([{**ours, "budget_held": True}]).endswith("91.23 / 80.10")
+
+
+def test_a_precision_is_summed_up_for_each_protocol() -> None:
+    """Each case's own rows, AP of the candidate and of the reference, rounded."""
+    pytest.importorskip("torch")
+    from benchmarks.precision import summary
+
+    def rows(case: str, first: float) -> list[SimpleNamespace]:
+        quantities = ("recall %", "precision %", "mean IoU"), ("mean error, % of face",), ("mean drift",)
+        names = [(s, q) for s, group in zip(("boxes", "landmarks", "scores"), quantities, strict=True) for q in group]
+        return [SimpleNamespace(case=case, stage=s, quantity=q, value=first + i) for i, (s, q) in enumerate(names)]
+
+    ap = {"easy": {"candidate": 91.23456, "reference": 92.0}, "hard": {"candidate": 80.0, "reference": None}}
+    found: Any = SimpleNamespace(
+        average_precision={"original": ap, "letterbox": {"easy": {"candidate": 1.0, "reference": 2.0}}},
+        rows=[*rows("original size", 10.123456), *rows("letterbox 640x640", 20)],
+        candidate=SimpleNamespace(precision="int8", mac_shares={"int8": 0.876543}), passed=False, images=7,
+    )  # fmt: skip
+    original, letterbox = summary(found)
+    assert original == {
+        "precision": "int8", "protocol": "original", "mac_shares": {"int8": 0.8765}, "budget_held": False,
+        "ap": {"easy": 91.235, "hard": 80.0}, "ap_fp32": {"easy": 92.0, "hard": None}, "recall_percent": 10.1235,
+        "precision_percent": 11.1235, "mean_iou": 12.1235, "landmark_error_percent_of_face": 13.1235,
+        "score_drift": 14.1235, "images": 7,
+    }  # fmt: skip
+    assert (letterbox["protocol"], letterbox["recall_percent"]) == ("letterbox", 20)
+    assert (letterbox["ap"], letterbox["ap_fp32"]) == ({"easy": 1.0}, {"easy": 2.0})
 
 
 def test_a_clip_is_as_long_and_as_large_as_asked(tmp_path: Path) -> None:

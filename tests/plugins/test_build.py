@@ -310,6 +310,24 @@ def test_headers_that_are_too_old_or_incomplete(tmp_path: Path, monkeypatch: pyt
                 find_tensorrt_headers()
 
 
+def test_headers_are_found_without_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TENSORRT_INCLUDE_DIR", raising=False)
+    try:
+        folder, version = find_tensorrt_headers()
+    except MissingToolError as error:
+        pytest.skip(str(error))
+    assert (folder / "NvInferRuntime.h").is_file()
+    assert 10 <= int(version.split(".")[0]) < 20
+    assert len(version.split(".")) == 3
+    assert "kernel_lens" not in sys.modules  # it would bring torch and triton
+
+
+def test_how_the_plugin_is_named_in_graphs() -> None:
+    """Files that were exported hold these names; those that TensorRT asks for are compared with the library's below."""
+    assert (PLUGIN.name, PLUGIN.version, PLUGIN.namespace) == ("RetinaFaceDecodeNMS", "1", "retinaface_trt")
+    assert (PLUGIN.domain, PLUGIN.node) == ("trt.plugins", "decode_nms")
+
+
 def test_a_change_of_any_source_or_setting_changes_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("src", "include"):
         shutil.copytree(plugins.build.ROOT / folder, tmp_path / folder)

@@ -213,7 +213,7 @@ def make_case(
     priors = make_priors(anchor, size_hw)
     half = rng.random() < 0.3
     parts: list[list[Array]] = [[], [], []]
-    for number in range(batch or int(rng.choice([1, 1, 1, 2, 3, 8]))):
+    for number in range(batch or int(rng.choice([1, 1, 1, 1, 2, 3]))):
         slot = Slot(
             rng,
             priors,
@@ -388,7 +388,7 @@ def _like_facespec(case: Case, image: int, out: Outputs) -> None:
     count = len(expected.scores)
     assert out["num_candidates"][image] == expected.num_candidates
     assert out["num_detections"][image] == count
-    np.testing.assert_allclose(out["scores"][image, :count], expected.scores, atol=1e-6, rtol=0)
+    assert (np.abs(out["scores"][image, :count] - expected.scores) <= 1e-6).all()
     np.testing.assert_allclose(out["landmarks"][image, :count], expected.landmarks, atol=1e-3, rtol=1e-6)
     found = out["boxes"][image, :count]
     finite = np.isfinite(expected.boxes)

@@ -331,6 +331,26 @@ def test_slots_are_independent_and_out_is_checked() -> None:
         host_letterbox([first], [Letterbox.fit((30, 40), (32, 33))], PAD)
 
 
+@pytest.mark.parametrize(
+    ("size_hw", "possible"),
+    [((16384, 32), True), ((1, 16384), True), ((16385, 32), False), ((1, 16416), False), ((0, 32), False),
+     ((32, 0), False), ((32, 16), False), ((-1, 32), False)],
+)  # fmt: skip
+def test_the_sizes_of_an_input_that_are_possible(size_hw: tuple[int, int], possible: bool) -> None:
+    memory = np.full(max(size_hw[0] * size_hw[1] * 3, 0) + 32, 0xA5, np.uint8)
+    array = (LetterboxFrame * 1)()
+    launch = load(host.library())
+    with nullcontext() if possible else pytest.raises(LaunchError, match="refused"):
+        launch(ctypes.addressof(array), 1, size_hw, PAD, memory.ctypes.data, 0)
+    if possible:
+        assert (memory[:-32].reshape(-1, 3) == PAD).all()
+    assert (memory[-32:] == 0xA5).all()
+    slots, start = ctypes.addressof(array), memory.ctypes.data
+    for frames, batch, out in ((0, 1, start), (slots, 0, start), (slots, 65536, start), (slots, 1, 0)):
+        with pytest.raises(LaunchError, match="refused"):
+            launch(frames, batch, (32, 32), PAD, out, 0)
+
+
 def test_what_is_said_about_errors_of_cuda() -> None:
     for code, words in (
         (1, "multiples of 32"),

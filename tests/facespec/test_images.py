@@ -255,6 +255,32 @@ def test_other_rows_and_headers_are_read_right() -> None:
         np.testing.assert_array_equal(decode_image(EVERY_FORMAT[name]), _picture(), name)
 
 
+def test_rows_of_a_bmp_end_on_four_bytes() -> None:
+    """Also where its colours are described by masks."""
+    data = bytearray(_save(Image.new("RGB", (5, 3), (1, 2, 3)), "BMP"))
+    assert len(data) == 54 + 3 * 16
+    for compression in (0, 3):
+        data[30:34] = struct.pack("<I", compression)
+        with pytest.raises(ImageError, match=r"^image: the BMP file is truncated or damaged$"):
+            decode_image(bytes(data[:-1]))
+    data[30:34] = bytes(4)
+    assert decode_image(bytes(data)).shape == (3, 5, 3)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [3, 4])
+def test_the_size_of_a_tiff_in_either_order_and_width(order: str, kind: int) -> None:
+    def entry(tag: int, value: int) -> bytes:
+        return struct.pack(
+            f"{order}HHI{'HH' if kind == 3 else 'I'}", tag, kind, 1, *([value, 0] if kind == 3 else [value])
+        )
+
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    data = head + struct.pack(f"{order}I4xH", 12, 3) + entry(254, 9) + entry(256, 300) + entry(257, 70_000 % 65_536)
+    with pytest.raises(ImageError, match="300x4464 is more than"):
+        decode_image(data, max_pixels=100)
+
+
 @pytest.mark.parametrize(
     ("data", "size"),
     [

@@ -914,7 +914,7 @@ import numpy as np
 from facespec.spec import ModelSpec
 from plugins import host
 
-spec, size = ModelSpec(), (2048, 2048)
+spec, size = ModelSpec(), (2048, 3072)
 heads = [np.zeros((8, 32, *grid), np.float16) for grid in spec.anchors.grids_hw(size)]
 host.library()
 outputs = host.decode_nms([head[:1] for head in heads], size, spec)
@@ -926,4 +926,4 @@ except MemoryError as error:
     print(error)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert "no memory to decode 8 images" in result.stdout, result.stdout + result.stderr
+    assert "no memory to decode 8 images of 3072x2048" in result.stdout, result.stdout + result.stderr

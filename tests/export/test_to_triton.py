@@ -173,21 +173,21 @@ def test_engines_that_triton_cannot_run(tmp_path: Path, plugin: Path) -> None:
     assert not options.out.exists()
 
 
-def test_onnx_files_that_triton_cannot_run(static_onnx: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_onnx_files_that_triton_cannot_run(static_onnx: Path, tmp_path: Path, error_line: Callable[..., str]) -> None:
     model = onnx.load(static_onnx)
     model.opset_import.append(onnx.helper.make_opsetid(PLUGIN.domain, 1))
     onnx.save(model, tmp_path / "plugin.onnx")
-    line = refused("export.to_triton", tmp_path / "plugin.onnx", "--out", "repository")
+    line = error_line(main, tmp_path / "plugin.onnx", "--out", "repository")
     assert "plugin form" in line
     assert "python -m export.to_onnx" in line
     del model.metadata_props[:], model.opset_import[-1]
     onnx.save(model, tmp_path / "foreign.onnx")
-    assert "not a detector" in refused("export.to_triton", tmp_path / "foreign.onnx", "--out", "repository")
-    assert "export it first" in refused("export.to_triton", "w.pth", "--out", "repository")
-    assert "no such" in refused("export.to_triton", "none.onnx", "--out", "repository")
-    assert "no such model file" in refused("export.to_triton", "none.engine", "--out", "repository")
+    assert "not a detector" in error_line(main, tmp_path / "foreign.onnx", "--out", "repository")
+    assert "export it first" in error_line(main, "w.pth", "--out", "repository")
+    assert "no such" in error_line(main, "none.onnx", "--out", "repository")
+    assert "no such model file" in error_line(main, "none.engine", "--out", "repository")
     for option, value in (("--name", "a/b"), ("--version", 0), ("--instances", 0), ("--max-batch", 0)):
-        assert option in refused("export.to_triton", static_onnx, "--out", "repository", option, value)
+        assert option in error_line(main, static_onnx, "--out", "repository", option, value)
     assert not (tmp_path / "repository").exists()
 
 

@@ -6,12 +6,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shlex
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,21 @@ import numpy as np
 import onnx
 import pytest
 
+from export import to_trt
 from export.inspect import inspect
-from export.to_trt import EngineOptions, Profile, _run_builder, build_engine, parse_arguments
+from export.inspect import main as inspect_main
+from export.to_trt import EngineOptions, Profile, _run_builder, build_engine, main, parse_arguments
 from facespec.errors import BuildError, MissingToolError, ModelFileError, SpecError
 from facespec.spec import DecodeSpec, ModelSpec
 from plugins import PLUGIN
 from plugins.build import ensure
 from tests.export.trt_stubs import VERSIONS, bindings_environment
 from trt_runtime.flavor import RTX, TENSORRT, child_environment, gpu_capability
-from trt_runtime.sidecar import check_engine, read_header, read_sidecar, sidecar_path
+from trt_runtime.sidecar import Sidecar, check_engine, read_header, read_sidecar, sidecar_path
 
 ROOT = Path(__file__).parents[2]
 needs_rtx = pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed (Linux on x86_64 only)")
-DYNAMIC = Profile((1, 2, 8), ((320, 320), (640, 640), (1088, 1920)))
+DYNAMIC = Profile((1, 2, 8), ((160, 192), (320, 320), (544, 960)))
 
 
 def _engine(folder: Path, **changes: object) -> EngineOptions:
@@ -50,8 +53,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_rtx
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("capability", [75, 86, 89, 120])
+@pytest.mark.parametrize(("precision", "capability"), [("fp32", 75), ("fp16", 86), ("fp32", 89), ("fp16", 120)])
 def test_an_engine_for_each_gpu_with_profiles(precision: str, capability: int, tmp_path: Path) -> None:
     options = _engine(tmp_path, profile=DYNAMIC, precision=precision, capabilities=(capability,))
     sidecar = build_engine(options)
@@ -69,7 +71,7 @@ def test_an_engine_for_each_gpu_with_profiles(precision: str, capability: int, t
     found = inspect(options.out)
     assert found.valid
     assert found.precision == {precision: 1.0}
-    shapes = {"min": [1, 320, 320, 3], "opt": [2, 640, 640, 3], "max": [8, 1088, 1920, 3]}
+    shapes = {"min": [1, 160, 192, 3], "opt": [2, 320, 320, 3], "max": [8, 544, 960, 3]}
     assert found.inputs == {"images": {"type": "uint8", **shapes}}
     assert found.outputs["landmarks"] == {"type": "float32", "shape": ["B", 750, 5, 2]}
     assert read_sidecar(options.out) == sidecar
@@ -127,7 +129,7 @@ def test_an_engine_that_changed_is_noticed(engine: Path, tmp_path: Path) -> None
 
 
 @needs_rtx
-def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, error_line: Callable[..., str]) -> None:
     content, sidecar = engine.read_bytes(), sidecar_path(engine).read_text()
     # slips of the hand, and rubbish
     deep = '{"format": 1, "x": ' + "[" * 985 + "]" * 985 + "}"
@@ -178,45 +180,63 @@ def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, re
     sidecar_path(tmp_path / "large.engine").write_text(sidecar)
     assert "1099511627776 bytes" in inspect(tmp_path / "large.engine").problems[0]
     (tmp_path / "text.engine").write_bytes(b"text")
-    assert "not a TensorRT engine" in refused("export.inspect", tmp_path / "text.engine")
-    assert "a sidecar" in refused("export.inspect", sidecar_path(engine))
+    assert "not a TensorRT engine" in error_line(inspect_main, tmp_path / "text.engine")
+    assert "a sidecar" in error_line(inspect_main, sidecar_path(engine))
 
 
 @needs_rtx
-def test_two_builds_of_one_engine_do_not_mix(tmp_path: Path) -> None:
-    lines = [
-        [sys.executable, "-m", "export.to_trt", "--flavor", "rtx", precision, "--out", str(tmp_path / "f.engine")]
-        for precision in ("--fp16", "--fp32")
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    processes = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) for line in lines]
-    sizes = {}
-    for process in processes:
-        printed, _ = process.communicate(timeout=300)
-        for precision, size in re.findall(r"wrote \S+f\.engine: .*?, (fp\d\d), .*?, ([\d.]+) MB", printed):
-            sizes[precision] = float(size)
-    assert sizes
-    assert all(size < 3.8 if precision == "fp16" else size > 4 for precision, size in sizes.items())
-    found = inspect(tmp_path / "f.engine")
-    if found.valid:  # else it says that the two files do not belong together
-        assert (found.facts["bytes"] < 3.8e6) == (found.precision == {"fp16": 1.0})
+def test_two_builds_of_one_engine_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine and sidecar are each that of one build, whole; a mixture is noticed."""
+    one_by_one, both = threading.Lock(), threading.Barrier(2, timeout=100)
+    real = to_trt.export_plugin_form
+
+    def export(options: EngineOptions) -> to_trt.ExportedGraph:
+        """PyTorch exports in one thread at a time; from there on they run at once."""
+        with one_by_one:
+            graph = real(options)
+        both.wait()
+        return graph
+
+    def build(precision: str) -> Sidecar | None:
+        profile = Profile(sizes_hw=((320, 320),) * 3)
+        return build_engine(_engine(tmp_path, precision=precision, profile=profile, capabilities=(86,)))
+
+    mask = os.umask(0o022)  # whether a file is readable is told by it, which two threads may not look at at once
+    monkeypatch.setattr("export.to_trt.export_plugin_form", export)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            half, single = pool.map(build, ["fp16", "fp32"])
+    finally:
+        os.umask(mask)
+    assert half is not None
+    assert single is not None
+    assert single.engine_bytes - half.engine_bytes > 0.4e6
+    written = hashlib.sha256((tmp_path / "f.engine").read_bytes()).hexdigest()
+    beside = read_sidecar(tmp_path / "f.engine")
+    assert written in {half.engine_sha256, single.engine_sha256}
+    assert beside in (half, single)
+    assert inspect(tmp_path / "f.engine").valid == (beside.engine_sha256 == written)
 
 
 @needs_rtx
-def test_inspect_in_table_and_json(engine: Path, command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    result = command("export.inspect", engine, "--json")
-    assert result.returncode == 0
-    data = json.loads(result.stdout)
+def test_inspect_in_table_and_json(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*arguments: object, code: int = 0) -> str:
+        capsys.readouterr()
+        assert inspect_main([str(argument) for argument in arguments]) == code
+        return capsys.readouterr().out
+
+    data = json.loads(printed(engine, "--json"))
     assert data["valid"] is True
     assert data["spec"]["decode"]["top_k"] == 77
-    table = command("export.inspect", engine).stdout
+    table = printed(engine)
     for words in ("TensorRT-RTX", "75, 80, 86", "100.0 % fp16", "RetinaFaceDecodeNMS", "score_threshold 0.3", "valid "):
         assert words in table
-    engine.with_suffix(".copy").write_bytes(engine.read_bytes())
-    assert command("export.inspect", engine.with_suffix(".copy")).returncode == 1
+    copy = tmp_path / "f.copy"
+    copy.write_bytes(engine.read_bytes())
+    assert "f.copy.json: missing" in printed(copy, code=1)
 
 
-def test_inspect_onnx(static_onnx: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_inspect_onnx(static_onnx: Path, tmp_path: Path, error_line: Callable[..., str]) -> None:
     found = inspect(static_onnx)
     assert (found.kind, found.valid, found.precision) == ("portable ONNX", True, {"fp32": 1.0})
     options = _engine(
@@ -254,9 +274,9 @@ def test_inspect_onnx(static_onnx: Path, tmp_path: Path, refused: Callable[..., 
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "foreign.onnx")
     assert "not written by this toolkit" in inspect(tmp_path / "foreign.onnx").problems[0]
-    assert "no such file" in refused("export.inspect", tmp_path / "none.engine")
-    assert "checkpoint" in refused("export.inspect", _touch(tmp_path / "w.pth"))
-    assert "not an ONNX file" in refused("export.inspect", _touch(tmp_path / "w.onnx"))
+    assert "no such file" in error_line(inspect_main, tmp_path / "none.engine")
+    assert "checkpoint" in error_line(inspect_main, _touch(tmp_path / "w.pth"))
+    assert "not an ONNX file" in error_line(inspect_main, _touch(tmp_path / "w.onnx"))
 
 
 def _touch(path: Path) -> Path:
@@ -297,9 +317,12 @@ def _touch(path: Path) -> Path:
         ("--iou 0.99999999999", "iou_threshold"),
     ],
 )
-def test_wrong_arguments(arguments: str, message: str, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_wrong_arguments(
+    arguments: str, message: str, error_line: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WIDERFACE_ROOT", raising=False)
     _touch(tmp_path / "Makefile")
-    assert message in refused("export.to_trt", *arguments.split())
+    assert message in error_line(main, *arguments.split())
     assert os.listdir(tmp_path) == ["Makefile"]
 
 
@@ -324,27 +347,24 @@ def test_sizes_and_batches() -> None:
 
 @pytest.mark.skipif(TENSORRT.installed() or gpu_capability() is not None, reason="TensorRT or a GPU is at hand")
 def test_without_tensorrt_one_line_says_what_is_there_and_what_to_type(
-    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    error_line: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = command("export.to_trt", "--flavor", "tensorrt", "--size", "320x320")
-    assert result.returncode == 1
-    (line,) = result.stderr.strip().splitlines()
+    line = error_line(main, "--flavor", "tensorrt", "--size", "320x320")
     for words in (
         "TensorRT is not installed",
         "pip install",
         "[trt]",
-        "python -m export.to_trt",
-        "retinaface.plugin.onnx",
+        "; then python -m export.to_trt --weights mobilenet0.25 --fp32 --size 320x320",
+        "No engine was built; its ONNX form is there: retinaface.plugin.onnx",
     ):
         assert words in line
     assert os.listdir(tmp_path) == ["retinaface.plugin.onnx"]
     # installed, as far as Python can tell, and no GPU
     (tmp_path / "tensorrt.py").write_text("raise AssertionError('must not be imported here')")
-    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    result = command("export.to_trt", "--flavor", "tensorrt", "--size", "320x320", env=environment)
-    assert result.returncode == 1
-    assert "builds on the GPU" in result.stderr
-    assert "--flavor rtx" in result.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    line = error_line(main, "--flavor", "tensorrt", "--size", "64x64")
+    assert "builds on the GPU" in line
+    assert "--flavor rtx" in line
 
 
 @needs_rtx

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,17 +142,13 @@ def test_images_without_faces_prove_nothing(tmp_path: Path) -> None:
 
 
 def test_command(
-    command: Callable[..., subprocess.CompletedProcess[str]],
-    refused: Callable[..., str],
-    error_line: Callable[..., str],
-    tmp_path: Path,
+    refused: Callable[..., str], error_line: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = command(
-        "export.to_onnx", "--size", "96x160", "--out", "new/m.onnx", "--score", "0.3", "--iou", "0.5",
-        "--top-k", "77", "--max-detections", "11",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "wrote new/m.onnx: mobilenet0.25, 96x160" in result.stdout
+    arguments = "--size 96x160 --out new/m.onnx --score 0.3 --iou 0.5 --top-k 77 --max-detections 11"
+    assert main(arguments.split()) == 0
+    printed = capsys.readouterr().out
+    assert "wrote new/m.onnx: mobilenet0.25, 96x160" in printed
+    assert "equal; allowed: heads 0.001" in printed
     model = onnx.load(tmp_path / "new" / "m.onnx")
     spec = ModelSpec.from_json({item.key: item.value for item in model.metadata_props}[SPEC_KEY])
     assert spec.decode == DecodeSpec(score_threshold=0.3, iou_threshold=0.5, top_k=77, max_detections=11)

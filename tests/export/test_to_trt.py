@@ -389,6 +389,14 @@ def test_without_tensorrt_one_line_says_what_is_there_and_what_to_type(
 def test_a_build_that_fails_keeps_its_log_and_the_old_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = _engine(tmp_path, profile=Profile(sizes_hw=((320, 320),) * 3))
     options.out.write_bytes(b"old")
+    graphs: list[to_trt.ExportedGraph] = []
+    real = to_trt.export_plugin_form
+
+    def export_once(options: EngineOptions) -> to_trt.ExportedGraph:
+        graphs[:] = graphs or [real(options)]
+        return graphs[0]
+
+    monkeypatch.setattr("export.to_trt.export_plugin_form", export_once)
     monkeypatch.setenv("RETINAFACE_PLUGIN", str(_touch(tmp_path / "no_library.so")))
     with pytest.raises(
         BuildError, match=r"no_library\.so cannot be loaded.*\(log: .*f\.engine\.build\.log\).*f\.plugin\.onnx"
@@ -511,10 +519,8 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["f.plugin.onnx"]
 
 
-def test_plugin_form_computes_in_half(tmp_path: Path) -> None:
-    options = _engine(tmp_path, onnx_only=True, precision="fp16")
-    build_engine(options)
-    model = onnx.load(options.plugin_form)
+def test_plugin_form_computes_in_half(exported: Callable[[str, str], Path]) -> None:
+    model = onnx.load(exported("fp16", "plugin"))
     kinds = {tensor.data_type for tensor in model.graph.initializer}
     assert kinds == {onnx.TensorProto.FLOAT16}
     casts = [a.i for node in model.graph.node if node.op_type == "Cast" for a in node.attribute]

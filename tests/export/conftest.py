@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
 import pytest
 
-from export.calibration import Calibration, calibrate
 from export.calibration_options import CalibrationOptions
-from export.portable import build_heads
-from export.to_onnx import ExportOptions, export_onnx
-from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.errors import RetinaFaceError
-from facespec.spec import DecodeSpec, ModelSpec
-from trainer import load_model
+
+if TYPE_CHECKING:  # what takes seconds to import is imported where it is needed
+    import onnx
+
+    from export.calibration import Calibration
 
 SIZE = (320, 320)
 DEMO = CalibrationOptions("demo", images=16)
@@ -35,12 +34,18 @@ def shared_cache(calibration_cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture(scope="session")
 def heads() -> onnx.ModelProto:
     """The published weights up to the head maps, at 320x320; not to be changed."""
+    from export.portable import build_heads
+    from trainer import load_model
+
     return build_heads(load_model(), SIZE)
 
 
 @pytest.fixture(scope="session")
 def calibrated(heads: onnx.ModelProto, calibration_cache: Path) -> Calibration:
     """What `DEMO` measures on `heads`; not to be changed."""
+    from export.calibration import calibrate
+    from facespec.spec import ModelSpec
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(calibration_cache))
         return calibrate(heads, DEMO, SIZE, ModelSpec())
@@ -49,6 +54,10 @@ def calibrated(heads: onnx.ModelProto, calibration_cache: Path) -> Calibration:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, calibration_cache: Path) -> Callable[[str, str], Path]:
     """Return what exports the published weights at 320x320: in a precision, as the portable or as the plugin form."""
+    from export.to_onnx import ExportOptions, export_onnx
+    from export.to_trt import EngineOptions, Profile, build_engine
+    from facespec.spec import DecodeSpec
+
     folder = tmp_path_factory.mktemp("exported")
 
     def export(precision: str, form: str) -> Path:

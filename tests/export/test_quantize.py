@@ -475,7 +475,15 @@ def test_recipes_go_through_files(tmp_path: Path, error_line: Callable[..., str]
     assert load_recipe(path) == recipe
     path.write_text("{}")
     assert load_recipe(path) == Int8Recipe()
-    for text in ("", "[]", '{"float_layer": []}', '{"float_layers": "x"}', '{"float_layers": [1]}', '{"equalize": 1}'):
+    for text in (
+        "",
+        "[]",
+        '{"float_layer": []}',
+        '{"float_layers": "x"}',
+        '{"float_layers": [1]}',
+        '{"equalize": 1}',
+        '{"float_layers": [""]}',
+    ):
         path.write_text(text)
         with pytest.raises(SpecError, match=r"recipe\.json"):
             load_recipe(path)

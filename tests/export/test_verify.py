@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from export.agreement import Agreement, landmark_errors, match_faces
 from export.disagreements import Sample, draw_disagreements
 from export.emulation import emulate_fp16
-from export.sides import ModelInfo
+from export.sides import ModelInfo, Recorder
 from export.verify import (
     BUDGETS,
     Row,
@@ -28,13 +30,14 @@ from export.verify import (
     _number,
     _preprocessing,
     _raw_heads,
+    _widerface,
     main,
     parse_arguments,
     verify,
 )
 from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
-from facespec.images import read_image
+from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec, PreprocessSpec
 from trainer import load_model
@@ -609,6 +612,134 @@ def test_refused(static_onnx: Path, changes: dict[str, object], error: type[Reti
     options = VerifyOptions(str(static_onnx), str(static_onnx))
     with pytest.raises(error, match=text):
         verify(dataclasses.replace(options, **changes))  # type: ignore[arg-type]
+
+
+class _Counting(_Fixed):
+    """A side that finds as many faces as the first pixel says; on a frame of another size it is one pixel off."""
+
+    def __init__(self, precision: str = "fp32", **options: Any):
+        super().__init__(**options)
+        self.info = ModelInfo("x", "stub", precision, {}, self.fixed_hw)
+        self.notes = [f"a note of {precision}"]
+        self.sizes: list[tuple[int, int] | None] = []
+
+    def at(self, size_hw: tuple[int, int] | None) -> Any:
+        self.size_hw = size_hw
+        return Recorder(self)
+
+    def detect(self, frame: Frame) -> Detections:
+        self.sizes.append(self.size_hw)
+        count = int(frame[0, 0, 0]) if frame[0, 0, 1] == 250 else 0
+        return _faces([[60.0 * i, 0, 60.0 * i + 40, 40] for i in range(count)], [0.9] * count)
+
+    def detect_batch(self, frames: list[Frame]) -> list[Detections]:
+        return [self.detect(frame) for frame in frames]
+
+
+def _flow(monkeypatch: pytest.MonkeyPatch, reference: _Counting, candidate: _Counting, **options: Any) -> Verification:
+    """Run verify over two such sides, on forty images with up to twelve faces."""
+
+    def side(name: str, backend: str | None = None) -> _Counting:
+        assert backend == (options.get("backend") if name == "b.onnx" else None)
+        return {"a": reference, "b.onnx": candidate}[name]
+
+    def samples(count: int) -> list[Sample]:
+        def frame(index: int) -> Frame:
+            return np.full((20, 30, 3), (index * 5 % 13, 250, 0), np.uint8)
+
+        return [Sample(f"{index}", functools.partial(frame, index)) for index in range(count)]
+
+    monkeypatch.setattr("export.verify.Side", side)
+    monkeypatch.setattr("export.verify._demo_samples", samples)
+    return verify(VerifyOptions("a", "b.onnx", **{"images": 40, "progress": False, **options}))
+
+
+def test_what_is_compared_on_what(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Raw heads on eight images, the fullest eight as crowds, thirty-two at each other size, four in a batch."""
+    sides = _Counting(), _Counting()
+    found = _flow(monkeypatch, *sides, picture=tmp_path / "p.PNG")
+    assert found.passed
+    assert (found.size_hw, found.images, found.average_precision) == ((640, 640), 40, {})
+    notes = {row.case: row.note for row in found.rows if row.quantity == "recall %"}
+    counts = [index * 5 % 13 for index in range(40)]
+    assert notes["letterbox 640x640"] == f"{sum(counts)} faces in 40 images"
+    assert notes["crowds, letterbox 640x640"] == f"{sum(sorted(counts)[-8:])} faces in 8 images"
+    thinned = np.unique(np.linspace(0, 39, 32).astype(int))
+    for size in ("480x640", "640x384"):
+        assert notes[f"letterbox {size}"] == f"{sum(counts[i] for i in thinned)} faces in 32 images"
+    assert len(notes) == 4
+    assert {row.case for row in found.rows if row.stage == "raw heads"} == {"640x640, 8 images"}
+    slots = [row.note for row in found.rows if row.quantity == "least IoU, to it alone"]
+    assert slots == [f"{count} faces" for count in sorted(counts)[-1:-5:-1]]
+    assert [row.case for row in found.rows if row.stage == "zero faces"] == ["plain frame", "noise", "gradient"]
+    stages = list(dict.fromkeys(row.stage for row in found.rows))
+    assert stages == ["preprocessing", "raw heads", "boxes", "landmarks", "scores", "batch", "zero faces"]
+    assert found.notes[:2] == ("a note of fp32", "a note of fp32")
+    assert "sample photographs only" in found.notes[2]
+    assert len(found.notes) == 3
+    assert read_image(tmp_path / "p.PNG").size > 0
+    # special cases hold the wider limits
+    limits = {row.case: row.limit for row in found.rows if row.quantity == "recall %"}
+    assert limits == {case: 98.5 if case == "letterbox 640x640" else 95.0 for case in notes}
+    assert set(sides[1].sizes) == {(640, 640), (480, 640), (640, 384)}
+
+
+def test_sizes_and_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cases(reference: _Counting, candidate: _Counting, **options: Any) -> list[str]:
+        found = _flow(monkeypatch, reference, candidate, images=9, **options)
+        assert ("no other size was tried: a model takes 64x96 only" in found.notes) == bool(candidate.fixed_hw)
+        return [row.case for row in found.rows if row.quantity == "recall %"]
+
+    usual = ["letterbox 640x640", "letterbox 480x640", "letterbox 640x384"]
+    own = ["letterbox 64x96", "crowds, letterbox 64x96"]
+    assert cases(_Counting(), _Counting(), size_hw=(64, 96)) == [*own, *usual]
+    assert cases(_Counting(), _Counting(fixed_hw=(64, 96))) == own
+    assert cases(_Counting(), _Counting(), size_hw=(480, 640))[2:] == [usual[0], usual[2]]
+    candidate = _Counting()
+    assert cases(_Counting(), candidate, protocol="original") == ["original size", "crowds, original size", *usual[1:]]
+    assert None in candidate.sizes
+    both = cases(_Counting(), _Counting(), protocol="both", size_hw=(64, 96))
+    assert both == [*own, "original size", *usual]
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "budget"),
+    [
+        ("fp32", None, "fp16"),
+        ("fp16", None, "fp16"),
+        ("int8", None, "int8"),
+        ("int8", "fp16", "fp16"),
+        ("fp32", "int8", "int8"),
+        ("int8", "none", "none"),
+    ],
+)
+def test_the_budget_is_of_the_candidate(
+    precision: str, asked: str | None, budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _flow(monkeypatch, _Counting("int8"), _Counting(precision), images=9, budget=asked, backend="openvino")
+    assert found.budget == budget
+    assert found.candidate.precision == precision
+    assert found.reference.precision == "int8"
+    assert any(row.limit is not None for row in found.rows) == (budget != "none")
+
+
+def test_the_images_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are there, evenly thinned out, with their ground truth and no other, in the same order."""
+    truth = {("b", f"{index}"): index for index in (3, 1, 2, 5, 4, 0)} | {("a", "x"): 9}
+    monkeypatch.setattr("trainer.average_precision.load_ground_truth", lambda path: truth)
+    options = VerifyOptions("a", "b")
+    with pytest.raises(DataError, match=r"none of the 7 WIDER FACE images is there"):
+        _widerface(options, tmp_path)
+    for index in (1, 2, 3, 4, 5):
+        write_image(tmp_path / "val" / "images" / "b" / f"{index}.png", np.full((4, 4, 3), 50 * index, np.uint8))
+        (tmp_path / "val" / "images" / "b" / f"{index}.png").rename(tmp_path / f"val/images/b/{index}.jpg")
+    samples, found = _widerface(options, tmp_path)
+    assert [sample.name for sample in samples] == ["b/3", "b/1", "b/2", "b/5", "b/4"]
+    assert list(found.items()) == [(("b", name), int(name)) for name in "31254"]
+    assert [int(sample.load()[0, 0, 0]) for sample in samples] == [150, 50, 100, 250, 200]
+    samples, found = _widerface(dataclasses.replace(options, images=3), tmp_path)
+    assert [sample.name for sample in samples] == ["b/3", "b/2", "b/4"]
+    assert list(found) == [("b", "3"), ("b", "2"), ("b", "4")]
 
 
 def test_images_without_faces_are_no_comparison(static_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facespec.errors import DataError
-from trainer.average_precision import LEVELS, ImageTruth, average_precision, load_ground_truth
+from trainer.average_precision import LEVELS, Curve, ImageTruth, average_precision, load_ground_truth
 
 Scene = tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], ImageTruth]]
 
@@ -143,3 +143,91 @@ def test_damaged_ground_truth_is_named(tmp_path: Path) -> None:
     (tmp_path / "wider_easy_val.mat").write_bytes(b"garbage" * 100)
     with pytest.raises(DataError, match=r"wider_easy_val\.mat: not a MATLAB file"):
         load_ground_truth(tmp_path)
+
+
+def _single(face: list[float], found: list[list[float]], border: int = 1) -> Curve:
+    truth = {("e", "i"): ImageTruth(np.array([face], float), {level: np.ones(1, bool) for level in LEVELS})}
+    return average_precision({("e", "i"): np.array(found, float)}, truth, border)["easy"]
+
+
+@pytest.mark.parametrize(
+    ("border", "face", "found", "ap"),
+    [
+        (1, [10, 20, 9, 9], [10, 20, 9, 4], 1),  # 50 of 100 pixels: an IoU of a half is enough
+        (1, [10, 20, 9, 9], [10, 20, 4, 9], 1),
+        (1, [10, 20, 9, 9], [10, 20, 9, 3.9], 0),
+        (0, [10, 20, 10, 10], [10, 20, 10, 5], 1),
+        (0, [10, 20, 10, 10], [10, 20, 5, 10], 1),
+        (0, [10, 20, 10, 10], [10, 20, 10, 4.9], 0),
+        (1, [10, 20, 10, 10], [10, 20, 10, 4.9], 1),  # 64.9 of 121
+        (1, [0, 0, 9, 9], [30, 40, -1, 5], 0),  # without area: it overlaps nothing
+        (1, [30, 40, -1, 5], [30, 40, -1, 5], 0),
+    ],
+)
+def test_boxes_match_from_an_iou_of_a_half_on(border: int, face: list[float], found: list[float], ap: float) -> None:
+    assert _single(face, [[*found, 0.9]], border).ap == ap
+
+
+def test_a_curve_is_sampled_at_a_thousand_falling_thresholds() -> None:
+    faces = [[0, 0, 9, 9], [50, 0, 9, 9], [0, 50, 9, 9], [50, 50, 9, 9]]
+    truth = {("e", "i"): ImageTruth(np.array(faces, float), {level: np.ones(4, bool) for level in LEVELS})}
+    rows = [[*faces[0], 1.0], [200, 200, 9, 9, 0.75], [*faces[1], 0.25], [*faces[2], 0.0]]
+    curve = average_precision({("e", "i"): np.array(rows, float)}, truth)["hard"]
+    assert curve.precision.shape == curve.recall.shape == (1000,)
+    assert curve.faces == 4
+    at = {0: (1, 0.25), 200: (1, 0.25), 300: (1 / 2, 0.25), 700: (1 / 2, 0.25), 800: (2 / 3, 0.5), 999: (3 / 4, 0.75)}
+    for index, (precision, recall) in at.items():
+        assert curve.precision[index] == pytest.approx(precision), index
+        assert curve.recall[index] == pytest.approx(recall), index
+    assert curve.ap == pytest.approx(0.25 * 1 + 0.25 * 0.75 + 0.25 * 0.75)  # under the envelope; one face is not found
+
+
+def test_other_images_and_other_faces_do_not_enter() -> None:
+    face = [0.0, 0, 9, 9]
+    good, bad = [*face, 0.8], [100, 100, 9, 9, 0.9]
+    counted = {level: np.ones(1, bool) for level in LEVELS}
+    nobody = {level: np.zeros(0, bool) for level in LEVELS}
+    truth = {("e", "i"): ImageTruth(np.array([face]), counted), ("e", "none"): ImageTruth(np.zeros((0, 4)), nobody)}
+    strange = {("e", "i"): np.array([good]), ("e", "other"): np.array([[*face, 99.0], [*face, -99.0]])}
+    assert average_precision(strange, truth)["easy"].ap == 1
+    # in the official evaluation images without faces cost nothing, either
+    assert average_precision({("e", "i"): np.array([good]), ("e", "none"): np.array([bad])}, truth)["easy"].ap == 1
+    # a second detection of a face is a false one, a detection of an ignored face is none
+    assert _single(face, [[100, 100, 9, 9, 0.9], good, good]).precision[-1] == pytest.approx(1 / 3)
+    both = ImageTruth(np.array([face, bad[:4]]), {level: np.array([True, level == "hard"]) for level in LEVELS})
+    curves = average_precision({("e", "i"): np.array([good, bad])}, {("e", "i"): both})
+    assert [curves[level].precision[-1] for level in LEVELS] == [1, 1, 1]
+    assert [curves[level].recall[-1] for level in LEVELS] == [1, 1, 1]
+    assert [curves[level].faces for level in LEVELS] == [1, 1, 2]
+
+
+def _cell(items: list[object]) -> np.ndarray:
+    cell = np.empty((len(items), 1), object)
+    for index, item in enumerate(items):
+        cell[index, 0] = item
+    return cell
+
+
+def test_ground_truth_is_read_by_event_image_and_level(tmp_path: Path) -> None:
+    from scipy.io import savemat
+
+    boxes = [
+        np.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]], np.uint16),
+        np.zeros((0, 4)),
+        np.array([[7.5, 1, 2, 3]]),
+    ]
+    files = {"event_list": _cell(["0--A", "1--B"]), "file_list": _cell([_cell(["x", "y"]), _cell(["z"])])}
+    savemat(tmp_path / "wider_face_val.mat", {**files, "face_bbx_list": _cell([_cell(boxes[:2]), _cell(boxes[2:])])})
+    listed = {"easy": [[2], [], []], "medium": [[2, 3], [], [1]], "hard": [[1, 2, 3], [], [1]]}
+    for level, numbers in listed.items():
+        columns: list[object] = [np.array(one, np.uint16).reshape(-1, 1) for one in numbers]
+        savemat(tmp_path / f"wider_{level}_val.mat", {"gt_list": _cell([_cell(columns[:2]), _cell(columns[2:])])})
+    truth = load_ground_truth(tmp_path)
+    assert list(truth) == [("0--A", "x"), ("0--A", "y"), ("1--B", "z")]
+    np.testing.assert_array_equal(truth["0--A", "x"].boxes_xywh, [[1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]])
+    assert truth["0--A", "x"].boxes_xywh.dtype == np.float64
+    assert truth["0--A", "y"].boxes_xywh.shape == (0, 4)
+    assert truth["1--B", "z"].boxes_xywh.tolist() == [[7.5, 1, 2, 3]]
+    for level, numbers in listed.items():
+        for image, chosen, count in zip(truth.values(), numbers, (3, 0, 1), strict=True):
+            assert image.counted[level].tolist() == [index + 1 in chosen for index in range(count)]

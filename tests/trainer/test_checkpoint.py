@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import importlib.metadata
 import os
 import pickle
@@ -13,15 +14,18 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from facespec.errors import WeightsError
+from facespec.errors import OutputError, WeightsError
 from facespec.images import write_image
 from facespec.letterbox import Frame
 from facespec.spec import DecodeSpec, ModelSpec
-from trainer import checkpoint, load_model, save_checkpoint
+from trainer import RetinaFace, checkpoint, load_model, save_checkpoint
+from trainer.backbones import BACKBONES, backbone_of
+from trainer.checkpoint import load_pretrained, read_training
 
 State = dict[str, Tensor]
 
@@ -229,7 +233,7 @@ def test_weights_hash_depends_on_values_and_names_only(state: State) -> None:
 
 
 def test_a_compressed_checkpoint_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
-    torch.save({"w": torch.zeros(50_000_000)}, tmp_path / "w.pth")
+    torch.save({"w": torch.zeros(3_000_000)}, tmp_path / "w.pth")
     with (
         zipfile.ZipFile(tmp_path / "w.pth") as plain,
         zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as packed,
@@ -237,7 +241,7 @@ def test_a_compressed_checkpoint_that_unpacks_to_gigabytes_is_refused(tmp_path: 
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
     assert (tmp_path / "bomb.pth").stat().st_size < 1_000_000
-    with pytest.raises(WeightsError, match="would unpack to 190 MiB"):
+    with pytest.raises(WeightsError, match="would unpack to 11 MiB"):
         load_model(tmp_path / "bomb.pth")
 
 
@@ -246,3 +250,222 @@ def test_the_limits_of_size_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(checkpoint, "_MAX_BYTES", 1000)
     with pytest.raises(WeightsError, match="would unpack"):
         load_model(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(dtype: torch.dtype, state: State, tmp_path: Path) -> None:
+    torch.save({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "w.pth")
+    model = load_model(tmp_path / "w.pth")
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(value, state[name].to(dtype).float()), name
+
+
+def test_the_architecture_is_read_off_the_weights(tmp_path: Path) -> None:
+    for backbone in BACKBONES:
+        with torch.device("meta"):
+            found = RetinaFace(ModelSpec(backbone, BACKBONES[backbone][1])).state_dict()
+        assert backbone_of(found) == backbone
+        assert backbone_of({key.removeprefix("body."): value for key, value in found.items()}) is None
+    assert backbone_of({"body.stage1.0.0.weight": torch.zeros(8)}) is None
+    assert backbone_of({"body.stage1.0.0.weight": torch.zeros(12, 3, 3, 3)}) is None
+    narrow = RetinaFace(ModelSpec("mobilenet0.5", 16)).eval()
+    torch.save(narrow.state_dict(), tmp_path / "narrow.pth")
+    again = load_model(tmp_path / "narrow.pth")
+    assert (again.spec.backbone, again.spec.fpn_channels) == ("mobilenet0.5", 16)
+    assert again.spec.weights_sha256 == checkpoint.weights_sha256(narrow.state_dict())
+    content = {"format": checkpoint.CHECKPOINT_FORMAT, "spec": ModelSpec("mobilenet0.5", 64).to_json()}
+    torch.save({**content, "model": narrow.state_dict()}, tmp_path / "wide.pth")
+    with pytest.raises(WeightsError, match=r"spec says mobilenet0\.5 with 64 channels.*mobilenet0\.5 with 16"):
+        load_model(tmp_path / "wide.pth")
+
+
+def test_a_file_of_the_name_of_the_published_weights_is_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_model("mobilenet0.25").spec == load_model().spec
+    own = RetinaFace(ModelSpec(fpn_channels=32))
+    torch.save(own.state_dict(), tmp_path / "mobilenet0.25")
+    assert load_model("mobilenet0.25").spec.fpn_channels == 32
+    model = RetinaFace(ModelSpec(fpn_channels=32))
+    load_pretrained(model, "mobilenet0.25")
+    assert checkpoint.weights_sha256(model.state_dict()) == checkpoint.weights_sha256(own.state_dict())
+
+
+def test_the_published_weights_are_known_by_their_hash() -> None:
+    model = load_model()
+    assert not model.training
+    assert model.spec == ModelSpec(weights_sha256="052c66aec35b2c5615a07f02fb12d502f41ed5dc43fc555e8adbae833486655b")
+
+
+def test_the_hash_is_one_of_names_types_shapes_and_values() -> None:
+    values = np.arange(6, dtype=np.float32)
+    state = {"b": torch.from_numpy(values.reshape(2, 3)), "a": torch.zeros(1), "a.num_batches_tracked": torch.ones(())}
+    digest = hashlib.sha256(b"a <f4 (1,);" + bytes(4) + b"b <f4 (2, 3);" + values.tobytes()).hexdigest()
+    assert checkpoint.weights_sha256(state) == digest
+    assert checkpoint.weights_sha256({**state, "a.num_batches_tracked": torch.zeros(())}) == digest
+    for name, value in (
+        ("b", state["b"].reshape(3, 2)),
+        ("b", state["b"].flatten()),
+        ("b", state["b"].view(torch.int32)),
+        ("b", state["b"].flip(1)),
+        ("c", state["b"]),
+    ):
+        assert checkpoint.weights_sha256({"a": state["a"], name: value}) != digest
+    image = torch.arange(24.0).reshape(1, 2, 3, 4)
+    laid_out = image.contiguous(memory_format=torch.channels_last)
+    assert checkpoint.weights_sha256({"x": laid_out}) == checkpoint.weights_sha256({"x": image})
+    assert checkpoint.weights_sha256({"x": image.clone().requires_grad_()}) == checkpoint.weights_sha256({"x": image})
+
+
+def test_a_checkpoint_holds_what_it_is_given_and_the_hash_of_its_weights(tmp_path: Path) -> None:
+    model = load_model()
+    old = model.spec
+    with torch.no_grad():
+        model.ClassHead[0].conv1x1.bias += 1  # type: ignore[union-attr, operator]
+    save_checkpoint(tmp_path / "a" / "own.pth", model, epoch=4, training={"step": 7, "x": [1.5]})
+    content = torch.load(tmp_path / "a" / "own.pth", weights_only=True)
+    assert set(content) == {"format", "spec", "model", "epoch", "training"}
+    assert (content["format"], content["epoch"]) == ("retinaface-trt checkpoint 1", 4)
+    spec = ModelSpec.from_json(content["spec"])
+    assert spec == dataclasses.replace(old, weights_sha256=checkpoint.weights_sha256(model.state_dict()))
+    assert spec.weights_sha256 != old.weights_sha256
+    assert model.spec is old
+    weights, training = read_training(tmp_path / "a" / "own.pth")
+    assert training == {"step": 7, "x": [1.5]}
+    assert checkpoint.weights_sha256(weights) == spec.weights_sha256
+    assert load_model(tmp_path / "a" / "own.pth").spec == spec
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["own.pth"]
+
+
+def test_weights_alone_are_no_run_to_resume(state: State, tmp_path: Path) -> None:
+    model = load_model()
+    save_checkpoint(tmp_path / "weights.pth", model)
+    save_checkpoint(tmp_path / "odd.pth", model, training=3)
+    torch.save({"model": dict(state), "training": {"step": 1}}, tmp_path / "foreign.pth")
+    for name in ("weights", "odd", "foreign"):
+        with pytest.raises(WeightsError, match=rf"{name}\.pth: holds no state of a training run to resume; --pretrain"):
+            read_training(tmp_path / f"{name}.pth")
+
+
+class _Reader:
+    """What PyTorch raises, wherever the process is, when one that reads images has died."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __reduce__(self) -> str:
+        raise RuntimeError(self.text)
+
+
+def test_a_dead_reader_is_no_full_disk(tmp_path: Path) -> None:
+    model = load_model()
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid 3\) is killed"):
+        save_checkpoint(tmp_path / "a.pth", model, extra=_Reader("DataLoader worker (pid 3) is killed"))
+    with pytest.raises(OutputError, match=r"a\.pth: cannot be written.*\(enforce fail\)"):
+        save_checkpoint(tmp_path / "a.pth", model, extra=_Reader("enforce fail\nmore"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\x08\x07", "an ONNX file"),
+        (b"\xff\xd8\xff\xe0", "a JPEG image"),
+        (b"\x89PNG\r\n", "a PNG image"),
+        (b"\x89HDF\r\n", "an HDF5 file"),
+        (b"\x93NUMPY\x01", "a NumPy array"),
+        (b"\x1f\x8b\x08", "a gzip archive"),
+        (b"vtrt", "a TensorRT-RTX engine"),
+        (b"ftrt", "a TensorRT engine"),
+    ],
+)
+def test_files_are_known_by_how_they_begin(data: bytes, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(data + bytes(100))
+    with pytest.raises(WeightsError, match=rf"w\.pth: {kind}, expected a PyTorch checkpoint \(\.pth\)$"):
+        load_model(tmp_path / "w.pth")
+
+
+def test_a_file_that_is_missing_is_told_from_a_name(tmp_path: Path) -> None:
+    for name in ("none.pth", "none.pt", "none.tar", "none.ckpt"):
+        with pytest.raises(WeightsError, match=r"no such weights file$"):
+            load_model(tmp_path / name)
+    with pytest.raises(WeightsError, match=r"no such weights file; the only weights known by name are"):
+        load_model(tmp_path)
+
+
+# what training starts from
+
+
+def _classifier(body: State, prefix: str = "") -> State:
+    """The backbone's weights with a last layer of a thousand classes."""
+    state = {f"{prefix}{key}": torch.full_like(value, 0.25) for key, value in body.items()}
+    return {**state, f"{prefix}fc.weight": torch.zeros(1000, 256), f"{prefix}fc.bias": torch.zeros(1000)}
+
+
+@pytest.mark.parametrize("form", ["plain", "module.", "state_dict", "without counters"])
+def test_a_classifier_fills_the_backbone_and_nothing_else(form: str, tmp_path: Path) -> None:
+    model = RetinaFace(ModelSpec())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = _classifier(model.body.state_dict(), "module." if form == "module." else "")
+    if form == "without counters":
+        state = {key: value for key, value in state.items() if not key.endswith("tracked")}
+    torch.save({"state_dict": state, "epoch": 3} if form == "state_dict" else state, tmp_path / "w.pth")
+    load_pretrained(model, tmp_path / "w.pth")
+    for key, value in model.state_dict().items():
+        if key.startswith("body.") and not key.endswith("tracked"):
+            assert (value == 0.25).all(), key
+        elif not key.startswith("body."):
+            assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("form", ["plain", "module.", "state_dict", "module. in state_dict", "yakhyo", "own", "name"])
+def test_a_detector_fills_everything_whatever_its_layout(form: str, state: State, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    prefixed = {f"module.{key}": value for key, value in state.items()}
+    if form == "own":
+        save_checkpoint(path, load_model())
+    elif form != "name":
+        content = {
+            "plain": state,
+            "module.": prefixed,
+            "state_dict": {"state_dict": state},
+            "module. in state_dict": {"state_dict": prefixed},
+            "yakhyo": _to_yakhyo(state),
+        }[form]
+        torch.save(content, path)
+    model = RetinaFace(ModelSpec())
+    load_pretrained(model, "mobilenet0.25" if form == "name" else path)
+    assert checkpoint.weights_sha256(model.state_dict()) == load_model().spec.weights_sha256
+    assert model.spec == ModelSpec()
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (
+            ModelSpec("mobilenet0.5", 64),
+            r"weights of mobilenet0\.25 with 64.*is mobilenet0\.5 with 64: --backbone",
+        ),
+        (ModelSpec("mobilenet0.25", 32), r"weights of mobilenet0\.25 with 64.*is mobilenet0\.25 with 32"),
+    ],
+)
+def test_a_detector_of_another_architecture_is_refused(spec: ModelSpec, words: str) -> None:
+    with pytest.raises(WeightsError, match=words):
+        load_pretrained(RetinaFace(spec), "mobilenet0.25")
+
+
+def test_a_classifier_must_fit_to_the_last_key(tmp_path: Path) -> None:
+    model = RetinaFace(ModelSpec())
+    good = _classifier(model.body.state_dict())
+    for change, words in (
+        ({"extra": torch.zeros(1)}, "has unknown 1 keys, for instance extra"),
+        ({"stage2.0.0.weight": None}, r"lacks 1 keys, for instance stage2\.0\.0\.weight"),
+        ({"stage2.0.0.weight": torch.zeros(1)}, r"has other shapes for 1 keys"),
+        ({"stage2.0.1.weight": torch.full((64,), torch.inf)}, r"stage2\.0\.1\.weight holds values that are not finite"),
+    ):
+        torch.save(_change(good, **change), tmp_path / "w.pth")  # type: ignore[arg-type]
+        with pytest.raises(WeightsError, match=rf"w\.pth: not ImageNet weights of mobilenet0\.25: .*{words}|{words}"):
+            load_pretrained(model, tmp_path / "w.pth")

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,3 +139,147 @@ def test_configs_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().data.size = 32  # type: ignore[misc]
     assert TrainConfig().data == DataConfig()
+
+
+DEFAULTS = {
+    "recipe": "default", "seed": 0, "precision": "auto",
+    "data.source": "widerface", "data.root": None, "data.val": None, "data.size": 640, "data.batch": 16,
+    "data.overfit": 0,
+    "augment.crop_scales": [0.3, 0.45, 0.6, 0.8, 1.0, 1.2, 1.4], "augment.crop_tries": 250, "augment.flip": 0.5,
+    "augment.brightness": 32.0, "augment.contrast": [0.5, 1.5], "augment.saturation": [0.5, 1.5], "augment.hue": 18,
+    "augment.interpolations": ["nearest", "linear", "cubic", "area", "lanczos"], "augment.pad_bgr": [104, 117, 123],
+    "model.backbone": "mobilenet0.25", "model.fpn_channels": 0, "model.pretrained": None,
+    "model.sync_batch_norm": False, "model.freeze_batch_norm": False,
+    "loss.box_weight": 2.0, "loss.landmark_weight": 1.0, "loss.pixel_weight": 0.0, "loss.negatives_per_positive": 7,
+    "loss.extra_negatives": 200, "loss.positive_iou": 0.35, "loss.ignore_iou": 0.2,
+    "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.nesterov": True, "optimizer.weight_decay": 5e-4,
+    "optimizer.decay_all": False, "optimizer.clip_norm": 10.0,
+    "schedule.epochs": 100, "schedule.kind": "cosine", "schedule.warmup_epochs": 1.0, "schedule.final": 0.01,
+    "schedule.milestones": [0.7, 0.9], "schedule.gamma": 0.1,
+    "ema.decay": 0.999,
+    "run.output": "runs/retinaface", "run.device": "auto", "run.workers": min(8, os.cpu_count() or 1),
+    "run.checkpoint_every": 200, "run.evaluate_every": 1, "run.compile": False,
+}  # fmt: skip
+"""As docs/training.md and the papers have them: changing one of them is a decision."""
+
+
+def test_defaults_and_recipes_are_those_that_are_documented() -> None:
+    assert to_settings(TrainConfig()) == DEFAULTS
+    assert to_settings(resolve({})) == DEFAULTS
+    original = {
+        **{"recipe": "original", "precision": "fp32", "data.batch": 32, "loss.extra_negatives": 0},
+        **{"optimizer.lr": 1e-3, "optimizer.nesterov": False, "optimizer.decay_all": True, "optimizer.clip_norm": 0.0},
+        **{"schedule.kind": "step", "schedule.warmup_epochs": 0.0, "ema.decay": 0.0},
+        "augment.crop_scales": [0.3, 0.45, 0.6, 0.8, 1.0],
+    }
+    assert to_settings(resolve({"recipe": "original"})) == {**DEFAULTS, **original}
+    finetune = {
+        **{"recipe": "finetune", "model.pretrained": "mobilenet0.25", "model.freeze_batch_norm": True},
+        **{"optimizer.lr": 1e-4, "schedule.epochs": 10},
+    }
+    assert to_settings(resolve({"recipe": "finetune"})) == {**DEFAULTS, **finetune}
+    overfit = {
+        **{"data.overfit": 8, "data.batch": 8, "optimizer.lr": 0.02, "optimizer.weight_decay": 0.0},
+        **{"schedule.epochs": 4, "schedule.warmup_epochs": 0.2, "ema.decay": 0.0, "run.evaluate_every": 0},
+    }
+    assert to_settings(resolve({"data.overfit": 8})) == {**DEFAULTS, **overfit}
+    both = to_settings(resolve({"recipe": "finetune", "data.overfit": 8, "seed": 3}))
+    assert both == {**DEFAULTS, **finetune, **overfit, "seed": 3}  # a few images come after the recipe
+
+
+BOUNDS = [
+    ("data.size", [32, 4096], [0, -32, 33, 4128]),
+    ("data.batch", [1], [0, -1]),
+    ("data.overfit", [0, 1], [-1]),
+    ("optimizer.lr", [1e-9, 5.0], [0.0, -1.0]),
+    ("optimizer.momentum", [0.1, 0.999], [-0.1, 1.0, 0.0]),
+    ("optimizer.weight_decay", [0.0], [-1e-9]),
+    ("optimizer.clip_norm", [0.0], [-1e-9]),
+    ("schedule.epochs", [1, 100_000], [0, -1, 100_001]),
+    ("schedule.kind", ["cosine", "step"], ["linear", ""]),
+    ("schedule.warmup_epochs", [0.0, 0.5, 100.0], [-0.1, 100.1]),
+    ("schedule.final", [0.0, 1.0], [-0.01, 1.01]),
+    ("schedule.milestones", [[], [0.5], [0.1, 0.1], [0.01, 0.99]], [[0.0], [1.0], [0.5, 0.4]]),
+    ("schedule.gamma", [1e-6, 1.0], [0.0, 1.1]),
+    ("ema.decay", [0.0, 0.9999], [-0.1, 1.0]),
+    ("run.device", ["auto", "cpu", "cuda"], ["gpu"]),
+    ("run.workers", [0, 64], [-1]),
+    ("run.checkpoint_every", [1], [0, -1]),
+    ("run.evaluate_every", [0, 1], [-1]),
+    ("seed", [0, (1 << 62) - 1], [-1, 1 << 62]),
+    ("precision", ["auto", "fp32", "bf16"], ["fp16"]),
+    ("model.backbone", ["resnet50"], ["resnet101"]),
+    ("augment.crop_scales", [[1e-6], [8.0]], [[], [0.0], [8.1]]),
+    ("augment.crop_tries", [1, 10_000], [0, 10_001]),
+    ("augment.flip", [0.0, 1.0], [-0.01, 1.01]),
+    ("augment.brightness", [0.0, 255.0], [-0.1, 255.1]),
+    ("augment.contrast", [[0.0, 10.0], [1.0, 1.0]], [[-0.1, 1.0], [1.0, 10.1], [1.0, 0.9]]),
+    ("augment.saturation", [[0.0, 10.0], [1.0, 1.0]], [[-0.1, 1.0], [1.0, 10.1], [1.0, 0.9]]),
+    ("augment.hue", [0, 90], [-1, 91]),
+    ("augment.interpolations", [["area"]], [[], ["linear", "sharp"]]),
+    ("augment.pad_bgr", [[0, 0, 0], [255, 255, 255]], [[-1, 0, 0], [0, 0, 256]]),
+]
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), BOUNDS, ids=[name for name, _, _ in BOUNDS])
+def test_settings_are_possible_up_to_their_bounds(name: str, good: list[object], bad: list[object]) -> None:
+    for value in good:
+        assert to_settings(resolve({name: value}))[name] == value
+    for value in bad:
+        with pytest.raises(RetinaFaceError, match=name.rpartition(".")[2].split("_")[-1]) as caught:
+            resolve({name: value})
+        assert "\n" not in str(caught.value)
+
+
+def test_nesterov_needs_momentum() -> None:
+    assert resolve({"optimizer.momentum": 0.0, "optimizer.nesterov": False}).optimizer.momentum == 0
+    with pytest.raises(ConfigError, match=r"optimizer\.nesterov needs optimizer\.momentum"):
+        resolve({"optimizer.momentum": 0.0})
+
+
+def test_only_what_changes_nothing_that_is_computed_may_change() -> None:
+    may = {name for name in DEFAULTS if name.startswith("run.")} | {"data.root", "data.val"}
+    other: dict[type, Any] = {
+        int: lambda v: v + 1, float: lambda v: v / 2 + 0.01, bool: lambda v: not v, list: lambda v: v[:-1] + v[-1:] * 2,
+        str: lambda v: "x", type(None): lambda v: "x",
+    }  # fmt: skip
+    special = {
+        "recipe": "original", "precision": "fp32", "data.size": 320, "model.backbone": "resnet18", "run.device": "cpu",
+        "schedule.kind": "step", "loss.positive_iou": 0.4, "augment.pad_bgr": [1, 2, 3],
+        "augment.contrast": [0.5, 2.0], "augment.saturation": [0.5, 2.0],
+    }  # fmt: skip
+    base = TrainConfig()
+    for name, value in DEFAULTS.items():
+        new = from_settings({**DEFAULTS, name: special.get(name, other[type(value)](value))})
+        assert new != base, name
+        assert changed(base, new) == ([] if name in may else [name])
+        assert changed(base, base) == []
+
+
+def test_values_become_what_a_setting_is() -> None:
+    config = resolve({"optimizer.lr": 1, "schedule.milestones": [0.25, "0.5"], "augment.pad_bgr": (1, 2, 3)})
+    assert (config.optimizer.lr, type(config.optimizer.lr)) == (1.0, float)
+    assert config.schedule.milestones == (0.25, 0.5)
+    assert config.augment.pad_bgr == (1, 2, 3)
+    assert resolve({"model.pretrained": None}).model.pretrained is None
+    for name, value in (("data.root", 3), ("augment.hue", 1.0), ("augment.hue", True), ("data.batch", "4")):
+        with pytest.raises(ConfigError, match=f"{name} is "):
+            resolve({name: value})
+    for value in (float("inf"), -float("inf"), "inf"):
+        with pytest.raises(ConfigError, match="expected a finite number"):
+            resolve({"optimizer.lr": value})
+
+
+def test_sections_and_dotted_names_mix(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data:\n  size: 96\n  batch: 2\noptimizer.lr: 0.5\nloss:\nrun: {workers: 0}\n")
+    assert read_yaml(tmp_path / "c.yaml") == {
+        **{"data.size": 96, "data.batch": 2, "optimizer.lr": 0.5, "run.workers": 0},
+    }
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert read_yaml(tmp_path / "empty.yaml") == {}
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.yaml: cannot be read"):
+        read_yaml(tmp_path / "binary.yaml")
+    write_yaml(tmp_path / "new" / "c.yaml", TrainConfig(seed=5))
+    text = (tmp_path / "new" / "c.yaml").read_text()
+    assert text.index("recipe:") < text.index("seed: 5") < text.index("data:") < text.index("run:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import random
 import re
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -22,64 +23,50 @@ import torch
 from torch import Tensor, nn
 
 from export.to_onnx import ExportOptions, export_onnx
+from facespec.boxes import iou_matrix
 from facespec.errors import ConfigError, DataError, NonFiniteError, OutputError, RetinaFaceError, WeightsError
-from facespec.images import write_image
-from facespec.letterbox import Frame, Letterbox
+from facespec.images import read_image, write_image
+from facespec.letterbox import Frame
 from facespec.spec import DecodeSpec, ModelSpec
-from trainer import RetinaFace, load_model
+from tests.trainer.conftest import label_lines
+from trainer import RetinaFace, load_model, training
 from trainer.backbones import Features
-from trainer.batches import Order, explain_dead_workers, place_faces, read_batches
 from trainer.checkpoint import load_pretrained, read_training, save_checkpoint, weights_sha256
-from trainer.config import ScheduleConfig, Settings, TrainConfig, resolve
-from trainer.data import open_dataset
-from trainer.distributed import World
-from trainer.engine import Ema, Heads, PixelTerm, lr_factor, make_optimizer
-from trainer.folding import is_folded, unfold
-from trainer.records import CsvLog
+from trainer.config import TrainConfig, resolve, write_yaml
+from trainer.data import open_dataset, synthetic
+from trainer.detector import TorchRetinaFace
+from trainer.distributed import World, has_bf16
+from trainer.engine import Heads, PixelTerm
+from trainer.fit import FLAGS, main, parse_arguments
 from trainer.targets import Faces, Targets
-from trainer.training import fit
+from trainer.training import TrainState, fit
 
 ROOT = Path(__file__).parents[2]
 CPU = World(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve small labelled images to train on and four to evaluate on, in a folder like WIDER FACE's."""
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 12), ("val", 4)):
-        lines = []
-        for index, sample in enumerate(open_dataset("synthetic", split).samples[:count]):
-            image, faces = sample.load()
-            box = Letterbox.fit((image.shape[0], image.shape[1]), (160, 160))
-            faces = place_faces(faces, box)
-            write_image(root / split / "images" / f"{index}.png", box.apply(image, (104, 117, 123)))
-            lines.append(f"# {index}.png")
-            for xyxy, points, known in zip(faces.boxes, faces.landmarks, faces.has_landmarks, strict=True):
-                values = [*xyxy[:2], *(xyxy[2:] - xyxy[:2])]
-                values += [number for point in points for number in (*point, 0.0)] if known else []
-                lines.append(" ".join(f"{value:.3f}" for value in values))
-        (root / split / "label.txt").write_text("\n".join(lines) + "\n")
-    return root
+def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path, list[dict[str, float]]]:
+    """The settings, the folder and the history of a run of two epochs of three steps; nobody may change them."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    settings = {"data.source": str(images), "data.size": 160, "data.batch": 4, "schedule.epochs": 2}
+    config = resolve(settings | {"run.workers": 0, "run.evaluate_every": 0, "run.output": str(run)})
+    return config, run, fit(config)
 
 
-@pytest.fixture
-def config(images: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
-    """Settings of a run of six steps that takes a second or two."""
+@pytest.fixture(autouse=True)
+def few_synthetic_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning the whole synthetic set takes seconds."""
+    monkeypatch.setattr(synthetic, "IMAGES", {"train": 40, "val": 8})
 
-    def make(**changes: object) -> TrainConfig:
-        settings: Settings = {
-            "data.source": str(images),
-            "data.size": 160,
-            "data.batch": 4,
-            "schedule.epochs": 2,
-            "run.workers": 0,
-            "run.evaluate_every": 0,
-            "run.output": str(tmp_path / "run"),
-        }
-        return resolve(settings | {name.replace("__", "."): value for name, value in changes.items()})
 
-    return make
+def _not_started(config: TrainConfig) -> Path:
+    """Leave the checkpoint of a run that has not taken a step yet; return its path."""
+    dataset = open_dataset(config.data.source, "train")
+    config = dataclasses.replace(config, precision="bf16" if has_bf16(CPU.device) else "fp32")
+    last = Path(config.run.output) / "last.pth"
+    TrainState.start(config, CPU, None, None, None).save(last, config, dataset.digest())  # type: ignore[arg-type]
+    return last
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
@@ -87,144 +74,115 @@ def _rows(path: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def test_a_run_leaves_logs_and_checkpoints_that_export_and_evaluate(
-    config: Callable[..., TrainConfig], tmp_path: Path
+def test_a_run_leaves_logs_and_checkpoints_that_evaluate(
+    trained: tuple[TrainConfig, Path, list[dict[str, float]]],
 ) -> None:
-    history = fit(config())
-    run = tmp_path / "run"
+    config, run, history = trained
     steps, epochs = _rows(run / "steps.csv"), _rows(run / "epochs.csv")
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in steps] == [1, 1, 1, 2, 2, 2]
+    assert [row["lr"] for row in steps][:4] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.01])
     for row in steps:
         parts = row["classification"] + 2 * row["box"] + row["landmark"]
         assert row["total"] == pytest.approx(parts, rel=1e-6)
         assert row["positives"] > 0 < row["grad_norm"]
+        assert 0 < row["landmark_positives"] <= row["positives"]
     for epoch, row in enumerate(epochs):
         of_epoch = steps[3 * epoch : 3 * epoch + 3]
-        assert row["total"] == pytest.approx(sum(step["total"] for step in of_epoch) / 3)
+        for name in ("total", "box", "positives", "grad_norm"):
+            assert row[name] == pytest.approx(sum(step[name] for step in of_epoch) / 3)
+            assert row[name] == pytest.approx(history[epoch][name])
+        assert row["seconds"] > 0
     assert "ap" not in epochs[0]
     assert epochs[1]["ap"] == pytest.approx(history[1]["ap"])
     last, best = load_model(run / "last.pth"), load_model(run / "best.pth")
     assert last.spec == best.spec
-    average, training = read_training(run / "last.pth")
-    assert weights_sha256(average) == last.spec.weights_sha256 != weights_sha256(training["weights"])
+    average, state = read_training(run / "last.pth")
+    assert weights_sha256(average) == last.spec.weights_sha256 != weights_sha256(state["weights"])
+    assert (state["step"], state["ema_updates"], state["sums"], state["history"]) == (6, 6, {}, history)
     with pytest.raises(WeightsError, match=r"best\.pth: holds no state of a training run"):
         read_training(run / "best.pth")
     with pytest.raises(OutputError, match="holds a run already: --resume auto"):
-        fit(config())
+        fit(config)
+    assert (run / "config.yaml").read_text().startswith("recipe: default\nseed: 0\n")
+    assert sorted(path.name for path in run.iterdir()) == [
+        *("best.pth", "config.yaml", "epochs.csv", "last.pth", "steps.csv", "tensorboard"),
+    ]
 
 
 @pytest.mark.slow
-def test_a_checkpoint_exports(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    fit(config(schedule__epochs=1))
-    options = ExportOptions(str(tmp_path / "run" / "last.pth"), tmp_path / "m.onnx", (64, 64), DecodeSpec())
+def test_a_checkpoint_exports(trained: tuple[TrainConfig, Path, list[dict[str, float]]], tmp_path: Path) -> None:
+    options = ExportOptions(str(trained[1] / "last.pth"), tmp_path / "m.onnx", (64, 64), DecodeSpec())
     export_onnx(options)
     assert options.out.stat().st_size > 1_000_000
 
 
-def test_learning_rates() -> None:
-    cosine = ScheduleConfig(epochs=4, warmup_epochs=0.5, final=0.1)
-    rates = [lr_factor(step, 10, cosine) for step in range(40)]
-    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
-    assert rates[22] == pytest.approx(0.55)
-    assert rates[39] == pytest.approx(0.1)
-    assert sorted(rates[5:], reverse=True) == rates[5:]
-    original = resolve({"recipe": "original"}).schedule
-    steps = [lr_factor(step, 7, original) for step in range(700)]
-    assert steps == pytest.approx([1.0] * 490 + [0.1] * 140 + [0.01] * 70)
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as the processes of the test have: the order of additions depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def test_the_average_of_weights_is_what_a_hand_computes() -> None:
-    model = nn.BatchNorm1d(1)
-    ema = Ema(model, 0.2)
-    values = [(1.0, 0.0)]
-    for step in range(3):
-        nn.init.constant_(model.weight, 10.0 * step)
-        model.running_mean.fill_(step)  # type: ignore[union-attr, operator]
-        model.num_batches_tracked.fill_(step)  # type: ignore[union-attr, operator]
-        ema.update(model)
-        decay = min(0.2, (1 + step) / (10 + step))
-        values.append((decay * values[-1][0] + (1 - decay) * 10.0 * step, decay * values[-1][1] + (1 - decay) * step))
-    assert ema.model.weight.item() == pytest.approx(values[-1][0])  # type: ignore[union-attr, operator]
-    assert ema.model.running_mean.item() == pytest.approx(values[-1][1])  # type: ignore[union-attr, operator]
-    assert ema.model.num_batches_tracked == 2
-    assert not ema.model.training
-
-
-def test_weight_decay_spares_vectors() -> None:
-    settings = resolve({}).optimizer
-    model = RetinaFace(ModelSpec())
-    decayed, spared = make_optimizer(model, settings).param_groups
-    assert {p.ndim for p in decayed["params"]} == {4}
-    assert {p.ndim for p in spared["params"]} == {1}
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (5e-4, 0)
-    (everything,) = make_optimizer(model, resolve({"recipe": "original"}).optimizer).param_groups
-    assert len(everything["params"]) == len(list(model.parameters()))
-
-
-def test_every_image_once_an_epoch_and_from_any_step_on() -> None:
-    order = Order(count=10, batch=4, seed=3)
-    steps = list(order.steps(0, 6))
-    for epoch in range(3):
-        seen = steps[2 * epoch] + steps[2 * epoch + 1]
-        assert len(set(seen)) == 8
-        assert all(index // 10 == epoch for index in seen)
-    assert steps[0] != [index - 10 for index in steps[2]]
-    for first in range(6):
-        assert list(order.steps(first, 6)) == steps[first:]
-    halves = [order.images(3, World(CPU.device, rank, 2)) for rank in (0, 1)]
-    assert sorted(halves[0] + halves[1]) == sorted(index % 10 for index in steps[3])
-
-
-def test_training_that_is_killed_resumes_to_the_bit(images: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_training_that_is_killed_resumes_to_the_bit(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL at any moment, SIGTERM, and --resume auto: logs and weights of a run that nobody disturbed."""
-    line = [
-        sys.executable,
-        "-m",
-        "trainer.fit",
-        "--data",
-        str(images),
-        "--size",
-        "160",
-        "--batch",
-        "4",
-        "--epochs",
-        "5",
-    ]
-    line += ["--workers", "1", "--checkpoint-every", "2", "--set", "run.evaluate_every=2", "--precision", "fp32"]
+    monkeypatch.chdir(tmp_path)
+    line = f"--data {images} --size 128 --batch 4 --epochs 5 --workers 1 --checkpoint-every 2".split()
+    line += ["--set", "run.evaluate_every=2", "--precision", "fp32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def start(name: str, *more: str) -> subprocess.Popen[str]:
-        command = [*line, "--output", name, *more]
-        return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+    def ignore_hangups() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    def stop_at(process: subprocess.Popen[str], rows: int, number: int) -> str:
-        log, deadline = tmp_path / "killed" / "steps.csv", time.monotonic() + 60
-        while not log.exists() or log.read_text().count("\n") <= rows:
+    def start(*more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "trainer.fit", *line, "--output", "killed", *more]
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=ignore_hangups,
+        )  # fmt: skip
+
+    def rows() -> int:
+        log = tmp_path / "killed" / "steps.csv"
+        return log.read_text().count("\n") - 1 if log.exists() else 0
+
+    def wait_for(count: int, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 90
+        while rows() < count:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        time.sleep(random.random() * 0.1)
-        process.send_signal(number)
-        return process.communicate(timeout=60)[0]
 
-    whole = start("whole")
-    stop_at(start("killed"), 3, signal.SIGKILL)
-    output = stop_at(start("killed", "--resume", "auto"), 6, signal.SIGTERM)
+    process = start()
+    wait_for(2, process)
+    time.sleep(random.random() * 0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    process = start("--resume", "auto")
+    wait_for(5, process)
+    process.send_signal(signal.SIGHUP)  # nohup's
+    wait_for(rows() + 1, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
     assert "stopped after step" in output
-    resumed = start("killed", "--resume", "auto")
-    output = resumed.communicate(timeout=120)[0]
-    assert resumed.returncode == 0, output
-    assert "resumed after step" in output
-    assert whole.wait(timeout=120) == 0
+    stopped = read_training(tmp_path / "killed" / "last.pth")[1]["step"]
+    assert f"stopped after step {stopped}:" in output
+    assert rows() == stopped
+    assert main([*line, "--output", "killed", "--resume", "auto"]) == 0
+    assert f"resumed after step {stopped} of 15" in capsys.readouterr().out
+    assert main([*line, "--output", "whole", "--workers", "0"]) == 0
     assert (tmp_path / "killed" / "steps.csv").read_bytes() == (tmp_path / "whole" / "steps.csv").read_bytes()
     assert len(_rows(tmp_path / "whole" / "steps.csv")) == 15
     for name in ("last.pth", "best.pth"):
         one, other = (load_model(tmp_path / run / name).spec.weights_sha256 for run in ("whole", "killed"))
         assert one == other
     one, other = (_rows(tmp_path / run / "epochs.csv") for run in ("whole", "killed"))
+    assert ["ap" in row for row in one] == [False, True, False, True, True]
     for row in (*one, *other):
         del row["seconds"]
     assert one == other
@@ -233,8 +191,7 @@ def test_training_that_is_killed_resumes_to_the_bit(images: Path, tmp_path: Path
 
 
 def test_a_run_that_changes_is_not_resumed(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    fit(config(schedule__epochs=1, schedule__warmup_epochs=0.0))
-    last = tmp_path / "run" / "last.pth"
+    last = _not_started(config(schedule__epochs=1, schedule__warmup_epochs=0.0))
     with pytest.raises(
         RetinaFaceError, match=r"another optimizer\.lr \(0\.01 -> 0\.5\), schedule\.epochs \(1 -> 3\): leave"
     ):
@@ -242,73 +199,50 @@ def test_a_run_that_changes_is_not_resumed(config: Callable[..., TrainConfig], t
     assert len(fit(config(schedule__epochs=1, schedule__warmup_epochs=0.0, run__workers=1), resume=last)) == 1
 
 
+def test_a_run_that_is_over_is_over(
+    trained: tuple[TrainConfig, Path, list[dict[str, float]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed, it takes no step and says what there was; what is not said again holds on."""
+    shutil.copytree(trained[1], tmp_path / "run")
+    before = (tmp_path / "run" / "steps.csv").read_bytes()
+    assert main(["--resume", str(tmp_path / "run" / "last.pth"), "--output", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "resumed after step 6 of 6" in said
+    assert "2 epochs of 3 steps of 4 images of 160x160" in said
+    assert "mobilenet0.25 on cpu in " in said
+    assert "measured: AP at IoU 0.5 over the labels of 4 images" in said
+    assert "12 images (" in said
+    assert (tmp_path / "run" / "steps.csv").read_bytes() == before
+    assert read_training(tmp_path / "run" / "last.pth")[1]["history"] == trained[2]
+
+
+def test_an_epoch_that_was_stopped_while_it_was_measured_is_finished(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    settings = config(schedule__epochs=1)
+    last = _not_started(settings)
+    content = torch.load(last, weights_only=True)
+    content["training"] |= {"step": 3, "sums": dict.fromkeys(training.REPORTED, 6.0)}
+    torch.save(content, last)
+    (row,) = fit(settings, resume=last)
+    assert {name: row[name] for name in training.REPORTED} == dict.fromkeys(training.REPORTED, 2.0)
+    assert "ap" in row
+    assert len(_rows(tmp_path / "run" / "epochs.csv")) == 1
+    assert read_training(last)[1]["history"] == [row]
+
+
 def test_a_run_is_not_resumed_on_other_images_or_over_another_run(
     config: Callable[..., TrainConfig], images: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "own"
     shutil.copytree(images, own)
-    fit(config(data__source=str(own)))
-    last = tmp_path / "run" / "last.pth"
+    last = _not_started(config(data__source=str(own)))
     (own / "train" / "images" / "3.png").unlink()
     with pytest.raises(ConfigError, match="was trained on other images"):
         fit(config(data__source=str(own)), resume=last)
-    fit(config(run__output=str(tmp_path / "second")))
+    _not_started(config(run__output=str(tmp_path / "second")))
     with pytest.raises(OutputError, match="second holds a run already"):
         fit(config(run__output=str(tmp_path / "second")), resume=last)
-
-
-def test_logs_of_a_resumed_run_keep_their_columns_and_lose_what_is_damaged(tmp_path: Path) -> None:
-    path = tmp_path / "epochs.csv"
-    path.write_bytes(b"epoch,total,seconds\n1,5.5,7\n\n2,4.5,7\nx,1,1\n3,\0\0\0\0\n\xff\n4,1,1\n5,0.")
-    log = CsvLog(path, ["epoch", "total", "ap", "seconds"], last=3)
-    log.add({"epoch": 3, "total": 2.5, "ap": 0.25})
-    log.close()
-    assert path.read_text().splitlines() == ["epoch,total,ap,seconds", "1,5.5,,7", "2,4.5,,7", "3,2.5,0.25,"]
-
-
-def test_what_nohup_ignores_stays_ignored(images: Path, tmp_path: Path) -> None:
-    arguments = ["--data", str(images), "--size", "160", "--batch", "4", "--epochs", "60", "--workers", "0"]
-    command = [
-        sys.executable,
-        "-m",
-        "trainer.fit",
-        *arguments,
-        "--evaluate-every",
-        "0",
-        "--output",
-        str(tmp_path / "run"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def ignore() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    run = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        preexec_fn=ignore,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    steps = tmp_path / "run" / "steps.csv"
-    _wait_for(lambda: steps.is_file() and len(steps.read_text().splitlines()) > 2, run)
-    run.send_signal(signal.SIGHUP)
-    before = len(steps.read_text().splitlines())
-    _wait_for(lambda: len(steps.read_text().splitlines()) > before + 3, run)
-    run.send_signal(signal.SIGTERM)
-    said, _ = run.communicate(timeout=60)
-    assert run.returncode == 130
-    assert "stopped after step" in said
-
-
-def _wait_for(happened: Callable[[], bool], run: subprocess.Popen[str]) -> None:
-    limit = time.monotonic() + 120
-    while not happened():
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < limit
-        time.sleep(0.02)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_images(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -339,23 +273,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-class _Murder:
-    """Samples that kill the process which reads them."""
-
-    def __getitem__(self, index: int) -> tuple[Frame, Faces]:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
-
-
-def test_a_killed_reader_is_named() -> None:
-    batches = read_batches(_Murder(), Order(4, 2, 0), CPU, 1, 0, 2)
-    with (
-        pytest.raises(DataError, match=r"DataLoader worker.*has died.*fewer --workers \(0 reads in"),
-        explain_dead_workers(),
-    ):
-        next(iter(batches))
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_missing_image_ends_in_one_line(workers: int, config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     for name in ("0.png", "1.png"):
@@ -368,25 +285,135 @@ def test_a_missing_image_ends_in_one_line(workers: int, config: Callable[..., Tr
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--data-root", "."], "--data synthetic"),
-        (["--data", "nowhere"], "nowhere"),
-        (["--data", "synthetic", "--pretrained", "none.pth"], "none.pth: no such weights file"),
-        (
-            ["--data", "synthetic", "--backbone", "resnet18", "--pretrained", "mobilenet0.25"],
-            "--backbone mobilenet0.25",
-        ),
-        (["--data", "synthetic", "--batch", "2000"], "at most 1000, the number of images"),
-        (["--set", "loss.pixel_weight=1"], "there is no pixel-wise term"),
-        (["--set", "loss.box=1"], "did you mean loss.box_weight?"),
-        (["--config", "none.yaml"], "none.yaml: cannot be read"),
-        (["--resume", "none.pth"], "none.pth: no such weights file"),
-    ],
-)
-def test_wrong_commands_end_in_one_line(arguments: list[str], words: str, refused: Callable[..., str]) -> None:
-    assert words in refused("trainer.fit", *arguments)
+WRONG = [
+    (["--data-root", "."], "--data synthetic"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--data", "synthetic", "--pretrained", "none.pth"], "none.pth: no such weights file"),
+    (["--data", "synthetic", "--backbone", "resnet18", "--pretrained", "mobilenet0.25"], "--backbone mobilenet0.25"),
+    (["--data", "synthetic", "--batch", "41"], "at most 40, the number of images"),
+    (["--set", "loss.pixel_weight=1"], "there is no pixel-wise term"),
+    (["--set", "loss.box=1"], "did you mean loss.box_weight?"),
+    (["--set", "loss.box_weight"], "--set loss.box_weight: expected NAME=VALUE"),
+    (["--set", "seed=[1"], "--set seed: cannot be read"),
+    (["--config", "none.yaml"], "none.yaml: cannot be read"),
+    (["--resume", "none.pth"], "none.pth: no such weights file"),
+    (["--epochs", "two"], "--epochs"),
+    (["--lr", "-1"], "optimizer.lr is -1.0: it must be positive"),
+    (["--device", "tpu"], "run.device is 'tpu': choose from auto, cpu, cuda"),
+    (["--overfit", "-1"], "data.overfit is -1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG)
+def test_wrong_commands_end_in_one_line(
+    arguments: list[str], words: str, refused_here: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WIDERFACE_ROOT", raising=False)
+    assert words in refused_here(main, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_command_ends_in_one_line_in_its_own_process(refused: Callable[..., str]) -> None:
+    assert "did you mean loss.box_weight?" in refused("trainer.fit", "--set", "loss.box=1")
+
+
+def test_flags_are_settings() -> None:
+    given = {
+        "--recipe": ("recipe", "original", "original"),
+        "--data": ("data.source", "synthetic", "synthetic"),
+        "--data-root": ("data.root", "r", "r"),
+        "--val": ("data.val", "v", "v"),
+        "--size": ("data.size", "96", 96),
+        "--batch": ("data.batch", "3", 3),
+        "--overfit": ("data.overfit", "5", 5),
+        "--backbone": ("model.backbone", "resnet34", "resnet34"),
+        "--pretrained": ("model.pretrained", "p.pth", "p.pth"),
+        "--epochs": ("schedule.epochs", "7", 7),
+        "--lr": ("optimizer.lr", "1e-3", 1e-3),
+        "--precision": ("precision", "bf16", "bf16"),
+        "--seed": ("seed", "11", 11),
+        "--output": ("run.output", "o", "o"),
+        "--device": ("run.device", "cpu", "cpu"),
+        "--workers": ("run.workers", "0", 0),
+        "--checkpoint-every": ("run.checkpoint_every", "9", 9),
+        "--evaluate-every": ("run.evaluate_every", "0", 0),
+    }
+    assert given.keys() == FLAGS.keys()
+    for flag, (name, text, value) in given.items():
+        options = parse_arguments([flag, text])
+        assert options.settings == {name: value}, flag
+        assert type(options.settings[name]) is type(value)
+        resolve(options.settings)
+    assert parse_arguments([]) == parse_arguments(["--set", "seed=1"]).__class__()
+    line = [
+        "--compile",
+        "--set",
+        "loss.box_weight=1.5",
+        "--set",
+        "data.root=",
+        "--set",
+        "schedule.milestones=[0.5, 1]",
+    ]
+    options = parse_arguments([*line, "--config", "c.yaml", "--resume", "auto", "--check-data"])
+    assert options.settings == {
+        **{"run.compile": True, "loss.box_weight": 1.5, "data.root": None, "schedule.milestones": [0.5, 1]},
+    }
+    assert (options.config, options.resume, options.check_data) == (Path("c.yaml"), "auto", True)
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for flag, (_, _, text) in FLAGS.items():
+        assert f"{flag} " in said
+        assert " ".join(text.split()[:3]) in said
+
+
+def test_flags_win_over_the_file_and_a_run_that_is_not_there_is_a_new_one(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[TrainConfig, Path | None]] = []
+    monkeypatch.setattr(training, "fit", lambda config, resume: seen.append((config, resume)))
+    (tmp_path / "c.yaml").write_text("seed: 3\ndata: {size: 64}\nrun.output: there\n")
+    monkeypatch.chdir(tmp_path)
+    line = ["--config", "c.yaml", "--size", "96", "--resume", "auto"]
+    assert main(line) == 0
+    config, resume = seen.pop()
+    assert (config.seed, config.data.size, config.run.output, resume) == (3, 96, "there", None)
+    assert capsys.readouterr().out == "nothing to resume in there: a new run\n"
+    # what the run was started with holds unless it is said anew; its folder is where it is looked for
+    last = Path("there") / "last.pth"
+    save_checkpoint(last, load_model(), training={"settings": {"seed": 8, "optimizer.lr": 0.5, "run.output": "moved"}})
+    main(line)
+    config, resume = seen.pop()
+    assert (config.seed, config.data.size, config.optimizer.lr, config.run.output) == (3, 96, 0.5, "there")
+    assert resume == last
+    assert capsys.readouterr().out == ""
+    main(["--resume", str(last)])
+    config, resume = seen.pop()
+    assert (config.seed, config.run.output, resume) == (8, "moved", last)
+    main(["--seed", "1"])
+    assert seen.pop() == (resolve({"seed": 1}), None)
+
+
+def test_a_run_is_written_down_so_that_it_can_be_run_again(
+    trained: tuple[TrainConfig, Path, list[dict[str, float]]], tmp_path: Path
+) -> None:
+    """auto has become what it stood for: resumed on another machine the run stays the same."""
+    text = (trained[1] / "config.yaml").read_text()
+    precision = re.findall(r"^precision: (\w+)$", text, re.MULTILINE)
+    assert precision in (["fp32"], ["bf16"])
+    settled = resolve({**{name: value for name, value in _settings(trained[0]).items()}, "precision": precision[0]})
+    write_yaml(tmp_path / "c.yaml", settled)
+    assert text == (tmp_path / "c.yaml").read_text()
+
+
+def _settings(config: TrainConfig) -> dict[str, object]:
+    from trainer.config import to_settings
+
+    return to_settings(config)
 
 
 @pytest.mark.data
@@ -413,53 +440,69 @@ def test_imagenet_weights_fill_the_backbone_and_nothing_else(weights_dir: Path, 
             load_pretrained(model, tmp_path / "w.pth")
 
 
-def test_a_detector_fills_everything(tmp_path: Path) -> None:
-    model = RetinaFace(ModelSpec())
-    load_pretrained(model, "mobilenet0.25")
-    assert weights_sha256(model.state_dict()) == load_model().spec.weights_sha256
-
-
-def test_folded_batch_normalisation_is_given_back() -> None:
-    """The published weights come folded: by a batch's statistics they would be another network."""
-    rng = np.random.default_rng(0)
-    photographs = torch.from_numpy(rng.normal(0, 50, (6, 3, 160, 192)).astype(np.float32))
-    model, folded = load_model(), load_model()
-    assert is_folded(folded)
-    unfold(model, photographs.split(2))
-    assert not is_folded(model)
-    with torch.no_grad():
-        for after, before in zip(model(photographs), folded(photographs), strict=True):
-            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-        by_statistics = [head.clone() for head in model(photographs)]
-        for module in (model, folded):
-            module.train()
-        for head, wanted, wrong in zip(model(photographs), by_statistics, folded(photographs), strict=True):
-            assert (head - wanted).abs().mean() < 0.01
-            assert (wrong - wanted).abs().mean() > 0.1
-
-
-def test_fine_tuning_starts_where_the_weights_are(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    history = fit(config(recipe="finetune", schedule__epochs=1))
+def test_fine_tuning_starts_where_the_weights_are_and_keeps_their_statistics(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """From AP 90 on, by the statistics that were measured for it; only scale and shift are learned."""
+    settings = config(recipe="finetune", schedule__epochs=1)
+    history = fit(settings)
     assert history[0]["ap"] > 90
-
-
-def test_frozen_batch_normalisation_keeps_its_statistics(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    fit(config(recipe="finetune", schedule__epochs=1))
-    training = read_training(tmp_path / "run" / "last.pth")[1]
+    weights = read_training(tmp_path / "run" / "last.pth")[1]["weights"]
+    start = TrainState.start(
+        settings, CPU, training._open_data(settings, CPU).samples, None, settings.model.pretrained
+    ).model.state_dict()
+    kept = [name for name in start if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert len(kept) > 60
+    assert all(torch.equal(weights[name], start[name]) for name in kept)
+    scales = [name.replace("running_mean", "weight") for name in kept if name.endswith("running_mean")]
+    assert np.mean([not torch.equal(weights[name], start[name]) for name in scales]) > 0.5
+    moving = str(tmp_path / "moving")
     fit(
         config(
-            recipe="finetune", schedule__epochs=1, model__freeze_batch_norm=False, run__output=str(tmp_path / "moving")
+            recipe="finetune", schedule__epochs=1, data__batch=12, model__freeze_batch_norm=False, run__output=moving
         )
     )
-    moving = read_training(tmp_path / "moving" / "last.pth")[1]
-    counters = [name for name in moving["weights"] if name.endswith("num_batches_tracked")]
-    assert counters
-    assert all(training["weights"][name] == 0 < moving["weights"][name] for name in counters)
+    weights = read_training(tmp_path / "moving" / "last.pth")[1]["weights"]
+    assert not any(torch.equal(weights[name], start[name]) for name in kept)
 
 
-def test_a_few_images_are_learned_by_heart(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    history = fit(config(data__overfit=2, schedule__epochs=1))
+def _learn_by_heart(root: Path, photographs: dict[str, Frame]) -> list[tuple[Frame, Faces]]:
+    """Write two photographs of 64x64 pixels, each with a face in another place; return them with their faces."""
+    detector = TorchRetinaFace(load_model())
+    lines, samples = [], []
+    for index, image in enumerate(photographs.values()):
+        found = detector.detect(image)
+        x1, y1, x2, y2 = found.boxes[0].tolist()
+        scale = 32 / (1.2 * max(x2 - x1, y2 - y1))
+        move = np.array(
+            [[scale, 0, 32 + 8 * index - (x1 + x2) / 2 * scale], [0, scale, 32 - (y1 + y2) / 2 * scale]], np.float32
+        )
+        view = np.asarray(cv2.warpAffine(image, move, (64, 64), flags=cv2.INTER_AREA), np.uint8)
+        corners = found.boxes[:1].reshape(1, 2, 2) @ move[:, :2].T + move[:, 2]
+        points = found.landmarks[:1] @ move[:, :2].T + move[:, 2]
+        faces = Faces(corners.reshape(1, 4), points, np.ones(1, bool))
+        write_image(root / "train" / "images" / f"{index}.png", view)
+        lines += [f"# {index}.png", *label_lines(faces)]
+        samples.append((view, faces))
+    (root / "train" / "label.txt").write_text("\n".join(lines))
+    return samples
+
+
+def test_a_few_images_are_learned_by_heart(photographs: dict[str, Frame], tmp_path: Path) -> None:
+    """From random weights, in a hundred steps: boxes and landmarks are where they were labelled, and nowhere else."""
+    samples = _learn_by_heart(tmp_path / "set", photographs)
+    settings = {"data.source": str(tmp_path / "set"), "data.overfit": 2, "data.size": 64, "schedule.epochs": 1}
+    history = fit(resolve(settings | {"run.workers": 0, "run.output": str(tmp_path / "run")}))
     assert history[-1]["ap"] > 95
+    steps = _rows(tmp_path / "run" / "steps.csv")
+    assert len(steps) == 100
+    assert steps[-1]["total"] < 1 < 20 < steps[0]["total"]
+    detector = TorchRetinaFace(load_model(tmp_path / "run" / "last.pth"))
+    for image, faces in samples:
+        found = detector.detect(image)
+        assert len(found) == 1
+        assert iou_matrix(faces.boxes, found.boxes)[0, 0] > 0.85
+        assert np.abs(found.landmarks - faces.landmarks).max() < 2
 
 
 class Brightness(PixelTerm):
@@ -497,20 +540,38 @@ def test_a_pixel_wise_term_is_trained_resumed_and_not_exported(
     assert torch.equal(other.decode.weight, term.decode.weight)
 
 
-def test_the_example_of_the_document_runs(tmp_path: Path) -> None:
+def test_the_example_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "training.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "OVERFIT_STEPS", 3)
+    exec(compile(example, "docs/training.md", "exec"), {"__name__": "example"})
     assert load_model(tmp_path / "runs" / "dense" / "last.pth")
+    assert len(_rows(tmp_path / "runs" / "dense" / "steps.csv")) == 3
 
 
 def test_check_data_draws_a_picture(
-    images: Path, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = command("trainer.fit", "--data", images, "--check-data", "--size", "64", "--output", "seen")
-    assert result.returncode == 0, result.stderr
-    assert "12 images" in result.stdout
-    assert not result.stderr
-    assert cv2.imread(str(tmp_path / "seen" / "data.png")) is not None
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own"
+    shutil.copytree(images, own)
+    line = ["--data", str(own), "--check-data", "--size", "64"]
+    assert main([*line, "--output", "seen"]) == 0
+    said = capsys.readouterr()
+    assert "12 images (" in said.out
+    assert said.out.splitlines()[0].startswith(f"{own}: 12 images")
+    assert said.out.endswith(f"some of it, as it is trained: {Path('seen') / 'data.png'}\n")
+    assert not said.err
+    picture = read_image(tmp_path / "seen" / "data.png")
+    # size, seed and augmentation are those of the training
+    main([*line, "--output", "again"])
+    assert (read_image(tmp_path / "again" / "data.png") == picture).all()
+    for index, other in enumerate((["--seed", "4"], ["--size", "32"], ["--set", "augment.flip=1"])):
+        main([*line, *other, "--output", str(index)])
+        assert (read_image(tmp_path / str(index) / "data.png") != picture).any(), other
+    # training would stop at an image that cannot be read
+    (own / "train" / "images" / "2.png").write_bytes(b"damaged")
+    capsys.readouterr()
+    assert main([*line, "--output", "seen"]) == 1
+    assert "2.png" in capsys.readouterr().out.splitlines()[0]

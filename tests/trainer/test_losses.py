@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import facespec.boxes as reference
 from benchmarks.loss import OriginalLoss, random_faces, random_heads
@@ -304,31 +301,28 @@ def linear_and_batch() -> tuple[nn.Module, Tensor, list[Faces]]:
     return model, features, [plain_faces(0, 30, SIZE), Faces.none(), plain_faces(1, 2, SIZE)]
 
 
-def gradients(model: nn.Module, features: Tensor, images: list[Faces]) -> tuple[float, list[Tensor]]:
-    boxes, logits, landmarks = model(features).split([4, 2, 10], dim=2)
-    losses = MultiBoxLoss(SPEC)((boxes, logits, landmarks), targets_of(*images), SIZE)
-    losses.total.backward()
-    return losses.total.item(), [p.grad for p in model.parameters() if p.grad is not None]
+@pytest.mark.parametrize("iou", [0.3, 0.5, 0.7])
+def test_the_thresholds_of_the_settings_are_those_of_the_matching(iou: float) -> None:
+    faces = plain_faces(0, 20, SIZE)
+    overlap = reference.iou_matrix(faces.boxes, reference.cxcywh_to_xyxy(make_priors(SPEC.anchors, SIZE)))
+    for ignore in (0.25, iou):
+        forced = {int(row.argmax()) for row in overlap if row.max() >= np.float32(ignore)}
+        near = set(np.flatnonzero(overlap.max(axis=0) >= np.float32(iou)).tolist())
+        found = MultiBoxLoss(SPEC, LossSettings(positive_iou=iou, ignore_iou=ignore))(
+            heads_for(1), targets_of(faces), SIZE
+        )
+        assert int(found.positives) == len(forced | near)
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """Rank 0 has the first image, rank 1 the others."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model, features, images = linear_and_batch()
-    mine = slice(0, 1) if rank == 0 else slice(1, 3)
-    torch.save(gradients(DistributedDataParallel(model), features[mine], images[mine]), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_train_as_one_batch(tmp_path: Path) -> None:
-    total, expected = gradients(*linear_and_batch())
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert np.mean([loss for loss, _ in ranks]) == pytest.approx(total, rel=1e-5)
-    for _, found in ranks:
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+def test_settings_at_their_bounds_are_possible() -> None:
+    LossSettings(0, 0, 0, 0, 1, 0.01, 0.01)
+    LossSettings(999_999.0, 999_999, 999_999, 1_000_000, 1_000_000, 0.999, 0.999)
+    for name in ("box_weight", "landmark_weight", "pixel_weight"):
+        with pytest.raises(SpecError, match=f"{name} must be a number from 0 up to a million, got 1000000.0"):
+            LossSettings(**{name: 1e6})
+    for name in ("negatives_per_positive", "extra_negatives"):
+        with pytest.raises(SpecError, match=f"{name} must be an integer in 0..1000000, got 1000001"):
+            LossSettings(**{name: 1_000_001})  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

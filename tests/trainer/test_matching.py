@@ -94,7 +94,7 @@ def test_worked_example() -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), levels=st.integers(2, 30))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_rules_equal_plain_loops(seed: int, levels: int) -> None:
     """Few distinct values make ties of every kind."""
     rng = np.random.default_rng(seed)
@@ -123,7 +123,7 @@ def test_windows_hold_every_pair_and_its_very_iou(size_hw: tuple[int, int], iou:
 
 
 @given(seed=st.integers(0, 2**32 - 1), size_hw=st.sampled_from(SIZES), whole=st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_matching_equals_the_full_matrix(seed: int, size_hw: tuple[int, int], whole: bool) -> None:
     rng = np.random.default_rng(seed)
     images = [random_faces(rng, count, size_hw, whole) for count in (rng.integers(0, 12), rng.integers(1, 40))]

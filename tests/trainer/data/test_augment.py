@@ -14,8 +14,19 @@ from torch.utils.data import DataLoader
 from facespec.errors import SpecError
 from facespec.letterbox import Frame
 from trainer.batches import start_worker
-from trainer.data import AugmentSettings, FileSample, TrainingSet, open_dataset
-from trainer.data.augment import INTERPOLATIONS, Colours, Crop, apply_crop, augment, choose_crop, mirror, recolour
+from trainer.data import AugmentSettings, Dataset, FileSample, Report, TrainingSet, open_dataset
+from trainer.data.augment import (
+    INTERPOLATIONS,
+    Colours,
+    Crop,
+    apply_crop,
+    augment,
+    choose_crop,
+    draw_colours,
+    mirror,
+    recolour,
+)
+from trainer.data.synthetic import SyntheticSample
 from trainer.targets import Faces, collate
 
 SIZE = 320
@@ -34,6 +45,11 @@ def _faces(boxes: object, landmarks: object = None) -> Faces:
     if landmarks is None:
         return Faces(corners, np.zeros((len(corners), 5, 2), np.float32), np.zeros(len(corners), bool))
     return Faces(corners, np.array(landmarks, np.float32).reshape(-1, 5, 2), np.ones(len(corners), bool))
+
+
+def _synthetic(count: int) -> Dataset:
+    """The first images of the synthetic set; planning all of it takes seconds."""
+    return Dataset("few", [SyntheticSample("train", index) for index in range(count)], Report())
 
 
 def _portrait() -> tuple[Frame, Faces]:
@@ -228,7 +244,7 @@ def test_what_comes_out_fits_the_image(view: tuple[tuple[int, int], Faces, int, 
 
 
 def test_items_depend_on_seed_epoch_and_index_alone() -> None:
-    dataset = open_dataset("synthetic")
+    dataset = _synthetic(8)
     count = len(dataset)
     first = TrainingSet(dataset, 64, AugmentSettings(), seed=1)
     assert len(first) == count
@@ -242,8 +258,8 @@ def test_items_depend_on_seed_epoch_and_index_alone() -> None:
 def test_workers_change_nothing() -> None:
     large = np.zeros((2000, 2000, 3), np.uint8)
     cv2.resize(large, (1000, 1000), interpolation=cv2.INTER_LANCZOS4)  # cv2 has threads of its own from here on
-    training_set = TrainingSet(open_dataset("synthetic"), 64, AugmentSettings(), seed=3)
-    items = [7, 1007, 8, 2100]
+    training_set = TrainingSet(_synthetic(10), 64, AugmentSettings(), seed=3)
+    items = [7, 17, 8, 25]
     batches = [
         next(
             iter(
@@ -301,3 +317,118 @@ def test_faces_are_as_large_in_training_as_in_the_images(widerface: Path) -> Non
     small = {name: values.mean() for name, values in share.items()}
     assert abs(small["default"] - small["images"]) < 0.08
     assert small["original"] < 0.7 * small["images"]
+
+
+def test_changes_of_colour_are_drawn_over_their_ranges_each_half_of_the_time() -> None:
+    settings = AugmentSettings(brightness=40, contrast=(0.25, 1.25), saturation=(0.75, 2.0), hue=3)
+    rng = np.random.default_rng(0)
+    drawn = [draw_colours(rng, settings) for _ in range(2000)]
+    columns = {name: np.array([getattr(one, name) for one in drawn]) for name in Colours._fields}
+    for name, nothing, low, high in (
+        ("brightness", 0, -40, 40), ("contrast", 1, 0.25, 1.25), ("saturation", 1, 0.75, 2.0), ("hue", 0, -3, 3),
+    ):  # fmt: skip
+        values = columns[name]
+        changed = values[values != nothing]
+        share = 0.5 if name != "hue" else 0.5 * 6 / 7  # a turn by nothing is one of seven
+        assert len(changed) / 2000 == pytest.approx(share, abs=0.04), name
+        assert low <= changed.min() < low + 0.02 * (high - low), name
+        assert high - 0.02 * (high - low) < changed.max() <= high, name
+        assert changed.mean() == pytest.approx((low + high) / 2, abs=0.04 * (high - low)), name
+    assert columns["contrast_last"].mean() == pytest.approx(0.5, abs=0.04)
+    assert {type(one.hue) for one in drawn} == {int}
+    # one part does not tell another
+    used = np.array([columns["brightness"] != 0, columns["contrast"] != 1, columns["saturation"] != 1])
+    assert np.abs(np.corrcoef(used) - np.eye(3)).max() < 0.1
+
+
+def _textured() -> Frame:
+    return np.random.default_rng(5).integers(0, 256, (90, 120, 3), np.uint8)
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_view_is_the_crop_scaled_and_in_other_colours(size: int) -> None:
+    """Down, colours come after scaling, up before it: where there is less to do; by every interpolation."""
+    settings = AugmentSettings()
+    seen = set()
+    for seed in range(40):
+        view, _ = apply_crop(_textured(), Faces.none(), Crop(20, 10, 64), size, np.random.default_rng(seed), settings)
+        rng = np.random.default_rng(seed)
+        name = settings.interpolations[rng.integers(5)]
+        colours = draw_colours(rng, settings)
+        part = _textured()[10:74, 20:84]
+        flag = getattr(cv2, {"lanczos": "INTER_LANCZOS4"}.get(name, f"INTER_{name.upper()}"))
+        if size > 64:
+            expected = cv2.resize(recolour(part, colours), (size, size), interpolation=flag)
+        else:
+            expected = recolour(np.asarray(cv2.resize(part, (size, size), interpolation=flag), np.uint8), colours)
+        np.testing.assert_array_equal(view, expected)
+        seen.add(name)
+    assert seen == set(INTERPOLATIONS)
+
+
+def test_faces_stay_where_their_centre_is_inside_not_on_the_edge() -> None:
+    boxes = [
+        (40, 60, 60, 80),
+        (100, 60, 120, 80),
+        (60, 40, 80, 60),
+        (60, 100, 80, 120),
+        (41, 60, 61, 80),
+        (99, 60, 119, 80),
+    ]
+    image = np.zeros((200, 200, 3), np.uint8)
+    _, moved = apply_crop(image, _faces(boxes), Crop(50, 50, 60), 60, np.random.default_rng(0), PLAIN)
+    np.testing.assert_allclose(moved.boxes, [(0, 10, 11, 30), (49, 10, 60, 30)], atol=1e-4)
+    # landmarks on the edge are inside, on either side
+    points = np.array([(50, 50), (110, 50), (80, 80), (50, 110), (110, 110)], np.float32)
+    for shift, known in ((0.0, True), (0.01, False), (-0.01, False)):
+        faces = _faces([(50, 50, 110, 110)], points + shift)
+        _, moved = apply_crop(image, faces, Crop(50, 50, 60), 60, np.random.default_rng(0), PLAIN)
+        assert moved.has_landmarks.tolist() == [known]
+        assert moved.landmarks.any() == known
+
+
+@pytest.mark.parametrize("left", [0, 200])
+def test_a_crop_that_just_holds_a_face_is_taken(left: int) -> None:
+    """At either end of the image, which is as high as the face."""
+    settings = dataclasses.replace(PLAIN, crop_scales=(1.0,), crop_tries=10_000)
+    crop = choose_crop((100, 300), _faces([left, 0, left + 100, 100]), np.random.default_rng(0), settings)
+    assert crop == Crop(left, 0, 100)
+
+
+@pytest.mark.parametrize("tries", [1, 2, 30])
+def test_no_more_crops_are_drawn_than_asked_for(tries: int) -> None:
+    """Half of the crops hold this face, which lies at an end; the whole image is taken if none does."""
+    settings = dataclasses.replace(PLAIN, crop_scales=(1.0,), crop_tries=tries)
+    face = _faces([99, 40, 101, 42])
+    whole = [choose_crop((100, 299), face, np.random.default_rng(seed), settings).side == 299 for seed in range(400)]
+    assert np.mean(whole) == pytest.approx(0.5**tries, abs=0.08)
+
+
+def test_the_smallest_crop_is_a_pixel() -> None:
+    tiny = dataclasses.replace(PLAIN, crop_scales=(0.3,))
+    assert choose_crop((1, 2), Faces.none(), np.random.default_rng(0), tiny).side == 1
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.25, 1.0])
+def test_flips_are_as_frequent_as_asked_for_and_leave_the_original_alone(flip: float) -> None:
+    image, faces = _portrait()
+    kept = image.copy(), dataclasses.replace(faces, boxes=faces.boxes.copy(), landmarks=faces.landmarks.copy())
+    settings = dataclasses.replace(PLAIN, flip=flip, crop_scales=(1.4,), interpolations=("nearest",))
+    flipped = []
+    for seed in range(200):
+        view, _ = augment(image, faces, 64, np.random.default_rng(seed), settings)
+        left, right = (_find(view, MARKS[index]) for index in (0, 1))
+        flipped += [left[0] > right[0]] if left is not None and right is not None else []
+    assert len(flipped) > 100
+    assert np.mean(flipped) == pytest.approx(flip, abs=0.1)
+    mirror(image, faces)
+    np.testing.assert_array_equal(image, kept[0])
+    np.testing.assert_array_equal(faces.boxes, kept[1].boxes)
+    np.testing.assert_array_equal(faces.landmarks, kept[1].landmarks)
+
+
+def test_unknown_landmarks_stay_nothing_in_the_mirror() -> None:
+    _, moved = mirror(np.zeros((20, 30, 3), np.uint8), _faces([(1, 2, 9, 10)]))
+    assert not moved.landmarks.any()
+    assert not moved.has_landmarks.any()
+    assert moved.boxes.tolist() == [[21, 2, 29, 10]]

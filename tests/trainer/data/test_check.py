@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from facespec.errors import DataError
 from facespec.images import read_image, write_image
-from trainer.data import AugmentSettings, check_data, open_dataset
+from facespec.letterbox import Frame
+from trainer.data import AugmentSettings, Dataset, Report, TrainingSet, check_data, open_dataset, synthetic
 from trainer.data.check import TILE_PX, TILES, contact_sheet
 from trainer.data.dataset import Kind
 from trainer.targets import Faces
@@ -64,8 +66,66 @@ def test_the_picture_shows_sides_and_unknown_landmarks() -> None:
     assert not any(_is_there(unknown, colour) for colour in (red, blue, yellow, green))
 
 
-def test_synthetic_data_passes_the_check(tmp_path: Path) -> None:
+def test_synthetic_data_passes_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "IMAGES", {"train": 9, "val": 30})
     dataset = open_dataset("synthetic", "val")
     report = check_data(dataset, tmp_path / "data.png", 160, AugmentSettings.original(), seed=1)
     assert report.problems == []
     assert report.faces == dataset.report.faces
+
+
+@dataclasses.dataclass(frozen=True)
+class Shade:
+    """An image of one shade of grey, with a face; or one that cannot be read."""
+
+    shade: int
+    size_hw: tuple[int, int] = (48, 64)
+
+    @property
+    def name(self) -> str:
+        return f"shade {self.shade}"
+
+    def load(self) -> tuple[Frame, Faces]:
+        if not self.shade:
+            raise DataError("shade 0: damaged")
+        box = np.array([[8, 8, 40, 40]], np.float32)
+        image = np.full((*self.size_hw, 3), self.shade, np.uint8)
+        return image, Faces(box, np.zeros((1, 5, 2), np.float32), np.zeros(1, bool))
+
+
+def test_the_picture_shows_what_is_trained_of_images_spread_over_the_set(tmp_path: Path) -> None:
+    dataset = Dataset("shades", [Shade(number) for number in range(0, 250, 5)], Report())
+    settings = AugmentSettings(flip=1.0, hue=0)
+    for given, seed, used in ((settings, 3, settings), (None, 0, AugmentSettings())):
+        report = check_data(dataset, tmp_path / "data.png", 96, given, seed)
+        assert (report.images, report.faces) == (49, 49)
+        assert report.counts() == {Kind.DAMAGED_IMAGE: 1}
+        views = TrainingSet(dataset, 96, used, seed)
+        shown = [1 + int(index) for index in np.linspace(0, 48, 24)]  # the first cannot be read
+        np.testing.assert_array_equal(read_image(tmp_path / "data.png"), contact_sheet([views[i] for i in shown]))
+
+
+def test_tiles_lie_in_rows_scaled_with_their_faces_and_the_rest_is_empty() -> None:
+    def tile(shade: int) -> tuple[Frame, Faces]:
+        box = np.array([[20, 40, 80, 120]], np.float32)
+        points = np.array([[(30, 60), (70, 60), (50, 80), (30, 100), (70, 100)]], np.float32)
+        return np.full((160, 160, 3), shade, np.uint8), Faces(box, points, np.ones(1, bool))
+
+    shades = list(range(10, 90, 10))
+    sheet = contact_sheet([tile(shade) for shade in shades])
+    assert sheet.shape == (4 * 320 + 32, 6 * 320, 3)
+    for index, shade in enumerate(shades):
+        row, column = divmod(index, 6)
+        part = sheet[row * 320 : (row + 1) * 320, column * 320 : (column + 1) * 320]
+        assert (part[200, 200] == shade).all()
+        assert (part[[0, 0, 319, 319], [0, 319, 0, 319]] == 40).all()  # a border
+        for x, y in ((40, 200), (160, 200), (100, 80), (100, 240)):  # twice as large as it was
+            assert tuple(part[y, x]) == (80, 220, 60)
+        assert tuple(part[120, 60]) == (60, 60, 255)
+        assert tuple(part[120, 60 + 4]) == (60, 60, 255)  # the radius is a thirtieth of the width
+        assert tuple(part[120, 60 + 6]) == (shade, shade, shade)
+    assert (sheet[640:1280] == 40).all()
+    legend = sheet[1280:]
+    colours = ((80, 220, 60), (0, 140, 255), (60, 60, 255), (255, 120, 40), (0, 230, 255))
+    for index, colour in enumerate(colours):
+        assert tuple(legend[16, 12 + index * 384 + 7]) == colour

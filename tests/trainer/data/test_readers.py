@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,9 @@ import pytest
 from facespec.errors import DataError
 from facespec.images import write_image
 from trainer.average_precision import load_ground_truth
-from trainer.data import Dataset, FileSample, Problem, open_dataset
-from trainer.data.dataset import Kind
+from trainer.data import Dataset, FileSample, Problem, Report, open_dataset
+from trainer.data.dataset import Kind, inside, to_numbers
+from trainer.targets import Faces
 
 WIDTH, HEIGHT = 120, 80
 KNOWN = "20 20 0.0 30 20 0.0 25 25 0.0 21 30 0.0 29 30 0.0 0.9"
@@ -144,8 +147,6 @@ def test_what_reaches_out_of_the_image_is_cut(make: Make) -> None:
     outside = "119.5 40 0 122 40 0 119 45 0 118 50 0 119 50 0 1"
     lines = ["# a.jpg", "-5 -6 20 20", f"100 30 30 30 {inside}", f"101 30 30 60 {outside}", "120 0 5 5", "0 0 120 80"]
     sample = _samples(open_dataset(str(make("label.txt", "\n".join(lines)))))["a.jpg"]
-    from trainer.data import Report
-
     report = Report()
     faces = sample.faces_in((HEIGHT, WIDTH), report)
     np.testing.assert_array_equal(
@@ -369,3 +370,171 @@ def test_the_training_labels_lose_nothing_unseen(widerface: Path) -> None:
     assert dataset.report.background == len(nothing)
     assert dataset.report.faces == len(faces) - len(nothing) - counts[Kind.NO_AREA] - counts[Kind.DUPLICATE_BOX]
     assert sum(counts.values()) <= 5
+
+
+@pytest.mark.parametrize(("x", "y"), [(-1.0, 30), (WIDTH + 1.0, 30), (40, -1.0), (40, HEIGHT + 1.0)])
+def test_landmarks_up_to_a_pixel_outside_are_on_the_edge(make: Make, x: float, y: float) -> None:
+    line = "0 0 120 80 20 20 0 60 20 0 {} {} 0 30 40 0 50 40 0 1"
+    away = x + 0.01 * ((x > WIDTH) - (x < 0)), y + 0.01 * ((y > HEIGHT) - (y < 0))
+    for (nose_x, nose_y), known in (((x, y), True), (away, False)):
+        text = f"# a.jpg\n{line.format(nose_x, nose_y)}\n"
+        faces = _samples(open_dataset(str(make("label.txt", text))))["a.jpg"].load()[1]
+        assert faces.has_landmarks.tolist() == [known]
+        nose = [min(max(x, 0), WIDTH), min(max(y, 0), HEIGHT)]
+        assert faces.landmarks[0].tolist() == (
+            [[20, 20], [60, 20], nose, [30, 40], [50, 40]] if known else [[0, 0]] * 5
+        )
+
+
+def test_numbers_are_those_that_a_pixel_could_have() -> None:
+    assert to_numbers(["1", 2, "1e6", -1e6]) == [1.0, 2.0, 1e6, -1e6]
+    for bad in ("1000001", "-1000001", "nan", "inf", "x", None, [1], 10**400):
+        assert to_numbers(["1", bad]) is None
+
+
+def test_paths_stay_in_their_folder() -> None:
+    folder = Path("images")
+    assert inside(folder, "a/b.jpg") == inside(folder, "a\\b.jpg") == folder / "a" / "b.jpg"
+    assert inside(folder, "a..b.jpg") == folder / "a..b.jpg"
+
+
+def test_the_digest_is_one_of_names_and_order_wherever_they_lie(tmp_path: Path) -> None:
+    def digest(*names: str) -> str:
+        samples = [FileSample(Path(name), Faces.none(), "", np.zeros(0, np.int64)) for name in names]
+        return Dataset("d", samples, Report()).digest()
+
+    expected = hashlib.sha256(b"e/1.jpg\ne/2.jpg").hexdigest()
+    assert digest("/x/e/1.jpg", "/x/e/2.jpg") == digest("elsewhere/e/1.jpg", "e/2.jpg") == expected
+    for other in (("e/2.jpg", "e/1.jpg"), ("e/1.jpg",), ("f/1.jpg", "f/2.jpg"), ("e/1.jpg", "e/3.jpg")):
+        assert digest(*other) != expected
+
+
+def test_a_report_counts_and_speaks() -> None:
+    report = Report(1200, 2, 34567, 8, [Problem("f:3", Kind.OUTSIDE, "1 2 3 4"), Problem("f:4", Kind.NO_AREA, "x")])
+    other = Report(1, 1, 1, 1, [Problem("g:1", Kind.OUTSIDE, "y")])
+    report += other
+    assert (report.images, report.background, report.faces, report.with_landmarks) == (1201, 3, 34568, 9)
+    assert list(report.counts().items()) == [(Kind.NO_AREA, 1), (Kind.OUTSIDE, 2)]
+    assert report.summary().splitlines() == [
+        "1,201 images (3 without faces), 34,568 faces (9 with landmarks)",
+        "       1  box without area: dropped",
+        "       2  box outside the image: dropped",
+    ]
+    assert report.lines() == [
+        "f:3: box outside the image: dropped (1 2 3 4)",
+        "f:4: box without area: dropped (x)",
+        "g:1: box outside the image: dropped (y)",
+    ]
+    assert (other.images, len(other.problems)) == (1, 1)
+    box = np.array([[1, 1, 5, 5]], np.float32)
+    report.count_faces(Faces(box, np.zeros((1, 5, 2), np.float32), np.ones(1, bool)))
+    report.count_faces(Faces.none())
+    assert (report.images, report.background, report.faces, report.with_landmarks) == (1203, 4, 34569, 10)
+
+
+def test_a_face_without_area_makes_no_background_but_one_given_twice_is_one(make: Make) -> None:
+    text = "# a.jpg\n5 5 0 9\n# b.jpg\n1 1 9 9\n1 1 9 9\n# c.jpg\n1 1 9 9\n3 3 9 0\n"
+    dataset = open_dataset(str(make("label.txt", text)))
+    assert _problems(dataset.report.problems) == [
+        (2, Kind.NO_AREA),
+        (1, Kind.ALL_LEFT_OUT),
+        (5, Kind.DUPLICATE_BOX),
+        (8, Kind.NO_AREA),
+    ]
+    assert {name: len(sample.labelled) for name, sample in _samples(dataset).items()} == {"b.jpg": 1, "c.jpg": 1}
+
+
+def test_an_image_labelled_with_a_line_of_zeros_is_background(make: Make) -> None:
+    text = f"# a.jpg\n0 0 0 0 {UNKNOWN}\n# b.jpg\n1 1 9 9\n0 0 0 0\n"
+    dataset = open_dataset(str(make("label.txt", text)))
+    assert _problems(dataset.report.problems) == [(5, Kind.NO_AREA)]  # beside another it is no such line
+    assert (dataset.report.images, dataset.report.background) == (2, 1)
+
+
+def test_coco_crowds_and_categories_leave_images_out(make: Make) -> None:
+    data = _coco(image_id=2, iscrowd=1)
+    dataset = open_dataset(str(make("faces.json", json.dumps(data))))
+    assert [problem.kind for problem in dataset.report.problems] == [Kind.CROWD, Kind.ALL_LEFT_OUT]
+    assert list(_samples(dataset)) == ["a.jpg"]
+    # a dog is no face that is left out: the image shows what is none
+    data = _coco(image_id=2, category_id=2)
+    data["categories"].append({"id": 2, "name": "dog"})
+    dataset = open_dataset(str(make("faces.json", json.dumps(data))))
+    assert dataset.report.problems == []
+    assert (dataset.report.images, dataset.report.background) == (2, 1)
+    del data["annotations"][1]["category_id"]
+    dataset = open_dataset(str(make("faces.json", json.dumps(data))))
+    assert [(problem.kind, problem.found) for problem in dataset.report.problems] == [
+        (Kind.MALFORMED, "no category_id"),
+        (Kind.ALL_LEFT_OUT, "b.jpg"),
+    ]
+    # one category needs no name, and two of it are as bad as none
+    data = _coco(category_id=9)
+    data["categories"][0]["name"] = "cat"
+    assert open_dataset(str(make("faces.json", json.dumps(data)))).report.faces == 2
+    data["categories"] += [{"id": 2, "name": "face"}, {"id": 3, "name": "face"}]
+    with pytest.raises(DataError, match=r"which of its 3 categories is it \(cat, face, face\)\? Name one 'face'"):
+        open_dataset(str(make("faces.json", json.dumps(data))))
+
+
+def test_coco_images_are_named_once_and_by_their_id(make: Make) -> None:
+    data = _coco(image_id="two")
+    data["images"] = [
+        {"id": 1, "file_name": "a.jpg"}, {"id": "two", "file_name": "a.jpg"}, {"id": 3}, {"file_name": "b.jpg"},
+        {"id": 4, "file_name": ""}, {"id": 5, "file_name": "c.jpg"},
+    ]  # fmt: skip
+    path = make("faces.json", json.dumps(data))
+    dataset = open_dataset(str(path))
+    assert [(problem.place, problem.kind) for problem in dataset.report.problems] == [
+        (f"{path}: image two", Kind.DUPLICATE_IMAGE),
+        (f"{path}: image 3", Kind.MALFORMED),
+        (f"{path}: image number 3", Kind.MALFORMED),
+        (f"{path}: image 4", Kind.MALFORMED),
+    ]
+    assert {name: len(sample.labelled) for name, sample in _samples(dataset).items()} == {"a.jpg": 2, "c.jpg": 0}
+    data["annotations"] = "none"
+    with pytest.raises(DataError, match="must have a list of 'images' and one of 'annotations'"):
+        open_dataset(str(make("faces.json", json.dumps(data))))
+
+
+def test_rows_are_counted_in_what_the_file_counts(make: Make) -> None:
+    text = "# a.jpg\n\n-5 1 20 20\n"
+    path = make("label.txt", text)
+    report = Report()
+    _samples(open_dataset(str(path)))["a.jpg"].faces_in((HEIGHT, WIDTH), report)
+    assert [problem.place for problem in report.problems] == [f"{path}:3"]
+    assert report.problems[0].found == "-5 1 15 21 in 120x80 a.jpg"
+    path = make("faces.json", json.dumps(_coco(bbox=[-5, 1, 20, 20])))
+    report = Report()
+    _samples(open_dataset(str(path)))["a.jpg"].faces_in((HEIGHT, WIDTH), report)
+    assert [problem.place for problem in report.problems] == [f"{path}: annotation 7"]
+
+
+def test_each_split_has_its_own_labels_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WIDERFACE_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    root, other = tmp_path / "data" / "widerface", tmp_path / "other"
+    for place, names in ((root, {"train": "a", "val": "b"}), (other, {"train": "c", "val": "d"})):
+        for split, letter in names.items():
+            write_image(place / f"WIDER_{split}" / "images" / "e" / f"{letter}.jpg", np.zeros((9, 9, 3), np.uint8))
+            file = place / "wider_face_split" / f"wider_face_{split}_bbx_gt.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"e/{letter}.jpg\n1\n1 1 5 5 0 0 0 0 0 0\n")
+    for split, letter in (("train", "a"), ("val", "b")):
+        for dataset, name in (
+            (open_dataset("widerface", split), "widerface"),  # type: ignore[arg-type]
+            (open_dataset(str(root), split), str(root)),  # type: ignore[arg-type]
+            (open_dataset(str(root / "wider_face_split" / f"wider_face_{split}_bbx_gt.txt")), None),
+        ):
+            assert list(_samples(dataset)) == [f"{letter}.jpg"]
+            assert name is None or dataset.name == name
+    monkeypatch.setenv("WIDERFACE_ROOT", str(other))
+    assert list(_samples(open_dataset("widerface"))) == ["c.jpg"]
+    assert list(_samples(open_dataset("widerface", "val", root))) == ["b.jpg"]  # what is said wins
+    shutil.rmtree(other / "WIDER_val")
+    with pytest.raises(DataError, match=r"--data widerface: no labelled val images in .*other: unpack WIDER FACE"):
+        open_dataset("widerface", "val")
+
+
+def test_a_json_is_known_by_its_suffix_whatever_its_case(make: Make) -> None:
+    assert open_dataset(str(make("FACES.JSON", json.dumps(_coco())))).report.faces == 2

@@ -25,7 +25,7 @@ from facespec.letterbox import Frame
 from tests.trt_runtime.rtsp_server import RtspServer, Visit, encode_h264
 from trt_runtime import OrtRetinaFace, load_detector
 from trt_runtime.detect import DetectOptions, detect
-from trt_runtime.video import VideoFile, VideoWriter
+from trt_runtime.video import Source, VideoFile, VideoWriter, open_source
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -166,6 +166,26 @@ def test_several_videos_at_once_though_one_is_damaged(
     assert stages
     assert float(stages[1]) > 0
     assert float(stages[2]) > 0
+
+
+def test_what_failed_is_told_though_another_source_is_still_being_opened(
+    video: Path, static_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Meanwhile nothing that libraries write to stderr is seen."""
+    (tmp_path / "text.mp4").write_text("this is text")
+
+    def slowly(source: str) -> Source:
+        if source == str(video):
+            time.sleep(0.5)
+        return open_source(source)
+
+    monkeypatch.setattr("trt_runtime.detect.open_source", slowly)
+    with open(2, "w", buffering=1, closefd=False) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        summary = detect(DetectOptions((str(tmp_path / "text.mp4"), str(video)), static_onnx, threads=1))
+        monkeypatch.undo()
+    assert summary.frames == 12
+    assert f"error: {tmp_path / 'text.mp4'}: not a video" in capfd.readouterr().err
 
 
 def test_stride_draws_every_frame_and_writes_a_line_for_those_the_network_saw(

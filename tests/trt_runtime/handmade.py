@@ -1,4 +1,4 @@
-"""A detector without a model: it tells from a frame's first pixel how many faces it "finds" there."""
+"""A detector without a model: it tells from a frame's first pixel how many faces it "finds" there, 8 at most."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class HandmadeLane:
         counts, found_boxes, scores, landmarks, candidates = outputs
         for slot, frame in enumerate(frames):
             value = int(frame.flat[0])
-            counts[slot] = candidates[slot] = value
+            counts[slot] = candidates[slot] = min(value, 8)
             found_boxes[slot] = np.arange(32).reshape(8, 4) + value
             scores[slot] = np.linspace(0.9, 0.2, 8)
             landmarks[slot] = np.arange(80).reshape(8, 5, 2) + value

@@ -222,7 +222,7 @@ class _Pipeline:
         self.work = threading.Condition(self.lock)  # for the feeder
         self.network = StageTimer()
         self.calls = 0  # of the network, unfinished
-        self.turn = 0
+        self.turn = 0  # calls of the network, begun
         self.stopping = self.aborted = False
         self.error: Exception | None = None
         self.unused = len(jobs)  # lanes whose output is not done
@@ -331,14 +331,15 @@ class _Pipeline:
         with self.lock:
             while not (chosen := self._choose()) and not all(lane.ended and not lane.ready for lane in self.lanes):
                 self.work.wait()
-            self.calls += any(wanted for *_, wanted in chosen)
+            begun = any(wanted for *_, wanted in chosen)
+            self.calls += begun
+            self.turn += begun
             return chosen
 
     def _choose(self) -> list[tuple[_Lane, _Item, bool]]:
         room = self.batch if self.calls < self.depth else 0
         chosen: list[tuple[_Lane, _Item, bool]] = []
-        self.turn += 1  # everyone is first in turn
-        start = self.turn % max(len(self.lanes), 1)
+        start = self.turn % max(len(self.lanes), 1)  # everyone is first in turn
         moved = True
         while moved:  # a frame of each source, then the next of each
             moved = False

@@ -200,6 +200,7 @@ class _Lane:
     in_flight: int = 0  # those of them that are not used yet
     ended: bool = False  # nothing more gets ready
     given_up: bool = False  # nothing more is used
+    start: float = 0.0  # when its opening began
 
     def __post_init__(self) -> None:
         self.report = SourceReport(self.job.name)
@@ -267,7 +268,7 @@ class _Pipeline:
         return PipelineReport(reports, timer, interrupted)
 
     def _read(self, lane: _Lane) -> None:
-        report, start = lane.report, time.perf_counter()
+        report, lane.start = lane.report, time.perf_counter()
         try:
             with lane.job.open() as source:
                 with self.lock:
@@ -284,7 +285,6 @@ class _Pipeline:
                         report.decoded += 1
                         del frame
                         stopped = not self._offer(lane, item, source.live)
-                        report.seconds = time.perf_counter() - start
                 finally:
                     report.damaged, report.reconnects = source.damaged, source.reconnects
         except RetinaFaceError as error:
@@ -385,6 +385,7 @@ class _Pipeline:
                         if detected:
                             faces = self._faces(item)
                         use(SeenFrame(item.image, item.number, item.seconds, faces, detected), lane.using)
+                        report.seconds = time.perf_counter() - lane.start
                         report.frames += 1
                         report.detected += detected
                         report.faces += detected * len(faces)

@@ -68,7 +68,7 @@ class Cuda:
         try:
             status, *values = getattr(self.driver, name)(*arguments)
         except RuntimeError as error:  # what cuda.bindings itself cannot find
-            if "Function" in str(error):
+            if "function" in str(error).lower():  # with a capital or not, as its version has it
                 mend = f"the NVIDIA driver is too old for the cuda-bindings here, it has no {name}: update it"
             else:
                 mend = "there is no NVIDIA driver here (libcuda.so.1 was not found)"

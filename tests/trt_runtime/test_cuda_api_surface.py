@@ -101,24 +101,11 @@ def run(fake: Path, code: str, **settings: str) -> str:
     return done.stdout
 
 
-def message(fake: Path, statement: str, **settings: str) -> str:
-    """Return the class and the line of the error that a statement raises."""
-    code = f"""
-try:
-    {statement}
-except RetinaFaceError as error:
-    print(type(error).__name__, error)
-"""
-    text = run(fake, code, **settings)
-    assert text.count("\n") == 1, text
-    return text
-
-
 def test_cuda_does_what_a_device_does(fake: Path) -> None:
     code = """
 device = open_device("cuda:1")
 assert (device.name, device.compute_capability, device.index) == ("Fake, device 1", 91, 1)
-check_device(device)
+check_device(device, asynchronous=True)
 import gc; gc.collect()
 print([live(kind) for kind in range(7)])
 kept = device
@@ -168,36 +155,112 @@ def test_frames_belong_to_a_gpu(fake: Path) -> None:
 from types import SimpleNamespace
 def frame(address):
     return SimpleNamespace(__cuda_array_interface__=dict(version=3, typestr="|u1", shape=(2, 3, 3), data=(address, 0)))
-for index in (0, 1):
-    device = open_device(f"cuda:{index}")
+devices = [open_device(f"cuda:{index}") for index in (0, 1)]
+kept = []
+for device in devices:
     with device.activate():
-        memory, stream = device.allocate(18, "a frame"), device.stream()
-        for address in (memory.address, 4096):
+        kept.append(device.allocate(18, "a frame"))
+for device, memory in ((devices[0], kept[0]), (devices[1], kept[1]), (devices[1], kept[0])):
+    with device.activate():
+        stream = device.stream()
+        for address in (memory.address + 17, memory.address + 18):
             try:
                 found = device.frame(frame(address), stream)
-                print(found.address == memory.address, found.device_index)
+                print(found.address == address, found.device_index)
             except RetinaFaceError as error:
                 print(type(error).__name__, error)
+        os.environ["FAKE_CUDA_FAIL"] = "cuPointerGetAttribute=700"
+        try:
+            device.frame(frame(memory.address), stream)
+        except RetinaFaceError as error:
+            print(type(error).__name__)
+        del os.environ["FAKE_CUDA_FAIL"]
 """
-    lines = run(fake, code).splitlines()  # all memory of the fake driver is GPU 0's
-    assert lines[0] == "True 0"
-    assert lines[1].startswith("FrameError the frame's address 0x1000 is not in CUDA's memory")
-    assert lines[2].startswith("FrameError the frame is on GPU 0, the detector on GPU 1")
+    lines = run(fake, code).splitlines()
+    beyond = "FrameError the frame's address 0x"
+    assert [lines[0], lines[3]] == ["True 0", "True 1"]
+    assert lines[1].startswith(beyond)
+    assert "is not in CUDA's memory (CUDA failed (cuPointerGetAttribute: CUDA_ERROR_INVALID_VALUE" in lines[1]
+    assert lines[4].startswith(beyond)
+    assert lines[6] == "FrameError the frame is on GPU 0, the detector on GPU 1: copy it there first"
+    assert lines[2::3] == ["DeviceLostError"] * 3  # of a lost device nothing can be said about a frame
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"FAKE_CUDA_DEVICES": "0"}, "GpuError no NVIDIA GPU is visible: see nvidia-smi"),
-        ({"FAKE_CUDA_DEVICES": "1"}, "GpuError there is no GPU 1: 1 visible, counted from 0"),
-        ({"FAKE_CUDA_VERSION": "11080"}, "GpuError the NVIDIA driver knows CUDA 11.8, and 12.0 or newer is needed"),
-        ({"FAKE_CUDA_FAIL": "cuInit=34"}, "GpuError libcuda is the toolkit's stub"),
+def each(fake: Path, cases: list[tuple[dict[str, str], str]]) -> list[list[str]]:
+    """Return what is printed with each of some settings of the driver and statements, all in one process."""
+    code = f"""
+def capture(stream):
+    with stream.capture():
+        pass
+for settings, statement in {cases!r}:
+    os.environ.update(settings)
+    try:
+        exec(statement)
+    except RetinaFaceError as error:
+        print(type(error).__name__, error)
+    for name in settings:
+        del os.environ[name]
+    for name in ("stream", "memory"):
+        globals().pop(name, None)
+    print(live(0) - ("device" in globals()), "left")
+"""
+    found, parts = [], list[str]()
+    for line in run(fake, code).splitlines():
+        if line.endswith(" left"):
+            assert line == "0 left", (cases[len(found)], parts, line)
+            found.append(parts)
+            parts = []
+        else:
+            parts.append(line)
+    return found
+
+
+HERE_TOO = "; the .onnx file runs on the CPU"
+
+
+def test_no_gpu(fake: Path) -> None:
+    cases = [
+        ({"FAKE_CUDA_DEVICES": "0"}, "GpuError no NVIDIA GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES;"),
+        ({"FAKE_CUDA_DEVICES": "1"}, "GpuError there is no GPU 1: 1 visible, counted from 0; see CUDA_VISIBLE_DEVICES"),
+        (
+            {"FAKE_CUDA_VERSION": "11080"},
+            "GpuError the NVIDIA driver knows CUDA 11.8, and 12.0 or newer is needed: upd",
+        ),
+        ({"FAKE_CUDA_VERSION": "11990"}, "GpuError the NVIDIA driver knows CUDA 11.99, and 12.0 or newer is needed"),
+        (
+            {"FAKE_CUDA_FAIL": "cuInit=34"},
+            "GpuError libcuda is the toolkit's stub: take its folder off LD_LIBRARY_PATH",
+        ),
         ({"FAKE_CUDA_FAIL": "cuInit=803"}, "GpuError the NVIDIA driver was updated under the running system: reboot"),
+        ({"FAKE_CUDA_FAIL": "cuInit=804"}, "GpuError the NVIDIA driver is too old for this CUDA: update it"),
+        ({"FAKE_CUDA_FAIL": "cuInit=802"}, "GpuError the GPU's services are not running: start nvidia-fabricmanager"),
         ({"FAKE_CUDA_FAIL": "cuInit=999"}, "GpuError CUDA failed (cuInit: CUDA_ERROR_UNKNOWN, a fake error)"),
-    ],
-)
-def test_no_gpu(fake: Path, settings: dict[str, str], expected: str) -> None:
-    assert message(fake, "open_device('cuda:1')", **settings).startswith(expected)
+    ]
+    found = each(fake, [(settings, "open_device('cuda:1')") for settings, _ in cases])
+    for index, ((_, expected), lines) in enumerate(zip(cases, found, strict=True)):
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(expected)
+        assert (HERE_TOO in lines[0]) == (index not in (1, 8))  # no such index, and an error nobody knows
+    others = [
+        ({"FAKE_CUDA_VERSION": "12000"}, "print(open_device('cuda:1').name, open_device('cuda').index)"),
+        ({}, "from trt_runtime.device_cuda import CudaDevice; CudaDevice(-1)"),
+        ({}, "open_device('cuda:2')"),
+    ]
+    lines = [line for lines in each(fake, others) for line in lines]
+    assert lines[0] == "Fake, device 1 0"
+    assert lines[1].startswith("GpuError there is no GPU -1: 2 visible, counted from 0")
+    assert lines[2].startswith("GpuError there is no GPU 2: 2 visible, counted from 0")
+
+
+def test_a_driver_without_a_function(fake: Path) -> None:
+    code = """
+try:
+    open_device()
+except RetinaFaceError as error:
+    print(type(error).__name__, error)
+"""
+    expected = "GpuError the NVIDIA driver is too old for the cuda-bindings here, it has no cuDevicePrimaryCtxRetain: "
+    assert run(fake, code, FAKE_CUDA_LACKS="cuDevicePrimaryCtxRetain") == f"{expected}update it{HERE_TOO}\n"
 
 
 def test_no_driver(tmp_path: Path) -> None:
@@ -210,15 +273,17 @@ def test_no_driver(tmp_path: Path) -> None:
     assert re.search(r"GpuError: (there is no NVIDIA driver here|no NVIDIA GPU is visible).*runs on the CPU", last)
 
 
-@pytest.mark.parametrize(
-    ("failure", "call", "expected"),
-    [
+LOST = (214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719)
+"""Errors after which CUDA's documentation wants the process started again."""
+
+
+def test_failures(fake: Path) -> None:
+    cases = [
         (
             "cuStreamSynchronize=700",
             "stream.synchronize()",
             "DeviceLostError a kernel broke this process's CUDA context",
         ),
-        ("cuStreamSynchronize=719", "stream.synchronize()", "DeviceLostError"),
         ("cuMemAlloc=700", "device.allocate(1, 'a test')", "DeviceLostError"),
         (
             "cuMemAlloc=2",
@@ -228,26 +293,49 @@ def test_no_driver(tmp_path: Path) -> None:
         ("cuMemHostAlloc=2", "device.pinned(100)", "DeviceMemoryError the host has no 100 bytes that can be page-lock"),
         ("cuGraphInstantiate=801", "capture(stream)", "GpuError CUDA failed (cuGraphInstantiate: CUDA_ERROR_NOT_SUPP"),
         ("cuEventCreate=400", "device.event()", "GpuError CUDA failed (cuEventCreate: CUDA_ERROR_INVALID_HANDLE, a f"),
-    ],
-)
-def test_failures(fake: Path, failure: str, call: str, expected: str) -> None:
-    code = f"""
-def capture(stream):
-    with stream.capture():
-        pass
+        ("cuStreamWaitEvent=400", "stream.wait_for(1)", "GpuError CUDA failed (cuStreamWaitEvent"),
+        (
+            "cuStreamCreate=2",
+            "device.stream()",
+            "DeviceMemoryError no memory left on the GPU (cuStreamCreate: CUDA_ERR",
+        ),
+    ]
+    cases += [(f"cuStreamSynchronize={code}", "stream.synchronize()", "DeviceLostError") for code in LOST]
+    head = (
+        "device = globals().get('device') or open_device()\nwith device.activate():\n    stream = device.stream()\n    "
+    )
+    # the failure comes after the stream is there
+    head += "os.environ['FAKE_CUDA_FAIL'] = {!r}\n    {}"
+    statements = [(dict.fromkeys(["FAKE_CUDA_FAIL"], ""), head.format(failure, call)) for failure, call, _ in cases]
+    for (failure, _, expected), lines in zip(cases, each(fake, statements), strict=True):
+        assert len(lines) == 1, (failure, lines)
+        assert lines[0].startswith(expected), lines
+        assert ("start the process again" in lines[0]) == ("DeviceLostError" in expected)
+
+
+def test_memory_of_a_gpu_is_counted_and_named(fake: Path) -> None:
+    code = """
 device = open_device()
 with device.activate():
-    stream = device.stream()
+    first = device.allocate(300 << 20, "the first")
+    print(device.free_and_total())
     try:
-        {call}
+        device.allocate(800 << 20, "the second")
     except RetinaFaceError as error:
         print(type(error).__name__, error)
-del stream
-print(live(0))
+    first.close()
+    print(device.free_and_total())
+    device.pinned(4)
+    print(ctypes.CDLL('libcuda.so.1').fake_cuda_flags())
+print(ctypes.CDLL('libcuda.so.1').fake_cuda_depth())
 """
-    lines = run(fake, code, FAKE_CUDA_FAIL=failure).splitlines()
-    assert lines[0].startswith(expected)
-    assert lines[1:] == ["1"]  # nothing but the context is left of it
+    lines = run(fake, code).splitlines()
+    assert lines[0] == f"({724 << 20}, {1 << 30})"
+    assert lines[1].startswith(
+        "DeviceMemoryError no memory on the device for the second: 800.0 MiB asked for, 724.0 MiB of 1.0 GiB free: use"
+    )
+    assert lines[2] == f"({1 << 30}, {1 << 30})"
+    assert lines[3:] == ["1", "0"]  # CU_MEMHOSTALLOC_PORTABLE: pinned for every context; and none is left current
 
 
 PYCUDA = """

@@ -175,9 +175,13 @@ int cuInit(unsigned flags) {
 }
 int cuDriverGetVersion(int* version) { return *version = (int)setting("FAKE_CUDA_VERSION", 13000), 0; }
 int cuDeviceGetCount(int* count) { return *count = (int)setting("FAKE_CUDA_DEVICES", 2), 0; }
-int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
+int cuDeviceGet(int* device, int ordinal) {
+  ENTER("cuDeviceGet");
+  return *device = ordinal, 0;
+}
 int cuDeviceGetName(char* name, int length, int device) { return snprintf(name, length, "Fake"), 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  ENTER("cuDeviceGetAttribute");
   return *value = attribute == 75 ? 9 : attribute == 76 ? 1 : 0, 0;
 }
 int cuDeviceComputeCapability(int* major, int* minor, int device) { return *major = 9, *minor = 1, 0; }
@@ -349,8 +353,22 @@ int cuGraphLaunch(void* executable, void* stream) {
 int cuGraphExecDestroy(void* executable) { return take(EXECUTABLE, executable); }
 
 int cuGetErrorString(int code, const char** text) {
-  *text = code == 700 ? "an illegal memory access was encountered" : code == 2 ? "out of memory" : "a fake error";
-  return 0;
+  switch (code) { /* CUDA's own words */
+    case 2:
+      return *text = "out of memory", 0;
+    case 700:
+      return *text = "an illegal memory access was encountered", 0;
+    case 710:
+      return *text = "device-side assert triggered", 0;
+    case 715:
+      return *text = "an illegal instruction was encountered", 0;
+    case 716:
+      return *text = "misaligned address", 0;
+    case 719:
+      return *text = "unspecified launch failure", 0;
+    default:
+      return *text = "a fake error", 0;
+  }
 }
 int cuGetErrorName(int code, const char** text) { return *text = "CUDA_ERROR_FAKE", 0; }
 

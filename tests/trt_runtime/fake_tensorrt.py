@@ -73,6 +73,7 @@ class FakeTensorRT(ModuleType):
             "enqueue".
         contexts: Those that are alive.
         enqueued: Runs that were put on a stream, outside of captures.
+        misplaced: What was made or freed where the device was not active: TensorRT takes whatever context is current.
     """
 
     ILogger, IProfiler = ILogger, IProfiler
@@ -98,6 +99,7 @@ class FakeTensorRT(ModuleType):
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self.enqueued = 0
+        self.misplaced: list[str] = []
         self.logger: Any = None
         outputs = network.spec.decode.outputs
         kinds = {"int32": self.DataType.INT32, "float32": self.DataType.FLOAT}
@@ -117,6 +119,11 @@ class FakeTensorRT(ModuleType):
         if self.refuses("runtime"):
             raise TypeError("pybind11::init(): factory function returned nullptr")
         return Runtime(self)
+
+    def check_place(self, what: str) -> None:
+        """Note what happens where the device is not active."""
+        if not getattr(self.device._thread, "depth", 0):
+            self.misplaced.append(what)
 
     def refuses(self, what: str, why: str = "") -> bool:
         """Whether something fails; then the logger is told, amid much else, as TensorRT does."""
@@ -159,6 +166,10 @@ class Engine:
         self.content = content
         self.device_memory_size_v2 = WORKSPACE
         trt.engines.add(self)
+        trt.check_place("engine made")
+
+    def __del__(self) -> None:
+        self._trt.check_place("engine freed")
 
     @property
     def num_io_tensors(self) -> int:
@@ -221,6 +232,10 @@ class Context:
         self._runs: list[bool] = []  # whether each is done
         self._reported = 0
         trt.contexts.add(self)
+        trt.check_place("context made")
+
+    def __del__(self) -> None:
+        self._trt.check_place("context freed")
 
     def set_device_memory(self, address: int, nbytes: int) -> None:
         self.memory = address, nbytes

@@ -1,9 +1,10 @@
 """The GPU's device modules on machines without a GPU.
 
 Every name of CUDA's API that they use is looked up in the real cuda.bindings, with its number of arguments. Then the
-real cuda.bindings, and the real PyCUDA where it is installed, run them on a fake libcuda over the host's memory
-(fake_cuda.c). To have PyCUDA where there is no driver: build it with the CUDA toolkit's headers against this fake
-library (configure.py --cuda-root=... --cudadrv-lib-dir=..., then pip install --no-build-isolation .).
+real cuda.bindings run them on a fake libcuda over the host's memory (fake_cuda.c), and so do PyCUDA's stand-in
+(fake_pycuda) and, where it is installed, the real PyCUDA. To have that where there is no driver: build it with the CUDA
+toolkit's headers against this fake library (configure.py --cuda-root=... --cudadrv-lib-dir=..., then
+pip install --no-build-isolation .).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.engines import write_engine
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [ROOT / "trt_runtime" / name for name in ("device_cuda.py", "device_pycuda.py")]
@@ -87,7 +90,8 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(fake: Path, code: str, **settings: str) -> str:
     """Run code on the fake driver; return what it prints. It must leave nothing on stderr, at its exit neither."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [settings.pop("PYTHONPATH", None), str(ROOT), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(filter(None, paths))
     environment = {**os.environ, "LD_LIBRARY_PATH": str(fake), "PYTHONPATH": path, **settings}
     head = (
         "import ctypes, os, sys; sys.setdlopenflags(os.RTLD_LAZY); live = ctypes.CDLL('libcuda.so.1').fake_cuda_live\n"
@@ -252,6 +256,42 @@ def test_no_gpu(fake: Path) -> None:
     assert lines[2].startswith("GpuError there is no GPU 2: 2 visible, counted from 0")
 
 
+def test_a_detector_takes_the_gpu_it_was_told(fake: Path, tmp_path: Path) -> None:
+    code = f"""
+from trt_runtime import TRTRetinaFace, load_detector
+for call in (
+    lambda: TRTRetinaFace({str(write_engine(tmp_path))!r}, device=1),
+    lambda: TRTRetinaFace({str(tmp_path / "f.engine")!r}),
+    lambda: load_detector({str(tmp_path / "f.engine")!r}, device=1),
+    lambda: load_detector({str(tmp_path / "f.engine")!r}, device=2),
+):
+    try:
+        call()
+    except RetinaFaceError as error:
+        print(type(error).__name__, str(error).split("f.engine: ")[-1])
+import gc; gc.collect()
+print(live(0))
+"""
+    lines = run(fake, code).splitlines()
+    refused = "ModelFileError built for sm_86, and Fake, device {} is sm_91: build it again for this GPU"
+    for line, start in zip(
+        lines, [*(refused.format(index) for index in (1, 0, 1)), "GpuError there is no GPU 2"], strict=False
+    ):
+        assert line.startswith(start)
+    assert lines[4] == "0"  # of what was refused nothing is left, its context neither
+
+
+def test_the_capability_of_the_first_gpu(fake: Path) -> None:
+    code = """
+from trt_runtime.flavor import gpu_capability
+print(gpu_capability())
+for failure in ("cuInit=100", "cuDeviceGet=101", "cuDeviceGetAttribute=1"):
+    os.environ["FAKE_CUDA_FAIL"] = failure
+    print(gpu_capability())
+"""
+    assert run(fake, code).split() == ["91", "None", "None", "None"]
+
+
 def test_a_driver_without_a_function(fake: Path) -> None:
     code = """
 try:
@@ -346,14 +386,17 @@ context.push()
 """
 
 
-@pytest.fixture
-def pycuda() -> None:
+@pytest.fixture(params=["stand-in", "real"])
+def pycuda(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Settings with which PyCUDA is imported: the stand-in, or the real one."""
+    if request.param == "stand-in":
+        return {"PYTHONPATH": str(Path(__file__).with_name("fake_pycuda"))}
     if importlib.util.find_spec("pycuda") is None:
         pytest.skip("PyCUDA is not installed")
+    return {}
 
 
-@pytest.mark.usefixtures("pycuda")
-def test_pycuda_has_every_name(fake: Path) -> None:
+def test_pycuda_has_every_name(fake: Path, pycuda: dict[str, str]) -> None:
     code = f"""
 import pycuda.driver
 for name in {sorted(_used()[2])}:
@@ -364,20 +407,19 @@ for name in {sorted(_used()[2])}:
         print(name)
 """
     # of instances: `PyCudaStream.pycuda` is a stream
-    assert set(run(fake, code).split()) == {"synchronize"}
-    assert "True" in run(fake, "import pycuda.driver as d; print(hasattr(d.Stream, 'synchronize'))")
+    assert set(run(fake, code, **pycuda).split()) == {"synchronize"}
+    assert "True" in run(fake, "import pycuda.driver as d; print(hasattr(d.Stream, 'synchronize'))", **pycuda)
 
 
-@pytest.mark.usefixtures("pycuda")
 @pytest.mark.parametrize("graphs", [True, False])
-def test_pycuda_does_what_a_device_does(fake: Path, graphs: bool) -> None:
+def test_pycuda_does_what_a_device_does(fake: Path, graphs: bool, pycuda: dict[str, str]) -> None:
     without = "import sys; sys.modules['cuda.bindings.driver'] = None\n"
     code = f"""
 {"" if graphs else without}{PYCUDA}
 before = live(0)
 device = open_device("pycuda")
 assert (device.name, device.compute_capability, device.can_capture) == ("Fake, device 0", 91, {graphs})
-check_device(device)
+check_device(device, asynchronous=True)
 import gc; gc.collect()
 print(live(0) - before, cuda.Context.get_current() == context)
 if not device.can_capture:
@@ -389,13 +431,12 @@ if not device.can_capture:
             print(error)
 cuda.Context.pop()
 """
-    lines = run(fake, code).splitlines()
+    lines = run(fake, code, **pycuda).splitlines()
     assert lines[0] == "0 True"
     assert lines[1:] == ([] if graphs else ["CUDA graphs with PyCUDA need cuda-bindings: pip install cuda-bindings"])
 
 
-@pytest.mark.usefixtures("pycuda")
-def test_pycudas_own_stream_arrays_and_errors(fake: Path) -> None:
+def test_pycudas_own_stream_arrays_and_errors(fake: Path, pycuda: dict[str, str]) -> None:
     code = f"""
 try:
     open_device("pycuda")
@@ -423,7 +464,80 @@ with device.activate():
         print(type(error).__name__, error)
 cuda.Context.pop()
 """
-    lines = run(fake, code).splitlines()
+    lines = run(fake, code, **pycuda).splitlines()
     assert lines[0].startswith("there is no current PyCUDA context on this thread")
     assert lines[1:4] == ["True True", "True", "True 15 (4, 5) 0 True"]
     assert lines[4].startswith("DeviceLostError a kernel broke the CUDA context (cuStreamSynchronize failed")
+
+
+def test_pycuda_on_another_gpu_with_and_without_cuda_bindings(fake: Path, pycuda: dict[str, str]) -> None:
+    without = "import sys; sys.modules['cuda.bindings.driver'] = None\n"
+    code = """
+import gc, threading
+import pycuda.driver as cuda
+cuda.init()
+context = cuda.Device(1).retain_primary_context()
+context.push()
+from trt_runtime.device_pycuda import PyCudaDevice
+from types import SimpleNamespace
+def refused(call):
+    try:
+        call()
+    except RetinaFaceError as error:
+        print(type(error).__name__, error)
+def fail(failure, call):
+    os.environ["FAKE_CUDA_FAIL"] = failure
+    refused(call)
+    del os.environ["FAKE_CUDA_FAIL"]
+def other_thread():
+    refused(PyCudaDevice)
+    cuda.Context.get_current() is None or print("a context came along")
+    memory.close()  # which frees it, though PyCUDA would leak it here
+    with device.activate():
+        device.allocate(4, "a test").close()
+    print(ctypes.CDLL("libcuda.so.1").fake_cuda_depth(), live(1))
+device = PyCudaDevice()
+print(device.index, device.name, device.compute_capability, device.can_capture, device.can_order)
+shared = PyCudaDevice(cuda.Stream(1))
+print(shared.can_capture, shared.can_order)
+memory = device.allocate(18, "a test")
+thread = threading.Thread(target=other_thread); thread.start(); thread.join()
+refused(lambda: device.allocate(2 << 30, "the heads"))
+stream = device.stream()
+# LOST, by the words of CUDA
+for code in (700, 710, 715, 716, 719):
+    fail(f"cuStreamSynchronize={code}", stream.synchronize)
+fail("cuStreamSynchronize=999", stream.synchronize)
+fail("cuStreamCreate=2", device.stream)
+frame = SimpleNamespace(__cuda_array_interface__=dict(version=3, typestr="|u1", shape=(2, 3, 3), data=(4096, 0)))
+refused(lambda: print(device.frame(frame, stream).device_index))
+streams = live(3)
+own = shared.stream()
+own.close()
+print(live(3) == streams)  # that of the caller is still there
+stream.close()
+print(live(3) == streams - 1)
+refused(stream.synchronize)
+device.close()
+print(cuda.Context.get_current() == context)
+cuda.Context.pop()
+"""
+    for bindings in (True, False):
+        lines = run(fake, ("" if bindings else without) + code, **pycuda).splitlines()
+        assert lines[:2] == [f"1 Fake, device 1 91 {bindings} {bindings}", f"False {bindings}"]
+        assert lines[2].startswith(
+            "GpuError there is no current PyCUDA context on this thread: make one first, by `impor"
+        )
+        assert lines[3] == "0 0"
+        assert lines[4].startswith(
+            "DeviceMemoryError no memory on the device for the heads: 2.0 GiB asked for, 1.0 GiB of"
+        )
+        assert all(line.startswith("DeviceLostError a kernel broke the CUDA context (") for line in lines[5:10])
+        assert all(line.endswith("): start the process again") for line in lines[5:10])
+        assert lines[10] == "GpuError CUDA failed (cuStreamSynchronize failed: a fake error)"
+        assert lines[11] == "DeviceMemoryError no memory left on the GPU (cuStreamCreate failed: out of memory)"
+        if bindings:
+            assert lines[12].startswith("FrameError the frame's address 0x1000 is not in CUDA's memory")
+        else:
+            assert lines[12] == "None"  # nobody can tell
+        assert lines[13:] == ["True", "True", "GpuError this stream has been closed", "True"]

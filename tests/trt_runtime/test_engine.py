@@ -101,8 +101,20 @@ def frames(astronaut: Frame) -> list[Frame]:
 def test_the_stand_in_has_no_name_that_tensorrt_has_not(network: HostEngine) -> None:
     real = pytest.importorskip("tensorrt_rtx")
     fake = FakeTensorRT(HostDevice(), network, rtx=True)
-    ours = {"device", "network", "profile", "is_rtx", "fails", "contexts", "engines", "enqueued", "logger", "tensors"}
-    for name in {*vars(fake), *vars(FakeTensorRT)} - ours - {"refuses"}:
+    ours = {
+        "device",
+        "network",
+        "profile",
+        "is_rtx",
+        "fails",
+        "contexts",
+        "engines",
+        "enqueued",
+        "logger",
+        "tensors",
+        "misplaced",
+    }
+    for name in {*vars(fake), *vars(FakeTensorRT)} - ours - {"refuses", "check_place"}:
         if not name.startswith("__"):
             assert hasattr(real, name), name
             if hasattr(getattr(fake, name), "__members__"):
@@ -138,6 +150,7 @@ def test_a_detector_on_tensorrt_finds_the_faces(rig: Rig, plugin_form: Path, fra
             np.testing.assert_allclose(found.boxes, want.boxes, atol=2e-3)
         assert {context.shape[0] for context in rig.trt.contexts} == {2, 4}  # ten are 4, 4 and 2; the memory has moved
     assert is_gone(lambda: [*rig.trt.contexts, *rig.trt.engines])
+    assert rig.trt.misplaced == []
 
 
 def test_a_context_is_made_as_tensorrt_wants_it(rig: Rig) -> None:

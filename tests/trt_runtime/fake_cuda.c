@@ -186,7 +186,10 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 int cuDeviceComputeCapability(int* major, int* minor, int device) { return *major = 9, *minor = 1, 0; }
 int cuDevicePrimaryCtxRetain(void** context, int device) { return retained++, *context = &primary[device], 0; }
-int cuDevicePrimaryCtxRelease_v2(int device) { return retained--, 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) {
+  ENTER("cuDevicePrimaryCtxRelease");
+  return retained--, 0;
+}
 int cuCtxDetach(void* context) { return retained--, depth -= depth > 0, 0; }
 int cuCtxPushCurrent_v2(void* context) {
   ENTER("cuCtxPushCurrent");

@@ -292,6 +292,45 @@ for failure in ("cuInit=100", "cuDeviceGet=101", "cuDeviceGetAttribute=1"):
     assert run(fake, code).split() == ["91", "None", "None", "None"]
 
 
+def test_what_is_freed_when_cuda_has_gone_is_no_error(fake: Path) -> None:
+    """As at the end of a process, when CUDA goes first. `run` wants nothing on stderr."""
+    code = """
+device = open_device()
+with device.activate():
+    for make, failure in (
+        (device.stream, "cuStreamDestroy=4"),
+        (device.event, "cuEventDestroy=4"),
+        (lambda: device.allocate(4, "a test"), "cuMemFree=4"),
+        (lambda: device.pinned(4), "cuMemFreeHost=4"),
+        (lambda: device.allocate(4, "a test"), "cuCtxPushCurrent=4"),
+    ):
+        thing = make()
+        os.environ["FAKE_CUDA_FAIL"] = failure
+        del thing
+        del os.environ["FAKE_CUDA_FAIL"]
+os.environ["FAKE_CUDA_FAIL"] = "cuDevicePrimaryCtxRelease=4"
+device.close()
+print(live(0))
+"""
+    assert run(fake, code) == "6\n"
+
+
+def test_packages_that_are_missing_are_named(fake: Path) -> None:
+    code = """
+for module, place in (("cuda.bindings.driver", "cuda"), ("pycuda.driver", "pycuda")):
+    sys.modules[module] = None
+    try:
+        open_device(place)
+    except RetinaFaceError as error:
+        print(type(error).__name__, error)
+"""
+    lines = run(fake, code, PYTHONPATH=str(Path(__file__).with_name("fake_pycuda"))).splitlines()
+    assert lines[0].startswith("MissingPackageError running engines on a GPU needs cuda.bindings.driver, which is not")
+    assert lines[0].endswith("pip install -e '.[gpu]'")
+    assert lines[1].startswith("MissingPackageError PyCudaDevice needs pycuda.driver, which is not installed")
+    assert lines[1].endswith("pip install -e '.[pycuda]'")
+
+
 def test_a_driver_without_a_function(fake: Path) -> None:
     code = """
 try:

@@ -546,9 +546,11 @@ def test_an_interface_is_read(stream: HostStream, version: int) -> None:
         ((1, 5, 3), (-7, 3, 1), 15),  # one row: no stride from row to row
         ((4, 1, 3), (64, 99, 1), 64),  # one column: none from pixel to pixel
         ((1, 1, 3), (0, 0, 1), 3),
+        ((3, 5, 3), (16, 3, 1), 16),  # three rows are no three planes
+        ((4, 3, 3), None, 9),
     ],
 )
-def test_pitch(stream: HostStream, shape: tuple[int, ...], strides: tuple[int, ...], pitch: int) -> None:
+def test_pitch(stream: HostStream, shape: tuple[int, ...], strides: tuple[int, ...] | None, pitch: int) -> None:
     found = read(Interface(shape=shape, strides=strides), stream)
     assert found is not None
     assert (found.pitch, found.frame_hw) == (pitch, shape[:2])

@@ -194,6 +194,15 @@ def test_the_share_of_the_plugin_is_measured_once(rig: Rig, frames: list[Frame])
         assert [context.profiler for context in rig.trt.contexts] == [None]  # the probe has gone
 
 
+def test_what_cannot_be_profiled_has_no_share(rig: Rig, frames: list[Frame], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_api, "end_profile", lambda context: False)
+    timer = StageTimer(fine=True)
+    with rig.detector(warm_up=False) as detector:
+        detector.detect(frames[0], timer)
+    assert timer.total_ms["decode+NMS"] == 0
+    assert timer.total_ms["network"] > 0
+
+
 @pytest.mark.parametrize(
     ("fails", "kind", "message"),
     [
@@ -538,6 +547,12 @@ def test_a_context_reads_and_writes_where_it_was_told(network: HostEngine, astro
         made.close()
         for item in memory.values():
             item.close()  # which looks at what lies beside it
+
+
+def test_the_share_of_decoding_on_the_cpu(network: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([5.0, 8.0, 9.0])
+    monkeypatch.setattr("trt_runtime.engine_host.time.perf_counter", lambda: next(ticks))
+    assert network.run(np.zeros((1, 32, 32, 3), np.uint8))[1] == 0.25  # the network took 3, decoding 1
 
 
 def _on(network: HostEngine, device: HostDevice) -> HostEngine:

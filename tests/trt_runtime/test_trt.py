@@ -38,6 +38,7 @@ from tests.faces import assert_identical
 from tests.trt_runtime.fake_tensorrt import FakeGpu
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
 from trt_runtime.device_host import HostArray, HostDevice
+from trt_runtime.engine import Profile as EngineProfile
 from trt_runtime.engine import check_runs_here
 from trt_runtime.engine_host import HostEngine
 from trt_runtime.sidecar import read_sidecar
@@ -346,6 +347,51 @@ def test_it_is_warm_when_it_is_made(device: HostDevice, plugin_form: Path, size:
         assert detector.environment() == {**detector.engine.environment(), "device": "CPU", "cuda_graphs": True}
 
 
+def test_what_is_closed_holds_nothing(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None:
+    """Not only when the last reference goes: graphs, contexts, memory and streams are closed by whoever made them."""
+    with TRTRetinaFace(plugin_form, device=device, size_hw=(64, 64)) as detector:
+        for _ in range(2):
+            detector.detect_batch([astronaut, astronaut[:99]])
+        (lane,) = detector._idle
+        kept: Any = lane
+        first = _plans(detector)
+        detector.size_hw = (320, 640)
+        detector.detect_batch([astronaut[:300]] * 2)
+        detector.detect_batch([astronaut[:300]] * 2)
+        last = _plans(detector)
+        assert not {*map(id, first)} & {*map(id, last)}  # they went when the memory moved
+        graphs = [plan._graph for plan in (*first, *last) if plan._graph is not None]
+        assert len(graphs) == 2
+        with device.activate():
+            other = device.stream()
+    assert not any(hasattr(plan._context, "_work") for plan in (*first, *last))
+    assert device.allocated_bytes == 0
+    with device.activate():
+        for graph in graphs:
+            with pytest.raises(GpuError, match="this graph has been closed"):
+                graph.launch(other)
+        with pytest.raises(GpuError, match="has been closed"):
+            kept._stream.submit(print)
+    for pinned in (kept._results, kept._descriptions, kept._uploads):
+        with pytest.raises(GpuError, match="has been closed"):
+            assert pinned.array is None
+    for memory in (kept._block, kept._frames, kept._workspace):
+        with pytest.raises(GpuError, match="has been closed"):
+            assert memory.address == 0
+
+
+def test_old_memory_goes_before_new_comes(plugin_form: Path) -> None:
+    """Where both do not fit beside each other."""
+    device = HostDevice(memory_limit=4_000_000)
+    with TRTRetinaFace(plugin_form, device=device, warm_up=False) as detector:
+        for side in (1000, 1080):  # the network's input has 3.1 and 3.6 MB
+            assert len(detector.detect(HostArray(np.zeros((side, side, 3), np.uint8)))) == 0
+    with TRTRetinaFace(plugin_form, device=device, size_hw=(32, 32), warm_up=False) as detector:
+        for side in (1000, 1080):  # the frames have 3.0 and 3.5
+            assert len(detector.detect(np.zeros((side, side, 3), np.uint8))) == 0
+    assert device.allocated_bytes == 0
+
+
 def test_rooms_grow_and_never_shrink(device: HostDevice, plugin_form: Path) -> None:
     """Many small frames, then a large one, then many again: what was large enough once is there the second time."""
     with TRTRetinaFace(plugin_form, device=device, warm_up=False) as detector:
@@ -548,6 +594,7 @@ def test_sizes_an_engine_does_not_take(device: HostDevice, tmp_path: Path, astro
     build_engine(EngineOptions("mobilenet0.25", path, Profile(sizes_hw=((64, 96),) * 3), onnx_only=True))
     with TRTRetinaFace(path, device=device) as detector:
         assert detector.size_hw == (64, 96)
+        assert detector.engine.profile == EngineProfile((1, 64, 96), (1, 64, 96), (8, 64, 96))
         detector.size_hw = (64, 64)
         with pytest.raises(FrameError, match="64x64 is not among the sizes of the engine, 64x96"):
             detector.detect(astronaut)

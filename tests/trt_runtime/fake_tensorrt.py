@@ -252,8 +252,9 @@ class Context:
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        if self._trt.refuses("address", "" if name in self._trt.tensors and address % 256 == 0 else f"{name} is wrong"):
-            return False
+        fits = name in self._trt.tensors and address % 256 == 0
+        if self._trt.refuses("address" if name == "scores" else "", "" if fits else f"{name} is wrong"):
+            return False  # one alone that fails is enough
         self.addresses[name] = address
         return True
 

@@ -404,8 +404,14 @@ with device.activate():
         print(type(error).__name__, error)
     first.close()
     print(device.free_and_total())
-    device.pinned(4)
+    pinned = device.pinned(4)
     print(ctypes.CDLL('libcuda.so.1').fake_cuda_flags())
+    view = pinned.array[1:]
+    del pinned
+    print(live(2))
+    view[:] = 1  # it is still there
+    del view
+    print(live(2))
 print(ctypes.CDLL('libcuda.so.1').fake_cuda_depth())
 """
     lines = run(fake, code).splitlines()
@@ -414,7 +420,8 @@ print(ctypes.CDLL('libcuda.so.1').fake_cuda_depth())
         "DeviceMemoryError no memory on the device for the second: 800.0 MiB asked for, 724.0 MiB of 1.0 GiB free: use"
     )
     assert lines[2] == f"({1 << 30}, {1 << 30})"
-    assert lines[3:] == ["1", "0"]  # CU_MEMHOSTALLOC_PORTABLE: pinned for every context; and none is left current
+    assert lines[3] == "1"  # CU_MEMHOSTALLOC_PORTABLE: pinned for every context
+    assert lines[4:] == ["1", "0", "0"]  # it lives as long as a view of it; and no context is left current
 
 
 PYCUDA = """
@@ -537,6 +544,13 @@ def other_thread():
     print(ctypes.CDLL("libcuda.so.1").fake_cuda_depth(), live(1))
 device = PyCudaDevice()
 print(device.index, device.name, device.compute_capability, device.can_capture, device.can_order)
+with device.activate():
+    pinned = device.pinned(4)
+    view = pinned.array[1:]
+    del pinned
+    print(live(2))
+    del view
+    print(live(2))
 shared = PyCudaDevice(cuda.Stream(1))
 print(shared.can_capture, shared.can_order)
 memory = device.allocate(18, "a test")
@@ -563,20 +577,22 @@ cuda.Context.pop()
 """
     for bindings in (True, False):
         lines = run(fake, ("" if bindings else without) + code, **pycuda).splitlines()
-        assert lines[:2] == [f"1 Fake, device 1 91 {bindings} {bindings}", f"False {bindings}"]
-        assert lines[2].startswith(
+        assert lines.pop(0) == f"1 Fake, device 1 91 {bindings} {bindings}"
+        assert [lines.pop(0), lines.pop(0)] == ["1", "0"]  # pinned memory lives as long as a view of it
+        assert lines[0] == f"False {bindings}"
+        assert lines[1].startswith(
             "GpuError there is no current PyCUDA context on this thread: make one first, by `impor"
         )
-        assert lines[3] == "0 0"
-        assert lines[4].startswith(
+        assert lines[2] == "0 0"
+        assert lines[3].startswith(
             "DeviceMemoryError no memory on the device for the heads: 2.0 GiB asked for, 1.0 GiB of"
         )
-        assert all(line.startswith("DeviceLostError a kernel broke the CUDA context (") for line in lines[5:10])
-        assert all(line.endswith("): start the process again") for line in lines[5:10])
-        assert lines[10] == "GpuError CUDA failed (cuStreamSynchronize failed: a fake error)"
-        assert lines[11] == "DeviceMemoryError no memory left on the GPU (cuStreamCreate failed: out of memory)"
+        assert all(line.startswith("DeviceLostError a kernel broke the CUDA context (") for line in lines[4:9])
+        assert all(line.endswith("): start the process again") for line in lines[4:9])
+        assert lines[9] == "GpuError CUDA failed (cuStreamSynchronize failed: a fake error)"
+        assert lines[10] == "DeviceMemoryError no memory left on the GPU (cuStreamCreate failed: out of memory)"
         if bindings:
-            assert lines[12].startswith("FrameError the frame's address 0x1000 is not in CUDA's memory")
+            assert lines[11].startswith("FrameError the frame's address 0x1000 is not in CUDA's memory")
         else:
-            assert lines[12] == "None"  # nobody can tell
-        assert lines[13:] == ["True", "True", "GpuError this stream has been closed", "True"]
+            assert lines[11] == "None"  # nobody can tell
+        assert lines[12:] == ["True", "True", "GpuError this stream has been closed", "True"]

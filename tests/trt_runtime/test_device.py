@@ -229,6 +229,9 @@ def test_a_lost_device(device: HostDevice) -> None:
     ):
         with pytest.raises(DeviceLostError, match="ZeroDivisionError"):  # the first failure, not what came of it
             call()
+    device.lose(OSError("of another stream, a moment later"))
+    with pytest.raises(DeviceLostError, match="ZeroDivisionError"):
+        stream.synchronize()
     memory.close()
     assert device.allocated_bytes == 0
     assert device.lost
@@ -833,10 +836,9 @@ def test_a_refused_tensor_is_let_go(stream: HostStream) -> None:
 
 def test_tensors_of_other_kinds(stream: HostStream) -> None:
     torch = pytest.importorskip("torch")
-    with pytest.raises(FrameError, match="must be uint8"):
-        read(Tensor(torch.zeros(4, 5, 3)), stream)
-    with pytest.raises(FrameError, match="must be uint8"):
-        read(Tensor(torch.zeros(4, 5, 3, dtype=torch.int8)), stream)
+    for kind in ("float32", "float16", "bfloat16", "int8", "int64", "bool", "complex64"):
+        with pytest.raises(FrameError, match=rf"must be uint8 with values 0\.\.255, got {kind}8? of shape \(4, 5, 3\)"):
+            read(Tensor(torch.zeros(4, 5, 3, dtype=getattr(torch, kind))), stream)
     with pytest.raises(FrameError, match=r"\.permute"):
         read(Tensor(torch.zeros(3, 4, 5, dtype=torch.uint8)), stream)
     with pytest.raises(FrameError, match="contiguous"):
@@ -883,7 +885,7 @@ def test_nv12(device: HostDevice, stream: HostStream, pairs: bool) -> None:
         ({"shape": (5, 6)}, {"shape": (2, 6)}, "even sides"),
         ({"shape": (4, 5)}, {"shape": (2, 5)}, "even sides"),
         ({"shape": (4, 6, 1)}, {"shape": (2, 6)}, "even sides"),
-        ({"shape": (4, 6)}, {"shape": (2, 3)}, "chroma must be"),
+        ({"shape": (4, 6)}, {"shape": (2, 3)}, r"chroma must be \(2, 6\) or \(2, 3, 2\), got uint8 of shape \(2, 3\)"),
         ({"shape": (4, 6)}, {"shape": (4, 6)}, "chroma must be"),
         ({"shape": (4, 6)}, {"shape": (2, 6), "typestr": "<f2"}, "chroma must be uint8"),
         ({"shape": (4, 6), "strides": (6, 2)}, {"shape": (2, 6)}, "rows of luma"),

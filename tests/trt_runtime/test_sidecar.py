@@ -138,7 +138,11 @@ def test_text_that_is_no_sidecar(sidecar: Sidecar) -> None:
     without = {name: value for name, value in data.items() if name != "sidecar_sha256"}
     with pytest.raises(SpecError, match="its own hash differs"):
         Sidecar.from_json(json.dumps(without))
+    with pytest.raises(SpecError, match=r"^fields missing or unknown: \['extra'\]$"):
+        Sidecar.from_json(_sealed({**without, "extra": 1}))
     del without["parity"]
+    with pytest.raises(SpecError, match=r"^fields missing or unknown: \['parity'\]$"):
+        Sidecar.from_json(_sealed(dict(without)))
     with pytest.raises(SpecError, match=r"^fields missing or unknown: \['extra', 'parity'\]$"):
         Sidecar.from_json(_sealed({**without, "extra": 1}))
     spec = {**data["spec"], "decode": {**data["spec"]["decode"], "top_k": 0}}

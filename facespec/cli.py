@@ -119,6 +119,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     except OSError as error:
         name = f": {error.filename}" if error.filename else ""
         code = _fail(f"{error.strerror or error}{name}")
+    try:
+        sys.stdout.flush()
+    except OSError:  # no room for what was printed: Python would try again, and end in another way
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

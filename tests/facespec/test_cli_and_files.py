@@ -39,7 +39,9 @@ def _umask() -> int:
 
 def _run(body: str, setup: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
     code = f"from facespec.cli import *\nfrom facespec.errors import *\n{setup}\ndef main():\n    {body}\nrun(main)"
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    # where it is unbuffered, what is printed never waits for the end
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment, **options}
     return subprocess.run([sys.executable, "-c", code], text=True, cwd=Path(__file__).parents[2], **options)
 
 

@@ -128,8 +128,8 @@ def test_cmake_makes_the_same_library(tmp_path: Path) -> None:
         str(ROOT / "plugins"),
         "-B",
         str(tmp_path),
-        "-DCMAKE_CUDA_ARCHITECTURES=86-virtual",
-    ]  # without ptxas
+        "-DCMAKE_CUDA_ARCHITECTURES=86-virtual",  # without ptxas
+    ]
     for command in (build, ["cmake", "--build", str(tmp_path)]):
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -141,6 +141,10 @@ def test_cmake_makes_the_same_library(tmp_path: Path) -> None:
     listed = re.search(r"CMAKE_CUDA_ARCHITECTURES ([^)]*)\)\n", text)
     assert listed is not None
     assert tuple(int(name.split("-")[0]) for name in listed[1].split()) == ARCHITECTURES
+    with_ptx = [name for name in listed[1].split() if not name.endswith("-real")]
+    assert with_ptx == [str(plugins.build.PTX_ARCHITECTURE)] == ["90"]
+    assert re.findall(r"src/(\w+\.c\w+)", text) == list(plugins.build.TARGETS["plugin"])
+    assert text.count("-ffp-contract=off") == 2
 
 
 @pytest.mark.usefixtures("small_host")
@@ -485,7 +489,7 @@ def test_a_compiler_error_is_one_line(refused: Callable[..., str], tmp_path: Pat
     assert "it does not compile" in refused(
         "plugins.build", "host", "--out", tmp_path / "lib", env={"CXX": str(compiler)}
     )
-    assert not list((tmp_path / "lib").glob("*")) if (tmp_path / "lib").exists() else True
+    assert list((tmp_path / "lib").iterdir()) == []
 
 
 @pytest.fixture(scope="module")

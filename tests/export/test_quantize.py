@@ -19,6 +19,7 @@ from export.calibration import Calibration, calibrate, demo_frames, find_calibra
 from export.calibration_options import CalibrationOptions
 from export.inspect import inspect
 from export.int8_recipe import Int8Recipe, load_recipe
+from export.portable import build_heads
 from export.precision import with_precision
 from export.quantize import (
     _as_half,
@@ -36,6 +37,7 @@ from facespec.errors import DataError, ModelFileError, SpecError
 from facespec.images import write_image
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
+from trainer import load_model
 from trt_runtime.flavor import RTX
 from trt_runtime.sidecar import read_header, read_sidecar
 
@@ -62,12 +64,14 @@ def _pixels(seed: int = 3) -> np.ndarray:
     return np.stack(pixels)
 
 
-def test_calibration_sees_the_largest_number(heads: onnx.ModelProto, cache: Path) -> None:
+def test_calibration_sees_the_largest_number(cache: Path) -> None:
     """Against the activations of the same images in one batch."""
+    size = (96, 128)
+    heads = build_heads(load_model(), size)
     demo = CalibrationOptions("demo", images=8)
-    found = calibrate(heads, demo, SIZE, ModelSpec())
+    found = calibrate(heads, demo, size, ModelSpec())
     assert set(found.ranges) == set(conv_inputs(heads))
-    _, pixels, _ = load_inputs(demo, SIZE, ModelSpec())
+    _, pixels, _ = load_inputs(demo, size, ModelSpec())
     probe = onnx.ModelProto()
     probe.CopyFrom(heads)
     name = conv_inputs(heads)[7]
@@ -76,18 +80,18 @@ def test_calibration_sees_the_largest_number(heads: onnx.ModelProto, cache: Path
     np.testing.assert_allclose(found.ranges[name], expected, rtol=1e-5)
     # the same images of another seed are others; the same again come from the cache
     assert not found.cached
-    again = calibrate(heads, demo, SIZE, ModelSpec())
+    again = calibrate(heads, demo, size, ModelSpec())
     assert again.cached
     assert (again.with_faces, again.images) == (found.with_faces, found.images)
     assert all((again.ranges[key] == values).all() for key, values in found.ranges.items())
     (first,) = cache.iterdir()
-    assert not calibrate(heads, CalibrationOptions("demo", images=8, seed=1), SIZE, ModelSpec()).cached
+    assert not calibrate(heads, CalibrationOptions("demo", images=8, seed=1), size, ModelSpec()).cached
     whole = first.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"rubbish"):
         first.write_bytes(damaged)
-        assert not calibrate(heads, demo, SIZE, ModelSpec()).cached
+        assert not calibrate(heads, demo, size, ModelSpec()).cached
     first.write_bytes(b"rubbish")
-    assert len(calibrate(heads, demo, SIZE, ModelSpec()).ranges) == len(found.ranges)
+    assert len(calibrate(heads, demo, size, ModelSpec()).ranges) == len(found.ranges)
 
 
 def test_equalisation_changes_nothing_but_ranges(

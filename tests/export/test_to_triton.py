@@ -22,6 +22,7 @@ import onnxruntime
 import pytest
 
 from examples.triton_client import ServerError, TritonRetinaFace
+from examples.triton_client import main as client_main
 from export.to_triton import PLUGIN_FILE, PLUGIN_REPORT, TritonOptions, main, parse_arguments, plan, write
 from facespec.errors import BuildError, FrameError, ModelFileError, NonFiniteError, OutputError, SpecError
 from facespec.images import write_image
@@ -359,17 +360,15 @@ def test_the_client_command(
     astronaut: Frame,
     tmp_path: Path,
     command: Callable[..., subprocess.CompletedProcess[str]],
-    refused: Callable[..., str],
+    error_line: Callable[..., str],
 ) -> None:
     write_image(tmp_path / "photo.png", astronaut)
     result = command("examples.triton_client", "photo.png", "--out", "faces.png", "--server", server.address)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "wrote faces.png: 1 faces"
     assert (tmp_path / "faces.png").stat().st_size > 1000
-    assert "no answer" in refused("examples.triton_client", "photo.png", "--server", "localhost:1")
-    assert "unknown model" in refused(
-        "examples.triton_client", "photo.png", "--server", server.address, "--model", "none"
-    )
+    assert "no answer" in error_line(client_main, "photo.png", "--server", "localhost:1")
+    assert "unknown model" in error_line(client_main, "photo.png", "--server", server.address, "--model", "none")
 
 
 def test_the_command(static_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from export.agreement import Agreement, landmark_errors, match_faces
 from export.disagreements import Sample, draw_disagreements
 from export.emulation import emulate_fp16
-from export.sides import ModelInfo, Recorder
+from export.sides import ModelInfo, Recorder, Side
 from export.verify import (
     BUDGETS,
     Row,
@@ -475,11 +475,18 @@ def test_identical_models_have_no_differences(dynamic_onnx: Path, tmp_path: Path
     assert (image == (60, 60, 255)).all(axis=2).any()
 
 
-@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "openvino"])
+def test_the_backend_that_is_chosen(int8_onnx: Path) -> None:
+    (note, hidden) = Side(str(int8_onnx), backend="auto").notes
+    assert "run as it is deployed" in note
+    assert "backend openvino, openvino " in note
+    assert "does not show its raw heads" in hidden
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_candidate_as_it_is_deployed(backend: str, int8_onnx: Path) -> None:
     """The faces are those of the backend, not of the emulation; raw heads are for graphs only."""
     result = verify(VerifyOptions("mobilenet0.25", str(int8_onnx), images=2, backend=backend, budget="none"))
-    ran = "onnxruntime" if backend == "onnxruntime" else "openvino"
+    ran = backend
     (note,) = (note for note in result.notes if "run as it is deployed" in note)
     assert f"backend {ran}, {ran} " in note
     assert not any("emulated" in note for note in result.notes)

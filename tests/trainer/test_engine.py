@@ -150,7 +150,9 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
 def test_frozen_batch_normalisation_keeps_its_statistics_uses_them_and_learns_its_scale(frozen: bool) -> None:
     model = load_model()
     learner = Learner(model, MultiBoxLoss(model.spec), freeze_batch_norm=frozen)
+    assert model.training  # from the start, though it was loaded to detect
     assert learner.train(False).training is False
+    assert not any(module.training for module in model.modules())
     learner.train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) > 20

@@ -4,10 +4,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint test-gpu clean
+.PHONY: help demo test mutants lint test-gpu clean
 help:
 	@echo "make demo      find faces in sample photographs and a short video; no GPU, no data set (build/demo)"
 	@echo "make test      run the tests"
+	@echo "make mutants   put faults into copies of the project, one at a time, and see whether the tests notice"
+	@echo "               (FAULTS='trt_runtime/live.py': those of a file; '--every 10': a tenth; '--help')"
 	@echo "make lint      ruff, mypy and clang-format"
 	@echo "make test-gpu  test, sanitize and time all that needs an NVIDIA GPU; needs nvcc and torch, installs nothing"
 	@echo "make clean     remove build/, caches and .venv"
@@ -32,7 +34,10 @@ demo: $(VENV)/.demo
 	@$(RUN) -m export.demo --out build/demo
 
 test: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --durations 10
+
+mutants: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
+	$(RUN) -m tests.mutants $(FAULTS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

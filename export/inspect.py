@@ -178,7 +178,8 @@ def inspect_onnx(path: Path) -> Inspection:
             found.plugin = plugin_attributes(find_plugin(model))
         except ModelFileError as error:
             found.problems.append(str(error))
-    problem = _checker_problem(model)
+    # weights beside the file are found from its path alone
+    problem = _checker_problem(str(path) if header.external_files else model)
     if problem:
         found.problems.append(problem)
     if SPEC_KEY not in header.metadata:

@@ -1,20 +1,43 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from facespec.errors import MissingToolError
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
+from plugins.build import ensure
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("RETINAFACE_DATA", ROOT.parent / "shared" / "data"))
+
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER and hasattr(os, "sched_setaffinity"):  # before a library counts the cores
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("timeout"):  # on a machine with a GPU and little else, pyproject.toml may name them
+        for name in ("timeout", "timeout_method"):
+            parser.addini(name, "of pytest-timeout, which is not installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):  # in the process that starts the workers: they would all compile
+        for target in ("host", "plugin"):
+            with suppress(MissingToolError):
+                ensure(target)
 
 
 def _has_gpu() -> bool:
@@ -70,36 +93,64 @@ def crowd(photographs: dict[str, Frame]) -> Frame:
     return np.hstack([*parts, parts[0][:, ::-1]])
 
 
-def _export(folder: Path, size_hw: tuple[int, int] | None) -> Path:
-    from export.to_onnx import ExportOptions, export_onnx
-    from facespec.spec import DecodeSpec
-
-    path = folder / "model.onnx"
-    export_onnx(ExportOptions("mobilenet0.25", path, size_hw, DecodeSpec()))
-    return path
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def static_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Return the folder of a name, filled by the first that asks for it; all workers of pytest-xdist share it."""
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if WORKER else base
+
+    def call(name: str, make: Callable[[Path], object]) -> Path:
+        folder, part = root / f"once-{name}", root / f"once-{name}.part"
+        with FileLock(root / f"once-{name}.lock"):
+            if not folder.exists():
+                shutil.rmtree(part, ignore_errors=True)  # of a worker that was ended
+                part.mkdir()
+                make(part)
+                part.rename(folder)
+        return folder
+
+    return call
+
+
+def _export(make_once: MakeOnce, name: str, size_hw: tuple[int, int] | None) -> Path:
+    def make(folder: Path) -> None:
+        from export.to_onnx import ExportOptions, export_onnx
+        from facespec.spec import DecodeSpec
+
+        export_onnx(ExportOptions("mobilenet0.25", folder / "model.onnx", size_hw, DecodeSpec()))
+
+    return make_once(name, make) / "model.onnx"
+
+
+@pytest.fixture(scope="session")
+def static_onnx(make_once: MakeOnce) -> Path:
     """The published weights at 320x320."""
-    return _export(tmp_path_factory.mktemp("static"), (320, 320))
+    return _export(make_once, "static", (320, 320))
 
 
 @pytest.fixture(scope="session")
-def dynamic_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dynamic_onnx(make_once: MakeOnce) -> Path:
     """The published weights at any size."""
-    return _export(tmp_path_factory.mktemp("dynamic"), None)
+    return _export(make_once, "dynamic", None)
 
 
 @pytest.fixture(scope="session")
-def plugin_form(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plugin_form(make_once: MakeOnce) -> Path:
     """The published weights at any size, as TensorRT gets them."""
-    from export.to_trt import EngineOptions, Profile, build_engine
 
-    path = tmp_path_factory.mktemp("plugin") / "f.onnx"
-    sizes = ((320, 320), (320, 320), (640, 640))
-    build_engine(EngineOptions("mobilenet0.25", path, Profile(sizes_hw=sizes), onnx_only=True))
-    return path
+    def make(folder: Path) -> None:
+        from export.to_trt import EngineOptions, Profile, build_engine
+
+        sizes = ((320, 320), (320, 320), (640, 640))
+        profile = Profile(sizes_hw=sizes)
+        build_engine(EngineOptions("mobilenet0.25", folder / "f.onnx", profile, onnx_only=True))
+
+    return make_once("plugin", make) / "f.onnx"
 
 
 @pytest.fixture

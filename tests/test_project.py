@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ def test_results_say_where_they_come_from(path: Path) -> None:
     record = json.loads(path.read_text())
     assert {"what", "results", "date", "command", "machine", "versions"} <= record.keys()
     assert record["command"].startswith("python -m benchmarks.")
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", record["date"])
+    assert record["results"]
 
 
 def test_committed_results_hold_what_they_promise() -> None:
@@ -104,13 +109,83 @@ def test_links_and_commands_of_the_documents_exist() -> None:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert (ROOT / link).exists(), f"{document.name}: {link}"
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo", "test", "lint", "test-gpu", "clean"):
+    for target in ("demo", "test", "mutants", "lint", "test-gpu", "clean"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.mark.parametrize("module", COMMANDS)
-def test_every_command_explains_itself(module: str) -> None:
-    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+def test_every_command_explains_itself(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `python -m` runs it, in this process: most of them import torch."""
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:  # noqa: PT012
+            warnings.simplefilter("ignore")  # other tests have imported it
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+    assert caught.value.code == 0
+    assert f"python -m {module}" in capsys.readouterr().out
+
+
+def test_a_command_runs_as_a_module() -> None:
+    line = [sys.executable, "-m", "plugins.build", "--help"]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0
-    assert f"python -m {module}" in result.stdout
+    assert "python -m plugins.build" in result.stdout
+
+
+def test_a_table_that_is_not_that_of_the_results_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a copy: of each table one figure is changed, then --check fails and the command writes it anew."""
+    from benchmarks import readme
+
+    text = (ROOT / "README.md").read_text()
+    assert readme.render(text) == text
+    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "results").symlink_to(ROOT / "benchmarks" / "results")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["readme", "--check"])
+    assert readme.main() == 0
+    names = re.findall(r"<!-- (\w+) -->", text)
+    assert {"ap_scoring", "augment", *readme.tables()} == {name for name in names if name != "end"}
+    for name in readme.tables().keys() | {"ap_scoring", "augment"}:
+        start = text.index(f"<!-- {name} -->") + len(f"<!-- {name} -->")
+        place = start + re.search(r"\d(?=[^\d]*<!-- end -->)", text[start:]).start()  # type: ignore[union-attr]
+        (tmp_path / "README.md").write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+        assert readme.main() == 1, name
+    monkeypatch.setattr(sys, "argv", ["readme"])
+    assert readme.main() == 0
+    assert (tmp_path / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("dev_ap", lambda rows: [f"{rows[0][level]:.2f}" for level in ("easy", "medium", "hard")]),
+        ("latency", lambda rows: [f"{rows[0]['ms']['p50']:.1f}", str(rows[0]["faces"]), str(rows[0]["agree"])]),
+        ("soak", lambda rows: [f"{rows[0]['identical']} of {rows[0]['calls']}", f"{rows[0]['growth_mb']:.1f}"]),
+        ("host_kernel", lambda rows: [f"{rows[0]['ms']['host_kernel'][f'p{q}']:.2f}" for q in (50, 95, 99)]),
+        ("video", lambda rows: [
+            f"{rows[0]['frames_per_second']:.1f}", f"{rows[0]['times_as_fast']['tiny at 640']:.2f}"]),
+        ("loss", lambda rows: [
+            f"{rows[0]['ms']['ours_forward']['p50']:.1f}", f"{rows[0]['ms']['original_forward']['p50']:.1f}",
+            f"{rows[0]['speedup_forward']:.1f}", f"{rows[0]['ms']['ours_backward']['p50']:.1f}"]),
+    ],
+)  # fmt: skip
+def test_the_first_line_of_a_table_holds_the_figures_of_its_file(name: str, cells: Any) -> None:
+    """In their order, under a header with as many columns."""
+    text = (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split("<!-- end -->")[0]
+    header, ruler, first, *_ = text.splitlines()
+    assert header.count("|") == ruler.count("|") == first.count("|")
+    found = [cell.strip() for cell in first.strip("|").split("|")]
+    places = []
+    for cell in cells(_results(name)):
+        start = places[-1] + 1 if places else 1
+        places.append(found.index(cell, start))
+    assert len(places) == len(cells(_results(name)))

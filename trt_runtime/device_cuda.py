@@ -68,7 +68,7 @@ class Cuda:
         try:
             status, *values = getattr(self.driver, name)(*arguments)
         except RuntimeError as error:  # what cuda.bindings itself cannot find
-            if "Function" in str(error):
+            if "function" in str(error).lower():  # with a capital or not, as its version has it
                 mend = f"the NVIDIA driver is too old for the cuda-bindings here, it has no {name}: update it"
             else:
                 mend = "there is no NVIDIA driver here (libcuda.so.1 was not found)"
@@ -193,13 +193,8 @@ class CudaDevice:
 
     def free(self, name: str, handle: Any) -> None:
         """Call a function that frees something; on any thread, even one that is capturing, and at exit."""
-        relaxed = self.cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        with suppress(GpuError), self.activate():
-            before = self.cuda("cuThreadExchangeStreamCaptureMode", relaxed)
-            try:
-                self.cuda(name, handle)
-            finally:
-                self.cuda("cuThreadExchangeStreamCaptureMode", before)
+        with suppress(GpuError), self.activate(), relaxed(self.cuda):
+            self.cuda(name, handle)
 
     def _locate(self, address: int) -> int:
         return locate(self.cuda, address)
@@ -276,6 +271,17 @@ class CudaStream:
     def close(self) -> None:
         """As `Stream.close`."""
         self._destroy()
+
+
+@contextmanager
+def relaxed(cuda: Cuda) -> Iterator[None]:
+    """Allow the calling thread in a block what a capture of its own would forbid, and be spoilt by: freeing."""
+    mode = cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = cuda("cuThreadExchangeStreamCaptureMode", mode)
+    try:
+        yield
+    finally:
+        cuda("cuThreadExchangeStreamCaptureMode", before)
 
 
 @contextmanager

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DeviceMemoryError, GpuError, MissingPackageError
 from trt_runtime.device import Bytes, Capture, check_bytes, check_nbytes, out_of_memory
-from trt_runtime.device_cuda import Cuda, CudaGraph, CudaMemory, CudaPinned, locate, order, record
+from trt_runtime.device_cuda import Cuda, CudaGraph, CudaMemory, CudaPinned, locate, order, record, relaxed
 from trt_runtime.device_frame import DeviceFrame, read_frame
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which PyCUDA has no name for
@@ -158,12 +158,12 @@ class PyCudaDevice:
 
     def free(self, name: str, handle: Any) -> None:
         """Call a function of CUDA that frees something; on any thread, and at exit."""
-        with suppress(GpuError), self.activate():
+        with suppress(GpuError), self.activate(), relaxed(self.cuda):
             self.cuda(name, handle)
 
     def drop(self, held: list[Any]) -> None:
         """Let go of what a list holds. PyCUDA frees it where the context is current, and would leak it elsewhere."""
-        with suppress(GpuError), self.activate():
+        with suppress(GpuError), self.activate(), relaxed(self._cuda) if self._cuda else nullcontext():
             held.clear()
 
     def wait(self) -> None:

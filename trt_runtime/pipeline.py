@@ -200,6 +200,7 @@ class _Lane:
     in_flight: int = 0  # those of them that are not used yet
     ended: bool = False  # nothing more gets ready
     given_up: bool = False  # nothing more is used
+    start: float = 0.0  # when its opening began
 
     def __post_init__(self) -> None:
         self.report = SourceReport(self.job.name)
@@ -222,7 +223,7 @@ class _Pipeline:
         self.work = threading.Condition(self.lock)  # for the feeder
         self.network = StageTimer()
         self.calls = 0  # of the network, unfinished
-        self.turn = 0
+        self.turn = 0  # calls of the network, begun
         self.stopping = self.aborted = False
         self.error: Exception | None = None
         self.unused = len(jobs)  # lanes whose output is not done
@@ -267,7 +268,7 @@ class _Pipeline:
         return PipelineReport(reports, timer, interrupted)
 
     def _read(self, lane: _Lane) -> None:
-        report, start = lane.report, time.perf_counter()
+        report, lane.start = lane.report, time.perf_counter()
         try:
             with lane.job.open() as source:
                 with self.lock:
@@ -284,7 +285,6 @@ class _Pipeline:
                         report.decoded += 1
                         del frame
                         stopped = not self._offer(lane, item, source.live)
-                        report.seconds = time.perf_counter() - start
                 finally:
                     report.damaged, report.reconnects = source.damaged, source.reconnects
         except RetinaFaceError as error:
@@ -331,14 +331,15 @@ class _Pipeline:
         with self.lock:
             while not (chosen := self._choose()) and not all(lane.ended and not lane.ready for lane in self.lanes):
                 self.work.wait()
-            self.calls += any(wanted for *_, wanted in chosen)
+            begun = any(wanted for *_, wanted in chosen)
+            self.calls += begun
+            self.turn += begun
             return chosen
 
     def _choose(self) -> list[tuple[_Lane, _Item, bool]]:
         room = self.batch if self.calls < self.depth else 0
         chosen: list[tuple[_Lane, _Item, bool]] = []
-        self.turn += 1  # everyone is first in turn
-        start = self.turn % max(len(self.lanes), 1)
+        start = self.turn % max(len(self.lanes), 1)  # everyone is first in turn
         moved = True
         while moved:  # a frame of each source, then the next of each
             moved = False
@@ -384,6 +385,7 @@ class _Pipeline:
                         if detected:
                             faces = self._faces(item)
                         use(SeenFrame(item.image, item.number, item.seconds, faces, detected), lane.using)
+                        report.seconds = time.perf_counter() - lane.start
                         report.frames += 1
                         report.detected += detected
                         report.faces += detected * len(faces)

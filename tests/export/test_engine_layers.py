@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 
 from export.calibration_options import DEMO, CalibrationOptions
-from export.engine_layers import compare, engine_shares, layer_precisions, read_information
+from export.engine_layers import compare, engine_shares, is_readable, layer_precisions, read_information
 from export.portable import build_heads
 from export.quantize import convolutions, to_fp16
-from export.to_trt import EngineOptions, build_engine
+from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.errors import BuildError
+from tests.engines import write_engine
 from trainer import load_model
-from trt_runtime.flavor import FLAVORS, RTX, gpu_capability
+from trt_runtime.flavor import FLAVORS, RTX, Flavor, gpu_capability
+from trt_runtime.sidecar import read_sidecar
 
 NAMES = {"/body/a/Conv", "/body/b/Conv", "/body/c/Conv"}
 
@@ -102,10 +105,61 @@ def test_the_graph_names_every_convolution() -> None:
     assert compare(found, layer_precisions(json.loads(json.dumps(information)), set(found))) == ({"fp16": 1.0}, [])
 
 
+def test_where_an_engine_can_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its TensorRT is installed and the GPU here is one of those it was built for."""
+    sidecar = read_sidecar(write_engine(tmp_path, compute_capabilities=(86, 89)))
+
+    def readable(gpu: int | None, installed: bool = True, **changes: object) -> bool:
+        monkeypatch.setattr("export.engine_layers.gpu_capability", lambda: gpu)
+        monkeypatch.setattr(Flavor, "installed", lambda self: installed and self.name == "tensorrt")
+        return is_readable(dataclasses.replace(sidecar, **changes))  # type: ignore[arg-type]
+
+    assert readable(86)
+    assert readable(89)
+    assert not readable(None)
+    assert not readable(90)
+    assert not readable(86, installed=False)
+    assert not readable(86, flavor="rtx")
+    assert not readable(86, flavor="unheard of")
+
+
+def test_how_the_inspector_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the best shape, of the file wherever it is called from; by a child that says what it is told to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RETINAFACE_PLUGIN", str(tmp_path / "p.so"))
+    (tmp_path / "p.so").write_bytes(b"")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "__init__.py").write_text("")
+    write_engine(tmp_path)
+    sidecar = read_sidecar("f.engine")
+    child = "import json, sys\nrequest = json.load(sys.stdin)\n"
+    place = tmp_path / "export" / "engine_inspector.py"
+
+    def ask(rest: str) -> Any:
+        place.write_text(child + rest)
+        return read_information(Path("f.engine"), sidecar)
+
+    asked = ask("open(request['out'], 'w').write(json.dumps({'asked': request}))")["asked"]
+    assert (asked["shape"], asked["module"]) == ([4, 320, 640, 3], "tensorrt")
+    assert (asked["engine"], asked["plugin"]) == (str(tmp_path / "f.engine"), str(tmp_path / "p.so"))
+    assert not Path(asked["out"]).parent.exists()
+    with pytest.raises(BuildError, match=r"^f\.engine: EngineInspector fails: last$"):
+        ask("print('first\\nlast', file=sys.stderr); sys.exit(1)")
+    with pytest.raises(BuildError, match="EngineInspector fails: exit code 3"):
+        ask("sys.exit(3)")
+    with pytest.raises(BuildError, match="EngineInspector's answer is not JSON"):
+        ask("open(request['out'], 'w').write('rubbish')")
+    layers = {"Layers": [_layer("[ONNX Layer: c]", "Float", "FP32")]}
+    place.write_text(f"{child}open(request['out'], 'w').write({json.dumps(layers)!r})")
+    problem = "c computes in fp32 in the engine, the graph has it in fp16"
+    assert engine_shares(Path("f.engine"), sidecar) == ({"fp32": 1.0}, [problem])
+
+
 @pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed")
 @pytest.mark.skipif(gpu_capability() is not None, reason="there is a GPU: the next test asks it")
 def test_without_a_gpu_the_inspector_ends_in_one_line(tmp_path: Path) -> None:
-    options = EngineOptions("mobilenet0.25", tmp_path / "a.engine", precision="fp16", capabilities=(86,))
+    profile = Profile((1, 1, 1), ((64, 64),) * 3)
+    options = EngineOptions("mobilenet0.25", tmp_path / "a.engine", profile, "fp16", capabilities=(86,))
     sidecar = build_engine(options)
     assert sidecar is not None
     with pytest.raises(BuildError, match=r"EngineInspector fails: the engine cannot be loaded.*driver"):

@@ -167,6 +167,16 @@ def test_a_higher_threshold_gives_a_prefix() -> None:
     assert (low["scores"][0, count:] < 0.7).all()
 
 
+def test_a_score_on_the_threshold_counts() -> None:
+    """Logits that are equal are a score of exactly 0.5."""
+    heads = [np.zeros((1, 32, side, side), np.float32) for side in (8, 4, 2)]
+    for score, candidates in ((0.5, 2 * (64 + 16 + 4)), (0.5000001, 0)):
+        decode = DecodeSpec(score_threshold=score)
+        found = tail(decode, None)(heads)
+        assert found["num_candidates"].tolist() == [candidates]
+        check(found, heads, decode, (64, 64))
+
+
 def test_results_are_identical_from_run_to_run() -> None:
     heads = random_heads(6, 2, (160, 160), levels=1)
     first = tail(DecodeSpec(), None)(heads)

@@ -7,21 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.calibration import calibrate, demo_frames
+from export.calibration import Calibration, calibrate, demo_frames
 from export.calibration_options import DEMO, CalibrationOptions
 from export.int8_recipe import Int8Recipe, load_recipe
+from export.parity import rows_from_maps
 from export.portable import build_heads
 from export.quantize import mac_shares, to_int8
 from export.sensitivity import (
     Agreement,
     Budget,
     Faces,
+    Layer,
+    OutputFiles,
     Sensitivity,
     SensitivityOptions,
     Step,
     _faces,
+    _flags,
     _held_out,
     _run,
+    _short,
     agreement,
     main,
     parse_arguments,
@@ -30,6 +35,7 @@ from export.sensitivity import (
 )
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.images import write_image
+from facespec.spec import ModelSpec
 from trainer import load_model
 
 SIZE = (160, 192)
@@ -224,3 +230,177 @@ def test_a_step_holds_a_budget_in_both_ways() -> None:
     assert step.agreement.holds(Budget(99, 1.0))
     assert not step.agreement.holds(Budget(99.1, 1.0))
     assert not step.agreement.holds(Budget(99, 0.9))
+
+
+def test_the_cost_of_a_layer_by_hand(
+    measured: Sensitivity, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """RMS of all head values at the priors with a face logit over -1, on the first eight images that have any."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    model = load_model()
+    graph = build_heads(model, SIZE)
+    calibration = calibrate(graph, _options().calibration, SIZE, model.spec)
+    _, pixels = _held_out(_options(), calibration, model.spec)
+    layer = measured.layers[3]
+    others = tuple(other.name for other in measured.layers if other.name != layer.name)
+    alone = to_int8(graph, calibration.ranges, Int8Recipe(float_depthwise=False, float_layers=others))
+    assert [node.name for node in alone.graph.node if node.op_type == "Conv" and node.input[0].endswith("_dq")] == [
+        layer.name
+    ]
+    errors, images = [], 0
+    for before, after in zip(_run(graph, pixels), _run(alone, pixels), strict=True):
+        left, right = (rows_from_maps(heads, 2) for heads in (before, after))
+        seen = left[:, 5] - left[:, 4] > -1
+        if seen.any() and images < 8:
+            images += 1
+            errors.append((left - right)[seen].ravel().astype(np.float64))
+    assert images == 8
+    assert layer.cost == pytest.approx(np.sqrt(np.mean(np.concatenate(errors) ** 2)), rel=1e-4)
+    by_priority = sorted(measured.layers, key=lambda layer: -(layer.cost**2) / layer.mac_share)
+    assert [layer.name for layer in by_priority] == list(measured.steps[-1].float_layers)
+    assert len(measured.steps) <= 20
+    assert [len(step.float_layers) for step in measured.steps[:4]] == [0, 1, 2, 3]
+    assert measured.default.int8_share == pytest.approx(0.88, abs=0.01)
+
+
+def _step(share: float, recall: float, error: float, *layers: str) -> Step:
+    return Step(layers, share, Agreement(recall, 90, 0.9, error))
+
+
+def _found(*steps: Step, layers: int = 2, faces: int = 40) -> Sensitivity:
+    costs = tuple(Layer(f"/body/stage1/stage1.{i}/stage1.{i}.0/Conv", 1.0 - i / 100, 1 / layers) for i in range(layers))
+    return Sensitivity("b", "0" * 64, SIZE, costs, steps, _step(0.9, 97, 1.2, "d"), faces, ("c",) * 3, ("h",) * 5)
+
+
+def test_the_step_that_holds_a_budget() -> None:
+    """The first in the order given; half of the arithmetic in INT8 is still called INT8, less is not."""
+    steps = (
+        _step(1, 98, 2),
+        _step(0.8, 98.5, 1.1, "a"),
+        _step(0.5, 98.5, 1.0, "a", "b"),
+        _step(0.49, 99, 0, "a", "b", "c"),
+    )
+    assert _found(*steps).step() is steps[2]
+    assert _found(*steps).step(Budget(98, 2)) is steps[0]
+    assert _found(*steps).recipe(Budget(98.5, 1.1)) == Int8Recipe(float_depthwise=False, float_layers=("a",))
+    with pytest.raises(ModelFileError, match=r"holds recall >= 99 %, landmark error <= 1 %: use --fp16"):
+        _found(*steps).step(Budget(99))
+
+
+def test_bounds() -> None:
+    assert (Budget().recall, Budget().landmark_error) == (98.5, 1.0)
+    for recall, error in ((0, 0), (100, 1e9)):
+        assert Budget(recall, error).recall == recall
+    for recall, error in ((-0.1, 1), (100.1, 1), (98, -0.1), (98, float("inf"))):
+        with pytest.raises(SpecError):
+            Budget(recall, error)
+    options = SensitivityOptions("w", CalibrationOptions(DEMO))
+    assert (options.held_out, options.size_hw) == (96, (640, 640))
+    for held_out in (8, 2048):
+        assert dataclasses.replace(options, held_out=held_out).held_out == held_out
+    for changes in ({"held_out": 7}, {"held_out": 2049}, {"size_hw": (33, 32)}):
+        with pytest.raises(SpecError):
+            dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+    assert Layer("x", 3.0, 0.5).priority == 18
+
+
+def test_what_a_table_says() -> None:
+    lines = str(_found(_step(1, 97.5, 2.25), _step(0.75, 99, 0.5, "a", "b"), layers=19)).splitlines()
+    assert lines[1].split() == ["/body/stage1/stage1.0/stage1.0.0/Conv", "1.0000", "5.26"]
+    assert lines[16].split()[0] == "/body/stage1/stage1.15/stage1.15.0/Conv"
+    assert lines[17] == "and 3 convolutions that cost less"
+    assert [line.split() for line in lines[20:23]] == [
+        ["0", "100.0", "97.50", "90.00", "0.900", "2.25"],
+        ["2", "75.0", "99.00", "90.00", "0.900", "0.50"],
+        ["default", "90.0", "97.00", "90.00", "0.900", "1.20"],
+    ]
+    assert lines[23].startswith("40 faces of FP32 on 5 held-out images, calibrated on 3 others")
+    assert lines[24] == "one face is 2.50 % of recall: --held-out makes it finer"
+    assert "cost less" not in str(_found(_step(1, 99, 1), layers=16))
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("/body/stage1/stage1.1/stage1.1.0/Conv", "stage1.1.0"),
+        ("/fpn/merge1/merge1.0/Conv", "fpn/merge1.0"),
+        ("/heads.0/Conv", "heads.0"),
+        ("/ssh1/conv3X3/Conv", "ssh1/conv3X3"),
+        ("Conv", "Conv"),
+        ("/a/b/c", "a/c"),
+    ],
+)
+def test_short_names(name: str, short: str) -> None:
+    assert _short(name) == short
+
+
+def test_what_is_measured_by_default() -> None:
+    options, budget, files = parse_arguments(["--calib", "demo"])
+    assert options == SensitivityOptions("mobilenet0.25", CalibrationOptions(DEMO))
+    assert (budget, files) == (Budget(), OutputFiles())
+    line = ["--calib", "c", "--weights", "w", "--data", "d", "--calib-images", "9", "--held-out", "10", "--seed", "3"]
+    line += [
+        "--size",
+        "32x64",
+        "--budget",
+        "90",
+        "--landmark-budget",
+        "2",
+        "--json",
+        "j",
+        "--plot",
+        "p",
+        "--recipe",
+        "r",
+    ]
+    options, budget, files = parse_arguments(line)
+    assert options == SensitivityOptions("w", CalibrationOptions("c", Path("d"), 9, 3), 10, (32, 64))
+    assert (budget, files) == (Budget(90, 2), OutputFiles(Path("j"), Path("p"), Path("r")))
+    said = _flags(options.calibration, Path("r s"))
+    assert said == "--int8 --calib c --calib-images 9 --seed 3 --data d --int8-recipe 'r s'"
+    assert "--data" not in _flags(CalibrationOptions("c"), Path("r"))
+
+
+def test_images_to_measure_on_are_others(tmp_path: Path) -> None:
+    """Neither calibrated on, nor skipped there, nor damaged; by the seed, and no more than asked for."""
+    rng = np.random.default_rng(0)
+    for index in range(30):
+        write_image(tmp_path / f"{index:02d}.png", rng.integers(0, 256, (8, 8, 3), np.uint8))
+    paths = sorted(map(str, tmp_path.iterdir()))
+    Path(paths[29]).write_bytes(b"no picture")
+    options = SensitivityOptions("w", CalibrationOptions(str(tmp_path), images=8), held_out=12, size_hw=(32, 64))
+    used = Calibration(options.calibration, {}, tuple(paths[:8]), (paths[8],), 1, False)
+    names, pixels = _held_out(options, used, ModelSpec())
+    assert len(names) == len(pixels) == 12
+    assert not set(names) & {*paths[:9], paths[29]}
+    assert pixels[0].shape == (32, 64, 3)
+    assert names != sorted(names)
+    everything, _ = _held_out(dataclasses.replace(options, held_out=50), used, ModelSpec())
+    assert sorted(everything) == paths[9:29]
+    other = dataclasses.replace(options, calibration=CalibrationOptions(str(tmp_path), images=8, seed=1))
+    assert _held_out(other, used, ModelSpec())[0] != names
+    # of the photographs, the crops that come next
+    demo = SensitivityOptions("w", CalibrationOptions(DEMO, images=8), held_out=9, size_hw=(32, 64))
+    names, _ = _held_out(demo, Calibration(demo.calibration, {}, ("x",) * 8, (), 1, False), ModelSpec())
+    assert names == [name for name, _ in demo_frames(17, 0)][8:]
+
+
+def test_numbers_that_are_not_finite_are_no_faces() -> None:
+    heads = [np.zeros((1, 32, 64 // stride, 64 // stride), np.float32) for stride in (8, 16, 32)]
+    assert len(_faces(heads, (64, 64), ModelSpec())[0]) > 0
+    heads[2][0, 9, 0, 0] = np.nan
+    with pytest.raises(ModelFileError, match="not finite on a held-out image"):
+        _faces(heads, (64, 64), ModelSpec())
+
+
+def test_a_budget_that_everything_holds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = _found(_step(1, 99, 0.5), _step(0.9, 99.5, 0.1, "a", "b"))
+    monkeypatch.setattr("export.sensitivity.sensitivity", lambda options, progress: found)
+    assert main(["--calib", "demo"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        printed[-3] == "100.0 % of multiply-accumulates in INT8 hold recall >= 98.5 %, landmark error <= 1 %; in float:"
+    )
+    assert printed[-2] == "  nothing"
+    assert main(["--calib", "demo", "--budget", "99.5"]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:-1] == ["  a", "  b"]

@@ -5,6 +5,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,13 +13,17 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+import export.precision
+from export.calibration import Calibration
+from export.calibration_options import CalibrationOptions
 from export.graph import HEAD_NAMES
 from export.parity import check_parity
 from export.portable import build_portable
-from export.to_onnx import ExportOptions, export_onnx, parity_frames, parse_arguments
+from export.to_onnx import ExportOptions, export_onnx, main, parity_frames, parse_arguments, report_calibration
 from facespec.errors import DataError, ParityError, SpecError
 from facespec.images import write_image
 from facespec.letterbox import Frame
+from facespec.samples import sample_photographs
 from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec
 from trainer import load_model, save_checkpoint
 from trainer.backbones import BACKBONES
@@ -64,7 +69,8 @@ def test_every_backbone_exports_with_parity(backbone: str) -> None:
     spec = ModelSpec(backbone=backbone, fpn_channels=BACKBONES[backbone][1])
     model = RetinaFace(spec).eval()
     frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
-    for size_hw in ((64, 96), None):
+    # each takes seconds to export: the deepest are of one kind only
+    for size_hw in {"resnet34": [(64, 96)], "resnet50": [None]}.get(backbone, [(64, 96), None]):
         report = check_parity(build_portable(model, size_hw), model, {"noise": frame}, size_hw)
         assert report.rows[0].faces > 0
         assert report.rows[0].equal
@@ -135,28 +141,29 @@ def test_images_without_faces_prove_nothing(tmp_path: Path) -> None:
         export_onnx(options)
 
 
-def test_command(command: Callable[..., object], refused: Callable[..., str], tmp_path: Path) -> None:
-    result = command(
-        "export.to_onnx", "--size", "96x160", "--out", "new/m.onnx", "--score", "0.3", "--iou", "0.5",
-        "--top-k", "77", "--max-detections", "11",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "wrote new/m.onnx: mobilenet0.25, 96x160" in result.stdout
+def test_command(
+    refused: Callable[..., str], error_line: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "--size 96x160 --out new/m.onnx --score 0.3 --iou 0.5 --top-k 77 --max-detections 11"
+    assert main(arguments.split()) == 0
+    printed = capsys.readouterr().out
+    assert "wrote new/m.onnx: mobilenet0.25, 96x160" in printed
+    assert "equal; allowed: heads 0.001" in printed
     model = onnx.load(tmp_path / "new" / "m.onnx")
     spec = ModelSpec.from_json({item.key: item.value for item in model.metadata_props}[SPEC_KEY])
     assert spec.decode == DecodeSpec(score_threshold=0.3, iou_threshold=0.5, top_k=77, max_detections=11)
     assert _shape(model.graph.input[0]) == ["batch", 96, 160, 3]
     assert "multiple of 32" in refused("export.to_onnx", "--size", "100x100")
-    assert "no such weights" in refused("export.to_onnx", "--weights", "none.pth")
-    assert "score_threshold" in refused("export.to_onnx", "--score", "2")
+    assert "no such weights" in error_line(main, "--weights", "none.pth")
+    assert "score_threshold" in error_line(main, "--score", "2")
     (tmp_path / "evil.pth").write_bytes(b"\x80\x04cposix\nsystem\n(X\x09\x00\x00\x00touch ran\x85R.")
-    assert "which can run code" in refused("export.to_onnx", "--weights", "evil.pth")
+    assert "which can run code" in error_line(main, "--weights", "evil.pth")
     (tmp_path / "evil.pth").unlink()
-    assert "ends in .onnx" in refused("export.to_onnx", "--out", "model")
-    assert "try 4096" in refused("export.to_onnx", "--size", "99999x32")
-    assert "pixels" in refused("export.to_onnx", "--size", "4128x4096")
+    assert "ends in .onnx" in error_line(main, "--out", "model")
+    assert "try 4096" in error_line(main, "--size", "99999x32")
+    assert "pixels" in error_line(main, "--size", "4128x4096")
     (tmp_path / "w.onnx").write_bytes(b"mine")
-    assert "is a file that is read" in refused("export.to_onnx", "--weights", "w.onnx", "--out", "w.onnx")
+    assert "is a file that is read" in error_line(main, "--weights", "w.onnx", "--out", "w.onnx")
     assert (tmp_path / "w.onnx").read_bytes() == b"mine"
     (tmp_path / "w.onnx").unlink()
     assert os.listdir(tmp_path) == ["new"]
@@ -212,3 +219,109 @@ def test_missing_packages_are_named_in_one_line(
     root = Path(__file__).parents[2]
     line = refused(module, *arguments, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"})
     assert "pip install -e '.[" in line or "no sample photographs" in line
+
+
+def test_what_is_exported_by_default() -> None:
+    assert parse_arguments([]) == ExportOptions("mobilenet0.25", Path("retinaface.onnx"), (640, 640), DecodeSpec())
+    line = ["--weights", "w.pth", "--out", "o.onnx", "--size", "32x64", "--int8", "--calib", "c", "--calib-images", "9"]
+    line += ["--seed", "4", "--data", "d", "--parity-images", "p", "--iou", "0.5", "--top-k", "6"]
+    decode = DecodeSpec(iou_threshold=0.5, top_k=6)
+    calibration = CalibrationOptions("c", Path("d"), 9, 4)
+    expected = ExportOptions("w.pth", Path("o.onnx"), (32, 64), decode, Path("p"), "int8", calibration)
+    assert parse_arguments(line) == expected
+    assert str(expected.calibration_list) == "o.onnx.calibration.txt"
+    assert parse_arguments(["--fp16"]).precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    "option", [("--data", "d"), ("--calib-images", "9"), ("--seed", "1"), ("--int8-recipe", "r.json")]
+)
+def test_what_goes_with_calibration_alone(option: tuple[str, str]) -> None:
+    for precision in ([], ["--fp16"], ["--int8"]):
+        with pytest.raises(SpecError, match=f"^{option[0]} goes with --int8 --calib$"):
+            parse_arguments([*precision, *option])
+
+
+def test_what_is_compared_is_spread_over_a_folder(tmp_path: Path) -> None:
+    """The first, the last and what lies evenly between; names are those inside it."""
+    for index in range(15):
+        name = f"a/{index:02d}.png" if index < 10 else f"b/{index:02d}.png"
+        write_image(tmp_path / name, np.full((8, 8, 3), index, np.uint8))
+    found = parity_frames(tmp_path)
+    names = [f"a/{index:02d}.png" for index in (0, 2, 4, 6, 8)] + [f"b/{index:02d}.png" for index in (10, 12, 14)]
+    assert list(found) == names
+    assert [int(frame[0, 0, 0]) for frame in found.values()] == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert list(parity_frames(None)) == [path.name for path in sample_photographs()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "calibrated on 3 images; their names are in {path}\n"),
+        (
+            {"with_faces": 0},
+            "calibrated on 3 images; their names are in {path}\nnote: the model finds faces on 0 of them",
+        ),
+        (
+            {"with_faces": 1, "images": ("a",) * 5},
+            "on 5 images; their names are in {path}\nnote: the model finds faces on 1",
+        ),
+        ({"with_faces": 1, "images": ("a",) * 4}, "calibrated on 4 images; their names are in {path}\n"),
+        ({"skipped": ("x", "y")}, "calibrated on 3 images, 2 could not be read; their"),
+        ({"cached": True}, "calibrated on 3 images (as before, from the cache); their"),
+        ({"options": CalibrationOptions("demo")}, "\nnote: crops of a few photographs are a last resort"),
+    ],
+)
+def test_what_is_said_of_a_calibration(
+    changes: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "names.txt"
+    used = Calibration(CalibrationOptions("folder"), {}, ("a", "b", "c"), (), 3, False)
+    used = dataclasses.replace(used, **changes)  # type: ignore[arg-type]
+    report_calibration(used, path)
+    assert path.read_text() == "".join(f"{name}\n" for name in used.images)
+    printed = capsys.readouterr().out
+    expected = said.format(path=path)
+    assert expected in printed
+    assert ("note:" in printed) == ("note:" in expected)
+
+
+def test_an_int8_export_as_a_command(shared_cache: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of any size, calibrated at 640x640; its list of names goes when a later export needs none."""
+    out = tmp_path / "m.onnx"
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = export.precision.with_precision
+
+        def noted(*arguments: Any) -> Any:
+            sizes.append(arguments[3])
+            return real(*arguments)
+
+        patch.setattr("export.precision.with_precision", noted)
+        line = ["--int8", "--calib", "demo", "--calib-images", "8", "--out", str(out)]
+        assert main([*line, "--size", "dynamic"]) == 0
+        assert main([*line, "--size", "64x96"]) == 0
+    assert sizes == [(640, 640), (64, 96)]
+    printed = capsys.readouterr().out
+    assert f"wrote {out}: mobilenet0.25, dynamic, convolutions 88% int8, 12% fp16, " in printed
+    size = f"{out.stat().st_size / 1e6:.1f} MB"
+    assert f"wrote {out}: mobilenet0.25, 64x96, convolutions 88% int8, 12% fp16, {size}, " in printed
+    names = Path(f"{out}.calibration.txt")
+    assert len(names.read_text().splitlines()) == 8
+    assert main(["--size", "64x96", "--out", str(out)]) == 0
+    assert not names.exists()
+    assert "convolutions 100% fp32" in capsys.readouterr().out
+
+
+def test_nothing_that_is_read_is_written_over(tmp_path: Path, error_line: Callable[..., str]) -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    write_image(tmp_path / "a.png", frame)
+    (tmp_path / "a.png").rename(tmp_path / "a.onnx")
+    assert "is a file that is read" in error_line(main, "--parity-images", "a.onnx", "--out", "a.onnx")
+    (tmp_path / "b.onnx").write_text("{}")
+    line = ("--int8", "--calib", "demo", "--int8-recipe", "b.onnx")
+    assert "is a file that is read" in error_line(main, *line, "--out", "b.onnx")
+    (tmp_path / "c.onnx.calibration.txt").write_text("{}")
+    line = ("--int8", "--calib", "demo", "--int8-recipe", "c.onnx.calibration.txt")
+    assert "is a file that is read" in error_line(main, *line, "--out", "c.onnx")
+    assert (tmp_path / "a.onnx").stat().st_size > 100

@@ -22,7 +22,7 @@ import onnxruntime
 import pytest
 
 from examples.triton_client import ServerError, TritonRetinaFace
-from export.to_triton import TritonOptions, main, plan, write
+from export.to_triton import PLUGIN_FILE, PLUGIN_REPORT, TritonOptions, main, parse_arguments, plan, write
 from facespec.errors import BuildError, FrameError, ModelFileError, NonFiniteError, OutputError, SpecError
 from facespec.images import write_image
 from facespec.letterbox import Frame
@@ -173,21 +173,21 @@ def test_engines_that_triton_cannot_run(tmp_path: Path, plugin: Path) -> None:
     assert not options.out.exists()
 
 
-def test_onnx_files_that_triton_cannot_run(static_onnx: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_onnx_files_that_triton_cannot_run(static_onnx: Path, tmp_path: Path, error_line: Callable[..., str]) -> None:
     model = onnx.load(static_onnx)
     model.opset_import.append(onnx.helper.make_opsetid(PLUGIN.domain, 1))
     onnx.save(model, tmp_path / "plugin.onnx")
-    line = refused("export.to_triton", tmp_path / "plugin.onnx", "--out", "repository")
+    line = error_line(main, tmp_path / "plugin.onnx", "--out", "repository")
     assert "plugin form" in line
     assert "python -m export.to_onnx" in line
     del model.metadata_props[:], model.opset_import[-1]
     onnx.save(model, tmp_path / "foreign.onnx")
-    assert "not a detector" in refused("export.to_triton", tmp_path / "foreign.onnx", "--out", "repository")
-    assert "export it first" in refused("export.to_triton", "w.pth", "--out", "repository")
-    assert "no such" in refused("export.to_triton", "none.onnx", "--out", "repository")
-    assert "no such model file" in refused("export.to_triton", "none.engine", "--out", "repository")
+    assert "not a detector" in error_line(main, tmp_path / "foreign.onnx", "--out", "repository")
+    assert "export it first" in error_line(main, "w.pth", "--out", "repository")
+    assert "no such" in error_line(main, "none.onnx", "--out", "repository")
+    assert "no such model file" in error_line(main, "none.engine", "--out", "repository")
     for option, value in (("--name", "a/b"), ("--version", 0), ("--instances", 0), ("--max-batch", 0)):
-        assert option in refused("export.to_triton", static_onnx, "--out", "repository", option, value)
+        assert option in error_line(main, static_onnx, "--out", "repository", option, value)
     assert not (tmp_path / "repository").exists()
 
 
@@ -380,3 +380,92 @@ def test_the_command(static_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     assert "320x320, up to 2 frames" in said
     assert json.loads(config.parameters["retinaface.spec"].string_value)["format"] == 1
+
+
+def test_options_have_bounds(tmp_path: Path) -> None:
+    def accepted(**options: Any) -> bool:
+        named = ""
+        try:
+            TritonOptions(tmp_path / "m.onnx", tmp_path, **options)
+        except SpecError as error:
+            named = str(error).split()[0]
+        assert named in ("", *(f"--{option.replace('_', '-')}" for option in options))
+        return not named
+
+    for name in ("a", "A.b-c_9", "_x", "9", "a" * 100):
+        assert accepted(name=name)
+    for name in ("", ".a", "-a", "a/b", "a b", "ä", "a" * 101, "a\n"):
+        assert not accepted(name=name)
+    for option, least, most in (
+        *(("version", 1, 10**9), ("instances", 1, 256), ("max_batch", 1, 65535), ("max_queue_delay_us", 0, 10**7)),
+    ):
+        assert accepted(**{option: least})
+        assert accepted(**{option: most})
+        assert not accepted(**{option: least - 1})
+        assert not accepted(**{option: most + 1})
+
+
+def test_what_is_laid_out_by_default(static_onnx: Path, tmp_path: Path) -> None:
+    options = parse_arguments(["m.onnx", "--out", "r"])
+    assert options == TritonOptions(Path("m.onnx"), Path("r"))
+    assert (options.name, options.version, options.instances, options.max_batch) == ("retinaface", 1, 1, None)
+    assert (options.max_queue_delay_us, options.gpu, options.force) == (500, False, False)
+    line = ["m.engine", "--out", "r", "--name", "n", "--version", "3", "--instances", "2", "--max-batch", "4"]
+    line += ["--max-queue-delay-us", "9", "--gpu", "--force"]
+    assert parse_arguments(line) == TritonOptions(Path("m.engine"), Path("r"), "n", 3, 2, 4, 9, True, True)
+    layout = plan(TritonOptions(static_onnx, tmp_path, max_batch=5))
+    assert (layout.model.best_batch, layout.model.max_batch, layout.model.on_gpu) == (5, 5, False)
+    assert (layout.versioned, layout.shared) == ({"model.onnx": static_onnx}, {})
+    assert "--gpus" not in layout.readme
+    assert '-v "$PWD":/models:ro' in layout.readme
+    assert "plugins=" not in layout.readme
+    assert "--model retinaface\n" in layout.readme
+    gpu = plan(TritonOptions(static_onnx, tmp_path, gpu=True))
+    assert gpu.model.on_gpu
+    assert "--gpus all" in gpu.readme
+
+
+def test_batches_of_an_engine(tmp_path: Path, plugin: Path) -> None:
+    """All that its profile allows; the best one only as far as it is allowed."""
+    engine = write_engine(tmp_path)
+    for asked, best, most in ((None, 4, 16), (16, 4, 16), (3, 3, 3), (4, 4, 4)):
+        model = plan(TritonOptions(engine, tmp_path, max_batch=asked)).model
+        assert (model.best_batch, model.max_batch) == (best, most)
+    layout = plan(TritonOptions(engine, tmp_path))
+    assert layout.versioned == {"model.plan": engine, "model.plan.json": engine.with_name("f.engine.json")}
+    assert layout.shared == {PLUGIN_FILE: plugin, PLUGIN_REPORT: plugin.with_suffix(".json")}
+    assert (layout.model.fixed_hw, layout.model.size_hw, layout.model.is_engine) == ((320, 640), (320, 640), True)
+    assert "A TensorRT 10.14.1 engine for sm_86, fp16." in layout.readme
+    # one version of a size in one direction only is no fixed size
+    shapes = {"min": (1, 320, 640, 3), "opt": (1, 320, 640, 3), "max": (1, 320, 672, 3)}
+    model = plan(TritonOptions(write_engine(tmp_path, profile=shapes), tmp_path)).model
+    assert (model.fixed_hw, model.size_hw) == (None, (320, 640))
+    # without a report there is nothing to go by: the headers are taken to fit
+    plugin.with_suffix(".json").unlink()
+    layout = plan(TritonOptions(engine, tmp_path))
+    assert layout.shared == {PLUGIN_FILE: plugin}
+    # another kind of file
+    (tmp_path / "m.txt").write_text("x")
+    with pytest.raises(ModelFileError, match=r"expected an ONNX file \(\.onnx\) or an engine"):
+        plan(TritonOptions(tmp_path / "m.txt", tmp_path))
+    with pytest.raises(ModelFileError, match=r"python -m export\.to_onnx --weights .*w\.pth"):
+        plan(TritonOptions(tmp_path / "w.pth", tmp_path))
+
+
+def test_a_new_version_replaces_nothing(tmp_path: Path, static_onnx: Path) -> None:
+    folder = _export(static_onnx, tmp_path, version=7, name="n")
+    assert sorted(os.listdir(folder)) == ["7", "README.md", "config.pbtxt"]
+    readme = folder / "README.md"
+    readme.write_text("mine")
+    _export(static_onnx, tmp_path, version=8, name="n")
+    assert sorted(os.listdir(folder)) == ["7", "8", "README.md", "config.pbtxt"]
+    assert readme.read_text() == "mine"
+    assert os.listdir(folder / "8") == ["model.onnx"]
+    (folder / "config.pbtxt").unlink()
+    with pytest.raises(OutputError, match="another model or other settings"):
+        _export(static_onnx, tmp_path, version=9, name="n")
+    # forced, the whole folder is new, and only that
+    (tmp_path / "other").mkdir()
+    assert _export(static_onnx, tmp_path, version=9, name="n", force=True) == folder
+    assert sorted(os.listdir(folder)) == ["9", "README.md", "config.pbtxt"]
+    assert sorted(os.listdir(tmp_path)) == ["n", "other"]

@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shlex
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,38 @@ import numpy as np
 import onnx
 import pytest
 
+from export import to_trt
+from export.calibration_options import CalibrationOptions
+from export.engine_layers import UNKNOWN
 from export.inspect import inspect
-from export.to_trt import EngineOptions, Profile, _run_builder, build_engine, parse_arguments
-from facespec.errors import BuildError, MissingToolError, ModelFileError, SpecError
+from export.inspect import main as inspect_main
+from export.to_trt import (
+    EngineOptions,
+    Profile,
+    _build,
+    _capabilities,
+    _note_missing_code,
+    _precision_problems,
+    _run_builder,
+    _timing_cache,
+    build_engine,
+    main,
+    parse_arguments,
+    parse_batch,
+    parse_sizes,
+)
+from facespec.errors import BuildError, MissingToolError, ModelFileError, OutputError, SpecError
 from facespec.spec import DecodeSpec, ModelSpec
 from plugins import PLUGIN
-from plugins.build import ensure
+from plugins.build import ensure, read_report
+from tests.engines import write_engine
 from tests.export.trt_stubs import VERSIONS, bindings_environment
-from trt_runtime.flavor import RTX, TENSORRT, child_environment, gpu_capability
-from trt_runtime.sidecar import check_engine, read_header, read_sidecar, sidecar_path
+from trt_runtime.flavor import RTX, TENSORRT, Flavor, child_environment, gpu_capability
+from trt_runtime.sidecar import Sidecar, check_engine, read_header, read_sidecar, sidecar_path
 
 ROOT = Path(__file__).parents[2]
 needs_rtx = pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed (Linux on x86_64 only)")
-DYNAMIC = Profile((1, 2, 8), ((320, 320), (640, 640), (1088, 1920)))
+DYNAMIC = Profile((1, 2, 8), ((160, 192), (320, 320), (544, 960)))
 
 
 def _engine(folder: Path, **changes: object) -> EngineOptions:
@@ -50,8 +71,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_rtx
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("capability", [75, 86, 89, 120])
+@pytest.mark.parametrize(("precision", "capability"), [("fp32", 75), ("fp16", 86), ("fp32", 89), ("fp16", 120)])
 def test_an_engine_for_each_gpu_with_profiles(precision: str, capability: int, tmp_path: Path) -> None:
     options = _engine(tmp_path, profile=DYNAMIC, precision=precision, capabilities=(capability,))
     sidecar = build_engine(options)
@@ -69,7 +89,7 @@ def test_an_engine_for_each_gpu_with_profiles(precision: str, capability: int, t
     found = inspect(options.out)
     assert found.valid
     assert found.precision == {precision: 1.0}
-    shapes = {"min": [1, 320, 320, 3], "opt": [2, 640, 640, 3], "max": [8, 1088, 1920, 3]}
+    shapes = {"min": [1, 160, 192, 3], "opt": [2, 320, 320, 3], "max": [8, 544, 960, 3]}
     assert found.inputs == {"images": {"type": "uint8", **shapes}}
     assert found.outputs["landmarks"] == {"type": "float32", "shape": ["B", 750, 5, 2]}
     assert read_sidecar(options.out) == sidecar
@@ -127,7 +147,7 @@ def test_an_engine_that_changed_is_noticed(engine: Path, tmp_path: Path) -> None
 
 
 @needs_rtx
-def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, error_line: Callable[..., str]) -> None:
     content, sidecar = engine.read_bytes(), sidecar_path(engine).read_text()
     # slips of the hand, and rubbish
     deep = '{"format": 1, "x": ' + "[" * 985 + "]" * 985 + "}"
@@ -178,45 +198,63 @@ def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, re
     sidecar_path(tmp_path / "large.engine").write_text(sidecar)
     assert "1099511627776 bytes" in inspect(tmp_path / "large.engine").problems[0]
     (tmp_path / "text.engine").write_bytes(b"text")
-    assert "not a TensorRT engine" in refused("export.inspect", tmp_path / "text.engine")
-    assert "a sidecar" in refused("export.inspect", sidecar_path(engine))
+    assert "not a TensorRT engine" in error_line(inspect_main, tmp_path / "text.engine")
+    assert "a sidecar" in error_line(inspect_main, sidecar_path(engine))
 
 
 @needs_rtx
-def test_two_builds_of_one_engine_do_not_mix(tmp_path: Path) -> None:
-    lines = [
-        [sys.executable, "-m", "export.to_trt", "--flavor", "rtx", precision, "--out", str(tmp_path / "f.engine")]
-        for precision in ("--fp16", "--fp32")
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    processes = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) for line in lines]
-    sizes = {}
-    for process in processes:
-        printed, _ = process.communicate(timeout=300)
-        for precision, size in re.findall(r"wrote \S+f\.engine: .*?, (fp\d\d), .*?, ([\d.]+) MB", printed):
-            sizes[precision] = float(size)
-    assert sizes
-    assert all(size < 3.8 if precision == "fp16" else size > 4 for precision, size in sizes.items())
-    found = inspect(tmp_path / "f.engine")
-    if found.valid:  # else it says that the two files do not belong together
-        assert (found.facts["bytes"] < 3.8e6) == (found.precision == {"fp16": 1.0})
+def test_two_builds_of_one_engine_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine and sidecar are each that of one build, whole; a mixture is noticed."""
+    one_by_one, both = threading.Lock(), threading.Barrier(2, timeout=100)
+    real = to_trt.export_plugin_form
+
+    def export(options: EngineOptions) -> to_trt.ExportedGraph:
+        """PyTorch exports in one thread at a time; from there on they run at once."""
+        with one_by_one:
+            graph = real(options)
+        both.wait()
+        return graph
+
+    def build(precision: str) -> Sidecar | None:
+        profile = Profile(sizes_hw=((320, 320),) * 3)
+        return build_engine(_engine(tmp_path, precision=precision, profile=profile, capabilities=(86,)))
+
+    mask = os.umask(0o022)  # whether a file is readable is told by it, which two threads may not look at at once
+    monkeypatch.setattr("export.to_trt.export_plugin_form", export)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            half, single = pool.map(build, ["fp16", "fp32"])
+    finally:
+        os.umask(mask)
+    assert half is not None
+    assert single is not None
+    assert single.engine_bytes - half.engine_bytes > 0.4e6
+    written = hashlib.sha256((tmp_path / "f.engine").read_bytes()).hexdigest()
+    beside = read_sidecar(tmp_path / "f.engine")
+    assert written in {half.engine_sha256, single.engine_sha256}
+    assert beside in (half, single)
+    assert inspect(tmp_path / "f.engine").valid == (beside.engine_sha256 == written)
 
 
 @needs_rtx
-def test_inspect_in_table_and_json(engine: Path, command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    result = command("export.inspect", engine, "--json")
-    assert result.returncode == 0
-    data = json.loads(result.stdout)
+def test_inspect_in_table_and_json(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*arguments: object, code: int = 0) -> str:
+        capsys.readouterr()
+        assert inspect_main([str(argument) for argument in arguments]) == code
+        return capsys.readouterr().out
+
+    data = json.loads(printed(engine, "--json"))
     assert data["valid"] is True
     assert data["spec"]["decode"]["top_k"] == 77
-    table = command("export.inspect", engine).stdout
+    table = printed(engine)
     for words in ("TensorRT-RTX", "75, 80, 86", "100.0 % fp16", "RetinaFaceDecodeNMS", "score_threshold 0.3", "valid "):
         assert words in table
-    engine.with_suffix(".copy").write_bytes(engine.read_bytes())
-    assert command("export.inspect", engine.with_suffix(".copy")).returncode == 1
+    copy = tmp_path / "f.copy"
+    copy.write_bytes(engine.read_bytes())
+    assert "f.copy.json: missing" in printed(copy, code=1)
 
 
-def test_inspect_onnx(static_onnx: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_inspect_onnx(static_onnx: Path, tmp_path: Path, error_line: Callable[..., str]) -> None:
     found = inspect(static_onnx)
     assert (found.kind, found.valid, found.precision) == ("portable ONNX", True, {"fp32": 1.0})
     options = _engine(
@@ -254,9 +292,9 @@ def test_inspect_onnx(static_onnx: Path, tmp_path: Path, refused: Callable[..., 
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "foreign.onnx")
     assert "not written by this toolkit" in inspect(tmp_path / "foreign.onnx").problems[0]
-    assert "no such file" in refused("export.inspect", tmp_path / "none.engine")
-    assert "checkpoint" in refused("export.inspect", _touch(tmp_path / "w.pth"))
-    assert "not an ONNX file" in refused("export.inspect", _touch(tmp_path / "w.onnx"))
+    assert "no such file" in error_line(inspect_main, tmp_path / "none.engine")
+    assert "checkpoint" in error_line(inspect_main, _touch(tmp_path / "w.pth"))
+    assert "not an ONNX file" in error_line(inspect_main, _touch(tmp_path / "w.onnx"))
 
 
 def _touch(path: Path) -> Path:
@@ -297,9 +335,12 @@ def _touch(path: Path) -> Path:
         ("--iou 0.99999999999", "iou_threshold"),
     ],
 )
-def test_wrong_arguments(arguments: str, message: str, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_wrong_arguments(
+    arguments: str, message: str, error_line: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WIDERFACE_ROOT", raising=False)
     _touch(tmp_path / "Makefile")
-    assert message in refused("export.to_trt", *arguments.split())
+    assert message in error_line(main, *arguments.split())
     assert os.listdir(tmp_path) == ["Makefile"]
 
 
@@ -324,33 +365,38 @@ def test_sizes_and_batches() -> None:
 
 @pytest.mark.skipif(TENSORRT.installed() or gpu_capability() is not None, reason="TensorRT or a GPU is at hand")
 def test_without_tensorrt_one_line_says_what_is_there_and_what_to_type(
-    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    error_line: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = command("export.to_trt", "--flavor", "tensorrt", "--size", "320x320")
-    assert result.returncode == 1
-    (line,) = result.stderr.strip().splitlines()
+    line = error_line(main, "--flavor", "tensorrt", "--size", "320x320")
     for words in (
         "TensorRT is not installed",
         "pip install",
         "[trt]",
-        "python -m export.to_trt",
-        "retinaface.plugin.onnx",
+        "; then python -m export.to_trt --weights mobilenet0.25 --fp32 --size 320x320",
+        "No engine was built; its ONNX form is there: retinaface.plugin.onnx",
     ):
         assert words in line
     assert os.listdir(tmp_path) == ["retinaface.plugin.onnx"]
     # installed, as far as Python can tell, and no GPU
     (tmp_path / "tensorrt.py").write_text("raise AssertionError('must not be imported here')")
-    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    result = command("export.to_trt", "--flavor", "tensorrt", "--size", "320x320", env=environment)
-    assert result.returncode == 1
-    assert "builds on the GPU" in result.stderr
-    assert "--flavor rtx" in result.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    line = error_line(main, "--flavor", "tensorrt", "--size", "64x64")
+    assert "builds on the GPU" in line
+    assert "--flavor rtx" in line
 
 
 @needs_rtx
 def test_a_build_that_fails_keeps_its_log_and_the_old_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = _engine(tmp_path, profile=Profile(sizes_hw=((320, 320),) * 3))
     options.out.write_bytes(b"old")
+    graphs: list[to_trt.ExportedGraph] = []
+    real = to_trt.export_plugin_form
+
+    def export_once(options: EngineOptions) -> to_trt.ExportedGraph:
+        graphs[:] = graphs or [real(options)]
+        return graphs[0]
+
+    monkeypatch.setattr("export.to_trt.export_plugin_form", export_once)
     monkeypatch.setenv("RETINAFACE_PLUGIN", str(_touch(tmp_path / "no_library.so")))
     with pytest.raises(
         BuildError, match=r"no_library\.so cannot be loaded.*\(log: .*f\.engine\.build\.log\).*f\.plugin\.onnx"
@@ -473,12 +519,322 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["f.plugin.onnx"]
 
 
-def test_plugin_form_computes_in_half(tmp_path: Path) -> None:
-    options = _engine(tmp_path, onnx_only=True, precision="fp16")
-    build_engine(options)
-    model = onnx.load(options.plugin_form)
+def test_plugin_form_computes_in_half(exported: Callable[[str, str], Path]) -> None:
+    model = onnx.load(exported("fp16", "plugin"))
     kinds = {tensor.data_type for tensor in model.graph.initializer}
     assert kinds == {onnx.TensorProto.FLOAT16}
     casts = [a.i for node in model.graph.node if node.op_type == "Cast" for a in node.attribute]
     assert casts == [onnx.TensorProto.FLOAT16]
     assert np.isfinite(onnx.numpy_helper.to_array(model.graph.initializer[0])).all()
+
+
+def test_what_is_built_by_default() -> None:
+    options = parse_arguments([])
+    assert options == EngineOptions("mobilenet0.25", Path("retinaface.engine"), progress=options.progress)
+    assert options.profile == Profile((1, 1, 8), ((640, 640),) * 3)
+    assert (options.precision, options.flavor, options.capabilities, options.decode) == (
+        "fp32",
+        "auto",
+        (),
+        DecodeSpec(),
+    )
+    line = ["--weights", "w.pth", "--int8", "--calib", "c", "--calib-images", "9", "--seed", "4", "--data", "d"]
+    line += ["--flavor", "rtx", "--compute-capability", "89", "--out", "o.engine", "--onnx-only"]
+    line += ["--parity-images", "p", "--timing-cache", "t", "--score", "0.3", "--max-detections", "9"]
+    assert parse_arguments(line) == EngineOptions(
+        weights="w.pth",
+        out=Path("o.engine"),
+        precision="int8",
+        calibration=CalibrationOptions("c", Path("d"), 9, 4),
+        decode=DecodeSpec(score_threshold=0.3, max_detections=9),
+        flavor="rtx",
+        capabilities=(89,),
+        onnx_only=True,
+        parity_images=Path("p"),
+        timing_cache=Path("t"),
+        progress=options.progress,
+    )
+
+
+def test_the_command_that_builds_it_again() -> None:
+    calibration = CalibrationOptions("a b", Path("d"), 9, 4, Path("r.json"))
+    options = EngineOptions(
+        "w.pth", Path("-o.engine"), precision="int8", calibration=calibration, capabilities=(89, 86)
+    )
+    assert options.command("rtx") == (
+        "python -m export.to_trt --weights w.pth --int8 --calib 'a b' --calib-images 9 --seed 4 --data d "
+        "--int8-recipe r.json --size 640x640 --batch 1:1:8 --flavor rtx --compute-capability 89,86 --out ./-o.engine"
+    )
+    assert " --flavor auto " in options.command()
+    assert " --compute-capability 75 " in options.command(capabilities=(75,))
+    profile = Profile((2, 2, 2), ((32, 64), (64, 96), (64, 96)))
+    every = DecodeSpec(score_threshold=0.3, iou_threshold=0.5, top_k=6, max_detections=7)
+    line = EngineOptions("w", Path("f"), profile, "fp16", decode=every).command()
+    assert " --fp16 --size 32x64:64x96:64x96 --batch 2 --flavor auto " in line
+    assert " --score 0.3 --iou 0.5 --top-k 6 --max-detections 7 " in line
+    assert "--compute-capability" not in line
+
+
+@pytest.mark.parametrize(
+    ("out", "onnx_only", "form"),
+    [
+        ("a/f.engine", False, "a/f.plugin.onnx"),
+        ("a/f.plan", False, "a/f.plan.plugin.onnx"),
+        ("f", False, "f.plugin.onnx"),
+        ("a/f.onnx", True, "a/f.onnx"),
+        ("a/f.ONNX", True, "a/f.ONNX"),
+        ("a/f.engine", True, "a/f.plugin.onnx"),
+    ],
+)
+def test_names_of_what_goes_beside_an_engine(out: str, onnx_only: bool, form: str) -> None:
+    options = EngineOptions("w", Path(out), onnx_only=onnx_only)
+    assert str(options.plugin_form) == form
+    assert str(options.calibration_list) == f"{out}.calibration.txt"
+    assert str(options.log) == f"{out}.build.log"
+
+
+def test_profiles_at_their_bounds() -> None:
+    top = ((4096, 4096),) * 3
+    assert Profile((1, 1, 8), top).shapes["max"] == (8, 4096, 4096, 3)
+    with pytest.raises(SpecError, match="is up to 150994944 pixels, an engine takes 134217728"):
+        Profile((1, 1, 9), top)
+    assert Profile((65535, 65535, 65535), ((32, 32),) * 3).batch[2] == 65535
+    for batch in ((1, 1, 65536), (0, 1, 1), (2, 1, 2), (1, 3, 2)):
+        with pytest.raises(SpecError, match="ascending, from 1 to 65535"):
+            Profile(batch, ((32, 32),) * 3)
+    with pytest.raises(SpecError, match="the heights 64, 32, 96 do not ascend"):
+        Profile((1, 1, 1), ((64, 32), (32, 32), (96, 32)))
+    with pytest.raises(SpecError, match="the widths 32, 96, 64 do not ascend"):
+        Profile((1, 1, 1), ((32, 32), (32, 96), (32, 64)))
+    assert Profile((1, 1, 1), ((32, 64), (32, 64), (32, 96))).fixed_hw is None
+    assert parse_batch("3") == (3, 3, 3)
+    assert parse_batch("1:2:3") == (1, 2, 3)
+    assert parse_sizes("32x64") == ((32, 64),) * 3
+    assert parse_sizes("32x64:64x96:96x128") == ((32, 64), (64, 96), (96, 128))
+    for text in ("1:2", "1:2:3:4", "x", "-1", "123456", ""):
+        with pytest.raises(SpecError):
+            parse_batch(text)
+
+
+def test_the_gpus_it_is_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those asked for, each once, in order; else the one here; else the usual ones."""
+
+    def found(gpu: int | None, asked: tuple[int, ...] = (), flavor: Flavor = RTX) -> tuple[int, ...]:
+        monkeypatch.setattr("export.to_trt.gpu_capability", lambda: gpu)
+        return _capabilities(EngineOptions("w", Path("f"), capabilities=asked), flavor)
+
+    assert found(None) == (75, 80, 86, 89, 120)
+    assert found(86) == (86,)
+    assert found(86, (120, 89, 120)) == (89, 120)
+    assert capsys.readouterr().out == ""
+    assert found(90) == (75, 80, 86, 89, 120)
+    assert "does not build for the GPU here, sm_90" in capsys.readouterr().out
+    assert found(90, (86,)) == (86,)
+    assert capsys.readouterr().out == ""
+    assert found(90, flavor=TENSORRT) == (90,)
+    with pytest.raises(MissingToolError, match="builds on the GPU it builds for"):
+        found(None, flavor=TENSORRT)
+
+
+def test_where_the_timing_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each version of TensorRT; TensorRT-RTX has none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = EngineOptions("w", Path("f"))
+    own = dataclasses.replace(options, timing_cache=Path("t"))
+    assert _timing_cache(options, TENSORRT) == tmp_path / "retinaface-trt" / f"timing-{TENSORRT.version()}.cache"
+    assert _timing_cache(own, TENSORRT) == Path("t")
+    assert _timing_cache(options, RTX) is _timing_cache(own, RTX) is None
+
+
+def test_code_that_the_plugin_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Machine code serves later GPUs of its generation, PTX all later ones."""
+    library = tmp_path / "p.so"
+
+    def said(architectures: object, *capabilities: int) -> str:
+        library.with_suffix(".json").write_text(json.dumps({"architectures": architectures}))
+        _note_missing_code(library, capabilities)
+        return capsys.readouterr().out
+
+    assert said([75, 80], 75, 80, 86, 89, 90, 120) == ""
+    assert (
+        said([75, 86], 75, 80, 89)
+        == "note: the plugin library here has no code for sm_80: there, python -m plugins.build\n"
+    )
+    assert "for sm_75, sm_80: there" in said([], 75, 80, 90)
+    assert said(None, 75) == ""
+    library.with_suffix(".json").unlink()
+    _note_missing_code(library, (75,))
+    assert capsys.readouterr().out == ""
+
+
+def test_an_engine_that_computes_otherwise_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sidecar = read_sidecar(write_engine(tmp_path))
+    answers: list[Any] = [({"fp32": 0.5, UNKNOWN: 0.5}, ["c computes in fp32"]), BuildError("not here")]
+
+    def shares(path: Path, asked: Sidecar) -> Any:
+        assert asked is sidecar
+        answer = answers.pop(0)
+        if isinstance(answer, BuildError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("export.to_trt.engine_shares", shares)
+    monkeypatch.setattr("export.to_trt.is_readable", lambda sidecar: False)
+    assert _precision_problems(tmp_path / "f.engine", sidecar) == []
+    monkeypatch.setattr("export.to_trt.is_readable", lambda sidecar: True)
+    assert _precision_problems(tmp_path / "f.engine", sidecar) == ["c computes in fp32"]
+    assert "does not tell what 50% of the multiply-accumulates compute in" in capsys.readouterr().out
+    assert _precision_problems(tmp_path / "f.engine", sidecar) == []
+    assert capsys.readouterr().out == "note: what the layers compute in could not be read back: not here\n"
+
+
+def test_how_the_builder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a builder that says what it is told to; what it says last counts, and so does its exit code."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "export").mkdir()
+    builder = tmp_path / "export" / "engine_builder.py"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def follow(*events: object, code: int = 0, stderr: str = "") -> str:
+        lines = [json.dumps(event) for event in events]
+        builder.write_text(
+            f"import sys\nprint({chr(10).join(lines)!r})\nprint({stderr!r}, file=sys.stderr)\nsys.exit({code})\n"
+        )
+        return _run_builder({}, environment, RTX, False)
+
+    done = {"event": "done", "version": "1.2"}
+    progress = {"event": "progress", "phase": "p", "share": 0.5}
+    assert follow(progress, done) == "1.2"
+    assert follow("words", [1], {"no": "event"}, done, 7) == "1.2"
+    failed = {"event": "failed", "message": "a step", "detail": ["because"]}
+    with pytest.raises(BuildError, match=r"^TensorRT-RTX: a step: because$"):
+        follow(progress, failed, code=1)
+    with pytest.raises(BuildError, match=r"^TensorRT-RTX: the build process ended with exit code 3: last words$"):
+        follow(done, code=3, stderr="first\nlast words\n")
+    with pytest.raises(BuildError, match=r"the build process ended with exit code 0$"):
+        follow(progress)
+
+
+def test_files_that_are_read_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work: weights, images to compare or calibrate on, recipe; nor two outputs over each other."""
+    monkeypatch.setattr("export.to_trt.export_plugin_form", None)
+    for name in ("f.plugin.onnx", "f.engine", "f.engine.json", "f.engine.build.log", "t.cache"):
+        _touch(tmp_path / name)
+        kept = _engine(tmp_path, timing_cache=tmp_path / "t.cache")
+        changes: list[dict[str, object]] = [{"weights": str(tmp_path / name)}, {"parity_images": tmp_path / name}]
+        for change in changes:
+            with pytest.raises(OutputError, match="is a file that is read"):
+                build_engine(dataclasses.replace(kept, **change))  # type: ignore[arg-type]
+    recipe = _touch(tmp_path / "f.engine.calibration.txt")
+    calibration = CalibrationOptions("demo", recipe=recipe)
+    with pytest.raises(OutputError, match="is a file that is read"):
+        build_engine(_engine(tmp_path, precision="int8", calibration=calibration))
+    with pytest.raises(OutputError):
+        build_engine(_engine(tmp_path, timing_cache=tmp_path / "f.engine"))
+
+
+@needs_rtx
+def test_what_is_noted_of_a_build(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that the sidecar says, against the files; and what the command prints."""
+    out = tmp_path / "f.engine"
+    Path(f"{out}.calibration.txt").write_text("of an older build")
+    Path(f"{out}.build.log").write_text("of a build that failed")
+    line = ["--fp16", "--size", "64x64", "--batch", "2", "--compute-capability", "86", "--out", str(out)]
+    assert main([*line, "--timing-cache", str(tmp_path / "t")]) == 0  # rtx by its capability alone
+    assert sorted(os.listdir(tmp_path)) == ["f.engine", "f.engine.json", "f.plugin.onnx"]
+    sidecar, content, form = read_sidecar(out), out.read_bytes(), (tmp_path / "f.plugin.onnx").read_bytes()
+    assert sidecar.engine_sha256 == hashlib.sha256(content).hexdigest()
+    assert sidecar.engine_bytes == len(content)
+    assert sidecar.onnx_sha256 == hashlib.sha256(form).hexdigest()
+    assert (sidecar.flavor, sidecar.version, sidecar.compute_capabilities) == ("rtx", RTX.version(), (86,))
+    assert (sidecar.precision, sidecar.calibration) == ("fp16", {})
+    assert sidecar.profile == {name: (2, 64, 64, 3) for name in ("min", "opt", "max")}
+    assert sidecar.mac_shares == {"fp16": 1.0}
+    assert len(sidecar.convolutions) == 50
+    assert (sidecar.parity["images"], sidecar.parity["faces"] > 0) == (2, True)
+    assert 0 < sidecar.parity["heads"] < 1
+    assert sidecar.plugin["sources_sha256"] == read_report(ensure("plugin"))["sources_sha256"]
+    built = datetime.fromisoformat(sidecar.built)
+    assert abs((datetime.now(timezone.utc) - built).total_seconds()) < 600
+    again = parse_arguments(shlex.split(sidecar.command)[3:])
+    assert (again.flavor, again.capabilities, again.profile.batch) == ("rtx", (86,), (2, 2, 2))
+    printed = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'f.plugin.onnx'}: mobilenet0.25, convolutions 100% fp16, 0.9 MB" in printed
+    size = f"{len(content) / 1e6:.1f} MB"
+    assert f"wrote {out}: TensorRT-RTX {RTX.version()}, fp16, sm_86, {size}, and f.engine.json; " in printed
+    assert "note: --timing-cache was not used" in printed
+    assert "large engines" not in printed
+    # an engine that the checks refuse leaves the old one
+    monkeypatch.setattr("export.to_trt._precision_problems", lambda engine, sidecar: ["it computes otherwise"])
+    with pytest.raises(BuildError, match=r"f\.engine is not written: it computes otherwise"):
+        main(line)
+    assert out.read_bytes() == content
+    assert read_sidecar(out) == sidecar
+
+
+def test_large_engines_for_old_gpus_are_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sidecar = read_sidecar(write_engine(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for size, gpus, flavor, large in (
+        (20_000_001, (75, 86), "rtx", True),
+        (20_000_000, (75, 86), "rtx", False),
+        (30_000_000, (86,), "rtx", False),
+    ):
+        built = dataclasses.replace(sidecar, engine_bytes=size, compute_capabilities=gpus, flavor=flavor)
+        monkeypatch.setattr("export.to_trt.build_engine", lambda options, built=built: built)
+        assert main([]) == 0
+        printed = capsys.readouterr().out
+        assert ("large engines" in printed) == large
+        assert "--timing-cache" not in printed
+    tensorrt = dataclasses.replace(sidecar, flavor="tensorrt")
+    monkeypatch.setattr("export.to_trt.build_engine", lambda options: tensorrt)
+    assert main(["--timing-cache", "t"]) == 0
+    assert "was not used" not in capsys.readouterr().out
+    monkeypatch.setattr("export.to_trt.build_engine", lambda options: None)
+    assert main(["--timing-cache", "t", "--onnx-only"]) == 0
+    assert "--timing-cache was not used" in capsys.readouterr().out
+
+
+def test_the_log_of_a_build_that_fails_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing was logged; without it there would be the log of an earlier one."""
+    options = _engine(tmp_path)
+    graph = to_trt.ExportedGraph(options.plugin_form, b"graph", ModelSpec(), {}, {}, {})
+    requests = []
+
+    def run(request: dict[str, Any], environment: dict[str, str], flavor: Flavor, progress: bool) -> str:
+        requests.append(request)
+        assert Path(request["onnx"]).read_bytes() == b"graph"
+        if len(requests) == 1:
+            Path(request["log"]).write_text("what TensorRT said")
+        if len(requests) < 3:
+            raise BuildError("it fails")
+        Path(request["out"]).write_bytes(b"engine")
+        Path(request["timing_cache_out"]).write_bytes(b"measured")
+        return "10.1"
+
+    monkeypatch.setattr("export.to_trt._run_builder", run)
+    cache = tmp_path / "t.cache"
+    kept = dataclasses.replace(options, timing_cache=cache)
+    for said in ("what TensorRT said", ""):
+        with pytest.raises(BuildError, match=r"^it fails \(log: .*f\.engine\.build\.log\)$"):
+            _build(kept, graph, TENSORRT, (86,), Path("p.so"))
+        assert options.log.read_text() == said
+    assert not cache.exists()
+    assert _build(kept, graph, TENSORRT, (86,), Path("p.so")) == (b"engine", "10.1")
+    assert cache.read_bytes() == b"measured"
+    assert requests[-1]["timing_cache"] == str(cache)
+    assert (requests[-1]["capabilities"], requests[-1]["module"], requests[-1]["plugin"]) == ([], "tensorrt", "p.so")
+    assert requests[-1]["plugin_name"] == [PLUGIN.name, PLUGIN.version, PLUGIN.namespace]
+    assert requests[-1]["profile"] == kept.profile.shapes
+    _build(kept, graph, RTX, (86, 89), Path("p.so"))
+    assert (requests[-1]["capabilities"], requests[-1]["timing_cache"]) == ((86, 89), None)
+    assert not Path(requests[-1]["onnx"]).parent.exists()
+    # a cache that cannot be kept is no failure
+    locked = dataclasses.replace(options, timing_cache=tmp_path)
+    assert _build(locked, graph, TENSORRT, (86,), Path("p.so"))[0] == b"engine"

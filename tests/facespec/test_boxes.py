@@ -43,9 +43,26 @@ def test_decoding_by_hand() -> None:
     np.testing.assert_allclose(points[0], 4 + 1.6 * np.arange(10).reshape(5, 2), rtol=1e-6)
 
 
-def test_encoding_a_box_without_size_is_an_error_not_a_nan() -> None:
+@pytest.mark.parametrize("box", [[1, 1, 1, 5], [1, 1, 5, 1], [5, 1, 1, 5], [1, 5, 5, 1], [1, 1, np.nan, 5]])
+def test_encoding_a_box_without_size_is_an_error_not_a_nan(box: list[float]) -> None:
     with pytest.raises(ValueError, match="positive"):
-        fb.encode_boxes(np.array([[1, 1, 1, 5]], np.float32), PRIORS[:1], VARIANCES)
+        fb.encode_boxes(np.array([[0, 0, 9, 9], box], np.float32), PRIORS[:2], VARIANCES)
+
+
+def test_corners_and_centres_by_hand() -> None:
+    corners, centres = np.float32([[[1, 2, 5, 10]], [[-3, 0, -1, 1]]]), np.float32([[[3, 6, 4, 8]], [[-2, 0.5, 2, 1]]])
+    np.testing.assert_array_equal(fb.xyxy_to_cxcywh(corners), centres)
+    np.testing.assert_array_equal(fb.cxcywh_to_xyxy(centres), corners)
+
+
+def test_an_inverted_box_has_no_area_and_overlaps_nothing() -> None:
+    boxes = np.float32([[0, 0, 4, 5], [4, 0, 0, 5], [0, 5, 4, 0], [4, 5, 0, 0], [2, 2, 2, 2]])
+    assert fb.box_areas(boxes).tolist() == [20, 0, 0, 0, 0]
+    expected = np.zeros((5, 5))
+    expected[0, 0] = 1
+    np.testing.assert_array_equal(fb.iou_matrix(boxes, boxes), expected)
+    assert fb.nms(boxes, 0.4).tolist() == [0, 1, 2, 3, 4]
+    assert fb.iou_matrix(boxes, boxes[:0]).shape == (5, 0)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -105,7 +122,7 @@ def _heads(seed: int, levels: int = 0) -> tuple[NDArray[np.float32], NDArray[np.
     return rng.normal(0, 1, (count, 4)).astype(np.float32), logits, rng.normal(0, 1, (count, 10)).astype(np.float32)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 2]), st.sampled_from([1, 10, 5000]))
 def test_decode_detections_equals_its_definition(seed: int, levels: int, top_k: int) -> None:
     """Against one face after another in float64."""
@@ -129,6 +146,30 @@ def test_decode_detections_equals_its_definition(seed: int, levels: int, top_k: 
     assert found.prior_index.tolist() == kept
     np.testing.assert_allclose(found.boxes, np.array([decoded[i] for i in kept]).reshape(-1, 4), atol=1e-3)
     np.testing.assert_allclose(found.scores, 1 / (1 + np.exp(-difference[kept])), rtol=1e-5)
+    centre, side = PRIORS[kept, None, :2].astype(float), PRIORS[kept, None, 2:].astype(float)
+    points = centre + landmarks[kept].astype(float).reshape(-1, 5, 2) * 0.1 * side
+    np.testing.assert_allclose(found.landmarks, points, atol=1e-3)
+    assert (found.boxes.dtype, found.scores.dtype, found.landmarks.dtype) == (np.float32,) * 3
+    assert found.prior_index.dtype == np.int64
+
+
+def test_a_face_at_exactly_the_threshold_is_kept() -> None:
+    boxes, logits, landmarks = _heads(0)
+    logits[:] = (0, -1e-6)
+    logits[3] = (7, 7)
+    found = fb.decode_detections(boxes, logits, landmarks, PRIORS, DecodeSpec(score_threshold=0.5))
+    assert (found.prior_index.tolist(), found.num_candidates, found.scores.tolist()) == ([3], 1, [0.5])
+
+
+def test_a_size_that_overflows_is_not_finite_and_raises_no_warning() -> None:
+    boxes, logits, landmarks = _heads(0)
+    logits[:] = (9, -9)
+    logits[3] = (-9, 9)
+    boxes[3, 2:] = 1e4
+    found = fb.decode_detections(boxes, logits, landmarks, PRIORS, DecodeSpec())
+    assert found.prior_index.tolist() == [3]
+    assert not np.isfinite(found.boxes).any()
+    assert np.isfinite(found.landmarks).all()
 
 
 def test_softmax_saturates_but_the_order_does_not() -> None:

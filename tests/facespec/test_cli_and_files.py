@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from facespec.cli import require
-from facespec.errors import MissingPackageError, OutputError
-from facespec.files import atomic_path, check_outputs, write_text
+from facespec.cli import ArgumentParser, quiet_libraries, require, run
+from facespec.errors import DataError, MissingPackageError, OutputError, SpecError
+from facespec.files import _own_folder, atomic_path, cache_folder, check_outputs, write_text
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -31,35 +37,148 @@ def _umask() -> int:
     return mask
 
 
-def _run(body: str) -> subprocess.CompletedProcess[str]:
-    code = f"from facespec.cli import *\nfrom facespec.errors import *\ndef main():\n    {body}\nrun(main)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+def _run(body: str, setup: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    code = f"from facespec.cli import *\nfrom facespec.errors import *\n{setup}\ndef main():\n    {body}\nrun(main)"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run([sys.executable, "-c", code], text=True, cwd=Path(__file__).parents[2], **options)
+
+
+@pytest.fixture
+def ended(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[Callable[[], int]], tuple[object, str]]]:
+    """Run a main function in this process; return the exit code and what stands on stderr."""
+    names = (signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(name) for name in names]
+
+    def call(main: Callable[[], int]) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as caught:
+            run(main)
+        return caught.value.code, capsys.readouterr().err
+
+    yield call
+    for name, handler in zip(names, handlers, strict=True):
+        signal.signal(name, handler)
+
+
+def _raise(error: BaseException) -> int:
+    raise error
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "message"),
+    ("main", "code", "message"),
     [
-        ("return 0", 0, ""),
-        ("return 3", 3, ""),
-        ("raise DataError('two\\nlines')", 1, "error: two lines\n"),
-        ("open('/nonexistent/x')", 1, "error: No such file or directory: /nonexistent/x\n"),
-        ("raise KeyboardInterrupt", 130, "interrupted\n"),
-        ("ArgumentParser(prog='tool').parse_args(['--wrong'])", 1,
+        (lambda: 0, 0, ""),
+        (lambda: 3, 3, ""),
+        (lambda: _raise(DataError("two\nlines")), 1, "error: two lines\n"),
+        (lambda: _raise(SpecError("a value")), 1, "error: a value\n"),
+        (lambda: open("/nonexistent/x").fileno(), 1, "error: No such file or directory: /nonexistent/x\n"),
+        (lambda: _raise(OSError(28, "No space left on device")), 1, "error: No space left on device\n"),
+        (lambda: _raise(OSError("of its own")), 1, "error: of its own\n"),
+        (lambda: _raise(KeyboardInterrupt()), 130, "interrupted\n"),
+        (lambda: len(vars(ArgumentParser(prog="tool").parse_args(["--wrong"]))), 1,
          "error: unrecognized arguments: --wrong (tool --help)\n"),
-        ("require('no_such_module', 'cpu', 'this')", 1,
+        (lambda: len(vars(require("no_such_module", "cpu", "this"))), 1,
          "error: this needs no_such_module, which is not installed: "
          "in the project's folder, pip install -e '.[cpu]'\n"),
     ],
 )  # fmt: skip
-def test_commands_end_in_one_line(body: str, code: int, message: str) -> None:
-    result = _run(body)
-    assert (result.returncode, result.stderr) == (code, message)
+def test_commands_end_in_one_line(
+    ended: Callable[[Callable[[], int]], tuple[object, str]], main: Callable[[], int], code: int, message: str
+) -> None:
+    assert ended(main) == (code, message)
+
+
+def test_a_process_ends_so_too() -> None:
+    result = _run("raise DataError('two\\nlines')")
+    assert (result.returncode, result.stderr) == (1, "error: two lines\n")
 
 
 def test_a_defect_of_ours_keeps_its_traceback() -> None:
     result = _run("raise ZeroDivisionError")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "ignored", "expected"),
+    [("SIGTERM", False, (130, "", "interrupted\n")), ("SIGHUP", False, (130, "", "interrupted\n")),
+     ("SIGHUP", True, (5, "went on\n", ""))],
+)  # fmt: skip
+def test_the_end_of_a_terminal_is_an_interrupt(name: str, ignored: bool, expected: tuple[int, str, str]) -> None:
+    """Unless it is ignored, as under nohup: then it stays so."""
+    setup = f"import os, signal\nsignal.signal(signal.{name}, signal.SIG_{'IGN' if ignored else 'DFL'})"
+    result = _run(f"os.kill(os.getpid(), signal.{name}); print('went on'); return 5", setup)
+    assert (result.returncode, result.stdout, result.stderr) == expected
+
+
+def test_output_that_cannot_be_written_or_encoded() -> None:
+    with open("/dev/full", "w") as full:
+        result = _run("print('x' * 100); return 0", stdout=full)
+    assert (result.returncode, result.stderr) == (1, "error: No space left on device\n")
+    for size in (1, 100_000):  # what is written at the end, and what is written at once
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            result = _run(f"print('x' * {size}); return 0", stdout=writer)
+        finally:
+            os.close(writer)
+        assert (result.returncode, result.stderr) == (1, "")
+    # a name that is no UTF-8
+    result = _run("print('\\udcff'); print('\\udcff', file=sys.stderr); return 0", "import sys")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\\udcff\n", "\\udcff\n")
+    # where a daemon has closed them
+    result = _run(
+        "print('gone'); print('gone', file=sys.stderr); return 0", "import sys\nsys.stdout = sys.stderr = None"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_help_shows_each_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser(prog="tool")
+    parser.add_argument("--number", type=int, default=7, help="a number")
+    parser.add_argument("--zero", type=int, default=0, help="an index")
+    parser.add_argument("--told", default=8, help="told (default: eight)")
+    parser.add_argument("--none", help="nothing given")
+    parser.add_argument("--flag", action="store_true", help="a switch")
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--help"])
+    assert caught.value.code == 0
+    lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if "--" in line}
+    assert lines["--number"].endswith("a number (default: 7)")
+    assert lines["--zero"].endswith("an index (default: 0)")
+    assert lines["--told"].endswith("told (default: eight)")
+    assert lines["--none"].endswith("nothing given")
+    assert lines["--flag"].endswith("a switch")
+
+
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is short of one option today may be short of another one tomorrow."""
+    parser = ArgumentParser(prog="tool")
+    parser.add_argument("--threads", type=int)
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--thr", "1"])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: unrecognized arguments: --thr 1 (tool --help)\n"
+
+
+def test_a_package_is_returned_and_a_part_of_a_missing_one_is_missing() -> None:
+    assert require("json.decoder", "cpu", "this").JSONDecoder is json.JSONDecoder
+    with pytest.raises(MissingPackageError, match=r"^it needs no_such\.part, which is not installed: .*'\.\[gpu\]'$"):
+        require("no_such.part", "gpu", "it")
+
+
+def test_libraries_are_quiet_and_then_heard_again(capfd: pytest.CaptureFixture[str]) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(RuntimeError), quiet_libraries(), quiet_libraries():  # noqa: PT012
+            os.write(2, b"noise")
+            raise RuntimeError
+        os.write(2, b"heard")
+        with quiet_libraries():
+            with quiet_libraries():
+                pass
+            os.write(2, b"noise")
+    assert capfd.readouterr().err == "heard" * 3
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_a_package_that_fails_to_import_is_told_from_a_missing_one(
@@ -69,6 +188,52 @@ def test_a_package_that_fails_to_import_is_told_from_a_missing_one(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(MissingPackageError, match=r"cannot be imported .*a_dependency_that_is_missing"):
         require("broken_module", "cpu", "this")
+
+
+def test_what_is_written_lies_beside_its_place_and_goes_whatever_happens(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link.onnx").symlink_to("other/model.onnx")
+    for error in (KeyboardInterrupt, SystemExit, RuntimeError):
+        with pytest.raises(error), atomic_path(tmp_path / "link.onnx") as temporary:  # noqa: PT012
+            assert temporary.parent == tmp_path / "other"  # of one file system, so that it can be renamed
+            assert temporary.name.startswith(".link.")
+            assert temporary.suffix == ".onnx"
+            temporary.write_bytes(b"x")
+            raise error
+        assert not list((tmp_path / "other").iterdir())
+    with pytest.raises(FileNotFoundError, match="none"), atomic_path(tmp_path / "a.txt"):
+        open(tmp_path / "none")  # an error about another file is not about ours
+    with pytest.raises(OutputError, match=r"a\.txt: cannot be written \(No such file"):  # noqa: PT012
+        with atomic_path(tmp_path / "a.txt") as temporary:
+            temporary.unlink()
+            open(temporary)
+    long = tmp_path / f"{'é' * 60}{'x' * 120}.txt"
+    write_text(long, "ünï")
+    assert long.read_bytes() == "ünï".encode()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["link.onnx", long.name, "other"])
+
+
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "cache" / "retinaface-trt"
+    for unset in ("", None):
+        monkeypatch.setenv("XDG_CACHE_HOME", "") if unset == "" else monkeypatch.delenv("XDG_CACHE_HOME")
+        assert cache_folder() == tmp_path / "home" / ".cache" / "retinaface-trt"
+    assert not list(tmp_path.iterdir())
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    _own_folder.cache_clear()
+    own = cache_folder()
+    assert own.parent == tmp_path
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == own
+    _own_folder.cache_clear()
 
 
 def test_links_are_written_through_and_devices_left_alone(tmp_path: Path) -> None:
@@ -107,6 +272,26 @@ def test_outputs_are_checked_before_any_work(tmp_path: Path) -> None:
             check_outputs(outputs, [tmp_path / "in.txt"])
 
 
+def test_outputs_are_compared_by_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    check_outputs([("--a", "out.txt")], ["", "none.txt", tmp_path / "in.txt"])  # no file given is not this folder
+    check_outputs([("--a", None)], ["in.txt"])
+    (tmp_path / "a").symlink_to("a")
+    check_outputs([("--a", "out.txt")], ["a"])  # what cannot be found cannot be destroyed
+    for output, source in (
+        ("in.txt", tmp_path / "in.txt"),
+        (tmp_path / "in.txt", "in.txt"),
+        ("./x/../in.txt", "in.txt"),
+    ):
+        with pytest.raises(OutputError, match=r"^--out .*in\.txt is a file that is read: choose another name$"):
+            check_outputs([("--out", output)], [source])
+    with pytest.raises(OutputError, match=r"^--b out\.txt is the file of --a, too: choose another name$"):
+        check_outputs([("--a", tmp_path / "out.txt"), ("--b", "out.txt")], [])
+    with pytest.raises(OutputError, match="both a file and a folder"):
+        check_outputs([("--a", "in.txt/x")], ["in.txt"])
+
+
 def test_outputs_that_are_folders_or_loops_are_refused_early(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "a").symlink_to("b")
@@ -126,14 +311,31 @@ def test_outputs_that_are_folders_or_loops_are_refused_early(tmp_path: Path) -> 
     assert (tmp_path / "without_suffix").read_text() == "x"
 
 
-def test_silence_ends_however_threads_overlap() -> None:
-    code = (
-        "import os, threading, time\nfrom facespec.cli import quiet_libraries\n"
-        "def work(enter, leave):\n    time.sleep(enter)\n    with quiet_libraries():\n        os.write(2, b'noise')\n"
-        "        time.sleep(leave)\n"
-        "threads = [threading.Thread(target=work, args=times) for times in ((0, .1), (.05, .2), (.1, .05))]\n"
-        "[t.start() for t in threads]; [t.join() for t in threads]; os.write(2, b'heard')"
-    )
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert result.stderr == "heard"
+def test_silence_ends_however_threads_overlap(capfd: pytest.CaptureFixture[str]) -> None:
+    """The first to come leaves before the last; all are quiet to the end."""
+    barriers = [threading.Barrier(3) for _ in range(4)]
+
+    def work(enters: int, leaves: int) -> None:
+        with ExitStack() as stack:
+            for step, barrier in enumerate(barriers):
+                if step == enters:
+                    stack.enter_context(quiet_libraries())
+                if step == leaves:
+                    stack.close()
+                elif enters <= step:
+                    os.write(2, b"noise")
+                barrier.wait(10)
+
+    threads = [threading.Thread(target=work, args=times) for times in ((0, 2), (1, 3), (1, 9))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+
+
+def test_silence_where_stderr_is_closed() -> None:
+    body = "with quiet_libraries(): print('done')\n    return 0"
+    result = _run(body, "import os\nos.close(2)")
+    assert (result.returncode, result.stdout) == (0, "done\n")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from facespec.align import ARCFACE_LANDMARKS_112, similarity_transforms
-from facespec.detections import Detections, to_detections
+from facespec.detections import LANDMARK_NAMES, Detections, to_detections
 from facespec.draw import draw_detections
 from facespec.errors import FrameError, NonFiniteError
 from facespec.letterbox import Letterbox
@@ -38,18 +38,31 @@ def test_indexing() -> None:
         np.testing.assert_array_equal(part.landmarks, found.landmarks[expected])
         assert (part.frame_hw, part.truncated) == ((100, 90), True)
     assert [len(face) for face in found] == [1, 1, 1, 1]
-    part = found[:]
-    part.boxes[:] = 0
-    assert found.boxes.any()
+    for part in (found[:], found.with_min_score(0)):  # copies, never views
+        for name in ("boxes", "scores", "landmarks"):
+            assert not np.shares_memory(getattr(part, name), getattr(found, name)), name
     with pytest.raises(IndexError):
         found[4]
-    assert len(found.with_min_score(float(found.scores[1]))) == 2
+    best = found.with_min_score(float(found.scores[1]))
+    np.testing.assert_array_equal(best.landmarks, found.landmarks[:2])
+    np.testing.assert_array_equal(best.boxes, found.boxes[:2])
+    empty = Detections.empty((5, 6))
+    assert (len(empty), empty.frame_hw, empty.truncated) == (0, (5, 6), False)
+    assert (empty.boxes.dtype, empty.scores.dtype, empty.landmarks.dtype) == (np.float32,) * 3
 
 
 def test_shapes_must_agree() -> None:
     found = _detections()
-    with pytest.raises(ValueError, match="shapes"):
-        Detections(found.boxes[:2], found.scores, found.landmarks, (1, 1))
+    for boxes, scores, landmarks in (
+        (found.boxes[:2], found.scores, found.landmarks),
+        (found.boxes, found.scores[:2], found.landmarks),
+        (found.boxes, found.scores, found.landmarks[:2]),
+        (found.boxes[:, :3], found.scores, found.landmarks),
+        (found.boxes, found.scores[:, None], found.landmarks),
+        (found.boxes, found.scores, found.landmarks.reshape(4, 10)),
+    ):
+        with pytest.raises(ValueError, match="shapes"):
+            Detections(boxes, scores, landmarks, (1, 1))
 
 
 def test_to_dict_survives_json() -> None:
@@ -59,6 +72,10 @@ def test_to_dict_survives_json() -> None:
     np.testing.assert_allclose([face["box"] for face in data["faces"]], found.boxes, atol=0.0051)
     np.testing.assert_allclose([face["score"] for face in data["faces"]], found.scores, atol=1e-6)
     np.testing.assert_allclose([face["landmarks"] for face in data["faces"]], found.landmarks, atol=0.0051)
+    for face, box, score, points in zip(data["faces"], found.boxes, found.scores, found.landmarks, strict=True):
+        assert face["box"] == [round(float(value), 2) for value in box]  # no more figures than mean something
+        assert face["score"] == round(float(score), 6)
+        assert face["landmarks"] == [[round(float(x), 2), round(float(y), 2)] for x, y in points]
     assert Detections.empty((5, 6)).to_dict() == {"width": 6, "height": 5, "truncated": False, "faces": []}
 
 
@@ -71,6 +88,14 @@ def test_to_supervision(count: int) -> None:
     np.testing.assert_array_equal(other.xyxy, found.boxes)
     np.testing.assert_array_equal(other.confidence, found.scores)
     np.testing.assert_array_equal(other.data["landmarks"], found.landmarks)
+    assert list(other.data["class_name"]) == ["face"] * count
+    assert list(other.class_id) == [0] * count
+    for theirs, ours in (
+        (other.xyxy, found.boxes),
+        (other.confidence, found.scores),
+        (other.data["landmarks"], found.landmarks),
+    ):
+        assert not np.shares_memory(theirs, ours)
     if count:
         best = other[other.confidence > float(found.scores[1])]
         np.testing.assert_array_equal(best.data["landmarks"], found.landmarks[:1])
@@ -194,6 +219,38 @@ def test_network_rows_become_faces_of_the_frame() -> None:
             to_detections(**_network_rows(**changes))
 
 
+def test_rows_lie_in_the_frame_each_axis_by_its_own_factor() -> None:
+    """Scaled down to 1/2 along x and to 1/4 along y; rows that are not valid, or under the threshold, do not matter."""
+    box = Letterbox((400, 200), (100, 100), (128, 160))
+    boxes = np.array([[1, 2, 3, 4], [-5, 6, 7, 8], [np.nan] * 4, [np.inf] * 4], np.float32)
+    landmarks = np.arange(40, dtype=np.float32).reshape(4, 5, 2)
+    landmarks[2:] = np.nan
+    scores = np.array([0.9, 0.5, 0.4, 0.95], np.float32)
+    rows = _network_rows(box=box, boxes=boxes, landmarks=landmarks, scores=scores)
+    found = to_detections(**{**rows, "decode": DecodeSpec(max_detections=4)})
+    np.testing.assert_array_equal(found.boxes, [[2, 8, 6, 16], [-10, 24, 14, 32]])
+    np.testing.assert_array_equal(found.landmarks, landmarks[:2] * [2, 4])
+    np.testing.assert_array_equal(found.scores, scores[:2])  # one at exactly the threshold stays
+    assert found.frame_hw == (400, 200)
+    before = scores.copy()
+    for name, array in (("boxes", boxes), ("scores", scores), ("landmarks", landmarks)):
+        assert not np.shares_memory(getattr(found, name), array)
+    np.testing.assert_array_equal(scores, before)
+    none = to_detections(**_network_rows(num_detections=0, num_candidates=0))
+    assert (len(none), none.boxes.shape, none.landmarks.shape, none.truncated) == (0, (0, 4), (0, 5, 2), False)
+    with pytest.raises(NonFiniteError):
+        to_detections(**_network_rows(num_detections=0, num_candidates=-1))
+
+
+def test_the_order_of_the_landmarks_is_what_it_is_called() -> None:
+    """In the standard face: eyes above the nose above the mouth, left is left in the image."""
+    assert LANDMARK_NAMES == ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
+    at = dict(zip(LANDMARK_NAMES, ARCFACE_LANDMARKS_112.tolist(), strict=True))
+    assert at["left_eye"][0] < at["nose"][0] < at["right_eye"][0]
+    assert at["left_mouth"][0] < at["nose"][0] < at["right_mouth"][0]
+    assert at["left_eye"][1] < at["nose"][1] < at["left_mouth"][1]
+
+
 def test_labels_cover_no_other_face() -> None:
     """Two faces, one right above the other: the label of the lower one would lie on the upper one."""
     frame = np.zeros((300, 200, 3), np.uint8)
@@ -207,3 +264,4 @@ def test_labels_cover_no_other_face() -> None:
 
 def test_repr_is_one_line() -> None:
     assert repr(_detections()) == "Detections(4 faces in a frame of 90x100, truncated)"
+    assert repr(Detections.empty((3, 4))) == "Detections(0 faces in a frame of 4x3)"

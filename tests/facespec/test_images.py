@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -16,7 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from facespec.errors import ImageError
-from facespec.images import MAX_PIXELS, decode_image, find_images, read_image, write_image
+from facespec.images import (
+    IMAGE_SUFFIXES,
+    MAX_FILE_BYTES,
+    MAX_PIXELS,
+    decode_image,
+    find_images,
+    read_image,
+    write_image,
+)
 
 
 def _picture(height: int = 48, width: int = 64) -> np.ndarray:
@@ -165,6 +174,129 @@ def test_the_pixel_limit_is_a_setting() -> None:
     assert MAX_PIXELS == 64_000_000
 
 
+def _tiff(entries: list[tuple[int, int, int, int]]) -> bytes:
+    body = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries, key=lambda entry: entry[0]))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(5000)
+
+
+def _core_bmp() -> bytes:
+    """BMP with the header of OS/2, 12 bytes, whose sizes have 16 bits."""
+    rows = _picture()[::-1].tobytes()  # 64 * 3 bytes a row need no filling
+    return b"BM" + struct.pack("<IHHI", 26 + len(rows), 0, 0, 26) + struct.pack("<IHHHH", 12, 64, 48, 1, 24) + rows
+
+
+def _top_down_bmp() -> bytes:
+    data = bytearray(LOSSLESS["bmp"])
+    data[22:26] = struct.pack("<i", -48)
+    data[54:] = _picture().tobytes()
+    return bytes(data)
+
+
+def _tables_first(data: bytes) -> bytes:
+    """Move a JPEG's Huffman tables, arithmetic conditioning and fill bytes before its frame header."""
+    start, position, tables = data.index(b"\xff\xc0"), data.index(b"\xff\xc4"), b""
+    frame = data[start:position]
+    while data[position : position + 2] == b"\xff\xc4":
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        tables += b"\xff" + data[position:end]
+        position = end
+    return data[:start] + tables + frame + data[position:]
+
+
+def _pnm(kind: int, header: bytes = b"64 48", maximum: bytes = b" 255") -> bytes:
+    picture = _picture()
+    grey = picture[..., 0]
+    samples = {2: grey, 3: picture[..., ::-1], 5: grey, 6: picture[..., ::-1]}.get(kind)
+    if samples is None:  # of one bit
+        bits = grey < 128
+        body = b" ".join(b"%d" % bit for bit in bits.ravel()) if kind == 1 else np.packbits(bits, axis=1).tobytes()
+        return b"P%d %s\n" % (kind, header) + body + b"\n" * (kind == 1)
+    if kind in (2, 3):
+        body = b" ".join(b"%d" % value for value in samples.ravel()) + b"\n"
+    else:
+        body = samples.astype(">u2" if maximum.endswith(b"65535") else np.uint8).tobytes()
+    return b"P%d %s%s\n" % (kind, header, maximum) + body
+
+
+EVERY_FORMAT = {
+    **LOSSLESS,
+    "jpeg": _save(_pil(), "JPEG"),
+    "progressive jpeg": _save(_pil(), "JPEG", progressive=True),
+    "grey jpeg": _save(_pil("L"), "JPEG"),
+    "jpeg, tables first": _tables_first(_save(_pil(), "JPEG")),
+    "jpeg with restarts": cv2.imencode(".jpg", _picture(), [cv2.IMWRITE_JPEG_RST_INTERVAL, 1])[1].tobytes(),
+    "lossy webp": _save(_pil(), "WEBP"),
+    "extended webp": _save(_pil(), "WEBP", icc_profile=bytes(128)),
+    "bmp, short header": _core_bmp(),
+    "bmp, top row first": _top_down_bmp(),
+    "grey bmp": _save(_pil("L"), "BMP"),
+    "compressed tiff": _save(_pil(), "TIFF", compression="tiff_lzw"),
+    "big-endian tiff": _save(_pil(), "TIFF", big_endian=True),
+    "p1": _pnm(1),
+    "p2": _pnm(2),
+    "p3": _pnm(3),
+    "p4": _pnm(4),
+    "p5": _pnm(5),
+    "p6 with comments": _pnm(6, b"#a 1 2\n64 # b\n48", b"\n#c\n255"),
+    "p6 of 16 bits": _pnm(6, maximum=b" 65535"),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_FORMAT)
+def test_every_format_says_its_size_before_it_is_decoded(name: str) -> None:
+    data = EVERY_FORMAT[name]
+    assert decode_image(data, max_pixels=64 * 48).shape == (48, 64, 3)
+    with pytest.raises(ImageError, match=r"^it: 64x48 is more than 0\.003071 megapixels; scale it down first$"):
+        decode_image(data, "it", max_pixels=64 * 48 - 1)
+
+
+def test_other_rows_and_headers_are_read_right() -> None:
+    for name in ("bmp, short header", "bmp, top row first", "p3", "p6 with comments", "big-endian tiff"):
+        np.testing.assert_array_equal(decode_image(EVERY_FORMAT[name]), _picture(), name)
+
+
+def test_rows_of_a_bmp_end_on_four_bytes() -> None:
+    """Also where its colours are described by masks."""
+    data = bytearray(_save(Image.new("RGB", (5, 3), (1, 2, 3)), "BMP"))
+    assert len(data) == 54 + 3 * 16
+    for compression in (0, 3):
+        data[30:34] = struct.pack("<I", compression)
+        with pytest.raises(ImageError, match=r"^image: the BMP file is truncated or damaged$"):
+            decode_image(bytes(data[:-1]))
+    data[30:34] = bytes(4)
+    assert decode_image(bytes(data)).shape == (3, 5, 3)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [3, 4])
+def test_the_size_of_a_tiff_in_either_order_and_width(order: str, kind: int) -> None:
+    def entry(tag: int, value: int) -> bytes:
+        return struct.pack(
+            f"{order}HHI{'HH' if kind == 3 else 'I'}", tag, kind, 1, *([value, 0] if kind == 3 else [value])
+        )
+
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    data = head + struct.pack(f"{order}I4xH", 12, 3) + entry(254, 9) + entry(256, 300) + entry(257, 70_000 % 65_536)
+    with pytest.raises(ImageError, match="300x4464 is more than"):
+        decode_image(data, max_pixels=100)
+
+
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (_png_claiming(0, 7), "PNG header gives no size (0x7)"),
+        (_png_claiming(7, 0), "PNG header gives no size (7x0)"),
+        (_jpeg_claiming(0, 7), "JPEG header gives no size (0x7)"),
+        (_bmp_claiming(-64, 48), "BMP header gives no size (-64x48)"),
+        (b"P5 0 8 255\n", "PNM header gives no size (0x8)"),
+        (b"II*\0" + struct.pack("<IH", 8, 0) + bytes(99), "TIFF header gives no size (0x0)"),
+    ],
+)
+def test_no_size_is_an_error(data: bytes, size: str) -> None:
+    with pytest.raises(ImageError, match=re.escape(size)):
+        decode_image(data)
+
+
 JPEG = _save(Image.effect_noise((64, 48), 80).convert("RGB"), "JPEG")
 
 
@@ -190,7 +322,7 @@ def test_a_jpeg_thumbnail_does_not_hide_truncation() -> None:
         decode_image(data[:-20])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted({**LOSSLESS, "jpeg": JPEG}.items())), st.data())
 def test_any_damage_gives_an_image_or_an_image_error(item: tuple[str, bytes], data: st.DataObject) -> None:
     damaged = bytearray(item[1])
@@ -217,6 +349,27 @@ def test_garbage_gives_an_image_or_an_image_error(garbage: bytes, magic: bytes) 
 def test_other_formats_are_named(data: bytes) -> None:
     with pytest.raises(ImageError, match=r"empty|not a JPEG"):
         decode_image(data)
+    with pytest.raises(
+        ImageError, match="^photo.jpg: the file is empty$" if not data else "^photo.jpg: not a JPEG, PNG"
+    ):
+        decode_image(data, "photo.jpg")
+
+
+def test_a_file_is_named_in_every_error_and_the_limits_are_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(LOSSLESS["png"])
+    with pytest.raises(ImageError, match=re.escape(f"{path}: 64x48 is more")):
+        read_image(path, max_pixels=100)
+    with pytest.raises(ImageError, match="cannot be read"):
+        read_image("a\0b.png")
+    assert MAX_FILE_BYTES == 256 << 20
+    monkeypatch.setattr("facespec.images.MAX_FILE_BYTES", len(LOSSLESS["png"]))
+    assert read_image(str(path)).shape == (48, 64, 3)
+    monkeypatch.setattr("facespec.images.MAX_FILE_BYTES", len(LOSSLESS["png"]) - 1)
+    with pytest.raises(ImageError, match=re.escape(f"{path}: 0 MiB is more than the limit of 0 MiB")):
+        read_image(path)
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
@@ -229,7 +382,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         read_image(tmp_path / "pipe.jpg")
     (tmp_path / "huge.jpg").touch()
     os.truncate(tmp_path / "huge.jpg", 1 << 40)
-    with pytest.raises(ImageError, match="MiB"):
+    with pytest.raises(ImageError, match="1048576 MiB is more than the limit of 256 MiB"):
         read_image(tmp_path / "huge.jpg")
 
 
@@ -243,11 +396,22 @@ def test_write_and_find(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match="cannot be written"):
             write_image(tmp_path / name, _picture())
         assert not (tmp_path / name).exists()
+    with pytest.raises(ImageError, match=r"g\.jpg: 70000x1 cannot be written as '\.jpg'; use \.png or \.jpg"):
+        write_image(tmp_path / "g.jpg", np.zeros((1, 70_000, 3), np.uint8))
 
 
-def _tiff(entries: list[tuple[int, int, int, int]]) -> bytes:
-    body = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries, key=lambda entry: entry[0]))
-    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(5000)
+def test_what_counts_as_an_image_file(tmp_path: Path) -> None:
+    suffixes = ("jpg", "jpeg", "jfif", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
+    assert tuple(f".{suffix}" for suffix in suffixes) == IMAGE_SUFFIXES
+    for name in (*(f"a.{suffix}" for suffix in suffixes), ".hidden.png", "a.gif", "a.txt", "png"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.png").symlink_to("nothing")
+    (tmp_path / "folder.png" / "Z.PNG").touch()
+    expected = sorted([*(tmp_path / f"a.{suffix}" for suffix in suffixes), tmp_path / "folder.png" / "Z.PNG"])
+    assert find_images(str(tmp_path)) == expected
+    with pytest.raises(ImageError, match="none: cannot be read"):
+        find_images(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +436,9 @@ def test_truncated_tiffs_are_refused(keep: float) -> None:
 
 def test_short_pixel_data_is_noticed() -> None:
     """The header and the pixels of these formats are all there is: one byte less is a truncated file."""
-    for data in (b"P5 8 8 255\n" + bytes(64), b"P6 8 8 255\n" + bytes(192), LOSSLESS["bmp"]):
+    pnm = (b"P5 8 8 255\n" + bytes(64), b"P6 8 8 255\n" + bytes(192), b"P5 8 8 256\n" + bytes(128), _pnm(4))
+    others = ("bmp", "bmp, short header", "grey bmp", "png", "webp", "lossy webp", "extended webp", "p6 of 16 bits")
+    for data in (*pnm, b"P4 9 8\n" + bytes(16), *(EVERY_FORMAT[name] for name in others), JPEG.rstrip(b"\0")):
         assert decode_image(data).shape[2] == 3
         with pytest.raises(ImageError, match="truncated"):
             decode_image(data[:-1])

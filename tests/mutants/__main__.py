@@ -17,18 +17,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.conftest import DATA
 from tests.mutants.faults import LISTS, ROOT, Fault, read_faults
 
-TIMEOUT_S = 900
-"""For one fault; each test has its own, much shorter."""
+TIMEOUT_S, TEST_TIMEOUT_S = 1200, 120
+"""For one fault, and for one test with a fault in the code: many a fault makes a test hang."""
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -91,7 +92,8 @@ class Copy:
             "PYTHONDONTWRITEBYTECODE": "1",  # two versions of a file may have one size and one time
             "RETINAFACE_DATA": str(DATA),
         }
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *places]
+        options = f"-x -v -p no:cacheprovider --timeout={TEST_TIMEOUT_S}"
+        command = [sys.executable, "-m", "pytest", *options.split(), *places]
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {self._core})  # of this thread, and so of its children
         with subprocess.Popen(
@@ -108,12 +110,15 @@ class Copy:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
         seconds = time.perf_counter() - start
-        failed = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", output, re.MULTILINE)
+        failed = re.findall(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", output, re.MULTILINE)
+        begun = re.findall(r"^tests/(\S+::.+?) ", output, re.MULTILINE)
         last = (output.strip().splitlines() or ["nothing was printed"])[-1]
         if process.returncode == 0 and " passed" in last:
-            return Verdict("survived", last, seconds)
-        if failed or process.returncode < 0:
-            return Verdict("noticed", failed[0] if failed else f"signal {-process.returncode}", seconds)
+            return Verdict("survived", last.strip("= "), seconds)
+        if failed:
+            return Verdict("noticed", failed[0], seconds)
+        if begun and (process.returncode < 0 or "+ Timeout +" in output):  # it died, or hung and was ended
+            return Verdict("noticed", f"{begun[-1]}, which ended the process", seconds)
         return Verdict("broken", last, seconds)
 
     def _restore_libraries(self) -> None:
@@ -142,38 +147,45 @@ def main() -> int:
     if not faults:
         parser.error("no such fault")
     cores = sorted(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory(prefix="retinaface-mutants-") as folder:
+    jobs = max(1, min(args.jobs, len(faults)))
+    places = sorted({place for fault in faults for place in fault.places()})
+    files = sorted({place.partition("::")[0] for place in places})
+    shares = [[place for place in places if place.partition("::")[0] in files[i::jobs]] for i in range(jobs)]
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="retinaface-mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
         copies: queue.Queue[Copy] = queue.Queue()
-        for index in range(max(1, min(args.jobs, len(faults)))):
+        for index in range(jobs):
             copies.put(Copy(Path(folder, str(index)), cores[index % len(cores)]))
-        lock = threading.Lock()
-        counts: Counter[str] = Counter()
 
-        def work(fault: Fault) -> None:
+        @contextmanager
+        def lent() -> Iterator[Copy]:
             copy = copies.get()
             try:
-                verdict = copy.try_out(fault, args.whole)
+                yield copy
             finally:
                 copies.put(copy)
-            with lock:
-                counts[verdict.word] += 1
-                print(
-                    f"{sum(counts.values()):4}/{len(faults)} {verdict.word:8} {verdict.seconds:5.0f} s  "
-                    f"{fault.file}: {fault.fault}  [{verdict.by}]",
-                    flush=True,
-                )
 
-        # no alarm may ring where nothing burns
-        places = sorted({place for fault in faults for place in fault.places()})
+        def without_a_fault(places: list[str]) -> Verdict:
+            with lent() as copy:
+                return copy.run(places, time.perf_counter())
+
+        def with_a_fault(fault: Fault) -> tuple[Fault, Verdict]:
+            with lent() as copy:
+                return fault, copy.try_out(fault, args.whole)
+
         print(f"{len(faults)} faults; first their {len(places)} tests without any", flush=True)
-        with ThreadPoolExecutor(copies.qsize()) as pool:
-            copy = copies.get()
-            quiet = pool.submit(copy.run, places, time.perf_counter()).result()
-            copies.put(copy)
-            if quiet.word != "survived":
-                print(f"error: the tests fail without a fault: {quiet.by}", file=sys.stderr)
+        for verdict in pool.map(without_a_fault, filter(None, shares)):
+            if verdict.word != "survived":
+                print(f"error: the tests fail without a fault: {verdict.by}", file=sys.stderr)
                 return 1
-            list(pool.map(work, faults))
+        for done in as_completed([pool.submit(with_a_fault, fault) for fault in faults]):
+            fault, verdict = done.result()
+            counts[verdict.word] += 1
+            number = f"{sum(counts.values()):4}/{len(faults)}"
+            print(
+                f"{number} {verdict.word:8} {verdict.seconds:4.0f} s  {fault.file}: {fault.fault}  [{verdict.by}]",
+                flush=True,
+            )
     print(f"{counts['noticed']} of {len(faults)} noticed, {counts['survived']} survived, {counts['broken']} broken")
     return 0 if counts["noticed"] == len(faults) else 1
 

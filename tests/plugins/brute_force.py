@@ -90,27 +90,29 @@ def _greedy(boxes: Array, decode: DecodeSpec) -> tuple[NDArray[np.int64], bool]:
     """Return the indices kept, and whether all was clear: a box stays unless one that stays overlaps it too much."""
     limit = np.float32(decode.iou_threshold)
     extent = np.maximum(boxes[:, 2:] - boxes[:, :2], np.float32(0))
-    areas = extent[:, 0] * extent[:, 1]
-    kept = np.empty(min(len(boxes), decode.max_detections), np.int64)
-    count, clear = 0, True
-    for index, box in enumerate(boxes):
-        if count == len(kept):
+    areas, reach = extent[:, 0] * extent[:, 1], _reach(boxes)
+    alive, doubtful = np.ones(len(boxes), bool), np.zeros(len(boxes), bool)
+    kept: list[int] = []
+    asked = 0  # boxes that were looked at before there were enough
+    for index in range(len(boxes)):
+        if len(kept) == decode.max_detections:
             break
-        better = kept[:count]
-        others = boxes[better]
+        asked = index + 1
+        if not alive[index]:
+            continue
+        kept.append(index)
+        box, later = boxes[index], slice(index + 1, None)
+        others = boxes[later]
         gap = np.maximum(others[:, :2], box[:2]) - np.minimum(others[:, 2:], box[2:])
         side = np.maximum(-gap, np.float32(0))
         inter = side[:, 0] * side[:, 1]
-        union = areas[better] + areas[index] - inter
-        if not (inter > limit * union).any():
-            kept[count] = index
-            count += 1
+        union = areas[index] + areas[later] - inter
+        alive[later] &= ~(inter > limit * union)
         # a coordinate may be off by some roundings of the greatest one
-        error = np.float32(1e-6) * np.maximum(_reach(others), _reach(box))
-        slack = (error[:, ::-1] * (extent[better] + extent[index] + error)).sum(axis=1)
-        doubt = (np.abs(inter - limit * union) <= slack) & (gap <= error).all(axis=1) & np.isfinite(union)
-        clear = clear and not doubt.any()
-    return kept[:count], clear
+        error = np.float32(1e-6) * np.maximum(reach[later], reach[index])
+        slack = (error[:, ::-1] * (extent[index] + extent[later] + error)).sum(axis=1)
+        doubtful[later] |= (np.abs(inter - limit * union) <= slack) & (gap <= error).all(axis=1) & np.isfinite(union)
+    return np.array(kept, np.int64), not doubtful[:asked].any()
 
 
 def decode_image(

@@ -83,6 +83,48 @@ std::vector<DynamicPluginTensorDesc> tensors(DataType type, TensorFormat format,
   return all;
 }
 
+// Sizes of outputs: a constant, or one that an input has.
+class Size final : public IDimensionExpr, apiv::VDimensionExpr {
+ public:
+  explicit Size(int64_t value, bool constant = true) : value_(value), constant_(constant) { mImpl = this; }
+  bool isConstant() const override { return constant_; }
+  int64_t getConstantValue() const override { return value_; }
+  bool isSizeTensor() const override { return false; }
+
+ private:
+  const int64_t value_;
+  const bool constant_;
+};
+
+class Builder final : public IExprBuilder, apiv::VExprBuilder {
+ public:
+  Builder() { IExprBuilder::mImpl = this; }
+  const IDimensionExpr* constant(int64_t value) override {
+    sizes_.push_back(std::make_unique<Size>(value));
+    return sizes_.back().get();
+  }
+  const IDimensionExpr* operation(DimensionOperation, const IDimensionExpr&, const IDimensionExpr&) override {
+    return nullptr;
+  }
+  const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) override {
+    return nullptr;
+  }
+
+ private:
+  std::vector<std::unique_ptr<Size>> sizes_;
+};
+
+// What the plugin reports.
+class Log final : public ILogger, public ILoggerFinder {
+ public:
+  void log(Severity severity, const char* message) noexcept override {
+    if (severity == Severity::kERROR) last = message;
+  }
+  ILogger* findLogger() override { return there ? this : nullptr; }
+  bool there = true;
+  std::string last;
+};
+
 }  // namespace
 
 int main(int, char** argv) {
@@ -186,6 +228,180 @@ int main(int, char** argv) {
   expect(runtime->onShapeChange(shaped, 3, nullptr, 5) == 0, "a shape is accepted");
   shaped[2].dims.d[0] = 3;
   expect(runtime->onShapeChange(shaped, 3, nullptr, 5) != 0, "maps of different batches are refused");
+
+  // attributes of every numeric type, and what no attribute is
+  const auto with = [&](size_t index, const void* data, PluginFieldType type, int32_t length) {
+    auto fields = good.list();
+    fields[index] = PluginField{fields[index].name, data, type, length};
+    return std::unique_ptr<IPluginV3>{create(creator, fields, TensorRTPhase::kBUILD)};
+  };
+  const auto stores = [&](const std::unique_ptr<IPluginV3>& made, const char* name, const void* bytes, size_t size) {
+    return made && serialized(made.get()).at(name) == std::string(static_cast<const char*>(bytes), size);
+  };
+  const std::vector<double> doubles{16, 32, 64, 128, 256.5, 512};
+  expect(stores(with(1, doubles.data(), PluginFieldType::kFLOAT64, 6), "min_sizes", good.min_sizes.data(), 24),
+         "min_sizes as doubles");
+  const std::vector<int64_t> wholes{16, 32, 64, 128, 256, 512};
+  const std::vector<float> rounded{16, 32, 64, 128, 256, 512};
+  expect(stores(with(1, wholes.data(), PluginFieldType::kINT64, 6), "min_sizes", rounded.data(), 24),
+         "min_sizes as integers");
+  const float top = 77.f;
+  expect(stores(with(5, &top, PluginFieldType::kFLOAT32, 1), "top_k", &good.top_k, 4), "top_k as a float");
+  const int64_t huge = (int64_t(1) << 32) + 77, lowest = -(int64_t(1) << 32) + 77;
+  expect(!with(5, &huge, PluginFieldType::kINT64, 1), "an integer that does not fit is refused, not cut");
+  expect(!with(5, &lowest, PluginFieldType::kINT64, 1), "nor one that is too low");
+  const double nan = 0. / 0.;
+  expect(!with(5, &nan, PluginFieldType::kFLOAT64, 1), "top_k NaN");
+  expect(!with(5, nullptr, PluginFieldType::kINT32, 1), "no data");
+  expect(!with(5, &good.top_k, PluginFieldType::kINT32, 0), "no value");
+  expect(!with(5, wholes.data(), PluginFieldType::kINT64, 2), "two values of top_k");
+  expect(!with(2, doubles.data(), PluginFieldType::kFLOAT64, 3), "three variances");
+  const std::vector<int32_t> many(64, 8);
+  expect(!with(1, many.data(), PluginFieldType::kINT32, 17), "more priors than there may be");
+  expect(!create(creator, {}, TensorRTPhase::kBUILD) && !creator->createPlugin("node", nullptr, TensorRTPhase::kBUILD),
+         "no attributes");
+  for (const auto& [name, value] : std::map<std::string, std::string>{
+           {"variances", std::string(reinterpret_cast<const char*>(good.variances.data()), 8)},
+           {"iou_threshold", std::string(reinterpret_cast<const char*>(&good.iou), 4)},
+           {"top_k", std::string(reinterpret_cast<const char*>(&good.top_k), 4)},
+           {"max_detections", std::string(reinterpret_cast<const char*>(&good.keep), 4)}}) {
+    expect(first.at(name) == value, name.c_str());
+  }
+  const auto* offered = creator->getFieldNames();
+  const std::vector<std::string> names{"strides",       "min_sizes", "variances",     "logit_threshold",
+                                       "iou_threshold", "top_k",     "max_detections"};
+  for (int32_t i = 0; i < 7; ++i) {
+    const bool whole = i == 0 || i > 4;
+    expect(offered->fields[i].name == names[size_t(i)], "names of the attributes");
+    expect(offered->fields[i].type == (whole ? PluginFieldType::kINT32 : PluginFieldType::kFLOAT32), "their types");
+  }
+  std::unique_ptr<IPluginV3> one_level;
+  {
+    Fields one;
+    one.strides = {16};
+    one.min_sizes = {24};
+    one_level.reset(create(creator, one.list(), TensorRTPhase::kBUILD));
+    expect(one_level != nullptr, "one level of one prior");
+  }
+
+  // what it says it is
+  auto* core = capability<IPluginV3OneCore>(plugin.get(), PluginCapabilityType::kCORE);
+  expect(!std::strcmp(core->getPluginName(), creator->getPluginName()) &&
+             !std::strcmp(core->getPluginVersion(), creator->getPluginVersion()) &&
+             !std::strcmp(core->getPluginNamespace(), creator->getPluginNamespace()),
+         "names of the plugin");
+  std::map<std::string, int> timings;
+  const auto timing = [&](int32_t top_k, int32_t keep) {
+    Fields fields;
+    fields.top_k = top_k;
+    fields.keep = keep;
+    std::unique_ptr<IPluginV3> made{create(creator, fields.list(), TensorRTPhase::kBUILD)};
+    ++timings[capability<IPluginV3OneBuild>(made.get(), PluginCapabilityType::kBUILD)->getTimingCacheID()];
+  };
+  timing(77, 33), timing(77, 33), timing(78, 33), timing(77, 34);
+  expect(timings.size() == 3, "timings are shared where the work is the same, and nowhere else");
+  expect(timings.count(build->getTimingCacheID()) == 1, "of equal plugins");
+
+  // all types, shapes and formats
+  expect(types[2] == DataType::kFLOAT && types[3] == DataType::kFLOAT, "types of scores and landmarks");
+  expect(build->getOutputDataTypes(types, 4, inputs, 3) != 0 && build->getOutputDataTypes(types, 5, inputs, 2) != 0,
+         "other numbers of tensors have no types");
+  Builder builder;
+  const Size batch(-1, false), sides(9, false);
+  DimsExprs maps[3], shapes[5];
+  for (DimsExprs& map : maps) {
+    map.nbDims = 4;
+    for (int32_t i = 0; i < 4; ++i) map.d[i] = i ? &sides : &batch;
+  }
+  expect(build->getOutputShapes(maps, 3, nullptr, 0, shapes, 5, builder) == 0, "shapes of the outputs");
+  const std::vector<std::vector<int64_t>> rest{{}, {33, 4}, {33}, {33, 5, 2}, {}};
+  for (size_t i = 0; i < 5; ++i) {
+    expect(shapes[i].nbDims == int32_t(rest[i].size()) + 1 && shapes[i].d[0] == &batch, "the batch of an output");
+    for (size_t j = 0; j < rest[i].size(); ++j) {
+      expect(shapes[i].d[j + 1]->isConstant() && shapes[i].d[j + 1]->getConstantValue() == rest[i][j],
+             "the sizes of an output");
+    }
+  }
+  expect(build->getOutputShapes(maps, 2, nullptr, 0, shapes, 5, builder) != 0, "two maps have no shapes");
+  expect(build->getOutputShapes(maps, 3, nullptr, 0, shapes, 4, builder) != 0, "four outputs have none");
+  maps[0].nbDims = 3;
+  expect(build->getOutputShapes(maps, 3, nullptr, 0, shapes, 5, builder) != 0, "maps have four dimensions");
+  expect(supported(tensors(DataType::kHALF, TensorFormat::kHWC16, 1, 64, 96)), "fp16 channels-last in 16");
+  expect(!supported(tensors(DataType::kHALF, TensorFormat::kHWC, 1, 64, 96)), "fp16 has no kHWC");
+  expect(!supported(tensors(DataType::kFLOAT, TensorFormat::kHWC8, 1, 64, 96)), "fp32 has no kHWC8");
+  expect(!supported(tensors(DataType::kBF16, TensorFormat::kLINEAR, 1, 64, 96)), "not bf16");
+  for (size_t i = 0; i < 8; ++i) {
+    auto other = tensors(DataType::kFLOAT, TensorFormat::kLINEAR, 1, 64, 96);
+    other[i].desc.type = other[i].desc.type == DataType::kINT32 ? DataType::kFLOAT : DataType::kINT32;
+    expect(!supported(other), "one tensor of another type");
+    other = tensors(DataType::kFLOAT, TensorFormat::kLINEAR, 1, 64, 96);
+    other[i].desc.format = TensorFormat::kHWC;
+    expect(!supported(other), "one tensor of another format");
+  }
+
+  // impossible profiles
+  const auto configured = [&](const std::vector<DynamicPluginTensorDesc>& all, int32_t in = 3, int32_t out = 5) {
+    return build->configurePlugin(all.data(), in, all.data() + 3, out) == 0;
+  };
+  expect(!configured(small, 2) && !configured(small, 3, 4), "other numbers of tensors are refused");
+  wrong = small;
+  for (auto& each : wrong) each.max.d[0] = -1;
+  expect(configured(wrong), "a profile that is not known yet");
+  wrong = small;
+  wrong[0].max.d[0] = 65536;
+  expect(!configured(wrong), "the greatest batch counts, not the usual one");
+  wrong = small;
+  wrong[0].max.d[2] = 65537;
+  expect(!configured(wrong), "the greatest height");
+  wrong = small;
+  wrong[2].max.d[3] = 65537;
+  expect(!configured(wrong), "the greatest width of the last level");
+  wrong = small;
+  wrong[2].desc.dims.nbDims = 3;
+  expect(!configured(wrong), "three dimensions");
+  const auto needed = reinterpret_cast<size_t (*)(const void*)>(dlsym(library, "retinaface_workspace_bytes"));
+  struct {  // DecodeParams of decode_nms.h, for the greatest shapes
+    int32_t batch = 8, levels = 3, per_cell = 2, last = 0, strides[4] = {8, 16, 32}, rows[4] = {136, 68, 34},
+            columns[4] = {240, 120, 60};
+    float sizes[16] = {16, 32, 0, 0, 64, 128, 0, 0, 256.5f, 512}, variances[2] = {0.1f, 0.2f}, logit = -1.25f,
+          iou = 0.45f;
+    int32_t top_k = 77, keep = 33;
+  } params;
+  expect(needed && needed(&params) == more, "workspace of the launcher");
+  auto grown = tensors(DataType::kFLOAT, TensorFormat::kLINEAR, 1, 64, 96);
+  for (size_t i = 0; i < 3; ++i) grown[i].max = large[i].max;
+  expect(build->getWorkspaceSize(grown.data(), 3, grown.data() + 3, 5) == more, "workspace of the greatest shapes");
+
+  // shapes at run time
+  shaped[2].dims.d[0] = 2;
+  expect(runtime->onShapeChange(shaped, 3, nullptr, 5) == 0, "and is accepted again");
+  expect(runtime->onShapeChange(shaped, 2, nullptr, 5) != 0, "two maps are refused");
+  shaped[0].dims.d[0] = shaped[1].dims.d[0] = shaped[2].dims.d[0] = 0;
+  expect(runtime->onShapeChange(shaped, 3, nullptr, 5) != 0, "an empty batch is refused");
+  for (PluginTensorDesc& desc : shaped) desc.dims.d[0] = 2;
+  alignas(16) static char memory[64];
+  const auto enqueue = [&](int32_t output, int32_t input, size_t offset, char* workspace) {
+    const void* heads[3];
+    void* outputs[5];
+    for (int32_t i = 0; i < 3; ++i) heads[i] = memory + (i == input ? offset : 0);
+    for (int32_t i = 0; i < 5; ++i) outputs[i] = memory + (i == output ? offset : 0);
+    return runtime->enqueue(shaped, nullptr, heads, outputs, workspace, nullptr);
+  };
+  for (int32_t i = 0; i < 5; ++i) expect(enqueue(i, -1, 2, memory) == 716, "an output that is not aligned");
+  expect(enqueue(1, -1, 8, memory) == 716, "boxes lie on 16 bytes");
+  for (int32_t i = 0; i < 3; ++i) expect(enqueue(-1, i, 8, memory) == 716, "a map that is not aligned");
+  expect(enqueue(-1, -1, 0, nullptr) == 1 && enqueue(-1, -1, 0, memory + 8) == 716, "the workspace");
+
+  // reports go to TensorRT's logger, where there is one
+  Log log;
+  reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"))(&log);
+  refuse([](Fields& f) { f.top_k = 0; }, "top_k 0 again");
+  expect(log.last == std::string(creator->getPluginName()) + ": top_k must be in 1..1000000", "the logger hears why");
+  log.last.clear();
+  log.there = false;
+  refuse([](Fields& f) { f.top_k = 0; }, "and again");
+  expect(log.last.empty(), "without a logger stderr does");
+  reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"))(nullptr);
   std::printf("passed\n");
   return 0;
 }

@@ -83,8 +83,15 @@ def test_threads_do_not_race_and_equal_the_forward_order(program: Program) -> No
         assert 0 < last <= found
 
 
-def test_all_barriers_are_known() -> None:
-    assert len(BARRIERS) >= 12
+def test_the_barriers_threads_wait_at_are_those_of_the_source(program: Program) -> None:
+    """So each of them is left out below, and none stands where the cases do not come."""
+    said = _run(program, 0).stdout.splitlines()[-1].split()
+    assert said[0] == "barriers"
+    assert [int(number) for number in said[1:]] == BARRIERS
+    assert sum("warp.sync()" in line for line in KERNELS.read_text(encoding="utf-8").splitlines()) == 2
+    # of a line that has none nothing is left out
+    assert 1 not in BARRIERS
+    assert _run(program, 1).returncode == 0
 
 
 @pytest.mark.parametrize("line", BARRIERS)

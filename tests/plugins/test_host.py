@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 import zlib
@@ -18,12 +19,13 @@ import pytest
 from numpy.typing import NDArray
 
 from facespec import boxes as fb
-from facespec.errors import SpecError
+from facespec.errors import BuildError, SpecError
 from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
 from plugins import host
 from plugins.host import decode_nms
 from tests.plugins.brute_force import decode_image, elementary, join_heads, split_heads
+from trt_runtime.flavor import gpu_capability
 
 Array = NDArray[np.float32]
 Outputs = dict[str, NDArray[Any]]
@@ -143,7 +145,7 @@ def _faces(slot: Slot, count: int = 0) -> None:
         centre = slot.rng.uniform(0, extent)
         side = 2 ** slot.rng.uniform(3.5, 7)
         far = np.abs(slot.priors[:, :2] - centre).max(axis=1) / side + np.abs(np.log2(slot.priors[:, 2] / side))
-        near = np.argsort(far, kind="stable")[: int(slot.rng.integers(1, 12))]
+        near = np.argpartition(far, min(12, len(far) - 1))[: int(slot.rng.integers(1, 12))]
         target = np.concatenate([centre - side / 2, centre + side / 2])
         boxes = target + side * slot.rng.normal(0, 0.06, (len(near), 4))
         slot.boxes[near] = fb.encode_boxes(boxes.astype(np.float32), slot.priors[near], (0.1, 0.2))
@@ -151,7 +153,7 @@ def _faces(slot: Slot, count: int = 0) -> None:
 
 
 def _crowd(slot: Slot) -> None:
-    _faces(slot, 700)
+    _faces(slot, 350)
 
 
 def _covered(slot: Slot) -> None:
@@ -211,7 +213,7 @@ def make_case(
     priors = make_priors(anchor, size_hw)
     half = rng.random() < 0.3
     parts: list[list[Array]] = [[], [], []]
-    for number in range(batch or int(rng.choice([1, 1, 1, 2, 3, 8]))):
+    for number in range(batch or int(rng.choice([1, 1, 1, 1, 2, 3]))):
         slot = Slot(
             rng,
             priors,
@@ -328,28 +330,28 @@ def _full(case: Case, out: Outputs) -> bool:
 ONE_SIZE: dict[str, Any] = {"sizes": ((160, 160),), "anchors": ANCHORS[:1]}
 
 KINDS = {
-    "none": Kind(40, (_none,), {}, _none_found),
-    "one": Kind(120, (_one,), {}, _one_found),
-    "few": Kind(260, (_few,), {"max_detections": 100}, _suppressed, 0.3),
-    "faces": Kind(200, (_faces,), {"sizes": MEDIUM, "top_k": 5000}, _suppressed, 0.5),
+    "none": Kind(120, (_none,), {}, _none_found),
+    "one": Kind(170, (_one,), {}, _one_found),
+    "few": Kind(300, (_few,), {"max_detections": 100}, _suppressed, 0.3),
+    "faces": Kind(100, (_faces,), {"sizes": MEDIUM, "top_k": 5000}, _suppressed, 0.5),
     "hundreds": Kind(100, (_hundreds,), {**ONE_SIZE}, _many_found),
     "every prior": Kind(120, (_every,), {}, _all_found),
-    "tied": Kind(150, (_tied,), {}, _equal_scores, 0.2),
-    "quantised": Kind(150, (_quantised,), {}, _equal_scores, 0.2),
-    "at the threshold": Kind(100, (_at_threshold,), {"score_threshold": 0.5}, _has_minus_zero, 0.8),
-    "huge logits": Kind(100, (_huge_logits,), {}, _infinite_differences, 0.5),
-    "huge boxes": Kind(120, (_huge_boxes,), {"top_k": 5000, "max_detections": 100}, _boxes_overflow, 0.5, 0.7),
+    "tied": Kind(80, (_tied,), {}, _equal_scores, 0.2),
+    "quantised": Kind(120, (_quantised,), {}, _equal_scores, 0.2),
+    "at the threshold": Kind(60, (_at_threshold,), {"score_threshold": 0.5}, _has_minus_zero, 0.8),
+    "huge logits": Kind(80, (_huge_logits,), {}, _infinite_differences, 0.5),
+    "huge boxes": Kind(60, (_huge_boxes,), {"top_k": 5000, "max_detections": 100}, _boxes_overflow, 0.5, 0.7),
     "tiny boxes": Kind(120, (_tiny_boxes,), {}, _empty_boxes, 0.5, 0.7),
-    "broken": Kind(100, (_broken,), {}, _all_broken),
+    "broken": Kind(180, (_broken,), {}, _all_broken),
     "one broken slot": Kind(120, (_broken, _few, _faces, _one), {"batch": 4}, _one_broken),
-    "mixed slots": Kind(120, CONTENTS, {"batch": 8}, _slots_differ, unclear=0.1),
-    "covered": Kind(50, (_covered,), {"sizes": MEDIUM, "top_k": 5000, "max_detections": 300}, _suppressed),
-    "other variances": Kind(60, (_few, _faces), {"variances": (0.3, 0.05)}, _suppressed, 0.2),
-    "cut": Kind(100, (_every, _tied, _quantised), {**ONE_SIZE, "top_k": 100}, _cut, 0.8),
-    "spilled": Kind(60, (_every, _covered), {**ONE_SIZE, "top_k": 700, "capacity": 128}, _spilled),
-    "few wanted": Kind(60, (_every,), {**ONE_SIZE, "max_detections": 33, "iou_threshold": 0.7}, _full, 0.4),
+    "mixed slots": Kind(60, CONTENTS, {"batch": 8}, _slots_differ, unclear=0.1),
+    "covered": Kind(25, (_covered,), {"sizes": MEDIUM, "top_k": 5000, "max_detections": 300}, _suppressed),
+    "other variances": Kind(100, (_few, _faces), {"variances": (0.3, 0.05)}, _suppressed, 0.2),
+    "cut": Kind(60, (_every, _tied, _quantised), {**ONE_SIZE, "top_k": 100}, _cut, 0.8),
+    "spilled": Kind(32, (_every, _covered), {**ONE_SIZE, "top_k": 700, "capacity": 128}, _spilled),
+    "few wanted": Kind(40, (_every,), {**ONE_SIZE, "max_detections": 33, "iou_threshold": 0.7}, _full, 0.4),
     "crowd": Kind(
-        4,
+        2,
         (_crowd,),
         {
             "sizes": ((640, 640),),
@@ -386,7 +388,7 @@ def _like_facespec(case: Case, image: int, out: Outputs) -> None:
     count = len(expected.scores)
     assert out["num_candidates"][image] == expected.num_candidates
     assert out["num_detections"][image] == count
-    np.testing.assert_allclose(out["scores"][image, :count], expected.scores, atol=1e-6, rtol=0)
+    assert (np.abs(out["scores"][image, :count] - expected.scores) <= 1e-6).all()
     np.testing.assert_allclose(out["landmarks"][image, :count], expected.landmarks, atol=1e-3, rtol=1e-6)
     found = out["boxes"][image, :count]
     finite = np.isfinite(expected.boxes)
@@ -418,7 +420,7 @@ def _check(case: Case, what: object, orders: Iterator[tuple[str, int]]) -> tuple
 
 def _orders(index: int) -> Iterator[tuple[str, int]]:
     yield from (("forward", 0), ("reverse", 0), ("shuffled", index), ("shuffled", index + 1000))
-    if index % 3 == 0:
+    if index % 8 == 0:
         yield ("threads", 0)
 
 
@@ -437,7 +439,7 @@ def test_every_order_equals_the_slow_version(name: str) -> None:
         unclear += unclear_here
         so += kind.is_so(case, out)
     assert so >= kind.share * kind.count
-    assert unclear <= kind.unclear * images  # the rest was compared with facespec.boxes
+    assert unclear <= max(1, kind.unclear * images)  # the rest was compared with facespec.boxes
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -449,6 +451,35 @@ def test_85200_priors(name: str) -> None:
     assert _spilled(dataclasses.replace(case, capacity=4096), out)
     if contents is _every:
         assert out["num_candidates"] == 85_200
+
+
+def test_more_priors_than_slices_of_the_usual_size() -> None:
+    """Over 1024 slices of 128 priors: each takes twice as many."""
+    sizes = ((1536, 2560),)
+    options: dict[str, Any] = {"sizes": sizes, "anchors": ANCHORS[:1], "batch": 2, "top_k": 500, "max_detections": 100}
+    case = make_case("many slices", 0, (_hundreds, _few), **options)
+    assert case.priors == 161_280 > 1024 * 128
+    _check(case, "many slices", iter((("forward", 0), ("reverse", 0))))
+
+
+@pytest.mark.parametrize("size_hw", [(64, 96), (160, 224), (320, 320), (640, 640), (640, 608)])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_the_first_and_the_last_value_of_every_map_is_looked_at(kind: type, size_hw: tuple[int, int]) -> None:
+    """However the values divide among the slices; also on both sides of where a slice may end."""
+    spec = ModelSpec(decode=DecodeSpec(max_detections=1))
+    heads = [np.zeros((2, 32, *grid), kind) for grid in spec.anchors.grids_hw(size_hw)]
+    for head in heads:
+        head[:, :4:2] = 9  # background
+    assert decode_nms(heads, size_hw, spec)["num_candidates"].tolist() == [0, 0]
+    for head in heads:
+        size = head[0].size
+        for image in (0, 1):
+            flat = head[image].reshape(-1)
+            for place in {0, size - 1, size // 2, size // 3, size - 17, size - 2000 if size > 2000 else 0}:
+                kept, flat[place] = flat[place], np.nan
+                found = decode_nms(heads, size_hw, spec)["num_candidates"].tolist()
+                flat[place] = kept
+                assert found == [-1 if image == 0 else 0, -1 if image == 1 else 0], (head.shape, image, place)
 
 
 def test_where_the_channels_lie() -> None:
@@ -655,7 +686,23 @@ def test_more_than_the_kernels_are_made_for_is_refused(anchors: AnchorSpec, mess
         ("grid_w", (12, 65537, 3), "rows and columns"),
         ("grid_w", (65536, 65536, 65536), None),
         ("grid_h", (2048, 4, 2), None),
+        ("batch", 65535, None),
+        ("batch", -1, "batch"),
+        ("strides", (1, 16, 1024), None),
+        ("grid_h", (0, 4, 2), "rows and columns"),
+        ("grid_h", (65537, 4, 2), "rows and columns"),
+        ("grid_w", (12, 0, 3), "rows and columns"),
+        ("top_k", 1_000_000, None),
+        ("top_k", 1, None),
+        ("max_detections", 1_000_000, None),
+        ("max_detections", 1, None),
+        ("logit_threshold", -1e30, "logit_threshold"),
+        ("logit_threshold", -9e29, None),
+        ("logit_threshold", -math.inf, "logit_threshold"),
         ("variances", (0.1, 0.0), "variances"),
+        ("variances", (0.0, 0.2), "variances"),
+        ("variances", (0.1, math.inf), "variances"),
+        ("variances", (0.1, math.nan), "variances"),
         ("variances", (math.nan, 0.2), "variances"),
         ("logit_threshold", math.inf, "logit_threshold"),
         ("logit_threshold", math.nan, "logit_threshold"),
@@ -674,6 +721,115 @@ def test_impossible_parameters_are_named(field: str, value: Any, message: str | 
     setattr(params, field, value)
     problem = host.library().retinaface_host_check(ctypes.byref(params))
     assert problem is None if message is None else message in problem.decode()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_every_size_of_a_prior_must_be_positive(value: float) -> None:
+    params = host.make_params(1, (64, 96), ModelSpec())
+    for level in range(4):
+        for member in range(4):
+            kept, params.min_sizes[level][member] = params.min_sizes[level][member], value
+            problem = host.library().retinaface_host_check(ctypes.byref(params))
+            params.min_sizes[level][member] = kept
+            used = level < 3 and member < 2
+            assert problem == (b"min_sizes must be positive" if used else None)
+
+
+def test_the_limits_are_those_of_the_header() -> None:
+    """plugins/host.py mirrors two headers; ctypes would not notice a difference."""
+    root = Path(__file__).parents[2] / "plugins"
+    text = "".join((root / name).read_text() for name in ("include/decode_nms.h", "src/geometry.h", "src/host_api.cpp"))
+    for name, value in (("kMaxLevels", host.MAX_LEVELS), ("kMaxPerCell", host.MAX_PER_CELL)):
+        assert f"{name} = {value};" in text
+    assert f"kSharedKeys = {host.SHARED_KEYS};" in text
+    assert "kFloat = 0, kHalf = 1" in text
+    assert host.HEAD_TYPES == {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
+    assert "kForward, kReverse, kShuffled, kThreads" in text
+    assert host.ORDERS == ("forward", "reverse", "shuffled", "threads")
+    assert list(dict(host.Outputs._fields_)) == list(DecodeSpec().outputs)
+    for struct in (host.DecodeParams, host.Outputs, host.Schedule):
+        body = text.split(f"struct {struct.__name__} {{")[1].split("};")[0]
+        names = re.findall(r"\b(?:\w+_t\*?|float\*?) (\w+)[\[;]", body)
+        assert names == [name for name, _ in struct._fields_]
+
+
+def test_parameters_are_those_of_the_spec() -> None:
+    decode = DecodeSpec((0.25, 0.5), 0.9, 0.75, 123, 45)
+    params = host.make_params(
+        7, (100, 260), ModelSpec(anchors=AnchorSpec((8, 32), ((4, 5, 6), (7, 8, 9))), decode=decode)
+    )
+    assert (params.batch, params.levels, params.per_cell, params.channels_last) == (7, 2, 3, 0)
+    assert [list(params.strides), list(params.grid_h), list(params.grid_w)] == [
+        [8, 32, 0, 0],
+        [13, 4, 0, 0],
+        [33, 9, 0, 0],
+    ]
+    assert [list(sizes) for sizes in params.min_sizes] == [[4, 5, 6, 0], [7, 8, 9, 0], [0] * 4, [0] * 4]
+    assert list(params.variances) == [0.25, 0.5]
+    assert params.logit_threshold == pytest.approx(math.log(9), rel=1e-6)
+    assert (params.iou_threshold, params.top_k, params.max_detections) == (0.75, 123, 45)
+
+
+def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.so").write_text("text")
+    monkeypatch.setattr(host, "ensure", lambda target: tmp_path / f"{'broken' if target == 'host' else target}.so")
+    with pytest.raises(BuildError, match=r"broken\.so cannot be loaded .*: python -m plugins\.build host"):
+        host.library.__wrapped__()
+
+
+def _packed(batch: int, size_hw: tuple[int, int], spec: ModelSpec) -> int:
+    """Return the bytes of device memory: keys, counts, boxes, kept, sorted keys and bits, each on 16 bytes."""
+    priors = spec.anchors.count(size_hw)
+    slice_priors = 128
+    while slice_priors * 1024 < priors:
+        slice_priors *= 2
+    slices = -(-priors // slice_priors)
+    capacity = max(64, 1 << (min(priors, spec.decode.top_k) - 1).bit_length())
+    parts = (8 * slices * slice_priors, 4 * slices, 16 * capacity, 4 * capacity, 8 * capacity, capacity // 8)
+    return batch * sum(-(-part // 16) * 16 for part in parts)
+
+
+def test_the_device_library_needs_the_memory_that_it_fills(device_library: Path) -> None:
+    """And refuses, before a GPU is asked, what a kernel could not take."""
+    library = ctypes.CDLL(str(device_library))
+    library.retinaface_workspace_bytes.restype = ctypes.c_size_t
+    library.retinaface_check.restype = ctypes.c_char_p
+    for size_hw in ((1, 1), (64, 96), (320, 320), (640, 640), (1088, 1920), (1536, 2560)):
+        for batch, top_k in ((1, 1), (3, 64), (1, 65), (8, 5000), (2, 1_000_000)):
+            spec = ModelSpec(decode=DecodeSpec(top_k=top_k))
+            params = host.make_params(batch, size_hw, spec)
+            assert library.retinaface_workspace_bytes(ctypes.byref(params)) == _packed(batch, size_hw, spec)
+            assert library.retinaface_check(ctypes.byref(params)) is None
+    params = host.make_params(2, (64, 96), ModelSpec())
+    base = 1 << 20
+
+    def launch(kind: int = 0, **moved: int) -> int:
+        heads = [base + moved.get(f"head{level}", 0) for level in range(3)]
+        outputs = [base + moved.get(name, 0) for name in DecodeSpec().outputs]
+        return library.retinaface_launch(
+            ctypes.byref(params),
+            kind,
+            (ctypes.c_void_p * 3)(*heads),
+            ctypes.byref(host.Outputs(*outputs)),
+            ctypes.c_void_p(base + moved.get("workspace", 0)),
+            None,
+        )
+
+    invalid, misaligned = 1, 716
+    for name in ("workspace", "boxes", "head0", "head1", "head2"):
+        assert launch(**{name: -base}) == invalid, name
+        assert launch(**{name: 8}) == misaligned, name
+    for name in ("scores", "landmarks", "num_detections", "num_candidates"):
+        assert launch(**{name: -base}) == invalid, name
+        assert launch(**{name: 2}) == misaligned, name
+        if gpu_capability() is None:
+            assert launch(**{name: 4}) not in (0, invalid, misaligned), name
+    assert launch(2) == launch(-1) == invalid
+    if gpu_capability() is None:
+        assert {launch(0), launch(1)}.isdisjoint({0, invalid, misaligned})
+    params.top_k = 0
+    assert launch() == invalid
+    assert library.retinaface_check(ctypes.byref(params)) == b"top_k must be in 1..1000000"
 
 
 def test_too_many_priors_are_refused() -> None:
@@ -758,7 +914,7 @@ import numpy as np
 from facespec.spec import ModelSpec
 from plugins import host
 
-spec, size = ModelSpec(), (2048, 2048)
+spec, size = ModelSpec(), (2048, 3072)
 heads = [np.zeros((8, 32, *grid), np.float16) for grid in spec.anchors.grids_hw(size)]
 host.library()
 outputs = host.decode_nms([head[:1] for head in heads], size, spec)
@@ -770,4 +926,4 @@ except MemoryError as error:
     print(error)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert "no memory to decode 8 images" in result.stdout, result.stdout + result.stderr
+    assert "no memory to decode 8 images of 3072x2048" in result.stdout, result.stdout + result.stderr

@@ -36,7 +36,7 @@ def check_device(device: Device, asynchronous: bool = False) -> None:
         _check_memory(device)
         if device.can_capture:
             _check_capture(device)
-        _check_events(device)
+        _check_events(device, asynchronous)
     _check_threads(device)
 
 
@@ -63,7 +63,10 @@ def _check_copies(device: Device, asynchronous: bool) -> None:
     fixed.flags.writeable = False
     refused(ValueError, lambda: device.copy_out(fixed, memory.address, stream))
     other = device.stream()
-    device.copy_in(memory.address, sent.array, other)
+    assert other.handle != stream.handle
+    sent.array[:] ^= 0xFF  # else it would not matter who comes first
+    for _ in range(3):
+        device.copy_in(memory.address, sent.array, other)
     stream.wait_for(other.handle)
     stream.wait_for(1)
     device.copy_out(back.array, memory.address, stream)
@@ -71,8 +74,14 @@ def _check_copies(device: Device, asynchronous: bool) -> None:
     assert (back.array == sent.array).all()
     assert device.frame(back.array.reshape(10, -1)[:, :30].reshape(10, 10, 3), stream) is None
     assert device.frame("no frame", stream) is None
+    back.array[:] = 0
+    reached = device.event()
+    device.copy_out(back.array, memory.address, stream)
+    reached.record(stream)
     stream.close()
     stream.close()
+    reached.synchronize()  # what was put on it is done nevertheless
+    assert (back.array == sent.array).all()
 
 
 def _check_memory(device: Device) -> None:
@@ -86,35 +95,47 @@ def _check_memory(device: Device) -> None:
     memory = device.allocate(16, "a test")
     memory.close()
     memory.close()
-    refused(GpuError, lambda: memory.address)
+    assert "closed" in refused(GpuError, lambda: memory.address)
     pinned = device.pinned(16)
+    assert (pinned.array.dtype, pinned.array.shape) == (np.uint8, (16,))
     view = pinned.array[3:]
     pinned.close()
     pinned.close()
-    refused(GpuError, lambda: pinned.array)
+    assert "closed" in refused(GpuError, lambda: pinned.array)
     gc.collect()
     view[:] = 7  # its memory is still there
     assert (view == 7).all()
 
 
 def _check_capture(device: Device) -> None:
-    stream = device.stream()
+    stream, other = device.stream(), device.stream()
     memory, sent, back = device.allocate(64, "a test"), device.pinned(64), device.pinned(64)
+    spare, page = device.allocate(64, "a test"), device.pinned(64)
     back.array[:] = 1
     sent.array[:] = 2
     with stream.capture() as capture:
         refused(GpuError, lambda: capture.graph)
         device.copy_in(memory.address, sent.array, stream)
-        device.copy_out(back.array, memory.address, stream)
         device.stream().close()  # freeing is always allowed
+        spare.close()
+        page.close()
+        del page
+        gc.collect()
+        device.copy_out(back.array, memory.address, stream)
+    refused(GpuError, lambda: spare.address)
     stream.synchronize()
     assert (back.array == 1).all()  # captured work is not run
-    for value in (3, 4):
+    for value, where in ((3, stream), (4, stream), (5, other)):
         sent.array[:] = value
-        capture.graph.launch(stream)
-        stream.synchronize()
+        capture.graph.launch(where)
+        where.synchronize()
         assert (back.array == value).all()
-    for forbidden in (lambda: device.allocate(16, "a test"), stream.synchronize):
+
+    def free_and_allocate() -> None:
+        device.stream().close()
+        device.allocate(16, "a test")  # what was freed has not made this allowed
+
+    for forbidden in (lambda: device.allocate(16, "a test"), stream.synchronize, free_and_allocate):
 
         def capture_it(forbidden: Callable[[], object] = forbidden) -> None:
             with stream.capture():
@@ -134,14 +155,20 @@ def _check_capture(device: Device) -> None:
     refused(GpuError, lambda: capture.graph.launch(stream))
 
 
-def _check_events(device: Device) -> None:
+def _check_events(device: Device, asynchronous: bool) -> None:
     stream = device.stream()
+    memory, sent = device.allocate(64, "a test"), device.pinned(64)
     before, after, never = device.event(), device.event(), device.event()
     before.record(stream)
+    device.copy_in(memory.address, sent.array, stream)
     after.record(stream)
+    if asynchronous:
+        refused(GpuError, lambda: after.elapsed_ms(before))
     after.synchronize()
-    assert 0 <= after.elapsed_ms(before) < 1e4
+    assert 0 < after.elapsed_ms(before) < 1e4
+    assert abs(after.elapsed_ms(before) + before.elapsed_ms(after)) < 1e-2
     refused(GpuError, lambda: never.elapsed_ms(before))
+    refused(GpuError, lambda: after.elapsed_ms(never))
 
 
 def _check_threads(device: Device) -> None:

@@ -1,10 +1,12 @@
 /* A libcuda.so.1 for machines without a GPU: the driver calls of trt_runtime/device_*.py over the host's memory.
  *
  * The real cuda.bindings (and PyCUDA) run on it, so that what they are given is converted and checked for real. Work is
- * done at once, or recorded where a stream is captured. Rules that CUDA has are kept: a context must be current,
- * nothing is allocated or waited for in a capture, every handle must be a live one.
+ * done as late as can be, when something waits for it: what does not wait sees nothing done. Where a stream is captured
+ * it is recorded. Rules that CUDA has are kept: a context must be current, and that of the stream; nothing is
+ * allocated, freed or waited for in a capture; every handle must be a live one.
  *
  * FAKE_CUDA_DEVICES, FAKE_CUDA_VERSION, FAKE_CUDA_MEMORY: what there is. FAKE_CUDA_FAIL=cuLaunch=700: what fails.
+ * FAKE_CUDA_LACKS=cuLaunch: what an old driver does not have.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -16,24 +18,34 @@
 #include <time.h>
 
 enum { MEMORY = 1, PINNED, STREAM, EVENT, GRAPH, EXECUTABLE, CONTEXT };
-typedef struct Copy {
+enum { COPY, RECORD, WAIT };
+struct Object;
+typedef struct Work { /* a copy; or a mark of an event, or a wait for what a stream was given up to a number */
+  int kind;
   void* to;
   const void* from;
   size_t size;
-  struct Copy* next;
-} Copy;
+  struct Object* other;
+  long number;
+  struct Work* next;
+} Work;
 typedef struct Object {
-  int kind, capturing, invalid, recorded;
+  int kind, capturing, invalid, passed, device;
   size_t size;
   double seconds;
   void* data;
-  Copy *first, **last;
+  struct Object* stream; /* that an event was last put on */
+  long number;           /* of that work on the stream; of a stream, how much it has been given */
+  long done;             /* how much of it a stream has done */
+  Work *queue, **tail;   /* what a stream is still to do */
+  Work *first, **last;   /* what was captured */
   struct Object* next;
 } Object;
 
-static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER, working;
 static Object* objects;
 static long retained, used;
+static unsigned last_flags;
 static Object primary[8];
 static __thread void* stack[16];
 static __thread int depth, relaxed;
@@ -68,9 +80,13 @@ static int failure(const char* name) {
     }                           \
   } while (0)
 
+static int current(void) { return (int)((Object*)stack[depth - 1] - primary); }
+
 static Object* add(int kind, void* data, size_t size) {
   Object* object = calloc(1, sizeof *object);
+  object->device = depth ? current() : 0;
   object->kind = kind, object->data = data ? data : object, object->size = size, object->last = &object->first;
+  object->tail = &object->queue;
   pthread_mutex_lock(&mutex);
   object->next = objects, objects = object;
   pthread_mutex_unlock(&mutex);
@@ -100,6 +116,49 @@ static int take(int kind, const void* data) {
   return found ? 0 : kind == MEMORY || kind == PINNED ? 1 : 400;
 }
 
+/* Does what a stream has been given, up to a number, and what that waits for. */
+static void work_off(Object* stream, long number) {
+  while (stream->queue && stream->done < number) {
+    Work* item = stream->queue;
+    stream->queue = item->next, stream->done++;
+    if (!stream->queue) stream->tail = &stream->queue;
+    if (item->kind == COPY) memcpy(item->to, item->from, item->size);
+    if (item->kind == WAIT) work_off(item->other, item->number);
+    if (item->kind == RECORD) {
+      struct timespec now;
+      clock_gettime(CLOCK_MONOTONIC, &now);
+      item->other->seconds = (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+      item->other->passed = 1;
+    }
+    free(item);
+  }
+}
+static void finish(Object* stream, long number) {
+  pthread_mutex_lock(&working);
+  work_off(stream, number);
+  pthread_mutex_unlock(&working);
+}
+static void finish_all(void) {
+  for (Object* object = objects; object; object = object->next)
+    if (object->kind == STREAM) finish(object, object->number);
+}
+static void put(Object* stream, Work work) {
+  Work* item = malloc(sizeof *item);
+  *item = work;
+  pthread_mutex_lock(&working);
+  if (stream->capturing)
+    *stream->last = item, stream->last = &item->next;
+  else
+    *stream->tail = item, stream->tail = &item->next, stream->number++;
+  pthread_mutex_unlock(&working);
+}
+__attribute__((constructor)) static void prepare(void) {
+  pthread_mutexattr_t recursive;
+  pthread_mutexattr_init(&recursive);
+  pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
+  pthread_mutex_init(&working, &recursive);
+}
+
 /* Counts what is alive of a kind, 0 for all, the primary context among them. */
 int fake_cuda_live(int kind) {
   int count = kind && kind != CONTEXT ? 0 : (int)retained;
@@ -107,6 +166,8 @@ int fake_cuda_live(int kind) {
   return count;
 }
 int fake_cuda_depth(void) { return depth; }
+/* What pinned memory was last asked for with. */
+unsigned fake_cuda_flags(void) { return last_flags; }
 
 int cuInit(unsigned flags) {
   ENTER("cuInit");
@@ -114,14 +175,21 @@ int cuInit(unsigned flags) {
 }
 int cuDriverGetVersion(int* version) { return *version = (int)setting("FAKE_CUDA_VERSION", 13000), 0; }
 int cuDeviceGetCount(int* count) { return *count = (int)setting("FAKE_CUDA_DEVICES", 2), 0; }
-int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
+int cuDeviceGet(int* device, int ordinal) {
+  ENTER("cuDeviceGet");
+  return *device = ordinal, 0;
+}
 int cuDeviceGetName(char* name, int length, int device) { return snprintf(name, length, "Fake"), 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  ENTER("cuDeviceGetAttribute");
   return *value = attribute == 75 ? 9 : attribute == 76 ? 1 : 0, 0;
 }
 int cuDeviceComputeCapability(int* major, int* minor, int device) { return *major = 9, *minor = 1, 0; }
 int cuDevicePrimaryCtxRetain(void** context, int device) { return retained++, *context = &primary[device], 0; }
-int cuDevicePrimaryCtxRelease_v2(int device) { return retained--, 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) {
+  ENTER("cuDevicePrimaryCtxRelease");
+  return retained--, 0;
+}
 int cuCtxDetach(void* context) { return retained--, depth -= depth > 0, 0; }
 int cuCtxPushCurrent_v2(void* context) {
   ENTER("cuCtxPushCurrent");
@@ -131,11 +199,11 @@ int cuCtxPopCurrent_v2(void** context) { return depth ? (*context = stack[--dept
 int cuCtxGetCurrent(void** context) { return *context = depth ? stack[depth - 1] : NULL, 0; }
 int cuCtxGetDevice(int* device) {
   ENTER_CONTEXT("cuCtxGetDevice");
-  return *device = (int)((Object*)stack[depth - 1] - primary), 0;
+  return *device = current(), 0;
 }
 int cuCtxSynchronize(void) {
   ENTER_CONTEXT("cuCtxSynchronize");
-  return 0;
+  return finish_all(), 0;
 }
 int cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
   ENTER_CONTEXT("cuMemGetInfo");
@@ -154,23 +222,26 @@ int cuMemAlloc_v2(uintptr_t* address, size_t size) {
 int cuMemFree_v2(uintptr_t address) {
   ENTER_CONTEXT("cuMemFree");
   NOT_CAPTURED();
-  return take(MEMORY, (void*)address);
+  return finish_all(), take(MEMORY, (void*)address);
 }
 int cuMemHostAlloc(void** address, size_t size, unsigned flags) {
   ENTER_CONTEXT("cuMemHostAlloc");
   NOT_CAPTURED();
+  last_flags = flags;
   return add(PINNED, *address = malloc(size), size), 0;
 }
 int cuMemFreeHost(void* address) {
   ENTER_CONTEXT("cuMemFreeHost");
   NOT_CAPTURED();
-  return take(PINNED, address);
+  return finish_all(), take(PINNED, address);
 }
 int cuPointerGetAttribute(void* value, int attribute, uintptr_t address) {
+  ENTER("cuPointerGetAttribute");
+  if (attribute != 9) return 1; /* CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL */
   for (Object* object = objects; object; object = object->next)
     if (object->kind == MEMORY && (uintptr_t)object->data <= address &&
         address < (uintptr_t)object->data + object->size)
-      return *(int*)value = 0, 0;
+      return *(int*)value = object->device, 0;
   return 1;
 }
 
@@ -180,21 +251,20 @@ int cuStreamCreate(void** stream, unsigned flags) {
 }
 int cuStreamDestroy_v2(void* stream) {
   ENTER_CONTEXT("cuStreamDestroy");
+  Object* object = find(STREAM, stream);
+  if (object) finish(object, object->number);
   return take(STREAM, stream);
 }
 int cuStreamSynchronize(void* stream) {
   ENTER_CONTEXT("cuStreamSynchronize");
   Object* object = find(STREAM, stream);
   if (object && object->capturing) return object->invalid = 1, 900;
-  return object ? 0 : 400;
+  if (!object || object->device != current()) return 400;
+  return finish(object, object->number), 0;
 }
 static int copy(Object* stream, void* to, const void* from, size_t size) {
-  if (!stream) return 400;
-  if (!stream->capturing) return memcpy(to, from, size), 0;
-  Copy* item = malloc(sizeof *item);
-  *item = (Copy){to, from, size, NULL};
-  *stream->last = item, stream->last = &item->next;
-  return 0;
+  if (!stream || stream->device != current()) return 400;
+  return put(stream, (Work){.kind = COPY, .to = to, .from = from, .size = size}), 0;
 }
 int cuMemcpyHtoDAsync_v2(uintptr_t to, const void* from, size_t size, void* stream) {
   ENTER_CONTEXT("cuMemcpyHtoDAsync");
@@ -215,20 +285,25 @@ int cuEventDestroy_v2(void* event) {
 }
 int cuEventRecord(void* event, void* stream) {
   ENTER_CONTEXT("cuEventRecord");
-  Object* object = find(EVENT, event);
-  if (!object || ((uintptr_t)stream > 2 && !find(STREAM, stream))) return 400;
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return object->seconds = (double)now.tv_sec + 1e-9 * (double)now.tv_nsec, object->recorded = 1, 0;
+  Object *object = find(EVENT, event), *on = find(STREAM, stream);
+  if (!object || ((uintptr_t)stream > 2 && !on)) return 400;
+  object->passed = !on, object->stream = on;
+  if (on) put(on, (Work){.kind = RECORD, .other = object});
+  return object->number = on ? on->number : -1, 0;
 }
 int cuEventSynchronize(void* event) {
   ENTER_CONTEXT("cuEventSynchronize");
-  return find(EVENT, event) ? 0 : 400;
+  Object* object = find(EVENT, event);
+  if (!object) return 400;
+  if (object->stream && object->stream->capturing) return object->stream->invalid = 1, 900;
+  if (object->stream) finish(object->stream, object->number);
+  return 0;
 }
 int cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) {
   ENTER_CONTEXT("cuEventElapsedTime");
   Object *first = find(EVENT, start), *last = find(EVENT, end);
-  if (!first || !last || !first->recorded || !last->recorded || first->size || last->size) return 400;
+  if (!first || !last || !first->number || !last->number || first->size || last->size) return 400;
+  if (!first->passed || !last->passed) return 600;
   return *milliseconds = (float)((last->seconds - first->seconds) * 1e3), 0;
 }
 int cuEventElapsedTime(float* milliseconds, void* start, void* end) {
@@ -236,7 +311,11 @@ int cuEventElapsedTime(float* milliseconds, void* start, void* end) {
 }
 int cuStreamWaitEvent(void* stream, void* event, unsigned flags) {
   ENTER_CONTEXT("cuStreamWaitEvent");
-  return find(STREAM, stream) && find(EVENT, event) && !flags ? 0 : 400;
+  Object *on = find(STREAM, stream), *object = find(EVENT, event);
+  if (!on || !object || flags || on->device != current()) return 400;
+  if (on->capturing) return on->invalid = 1, 905; /* the event is none of the capture */
+  if (object->stream) put(on, (Work){.kind = WAIT, .other = object->stream, .number = object->number});
+  return 0;
 }
 
 int cuThreadExchangeStreamCaptureMode(int* mode) {
@@ -257,7 +336,8 @@ int cuStreamEndCapture(void* stream, void** graph) {
   captured = NULL, object->capturing = 0;
   if (object->invalid) return 901;
   Object* made = add(GRAPH, NULL, 0);
-  return made->first = object->first, *graph = made, 0;
+  made->first = object->first;
+  return *graph = made, 0;
 }
 int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long flags) {
   ENTER_CONTEXT("cuGraphInstantiate");
@@ -269,22 +349,41 @@ int cuGraphLaunch(void* executable, void* stream) {
   ENTER_CONTEXT("cuGraphLaunch");
   Object *object = find(EXECUTABLE, executable), *on = find(STREAM, stream);
   int code = object && on ? 0 : 400;
-  for (Copy* item = code ? NULL : object->first; item && !code; item = item->next)
+  for (Work* item = code ? NULL : object->first; item && !code; item = item->next)
     code = copy(on, item->to, item->from, item->size);
   return code;
 }
 int cuGraphExecDestroy(void* executable) { return take(EXECUTABLE, executable); }
 
 int cuGetErrorString(int code, const char** text) {
-  *text = code == 700 ? "an illegal memory access was encountered" : code == 2 ? "out of memory" : "a fake error";
-  return 0;
+  switch (code) { /* CUDA's own words */
+    case 2:
+      return *text = "out of memory", 0;
+    case 700:
+      return *text = "an illegal memory access was encountered", 0;
+    case 710:
+      return *text = "device-side assert triggered", 0;
+    case 715:
+      return *text = "an illegal instruction was encountered", 0;
+    case 716:
+      return *text = "misaligned address", 0;
+    case 719:
+      return *text = "unspecified launch failure", 0;
+    default:
+      return *text = "a fake error", 0;
+  }
 }
 int cuGetErrorName(int code, const char** text) { return *text = "CUDA_ERROR_FAKE", 0; }
 
 int cuGetProcAddress_v2(const char* symbol, void** function, int version, uint64_t flags, int* status) {
   char name[128];
   Dl_info own;
+  const char* lacked = getenv("FAKE_CUDA_LACKS");
   *function = NULL;
+  if (lacked && !strcmp(lacked, symbol)) {
+    if (status) *status = 1;
+    return 500;
+  }
   dladdr((void*)cuInit, &own);
   void* library = dlopen(own.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
   snprintf(name, sizeof name, "%s_v2", symbol);

@@ -1,6 +1,6 @@
-"""A small RTSP server: one H.264 video over RTP inside the RTSP connection (RFC 2326, 3550 and 6184).
+"""A small RTSP server: one H.264 video over RTP, inside the RTSP connection or over UDP (RFC 2326, 3550 and 6184).
 
-It can lose its connections, go silent and ask for a password, as cameras do.
+It can lose its connections, go silent, offer sound and ask for a password, as cameras do.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ class RtspServer:
         rate: Frames sent a second.
         visits: How the clients that start to play are served, in turn; later ones as the last.
         login: user:password that is asked for (Basic).
+        announced: Frames a second that it says it sends; None: `rate`.
+        udp: Whether it sends over UDP to who asks for that.
+        sound: Whether it offers sound as well; it never sends any.
+        setups: The streams that have been asked for.
+        left: Clients of a silent connection that have hung up.
         played: Clients that have started to play so far.
         port: Where it listens.
         deaf: Whether new clients get no answer.
@@ -69,6 +74,11 @@ class RtspServer:
     rate: int
     visits: Sequence[Visit] = (Visit(),)
     login: str | None = None
+    announced: float | None = None
+    udp: bool = False
+    sound: bool = False
+    setups: list[str] = field(default_factory=list)
+    left: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     played: int = 0
     deaf: bool = False
     port: int = 0
@@ -76,6 +86,7 @@ class RtspServer:
     _clients: list[socket.socket] = field(default_factory=list)
     _threads: list[threading.Thread] = field(default_factory=list)
     _done: threading.Event = field(default_factory=threading.Event)
+    _datagrams_to: int | None = None
 
     def __enter__(self) -> RtspServer:
         self._socket.bind(("127.0.0.1", 0))
@@ -119,8 +130,8 @@ class RtspServer:
                 while request := self._request(stream):
                     if self.deaf:
                         self._done.wait()
-                    method, headers = request
-                    self._answer(client, method, headers)
+                    method, url, headers = request
+                    self._answer(client, method, url, headers)
                     if method == "PLAY":
                         visit = self.visits[min(self.played, len(self.visits) - 1)]
                         self.played += 1
@@ -130,15 +141,15 @@ class RtspServer:
             pass  # the client has gone
 
     @staticmethod
-    def _request(stream) -> tuple[str, dict[str, str]] | None:
+    def _request(stream) -> tuple[str, str, dict[str, str]] | None:
         lines = []
         while (line := stream.readline()) not in (b"", b"\r\n"):
             lines.append(line.decode().strip())
         if not lines:
             return None
-        return lines[0].split()[0], dict(line.split(": ", 1) for line in lines[1:])
+        return *lines[0].split()[:2], dict(line.split(": ", 1) for line in lines[1:])
 
-    def _answer(self, client: socket.socket, method: str, headers: dict[str, str]) -> None:
+    def _answer(self, client: socket.socket, method: str, url: str, headers: dict[str, str]) -> None:
         status, extra, body = "200 OK", [], ""
         login = self.login and "Basic " + base64.b64encode(self.login.encode()).decode()
         if method == "OPTIONS":
@@ -158,14 +169,20 @@ class RtspServer:
                     f"a=rtpmap:{_PAYLOAD_TYPE} H264/{_CLOCK}",
                     f"a=fmtp:{_PAYLOAD_TYPE} packetization-mode=1; "
                     f"sprop-parameter-sets={','.join(base64.b64encode(unit).decode() for unit in sets)}",
-                    f"a=framerate:{self.rate}",
-                    "a=control:video\r\n",
+                    f"a=framerate:{self.announced or self.rate}",
+                    "a=control:video",
+                    *["m=audio 0 RTP/AVP 0", "a=control:sound"] * self.sound,
+                    "",
                 ]
             )
             extra = ["Content-Type: application/sdp"]
         elif method == "SETUP":
+            self.setups.append(url.rpartition("/")[2])
             if "RTP/AVP/TCP" in headers["Transport"]:
                 extra = ["Transport: RTP/AVP/TCP;unicast;interleaved=0-1", "Session: 1"]
+            elif self.udp and (port := re.search(r"client_port=(\d+)", headers["Transport"])):
+                self._datagrams_to = int(port[1])
+                extra = [f"Transport: RTP/AVP;unicast;client_port={port[1]}-{int(port[1]) + 1}", "Session: 1"]
             else:
                 status = "461 Unsupported Transport"
         elif method == "PLAY":
@@ -175,6 +192,7 @@ class RtspServer:
 
     def _play(self, client: socket.socket, visit: Visit) -> None:
         sequence, start = 0, time.monotonic()
+        send = client.sendall if self._datagrams_to is None else self._send_datagram
         for index in range(visit.frames if visit.frames is not None else 10**9):
             if self._done.wait(max(start + index / self.rate - time.monotonic(), 0)):
                 return
@@ -184,10 +202,17 @@ class RtspServer:
                 marker = 128 * (position == len(payloads) - 1)
                 stamp = (index * _CLOCK // self.rate + (index >= 10) * visit.jump * _CLOCK + 2**31) % 2**32
                 header = struct.pack(">BBHII", 128, marker | _PAYLOAD_TYPE, sequence % 65536, stamp, 1)
-                client.sendall(struct.pack(">cBH", b"$", 0, 12 + len(payload)) + header + payload)
+                framing = struct.pack(">cBH", b"$", 0, 12 + len(payload)) if self._datagrams_to is None else b""
+                send(framing + header + payload)
                 sequence += 1
         if visit.stall:
-            self._done.wait()
+            while client.recv(1 << 16):  # until it hangs up, or this server ends
+                pass
+            self.left.release()
+
+    def _send_datagram(self, data: bytes) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(data, ("127.0.0.1", self._datagrams_to))
 
 
 def _payloads(unit: bytes) -> Iterator[bytes]:

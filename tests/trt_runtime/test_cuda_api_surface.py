@@ -1,9 +1,10 @@
 """The GPU's device modules on machines without a GPU.
 
 Every name of CUDA's API that they use is looked up in the real cuda.bindings, with its number of arguments. Then the
-real cuda.bindings, and the real PyCUDA where it is installed, run them on a fake libcuda over the host's memory
-(fake_cuda.c). To have PyCUDA where there is no driver: build it with the CUDA toolkit's headers against this fake
-library (configure.py --cuda-root=... --cudadrv-lib-dir=..., then pip install --no-build-isolation .).
+real cuda.bindings run them on a fake libcuda over the host's memory (fake_cuda.c), and so do PyCUDA's stand-in
+(fake_pycuda) and, where it is installed, the real PyCUDA. To have that where there is no driver: build it with the CUDA
+toolkit's headers against this fake library (configure.py --cuda-root=... --cudadrv-lib-dir=..., then
+pip install --no-build-isolation .).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.engines import write_engine
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [ROOT / "trt_runtime" / name for name in ("device_cuda.py", "device_pycuda.py")]
@@ -87,7 +90,8 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(fake: Path, code: str, **settings: str) -> str:
     """Run code on the fake driver; return what it prints. It must leave nothing on stderr, at its exit neither."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [settings.pop("PYTHONPATH", None), str(ROOT), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(filter(None, paths))
     environment = {**os.environ, "LD_LIBRARY_PATH": str(fake), "PYTHONPATH": path, **settings}
     head = (
         "import ctypes, os, sys; sys.setdlopenflags(os.RTLD_LAZY); live = ctypes.CDLL('libcuda.so.1').fake_cuda_live\n"
@@ -101,24 +105,11 @@ def run(fake: Path, code: str, **settings: str) -> str:
     return done.stdout
 
 
-def message(fake: Path, statement: str, **settings: str) -> str:
-    """Return the class and the line of the error that a statement raises."""
-    code = f"""
-try:
-    {statement}
-except RetinaFaceError as error:
-    print(type(error).__name__, error)
-"""
-    text = run(fake, code, **settings)
-    assert text.count("\n") == 1, text
-    return text
-
-
 def test_cuda_does_what_a_device_does(fake: Path) -> None:
     code = """
 device = open_device("cuda:1")
 assert (device.name, device.compute_capability, device.index) == ("Fake, device 1", 91, 1)
-check_device(device)
+check_device(device, asynchronous=True)
 import gc; gc.collect()
 print([live(kind) for kind in range(7)])
 kept = device
@@ -168,36 +159,187 @@ def test_frames_belong_to_a_gpu(fake: Path) -> None:
 from types import SimpleNamespace
 def frame(address):
     return SimpleNamespace(__cuda_array_interface__=dict(version=3, typestr="|u1", shape=(2, 3, 3), data=(address, 0)))
-for index in (0, 1):
-    device = open_device(f"cuda:{index}")
+devices = [open_device(f"cuda:{index}") for index in (0, 1)]
+kept = []
+for device in devices:
     with device.activate():
-        memory, stream = device.allocate(18, "a frame"), device.stream()
-        for address in (memory.address, 4096):
+        kept.append(device.allocate(18, "a frame"))
+for device, memory in ((devices[0], kept[0]), (devices[1], kept[1]), (devices[1], kept[0])):
+    with device.activate():
+        stream = device.stream()
+        for address in (memory.address + 17, memory.address + 18):
             try:
                 found = device.frame(frame(address), stream)
-                print(found.address == memory.address, found.device_index)
+                print(found.address == address, found.device_index)
             except RetinaFaceError as error:
                 print(type(error).__name__, error)
+        os.environ["FAKE_CUDA_FAIL"] = "cuPointerGetAttribute=700"
+        try:
+            device.frame(frame(memory.address), stream)
+        except RetinaFaceError as error:
+            print(type(error).__name__)
+        del os.environ["FAKE_CUDA_FAIL"]
 """
-    lines = run(fake, code).splitlines()  # all memory of the fake driver is GPU 0's
-    assert lines[0] == "True 0"
-    assert lines[1].startswith("FrameError the frame's address 0x1000 is not in CUDA's memory")
-    assert lines[2].startswith("FrameError the frame is on GPU 0, the detector on GPU 1")
+    lines = run(fake, code).splitlines()
+    beyond = "FrameError the frame's address 0x"
+    assert [lines[0], lines[3]] == ["True 0", "True 1"]
+    assert lines[1].startswith(beyond)
+    assert "is not in CUDA's memory (CUDA failed (cuPointerGetAttribute: CUDA_ERROR_INVALID_VALUE" in lines[1]
+    assert lines[4].startswith(beyond)
+    assert lines[6] == "FrameError the frame is on GPU 0, the detector on GPU 1: copy it there first"
+    assert lines[2::3] == ["DeviceLostError"] * 3  # of a lost device nothing can be said about a frame
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"FAKE_CUDA_DEVICES": "0"}, "GpuError no NVIDIA GPU is visible: see nvidia-smi"),
-        ({"FAKE_CUDA_DEVICES": "1"}, "GpuError there is no GPU 1: 1 visible, counted from 0"),
-        ({"FAKE_CUDA_VERSION": "11080"}, "GpuError the NVIDIA driver knows CUDA 11.8, and 12.0 or newer is needed"),
-        ({"FAKE_CUDA_FAIL": "cuInit=34"}, "GpuError libcuda is the toolkit's stub"),
+def each(fake: Path, cases: list[tuple[dict[str, str], str]]) -> list[list[str]]:
+    """Return what is printed with each of some settings of the driver and statements, all in one process."""
+    code = f"""
+def capture(stream):
+    with stream.capture():
+        pass
+for settings, statement in {cases!r}:
+    os.environ.update(settings)
+    try:
+        exec(statement)
+    except RetinaFaceError as error:
+        print(type(error).__name__, error)
+    for name in settings:
+        del os.environ[name]
+    for name in ("stream", "memory"):
+        globals().pop(name, None)
+    print(live(0) - ("device" in globals()), "left")
+"""
+    found, parts = [], list[str]()
+    for line in run(fake, code).splitlines():
+        if line.endswith(" left"):
+            assert line == "0 left", (cases[len(found)], parts, line)
+            found.append(parts)
+            parts = []
+        else:
+            parts.append(line)
+    return found
+
+
+HERE_TOO = "; the .onnx file runs on the CPU"
+
+
+def test_no_gpu(fake: Path) -> None:
+    cases = [
+        ({"FAKE_CUDA_DEVICES": "0"}, "GpuError no NVIDIA GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES;"),
+        ({"FAKE_CUDA_DEVICES": "1"}, "GpuError there is no GPU 1: 1 visible, counted from 0; see CUDA_VISIBLE_DEVICES"),
+        (
+            {"FAKE_CUDA_VERSION": "11080"},
+            "GpuError the NVIDIA driver knows CUDA 11.8, and 12.0 or newer is needed: upd",
+        ),
+        ({"FAKE_CUDA_VERSION": "11990"}, "GpuError the NVIDIA driver knows CUDA 11.99, and 12.0 or newer is needed"),
+        (
+            {"FAKE_CUDA_FAIL": "cuInit=34"},
+            "GpuError libcuda is the toolkit's stub: take its folder off LD_LIBRARY_PATH",
+        ),
         ({"FAKE_CUDA_FAIL": "cuInit=803"}, "GpuError the NVIDIA driver was updated under the running system: reboot"),
+        ({"FAKE_CUDA_FAIL": "cuInit=804"}, "GpuError the NVIDIA driver is too old for this CUDA: update it"),
+        ({"FAKE_CUDA_FAIL": "cuInit=802"}, "GpuError the GPU's services are not running: start nvidia-fabricmanager"),
         ({"FAKE_CUDA_FAIL": "cuInit=999"}, "GpuError CUDA failed (cuInit: CUDA_ERROR_UNKNOWN, a fake error)"),
-    ],
-)
-def test_no_gpu(fake: Path, settings: dict[str, str], expected: str) -> None:
-    assert message(fake, "open_device('cuda:1')", **settings).startswith(expected)
+    ]
+    found = each(fake, [(settings, "open_device('cuda:1')") for settings, _ in cases])
+    for index, ((_, expected), lines) in enumerate(zip(cases, found, strict=True)):
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(expected)
+        assert (HERE_TOO in lines[0]) == (index not in (1, 8))  # no such index, and an error nobody knows
+    others = [
+        ({"FAKE_CUDA_VERSION": "12000"}, "print(open_device('cuda:1').name, open_device('cuda').index)"),
+        ({}, "from trt_runtime.device_cuda import CudaDevice; CudaDevice(-1)"),
+        ({}, "open_device('cuda:2')"),
+    ]
+    lines = [line for lines in each(fake, others) for line in lines]
+    assert lines[0] == "Fake, device 1 0"
+    assert lines[1].startswith("GpuError there is no GPU -1: 2 visible, counted from 0")
+    assert lines[2].startswith("GpuError there is no GPU 2: 2 visible, counted from 0")
+
+
+def test_a_detector_takes_the_gpu_it_was_told(fake: Path, tmp_path: Path) -> None:
+    code = f"""
+from trt_runtime import TRTRetinaFace, load_detector
+for call in (
+    lambda: TRTRetinaFace({str(write_engine(tmp_path))!r}, device=1),
+    lambda: TRTRetinaFace({str(tmp_path / "f.engine")!r}),
+    lambda: load_detector({str(tmp_path / "f.engine")!r}, device=1),
+    lambda: load_detector({str(tmp_path / "f.engine")!r}, device=2),
+):
+    try:
+        call()
+    except RetinaFaceError as error:
+        print(type(error).__name__, str(error).split("f.engine: ")[-1])
+import gc; gc.collect()
+print(live(0))
+"""
+    lines = run(fake, code).splitlines()
+    refused = "ModelFileError built for sm_86, and Fake, device {} is sm_91: build it again for this GPU"
+    for line, start in zip(
+        lines, [*(refused.format(index) for index in (1, 0, 1)), "GpuError there is no GPU 2"], strict=False
+    ):
+        assert line.startswith(start)
+    assert lines[4] == "0"  # of what was refused nothing is left, its context neither
+
+
+def test_the_capability_of_the_first_gpu(fake: Path) -> None:
+    code = """
+from trt_runtime.flavor import gpu_capability
+print(gpu_capability())
+for failure in ("cuInit=100", "cuDeviceGet=101", "cuDeviceGetAttribute=1"):
+    os.environ["FAKE_CUDA_FAIL"] = failure
+    print(gpu_capability())
+"""
+    assert run(fake, code).split() == ["91", "None", "None", "None"]
+
+
+def test_what_is_freed_when_cuda_has_gone_is_no_error(fake: Path) -> None:
+    """As at the end of a process, when CUDA goes first. `run` wants nothing on stderr."""
+    code = """
+device = open_device()
+with device.activate():
+    for make, failure in (
+        (device.stream, "cuStreamDestroy=4"),
+        (device.event, "cuEventDestroy=4"),
+        (lambda: device.allocate(4, "a test"), "cuMemFree=4"),
+        (lambda: device.pinned(4), "cuMemFreeHost=4"),
+        (lambda: device.allocate(4, "a test"), "cuCtxPushCurrent=4"),
+    ):
+        thing = make()
+        os.environ["FAKE_CUDA_FAIL"] = failure
+        del thing
+        del os.environ["FAKE_CUDA_FAIL"]
+os.environ["FAKE_CUDA_FAIL"] = "cuDevicePrimaryCtxRelease=4"
+device.close()
+print(live(0))
+"""
+    assert run(fake, code) == "6\n"
+
+
+def test_packages_that_are_missing_are_named(fake: Path) -> None:
+    code = """
+for module, place in (("cuda.bindings.driver", "cuda"), ("pycuda.driver", "pycuda")):
+    sys.modules[module] = None
+    try:
+        open_device(place)
+    except RetinaFaceError as error:
+        print(type(error).__name__, error)
+"""
+    lines = run(fake, code, PYTHONPATH=str(Path(__file__).with_name("fake_pycuda"))).splitlines()
+    assert lines[0].startswith("MissingPackageError running engines on a GPU needs cuda.bindings.driver, which is not")
+    assert lines[0].endswith("pip install -e '.[gpu]'")
+    assert lines[1].startswith("MissingPackageError PyCudaDevice needs pycuda.driver, which is not installed")
+    assert lines[1].endswith("pip install -e '.[pycuda]'")
+
+
+def test_a_driver_without_a_function(fake: Path) -> None:
+    code = """
+try:
+    open_device()
+except RetinaFaceError as error:
+    print(type(error).__name__, error)
+"""
+    expected = "GpuError the NVIDIA driver is too old for the cuda-bindings here, it has no cuDevicePrimaryCtxRetain: "
+    assert run(fake, code, FAKE_CUDA_LACKS="cuDevicePrimaryCtxRetain") == f"{expected}update it{HERE_TOO}\n"
 
 
 def test_no_driver(tmp_path: Path) -> None:
@@ -210,15 +352,17 @@ def test_no_driver(tmp_path: Path) -> None:
     assert re.search(r"GpuError: (there is no NVIDIA driver here|no NVIDIA GPU is visible).*runs on the CPU", last)
 
 
-@pytest.mark.parametrize(
-    ("failure", "call", "expected"),
-    [
+LOST = (214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719)
+"""Errors after which CUDA's documentation wants the process started again."""
+
+
+def test_failures(fake: Path) -> None:
+    cases = [
         (
             "cuStreamSynchronize=700",
             "stream.synchronize()",
             "DeviceLostError a kernel broke this process's CUDA context",
         ),
-        ("cuStreamSynchronize=719", "stream.synchronize()", "DeviceLostError"),
         ("cuMemAlloc=700", "device.allocate(1, 'a test')", "DeviceLostError"),
         (
             "cuMemAlloc=2",
@@ -228,26 +372,56 @@ def test_no_driver(tmp_path: Path) -> None:
         ("cuMemHostAlloc=2", "device.pinned(100)", "DeviceMemoryError the host has no 100 bytes that can be page-lock"),
         ("cuGraphInstantiate=801", "capture(stream)", "GpuError CUDA failed (cuGraphInstantiate: CUDA_ERROR_NOT_SUPP"),
         ("cuEventCreate=400", "device.event()", "GpuError CUDA failed (cuEventCreate: CUDA_ERROR_INVALID_HANDLE, a f"),
-    ],
-)
-def test_failures(fake: Path, failure: str, call: str, expected: str) -> None:
-    code = f"""
-def capture(stream):
-    with stream.capture():
-        pass
+        ("cuStreamWaitEvent=400", "stream.wait_for(1)", "GpuError CUDA failed (cuStreamWaitEvent"),
+        (
+            "cuStreamCreate=2",
+            "device.stream()",
+            "DeviceMemoryError no memory left on the GPU (cuStreamCreate: CUDA_ERR",
+        ),
+    ]
+    cases += [(f"cuStreamSynchronize={code}", "stream.synchronize()", "DeviceLostError") for code in LOST]
+    head = (
+        "device = globals().get('device') or open_device()\nwith device.activate():\n    stream = device.stream()\n    "
+    )
+    # the failure comes after the stream is there
+    head += "os.environ['FAKE_CUDA_FAIL'] = {!r}\n    {}"
+    statements = [(dict.fromkeys(["FAKE_CUDA_FAIL"], ""), head.format(failure, call)) for failure, call, _ in cases]
+    for (failure, _, expected), lines in zip(cases, each(fake, statements), strict=True):
+        assert len(lines) == 1, (failure, lines)
+        assert lines[0].startswith(expected), lines
+        assert ("start the process again" in lines[0]) == ("DeviceLostError" in expected)
+
+
+def test_memory_of_a_gpu_is_counted_and_named(fake: Path) -> None:
+    code = """
 device = open_device()
 with device.activate():
-    stream = device.stream()
+    first = device.allocate(300 << 20, "the first")
+    print(device.free_and_total())
     try:
-        {call}
+        device.allocate(800 << 20, "the second")
     except RetinaFaceError as error:
         print(type(error).__name__, error)
-del stream
-print(live(0))
+    first.close()
+    print(device.free_and_total())
+    pinned = device.pinned(4)
+    print(ctypes.CDLL('libcuda.so.1').fake_cuda_flags())
+    view = pinned.array[1:]
+    del pinned
+    print(live(2))
+    view[:] = 1  # it is still there
+    del view
+    print(live(2))
+print(ctypes.CDLL('libcuda.so.1').fake_cuda_depth())
 """
-    lines = run(fake, code, FAKE_CUDA_FAIL=failure).splitlines()
-    assert lines[0].startswith(expected)
-    assert lines[1:] == ["1"]  # nothing but the context is left of it
+    lines = run(fake, code).splitlines()
+    assert lines[0] == f"({724 << 20}, {1 << 30})"
+    assert lines[1].startswith(
+        "DeviceMemoryError no memory on the device for the second: 800.0 MiB asked for, 724.0 MiB of 1.0 GiB free: use"
+    )
+    assert lines[2] == f"({1 << 30}, {1 << 30})"
+    assert lines[3] == "1"  # CU_MEMHOSTALLOC_PORTABLE: pinned for every context
+    assert lines[4:] == ["1", "0", "0"]  # it lives as long as a view of it; and no context is left current
 
 
 PYCUDA = """
@@ -258,14 +432,17 @@ context.push()
 """
 
 
-@pytest.fixture
-def pycuda() -> None:
+@pytest.fixture(params=["stand-in", "real"])
+def pycuda(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Settings with which PyCUDA is imported: the stand-in, or the real one."""
+    if request.param == "stand-in":
+        return {"PYTHONPATH": str(Path(__file__).with_name("fake_pycuda"))}
     if importlib.util.find_spec("pycuda") is None:
         pytest.skip("PyCUDA is not installed")
+    return {}
 
 
-@pytest.mark.usefixtures("pycuda")
-def test_pycuda_has_every_name(fake: Path) -> None:
+def test_pycuda_has_every_name(fake: Path, pycuda: dict[str, str]) -> None:
     code = f"""
 import pycuda.driver
 for name in {sorted(_used()[2])}:
@@ -276,20 +453,19 @@ for name in {sorted(_used()[2])}:
         print(name)
 """
     # of instances: `PyCudaStream.pycuda` is a stream
-    assert set(run(fake, code).split()) == {"synchronize"}
-    assert "True" in run(fake, "import pycuda.driver as d; print(hasattr(d.Stream, 'synchronize'))")
+    assert set(run(fake, code, **pycuda).split()) == {"synchronize"}
+    assert "True" in run(fake, "import pycuda.driver as d; print(hasattr(d.Stream, 'synchronize'))", **pycuda)
 
 
-@pytest.mark.usefixtures("pycuda")
 @pytest.mark.parametrize("graphs", [True, False])
-def test_pycuda_does_what_a_device_does(fake: Path, graphs: bool) -> None:
+def test_pycuda_does_what_a_device_does(fake: Path, graphs: bool, pycuda: dict[str, str]) -> None:
     without = "import sys; sys.modules['cuda.bindings.driver'] = None\n"
     code = f"""
 {"" if graphs else without}{PYCUDA}
 before = live(0)
 device = open_device("pycuda")
 assert (device.name, device.compute_capability, device.can_capture) == ("Fake, device 0", 91, {graphs})
-check_device(device)
+check_device(device, asynchronous=True)
 import gc; gc.collect()
 print(live(0) - before, cuda.Context.get_current() == context)
 if not device.can_capture:
@@ -301,13 +477,12 @@ if not device.can_capture:
             print(error)
 cuda.Context.pop()
 """
-    lines = run(fake, code).splitlines()
+    lines = run(fake, code, **pycuda).splitlines()
     assert lines[0] == "0 True"
     assert lines[1:] == ([] if graphs else ["CUDA graphs with PyCUDA need cuda-bindings: pip install cuda-bindings"])
 
 
-@pytest.mark.usefixtures("pycuda")
-def test_pycudas_own_stream_arrays_and_errors(fake: Path) -> None:
+def test_pycudas_own_stream_arrays_and_errors(fake: Path, pycuda: dict[str, str]) -> None:
     code = f"""
 try:
     open_device("pycuda")
@@ -335,7 +510,89 @@ with device.activate():
         print(type(error).__name__, error)
 cuda.Context.pop()
 """
-    lines = run(fake, code).splitlines()
+    lines = run(fake, code, **pycuda).splitlines()
     assert lines[0].startswith("there is no current PyCUDA context on this thread")
     assert lines[1:4] == ["True True", "True", "True 15 (4, 5) 0 True"]
     assert lines[4].startswith("DeviceLostError a kernel broke the CUDA context (cuStreamSynchronize failed")
+
+
+def test_pycuda_on_another_gpu_with_and_without_cuda_bindings(fake: Path, pycuda: dict[str, str]) -> None:
+    without = "import sys; sys.modules['cuda.bindings.driver'] = None\n"
+    code = """
+import gc, threading
+import pycuda.driver as cuda
+cuda.init()
+context = cuda.Device(1).retain_primary_context()
+context.push()
+from trt_runtime.device_pycuda import PyCudaDevice
+from types import SimpleNamespace
+def refused(call):
+    try:
+        call()
+    except RetinaFaceError as error:
+        print(type(error).__name__, error)
+def fail(failure, call):
+    os.environ["FAKE_CUDA_FAIL"] = failure
+    refused(call)
+    del os.environ["FAKE_CUDA_FAIL"]
+def other_thread():
+    refused(PyCudaDevice)
+    cuda.Context.get_current() is None or print("a context came along")
+    memory.close()  # which frees it, though PyCUDA would leak it here
+    with device.activate():
+        device.allocate(4, "a test").close()
+    print(ctypes.CDLL("libcuda.so.1").fake_cuda_depth(), live(1))
+device = PyCudaDevice()
+print(device.index, device.name, device.compute_capability, device.can_capture, device.can_order)
+with device.activate():
+    pinned = device.pinned(4)
+    view = pinned.array[1:]
+    del pinned
+    print(live(2))
+    del view
+    print(live(2))
+shared = PyCudaDevice(cuda.Stream(1))
+print(shared.can_capture, shared.can_order)
+memory = device.allocate(18, "a test")
+thread = threading.Thread(target=other_thread); thread.start(); thread.join()
+refused(lambda: device.allocate(2 << 30, "the heads"))
+stream = device.stream()
+# LOST, by the words of CUDA
+for code in (700, 710, 715, 716, 719):
+    fail(f"cuStreamSynchronize={code}", stream.synchronize)
+fail("cuStreamSynchronize=999", stream.synchronize)
+fail("cuStreamCreate=2", device.stream)
+frame = SimpleNamespace(__cuda_array_interface__=dict(version=3, typestr="|u1", shape=(2, 3, 3), data=(4096, 0)))
+refused(lambda: print(device.frame(frame, stream).device_index))
+streams = live(3)
+own = shared.stream()
+own.close()
+print(live(3) == streams)  # that of the caller is still there
+stream.close()
+print(live(3) == streams - 1)
+refused(stream.synchronize)
+device.close()
+print(cuda.Context.get_current() == context)
+cuda.Context.pop()
+"""
+    for bindings in (True, False):
+        lines = run(fake, ("" if bindings else without) + code, **pycuda).splitlines()
+        assert lines.pop(0) == f"1 Fake, device 1 91 {bindings} {bindings}"
+        assert [lines.pop(0), lines.pop(0)] == ["1", "0"]  # pinned memory lives as long as a view of it
+        assert lines[0] == f"False {bindings}"
+        assert lines[1].startswith(
+            "GpuError there is no current PyCUDA context on this thread: make one first, by `impor"
+        )
+        assert lines[2] == "0 0"
+        assert lines[3].startswith(
+            "DeviceMemoryError no memory on the device for the heads: 2.0 GiB asked for, 1.0 GiB of"
+        )
+        assert all(line.startswith("DeviceLostError a kernel broke the CUDA context (") for line in lines[4:9])
+        assert all(line.endswith("): start the process again") for line in lines[4:9])
+        assert lines[9] == "GpuError CUDA failed (cuStreamSynchronize failed: a fake error)"
+        assert lines[10] == "DeviceMemoryError no memory left on the GPU (cuStreamCreate failed: out of memory)"
+        if bindings:
+            assert lines[11].startswith("FrameError the frame's address 0x1000 is not in CUDA's memory")
+        else:
+            assert lines[11] == "None"  # nobody can tell
+        assert lines[12:] == ["True", "True", "GpuError this stream has been closed", "True"]

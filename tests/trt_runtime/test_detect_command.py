@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,46 @@ import onnx
 import pytest
 from PIL import Image
 
+from facespec.cli import run
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
+from tests.conftest import ROOT
 from tests.trt_runtime.rtsp_server import RtspServer, Visit, encode_h264
 from trt_runtime import OrtRetinaFace, load_detector
-from trt_runtime.detect import DetectOptions, detect
-from trt_runtime.video import VideoFile, VideoWriter
+from trt_runtime.detect import DetectOptions, detect, main
+from trt_runtime.video import Source, VideoFile, VideoWriter, open_source
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Run the command in this process, from `tmp_path`; it must end in one line on stderr and exit code 1.
+
+    What C libraries write there would be a line, too.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def call(module: str, *args: object, env: dict[str, str] | None = None) -> str:
+        assert module == "trt_runtime.detect"
+        for name, value in (env or {}).items():
+            monkeypatch.setenv(name, value)
+        with monkeypatch.context() as patch, open(2, "w", closefd=False) as stderr:
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "stderr", stderr)
+            with pytest.raises(SystemExit) as left:
+                run(lambda: main([*map(str, args)]))
+        lines = capfd.readouterr().err.strip().splitlines()
+        assert left.value.code == 1, lines
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -49,6 +83,41 @@ def video(tmp_path: Path, astronaut: Frame) -> Path:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory: pytest.TempPathFactory, astronaut: Frame) -> Path:
+    """Long enough to be interrupted, and small."""
+    path = tmp_path_factory.mktemp("long") / "long.mp4"
+    small = np.asarray(cv2.resize(astronaut, (160, 160)), np.uint8)
+    with VideoWriter(path, 25) as writer:
+        for index in range(LONG):
+            writer.write(np.roll(small, index % 16, axis=1))
+    return path
+
+
+LONG = 600
+SMALL = "--size", "160"  # for models of dynamic size
+
+
+@contextmanager
+def _started(folder: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Run the command until it has written some lines to o.json; it can be interrupted, whatever a shell says."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trt_runtime.detect", *map(str, arguments), "--json", "o.json", "--threads", "1"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _wait_for_lines(process: subprocess.Popen[str], folder: Path, count: int, word: str = "frame") -> None:
+    while process.poll() is None and sum(path.read_text().count(word) for path in folder.glob(".o.*.json")) < count:
+        time.sleep(0.02)
 
 
 def test_one_image(command: Run, photos: Path, static_onnx: Path, tmp_path: Path, astronaut: Frame) -> None:
@@ -168,6 +237,26 @@ def test_several_videos_at_once_though_one_is_damaged(
     assert float(stages[2]) > 0
 
 
+def test_what_failed_is_told_though_another_source_is_still_being_opened(
+    video: Path, static_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Meanwhile nothing that libraries write to stderr is seen."""
+    (tmp_path / "text.mp4").write_text("this is text")
+
+    def slowly(source: str) -> Source:
+        if source == str(video):
+            time.sleep(0.5)
+        return open_source(source)
+
+    monkeypatch.setattr("trt_runtime.detect.open_source", slowly)
+    with open(2, "w", buffering=1, closefd=False) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        summary = detect(DetectOptions((str(tmp_path / "text.mp4"), str(video)), static_onnx, threads=1))
+        monkeypatch.undo()
+    assert summary.frames == 12
+    assert f"error: {tmp_path / 'text.mp4'}: not a video" in capfd.readouterr().err
+
+
 def test_stride_draws_every_frame_and_writes_a_line_for_those_the_network_saw(
     command: Run, video: Path, static_onnx: Path, tmp_path: Path
 ) -> None:
@@ -193,26 +282,21 @@ def test_images_of_several_sources(photos: Path, static_onnx: Path, tmp_path: Pa
     assert found == {"one.png", "photos/astronaut.png", "photos/more/hopper.jpg"}
 
 
-def test_interrupted_videos_are_playable(video: Path, static_onnx: Path, tmp_path: Path) -> None:
-    with VideoFile(video) as source:
-        frames = [frame.image for frame in source]
+def test_interrupted_videos_are_playable(long_video: Path, dynamic_onnx: Path, tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
-        with VideoWriter(tmp_path / name, 25) as writer:
-            for index in range(800):
-                writer.write(frames[index % 12])
-    line = [sys.executable, "-m", "trt_runtime.detect", "a.mp4", "b.mp4", "--model", static_onnx, "--output", "out"]
-    process = subprocess.Popen([*line, "--json", "o.json"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})  # fmt: skip
-    while process.poll() is None and sum(path.stat().st_size > 20_000 for path in tmp_path.glob("out/.*.mp4")) < 2:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+        shutil.copy(long_video, tmp_path / name)
+    line = ("a.mp4", "b.mp4", "--model", dynamic_onnx, *SMALL, "--output", "out")
+    with _started(tmp_path, *line) as process:
+        for name in ("a.mp4", "b.mp4"):
+            _wait_for_lines(process, tmp_path, 5, f'"{name}", "frame"')
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert not errors
     records = _lines(tmp_path / "o.json")
     for name in ("a.mp4", "b.mp4"):
         count = len(_times(tmp_path / "out" / name))
-        assert 0 < count < 800
+        assert 0 < count < LONG
         assert [record["frame"] for record in records if record["source"] == name] == list(range(count))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mp4", "b.mp4"]
 
@@ -224,16 +308,12 @@ def test_a_camera_that_is_lost_for_a_while_beside_a_file(
     units = encode_h264([np.roll(small, index, axis=1) for index in range(30)], rate=25, key_every=10)
     with RtspServer(units, 25, [Visit(20), Visit()], login="user:geheim") as server:
         sources = [server.url("user:geheim"), "clip.mp4"]
-        line = [sys.executable, "-m", "trt_runtime.detect", *sources, "--model", static_onnx, "--threads", "1"]
-        process = subprocess.Popen([*line, "--output", "out", "--json", "o.json"], cwd=tmp_path, text=True,
-                                   env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-        while process.poll() is None and not (
-            server.played == 2 and any(path.read_text().count("rtsp:") > 25 for path in tmp_path.glob(".o.*.json"))
-        ):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        with _started(tmp_path, *sources, "--model", static_onnx, "--output", "out") as process:
+            while process.poll() is None and server.played < 2:
+                time.sleep(0.02)
+            _wait_for_lines(process, tmp_path, 26, "rtsp:")
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert not errors
     assert "geheim" not in output
@@ -257,36 +337,18 @@ def test_passwords_are_not_shown(refused: Callable[..., str], static_onnx: Path)
     assert "geheim" not in line
 
 
-def test_an_interrupted_video_is_playable(video: Path, static_onnx: Path, tmp_path: Path) -> None:
-    with VideoFile(video) as source, VideoWriter(tmp_path / "long.mp4", 25) as writer:
-        frames = [frame.image for frame in source]
-        for index in range(1500):
-            writer.write(frames[index % 12])
-    line = [
-        sys.executable,
-        "-m",
-        "trt_runtime.detect",
-        "long.mp4",
-        "--model",
-        static_onnx,
-        "--output",
-        "o.mp4",
-        "--json",
-        "o.json",
-    ]
-    process = subprocess.Popen(line, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while process.poll() is None and not any(path.stat().st_size > 20_000 for path in tmp_path.glob(".o.*.mp4")):
-        time.sleep(0.05)
-    assert not (tmp_path / "o.mp4").exists()
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+def test_an_interrupted_video_is_playable(long_video: Path, dynamic_onnx: Path, tmp_path: Path) -> None:
+    with _started(tmp_path, long_video, "--model", dynamic_onnx, *SMALL, "--output", "o.mp4") as process:
+        _wait_for_lines(process, tmp_path, 20)
+        assert not (tmp_path / "o.mp4").exists()
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "interrupted: everything up to here was written" in output
     assert "Traceback" not in errors
     with VideoFile(tmp_path / "o.mp4") as drawn:
         count = sum(1 for _ in drawn)
-    assert 0 < count < 1500
+    assert 0 < count < LONG
     assert abs(len(_lines(tmp_path / "o.json")) - count) <= 1
 
 
@@ -445,18 +507,13 @@ def test_damaged_images_end_in_one_line(
     assert f"x.{kind}" in result
 
 
-def test_the_end_of_a_container_leaves_nothing_half_written(video: Path, static_onnx: Path, tmp_path: Path) -> None:
-    with VideoFile(video) as source, VideoWriter(tmp_path / "long.mp4", 25) as writer:
-        frames = [frame.image for frame in source]
-        for index in range(1500):
-            writer.write(frames[index % 12])
-    line = [sys.executable, "-m", "trt_runtime.detect", "long.mp4", "--model", static_onnx, "--output", "o.mp4"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not any(path.stat().st_size > 20_000 for path in tmp_path.glob(".o.*.mp4")):
-        time.sleep(0.05)
-    process.terminate()
-    process.communicate(timeout=60)
+def test_the_end_of_a_container_leaves_nothing_half_written(
+    long_video: Path, dynamic_onnx: Path, tmp_path: Path
+) -> None:
+    with _started(tmp_path, long_video, "--model", dynamic_onnx, *SMALL, "--output", "o.mp4") as process:
+        _wait_for_lines(process, tmp_path, 20)
+        process.terminate()
+        process.communicate(timeout=60)
     assert process.returncode == 130
     assert not list(tmp_path.glob(".*"))
     with VideoFile(tmp_path / "o.mp4") as drawn:

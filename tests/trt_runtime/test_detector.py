@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import re
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,12 +14,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from facespec.detections import Detections
-from facespec.errors import FrameError, ModelFileError, NonFiniteError, SpecError
-from facespec.letterbox import Frame
-from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec
+from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
+from facespec.letterbox import Frame, Letterbox
+from facespec.spec import MAX_NETWORK_PIXELS, SPEC_KEY, DecodeSpec, ModelSpec, PreprocessSpec
+from tests.trt_runtime.handmade import SPEC, HandmadeDetector, HandmadeLane, frame_of, in_time
 from trainer import load_model
 from trainer.detector import TorchRetinaFace
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, load_detector
+from trt_runtime import detector as detector_module
+from trt_runtime.detector import RetinaFaceDetector, letterboxed, network_size
+from trt_runtime.timing import StageTimer
 
 Kind = type[OrtRetinaFace] | type[OpenVinoRetinaFace]
 KINDS: tuple[Kind, ...] = (OrtRetinaFace, OpenVinoRetinaFace)
@@ -351,3 +360,369 @@ def test_a_model_at_odds_with_itself_ends_in_one_line(astronaut: Frame, static_o
     with pytest.raises(ModelFileError, match="ONNX Runtime failed on a batch of") as caught:
         detector.detect(np.tile(astronaut, (2, 2, 1)))
     assert "\n" not in str(caught.value)
+
+
+# what all detectors share, without a model
+
+SOON_S = 20.0
+
+
+def test_lanes_are_made_as_calls_meet_and_used_again_the_last_first() -> None:
+    detector = HandmadeDetector()
+    for _ in range(3):
+        assert len(detector.detect(frame_of(2))) == 2
+    assert len(detector.lanes) == 1
+    meet = threading.Barrier(3)
+    detector.on_run = lambda lane: meet.wait(SOON_S)
+    with ThreadPoolExecutor(3) as pool:
+        assert [len(found) for found in pool.map(detector.detect, map(frame_of, (1, 2, 3)))] == [1, 2, 3]
+    assert len(detector.lanes) == 3
+    detector.on_run = lambda lane: None
+    last = detector._idle[-1]
+    before = [lane.runs for lane in detector.lanes]
+    detector.detect(frame_of(1))
+    detector.detect(frame_of(1))
+    assert [lane.runs - runs for lane, runs in zip(detector.lanes, before, strict=True)] == [
+        2 * (lane is last) for lane in detector.lanes
+    ]
+    detector.close()
+    assert [lane.closed for lane in detector.lanes] == [True] * 3
+
+
+@pytest.mark.parametrize("error", [ModelFileError("m"), RuntimeError("r"), KeyboardInterrupt(), MemoryError()])
+def test_a_lane_that_broke_is_closed_and_never_used_again(error: BaseException) -> None:
+    detector = HandmadeDetector()
+
+    def fail(lane: HandmadeLane) -> None:
+        raise error
+
+    detector.on_run = fail
+    for count in (1, 2):
+        with pytest.raises(type(error)):
+            detector.detect(frame_of(1))
+        assert [lane.closed for lane in detector.lanes] == [True] * count
+    detector.on_run = lambda lane: None
+    assert len(detector.detect(frame_of(3))) == 3
+    assert [lane.closed for lane in detector.lanes] == [True, True, False]
+    in_time(detector.close)
+
+
+@pytest.mark.parametrize("error", [FrameError("f"), NonFiniteError("n")])
+def test_a_lane_outlives_a_wrong_frame(error: Exception) -> None:
+    detector = HandmadeDetector()
+
+    def fail(lane: HandmadeLane) -> None:
+        raise error
+
+    detector.detect(frame_of(1))
+    detector.on_run = fail
+    with pytest.raises(type(error)):
+        detector.detect(frame_of(1))
+    detector.on_run = lambda lane: None
+    detector.detect(frame_of(1))
+    assert [(lane.closed, lane.runs) for lane in detector.lanes] == [(False, 3)]
+    in_time(detector.close)
+
+
+def test_a_lane_that_cannot_be_made_leaves_the_detector_as_it_was() -> None:
+    detector = HandmadeDetector()
+    detector.on_new = lambda: (_ for _ in ()).throw(ModelFileError("no memory"))
+    for _ in range(2):
+        with pytest.raises(ModelFileError, match="no memory"):
+            detector.detect(frame_of(1))
+    detector.on_new = lambda: None
+    assert len(detector.detect(frame_of(1))) == 1
+    in_time(detector.close)
+
+
+def test_results_are_read_before_another_call_gets_the_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that begins while results are read must not write over them."""
+    detector = HandmadeDetector()
+    real, depth = detector_module.to_detections, [0]
+
+    def reading(*args: Any) -> Detections:
+        depth[0] += 1
+        if depth[0] == 1:
+            assert len(detector.detect(frame_of(7))) == 7
+        return real(*args)
+
+    monkeypatch.setattr(detector_module, "to_detections", reading)
+    found = detector.detect(frame_of(2))
+    assert len(found) == 2
+    np.testing.assert_array_equal(found.boxes[1], [6, 7, 8, 9])
+    assert len(detector.lanes) == 2
+    kept = found.boxes.copy(), found.scores.copy(), found.landmarks.copy()
+    for _ in range(3):
+        detector.detect(frame_of(5))
+    for mine, before in zip((found.boxes, found.scores, found.landmarks), kept, strict=True):
+        np.testing.assert_array_equal(mine, before)
+
+
+def test_closing_waits_for_calls_and_every_close_for_the_first() -> None:
+    detector = HandmadeDetector()
+    running, go_on, freeing, freed = (threading.Event() for _ in range(4))
+    detector.on_run = lambda lane: (running.set(), go_on.wait(SOON_S))
+    free = detector._free
+
+    def slowly() -> None:
+        assert not freeing.is_set()  # once
+        freeing.set()
+        assert freed.wait(SOON_S)
+        free()
+
+    detector._free = slowly  # type: ignore[method-assign]
+    with ThreadPoolExecutor(3) as pool:
+        call = pool.submit(detector.detect, frame_of(4))
+        assert running.wait(SOON_S)
+        first = pool.submit(detector.close)
+        assert not freeing.wait(0.1)  # a call is under way
+        go_on.set()
+        assert len(call.result(SOON_S)) == 4
+        assert freeing.wait(SOON_S)
+        second = pool.submit(detector.close)
+        with pytest.raises(TimeoutError):
+            second.result(0.1)  # not before everything is free
+        assert not detector.lanes[0].closed
+        freed.set()
+        first.result(SOON_S)
+        second.result(SOON_S)
+    assert detector.lanes[0].closed
+    in_time(detector.close)
+    with pytest.raises(ClosedError, match="the detector is closed: make a new one"), detector:
+        pass
+
+
+def test_a_detector_that_cannot_be_freed_is_closed_all_the_same() -> None:
+    detector = HandmadeDetector()
+    detector.detect(frame_of(1))
+
+    def fail() -> None:
+        raise OSError("the GPU is gone")
+
+    detector.lanes[0].close = fail  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="the GPU is gone"):
+        detector.close()
+    in_time(detector.close)
+    with pytest.raises(ClosedError):
+        detector.detect(frame_of(1))
+
+
+def test_leaving_its_context_closes_a_detector() -> None:
+    with HandmadeDetector() as detector:
+        assert isinstance(detector, HandmadeDetector)
+        detector.detect(frame_of(1))
+    assert detector.lanes[0].closed
+    with pytest.raises(ClosedError):
+        detector.detect_batch([])
+
+
+def test_frames_of_one_network_size_run_together_up_to_the_limit() -> None:
+    class Limited(HandmadeDetector):
+        def _batch_limit(self, size_hw: tuple[int, int]) -> int:
+            return {(32, 64): 3, (64, 32): 2}[size_hw]
+
+    detector = Limited()
+    wide, tall = (32, 64), (64, 32)
+    frames = [frame_of(i, wide) for i in range(4)] + [frame_of(i, tall) for i in (4, 5, 6)] + [frame_of(7, wide)]
+    frames.append(frame_of(8, (20, 50)))  # another frame size, the same network size
+    found = detector.detect_batch(frames)
+    assert detector.calls == [[0, 1, 2], [3], [4, 5], [6], [7, 8]]
+    assert [len(faces) for faces in found] == list(range(9))
+    assert [faces.frame_hw for faces in found] == [wide] * 4 + [tall] * 3 + [wide, (20, 50)]
+    for value, faces in enumerate(found):
+        np.testing.assert_array_equal(faces.boxes, np.arange(32).reshape(8, 4)[:value] + value)
+        np.testing.assert_array_equal(faces.landmarks, np.arange(80).reshape(8, 5, 2)[:value] + value)
+
+
+def test_nothing_runs_if_one_frame_of_many_is_wrong() -> None:
+    detector = HandmadeDetector()
+    with pytest.raises(FrameError):
+        detector.detect_batch([frame_of(1), np.zeros((4, 4), np.uint8)])
+    assert detector.calls == []
+
+
+def test_the_limit_of_pixels() -> None:
+    """Exactly so many may run; with a pixel row more nothing may, and the message says height first."""
+    detector = HandmadeDetector()
+    assert MAX_NETWORK_PIXELS == 4096 * 4096
+    assert detector._batch_limit((4096, 4096)) == 1
+    assert detector._batch_limit((2048, 4096)) == 2
+    assert detector._batch_limit((32, 32)) == MAX_NETWORK_PIXELS // 1024
+    with pytest.raises(FrameError, match=r"input of 4128x4096 is too large: give size_hw \(--size HEIGHTxWIDTH\)"):
+        detector._batch_limit((4128, 4096))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda outputs: outputs[:4],
+        lambda outputs: [*outputs, outputs[0]],
+        lambda outputs: [outputs[0] * 0 - 1, *outputs[1:]],
+        lambda outputs: [outputs[0] * 0 + 9, *outputs[1:]],
+        lambda outputs: [np.array([1, -1], np.int32), *outputs[1:]],
+        lambda outputs: [np.array([9, 1], np.int32), *outputs[1:]],
+        lambda outputs: [output[:1] for output in outputs],
+        lambda outputs: [outputs[0], outputs[1][:, :7], *outputs[2:]],
+        lambda outputs: [outputs[0], outputs[1].transpose(0, 2, 1), *outputs[2:]],
+        lambda outputs: [*outputs[:3], outputs[3].transpose(0, 1, 3, 2), outputs[4]],
+        lambda outputs: [*outputs[:4], outputs[4][:, None]],
+    ],
+)
+def test_outputs_of_another_shape_or_count_are_refused(change: Callable[[list[Any]], list[Any]]) -> None:
+    detector = HandmadeDetector()
+    frames = [frame_of(8), frame_of(1)]  # as many as there is room for
+    assert [len(found) for found in detector.detect_batch(frames)] == [8, 1]
+    detector.change = change
+    with pytest.raises(ModelFileError, match="outputs are not what it announces: export it again"):
+        detector.detect_batch(frames)
+    assert detector.lanes[0].closed
+
+
+def test_a_timer_sees_the_stages_of_all_parts() -> None:
+    detector = HandmadeDetector()
+    for call in (
+        lambda timer: detector.detect(frame_of(1), timer),
+        lambda timer: detector.detect_batch([frame_of(1), frame_of(1, (64, 64))], timer),
+    ):
+        timer = StageTimer()
+        call(timer)
+        assert list(timer.total_ms) == ["network", "results"]
+
+
+def test_a_stream_runs_two_calls_at_once_unless_told_otherwise() -> None:
+    detector = HandmadeDetector()
+    for stream, depth in ((detector.stream(), 2), (detector.stream(3), 3)):
+        meet = threading.Barrier(depth)
+        detector.on_run = lambda lane, meet=meet: meet.wait(SOON_S)  # type: ignore[misc]
+        with stream:
+            found = [faces for _, faces in stream.map([frame_of(1)] * 2 * depth)]
+        assert [len(faces) for faces in found] == [1] * 2 * depth
+    assert len(detector.lanes) == 3
+
+
+def test_what_a_detector_says_of_itself() -> None:
+    detector = HandmadeDetector(size=(32, 64), score_threshold=None)
+    assert (detector.score_threshold, detector.size_hw, detector.max_batch) == (0.5, (32, 64), 1)
+    assert detector.environment() == {"backend": "handmade"}
+    assert detector.spec is SPEC
+    detector.score_threshold = 0.65
+    assert len(detector.detect(frame_of(8))) == 3  # of 0.9, 0.8, 0.7, 0.6 ...
+    assert RetinaFaceDetector.max_batch == 1
+
+
+def test_frames_are_letterboxed_slot_by_slot(astronaut: Frame) -> None:
+    import cv2
+
+    frames = [astronaut, astronaut[:100, :300], np.asarray(cv2.resize(astronaut, (96, 64)), np.uint8)]
+    boxes = [Letterbox.fit((frame.shape[0], frame.shape[1]), (64, 96)) for frame in frames]
+    spec = ModelSpec(preprocess=PreprocessSpec((1, 2, 3)))
+    batch = letterboxed(frames, boxes, spec)
+    assert (batch.shape, batch.dtype) == ((3, 64, 96, 3), np.uint8)
+    for slot, frame, box in zip(batch, frames, boxes, strict=True):
+        height, width = box.scaled_hw
+        assert (np.array_equal(frame, slot)) or (slot[height:] == (1, 2, 3)).all()
+        assert (slot[:height, width:] == (1, 2, 3)).all()
+        inside = cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR)
+        np.testing.assert_array_equal(slot[:height, :width], inside)
+        np.testing.assert_array_equal(letterboxed([frame], [box], spec), slot[None])
+
+
+# which detector
+
+
+def test_a_size_that_was_asked_for_and_the_one_a_model_takes() -> None:
+    assert network_size((320, 640), None, "m") == (320, 640)
+    assert network_size(None, None, "m") is None
+    assert network_size(None, 640, "m") == 640
+    assert network_size((320, 640), [320, 640], "m") == (320, 640)  # type: ignore[arg-type]
+    assert type(network_size(None, [320, 640], "m")) is tuple  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=re.escape("m takes 320x640 only, not 640x320: leave the size out, or export")):
+        network_size((320, 640), (640, 320), "m")
+    with pytest.raises(SpecError, match="m takes 320x320 only, not a longer side of 320: "):
+        network_size((320, 320), 320, "m")
+    for wrong in (33, (32, 33), (0, 32)):
+        with pytest.raises(SpecError, match="not a multiple of 32"):
+            network_size((320, 320), wrong, "m")
+
+
+def test_what_load_detector_refuses(tmp_path: Path) -> None:
+    for name in ("m.engine", "m.plan", "m.onnx", "m.ONNX", "w.pt", "w.tar", "w.ckpt", "w.PTH", "m.trt"):
+        (tmp_path / name).write_bytes(b"x")
+    cases: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+        ("m.onnx", {"backend": "tflite"}, SpecError,
+         "backend 'tflite' is not one of auto, onnxruntime, openvino, tensorrt"),
+        (".", {}, ModelFileError, "a folder; give the model file in it"),
+        ("none.onnx", {}, ModelFileError, r"no such model file; python -m export.to_onnx --out \S+none.onnx writes"),
+        ("none.engine", {}, ModelFileError, "no such model file"),
+        ("m.engine", {"backend": "openvino"}, SpecError, "an engine runs in TensorRT only, not in openvino"),
+        ("m.plan", {"backend": "onnxruntime"}, SpecError, "an engine runs in TensorRT only, not in onnxruntime"),
+        ("m.onnx", {"backend": "tensorrt"}, SpecError, "TensorRT runs engines: python -m export.to_trt builds one"),
+        ("m.onnx", {"device": 1}, SpecError, "an ONNX file runs on the CPU, --device is for engines"),
+        ("m.ONNX", {"device": 1}, SpecError, "an ONNX file runs on the CPU, --device is for engines"),
+        ("m.onnx", {}, ModelFileError, "not an ONNX file"),
+        ("m.trt", {}, ModelFileError, "expected a .onnx file of python -m export.to_onnx, or a .engine of python"),
+        *[(f"w.{end}", {}, ModelFileError,
+           rf"a checkpoint; export it first: python -m export.to_onnx --weights \S+w.{end}")
+          for end in ("pt", "tar", "ckpt", "PTH")],
+    ]  # fmt: skip
+    for name, options, kind, words in cases:
+        with pytest.raises(kind, match=words) as caught:
+            load_detector(tmp_path / name, **options)
+        assert type(caught.value) is kind
+
+
+class _Asked:
+    """Stands where a detector would be made; what it was asked for shows."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.path, self.options = path, options
+
+
+@pytest.mark.parametrize("name", ["m.engine", "m.plan", "M.ENGINE"])
+@pytest.mark.parametrize("backend", ["auto", "tensorrt"])
+def test_an_engine_gets_what_was_asked_for(
+    name: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU none can be loaded."""
+    monkeypatch.setattr("trt_runtime.trt.TRTRetinaFace", _Asked)
+    (tmp_path / name).write_bytes(b"x")
+    made: Any = load_detector(str(tmp_path / name), score_threshold=0.3, size_hw=640, device=2, backend=backend)
+    assert made.path == tmp_path / name
+    assert made.options == {"score_threshold": 0.3, "size_hw": 640, "device": 2}
+    made = load_detector(tmp_path / name, backend=backend)
+    assert made.options == {"score_threshold": None, "size_hw": None, "device": 0}
+
+
+@pytest.mark.parametrize(("backend", "name"), [("onnxruntime", "OrtRetinaFace"), ("openvino", "OpenVinoRetinaFace")])
+def test_a_detector_of_the_cpu_gets_what_was_asked_for(
+    backend: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"trt_runtime.cpu.{name}", _Asked)
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    options = {"score_threshold": 0.3, "size_hw": 640, "threads": 3, "streams": 2}
+    made: Any = load_detector(tmp_path / "m.onnx", backend=backend, **options)
+    assert (made.path, made.options) == (tmp_path / "m.onnx", options)
+    made = load_detector(tmp_path / "m.onnx", backend=backend)
+    assert made.options == {"score_threshold": None, "size_hw": None, "threads": None, "streams": 1}
+
+
+def test_the_package_hands_out_every_name_it_promises() -> None:
+    import trt_runtime
+
+    for name in trt_runtime.__all__:
+        assert getattr(trt_runtime, name).__name__ == name
+    assert trt_runtime.__all__ == sorted(trt_runtime._MODULES)
+    with pytest.raises(AttributeError, match="module 'trt_runtime' has no attribute 'nothing'"):
+        trt_runtime.nothing  # noqa: B018
+
+
+def test_the_package_imports_what_is_asked_for_only() -> None:
+    import subprocess
+
+    code = (
+        "import sys, trt_runtime\nassert 'trt_runtime.detector' not in sys.modules\n"
+        "trt_runtime.OrtRetinaFace\n"
+        "print(sorted({'torch', 'onnxruntime', 'openvino', 'tensorrt', 'av'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,15 @@ import pytest
 
 from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
 from tests.trt_runtime.device_contract import check_device
-from trt_runtime.device import open_device
+from trt_runtime.device import (
+    ALIGNMENT,
+    Capture,
+    PinnedArray,
+    check_bytes,
+    check_nbytes,
+    open_device,
+    out_of_memory,
+)
 from trt_runtime.device_frame import DeviceFrame, Nv12Frame, read_frame
 from trt_runtime.device_host import HostArray, HostDevice, HostStream
 
@@ -37,9 +47,231 @@ def test_it_does_what_a_device_does() -> None:
 
 def test_devices_by_name() -> None:
     assert isinstance(open_device("cpu"), HostDevice)
-    for name in ("gpu", "", "cuda:", "cuda:-1", "cuda:x", "1", "cpu:1", "cuda:\u0662"):
+    for name in ("gpu", "", "cuda:", "cuda:-1", "cuda:x", "1", "cpu:1", "cuda:\u0662", "cuda:12345", "CPU", "cuda "):
         with pytest.raises(GpuError, match="device must be cuda"):
             open_device(name)
+
+
+def test_how_memory_that_is_not_there_is_named() -> None:
+    sizes = {
+        0: "0 bytes",
+        1023: "1023 bytes",
+        1024: "1.0 KiB",
+        (1 << 20) - 1: "1024.0 KiB",
+        1 << 20: "1.0 MiB",
+        5 << 19: "2.5 MiB",
+        1 << 30: "1.0 GiB",
+        3 << 40: "3072.0 GiB",
+    }
+    for nbytes, text in sizes.items():
+        error = out_of_memory("the heads", nbytes, 1, 2)
+        assert str(error) == (
+            f"no memory on the device for the heads: {text} asked for, 1 bytes of 2 bytes free: "
+            "use smaller batches or fewer streams, or stop what else uses the device"
+        )
+        assert type(error) is DeviceMemoryError
+    assert "7 bytes asked for, 2.0 KiB of 3.0 MiB free" in str(out_of_memory("x", 7, 2048, 3 << 20))
+
+
+def test_what_can_be_copied() -> None:
+    assert check_nbytes(1) == 1
+    for nbytes in (0, -1):
+        with pytest.raises(ValueError, match=f"^{nbytes} bytes cannot be allocated$"):
+            check_nbytes(nbytes)
+    array = np.zeros((4, 6), np.uint8)
+    fixed = array.view()
+    fixed.flags.writeable = False
+    assert check_bytes(array) is array
+    assert check_bytes(array[1:], writeable=True).base is array
+    assert check_bytes(fixed) is fixed
+    with pytest.raises(ValueError, match="read-only"):
+        check_bytes(fixed, writeable=True)
+    for wrong in (array[:, 1:], array.T, array.astype(np.int8), array.view(np.float16)):
+        with pytest.raises(ValueError, match="only C-contiguous uint8 arrays are copied, not"):
+            check_bytes(wrong)  # type: ignore[arg-type]
+
+
+def test_a_capture_and_pinned_memory_know_when_they_are_over() -> None:
+    capture, graph = Capture(), object()
+    with pytest.raises(GpuError, match="no graph before the end of the capture"):
+        assert capture.graph
+    capture.end(graph)  # type: ignore[arg-type]
+    assert capture.graph is graph
+    memory = np.zeros(3, np.uint8)
+    forgotten = weakref.ref(memory)
+    pinned = PinnedArray(memory)
+    assert pinned.array is memory
+    view = pinned.array[1:]
+    del memory
+    pinned.close()
+    pinned.close()
+    with pytest.raises(GpuError, match="this memory has been closed"):
+        assert pinned.array is None
+    assert forgotten() is not None
+    del view
+    assert forgotten() is None
+
+
+def test_what_a_cpu_is(device: HostDevice) -> None:
+    assert (device.name, device.compute_capability, device.can_capture) == ("CPU", 0, True)
+    with device.activate():
+        pinned = device.pinned(100)
+        assert (pinned.array == 0xFF).all()
+        assert pinned.array.ctypes.data % ALIGNMENT == 0
+        assert len(pinned.array) == 100
+    free, total = HostDevice().free_and_total()
+    assert 1 << 28 < total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free <= total
+    assert HostDevice(memory_limit=5).free_and_total() == (5, 5)
+    with device.activate():  # it nests
+        pass
+    assert device.stream()
+
+
+def test_freed_memory_is_rubbish_again(device: HostDevice) -> None:
+    memory = device.allocate(8, "a test")
+    content = device.view(memory.address, 8)
+    content[:] = 5
+    memory.close()
+    assert (content == 0xFF).all()
+    with pytest.raises(GpuError, match="no live allocation"):
+        device.view(content.ctypes.data, 8)
+
+
+def test_a_view_is_of_the_memory(device: HostDevice) -> None:
+    first, second = device.allocate(8, "a test"), device.allocate(8, "a test")
+    device.view(second.address, 8)[:] = range(8)
+    assert device.view(second.address + 3, 2).tolist() == [3, 4]
+    assert device.view(first.address, 8).tolist() == [255] * 8
+    for address, nbytes in ((second.address - 1, 2), (second.address, 9), (second.address + 8, 1)):
+        with pytest.raises(GpuError, match=rf"{nbytes} bytes at {address:#x} are in no live allocation"):
+            device.view(address, nbytes)
+
+
+def test_closing_a_device_ends_its_streams() -> None:
+    device = HostDevice()
+    with device.activate():
+        streams = [device.stream(), device.stream()]
+        seen: list[int] = []
+        streams[0].submit(seen.append, 1)
+        device.close()
+        device.close()
+        for stream in streams:
+            stream.worker.join(5)
+            assert not stream.worker.is_alive()
+            with pytest.raises(GpuError, match="has been closed"):
+                stream.submit(print)
+        assert seen == [1]  # what it had been given is done
+
+
+def test_the_default_streams_and_its_own_are_not_waited_for(device: HostDevice) -> None:
+    stream, gate = device.stream(), threading.Event()
+    stream.submit(gate.wait)
+    for handle in (1, 2, stream.handle):  # itself: that would never end
+        stream.wait_for(handle)
+    assert device.find_stream(stream.handle) is stream
+    assert device.find_stream(1) is device.find_stream(2) is None
+    for handle in (0, 3):
+        with pytest.raises(GpuError, match=f"stream {handle:#x} is none of this device"):
+            device.find_stream(handle)
+    gate.set()
+    stream.synchronize()
+
+
+def test_pinned_memory_may_be_captured_in_part(device: HostDevice) -> None:
+    stream, memory, pinned = device.stream(), device.allocate(4, "a test"), device.pinned(10)
+    view = pinned.array[6:]
+    pinned.close()  # a view keeps it
+    with stream.capture() as capture:
+        device.copy_in(memory.address, view, stream)
+    view[:] = 3
+    capture.graph.launch(stream)
+    stream.synchronize()
+    assert (device.view(memory.address, 4) == 3).all()
+    wide = np.zeros(10 + 4, np.uint8)
+    with pytest.raises(GpuError, match="a copy from or to memory that is not pinned"), stream.capture():
+        device.copy_in(memory.address, wide[10:], stream)
+
+
+def test_a_spoilt_capture_leaves_a_stream_that_works(device: HostDevice) -> None:
+    stream, seen = device.stream(), list[int]()
+
+    def capture() -> None:
+        with stream.capture():
+            stream.submit(seen.append, 1)
+            with suppress(GpuError):  # whoever hides it spoils the capture all the same
+                device.allocate(4, "a test")
+
+    with pytest.raises(GpuError, match="an allocation or a wait"):
+        capture()
+    assert not stream.capturing
+    device.allocate(4, "a test").close()
+    with stream.capture() as capture:  # the next one is not spoilt
+        stream.submit(seen.append, 2)
+    stream.submit(seen.append, 3)
+    capture.graph.launch(stream)
+    stream.synchronize()
+    assert seen == [3, 2]
+
+
+def test_a_lost_device(device: HostDevice) -> None:
+    stream, event = device.stream(), device.event()
+    memory = device.allocate(4, "a test")
+    stream.submit(lambda: 1 // 0)
+    stream.submit(lambda: [].pop())
+    stream.drain()
+    for call in (
+        device.event,
+        device.stream,
+        event.synchronize,
+        lambda: event.record(stream),
+        lambda: device.pinned(4),
+    ):
+        with pytest.raises(DeviceLostError, match="ZeroDivisionError"):  # the first failure, not what came of it
+            call()
+    device.lose(OSError("of another stream, a moment later"))
+    with pytest.raises(DeviceLostError, match="ZeroDivisionError"):
+        stream.synchronize()
+    memory.close()
+    assert device.allocated_bytes == 0
+    assert device.lost
+
+
+def test_work_starts_late_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("trt_runtime.device_host.time.sleep", pauses.append)
+    device = HostDevice(delay_s=0.01)
+    with device.activate():
+        stream, before, after = device.stream(), device.event(), device.event()
+        gate = threading.Event()
+        before.record(stream)
+        for _ in range(3):
+            stream.submit(gate.wait)
+        after.record(stream)
+        with pytest.raises(GpuError, match="synchronise it first"):
+            after.elapsed_ms(before)
+        gate.set()
+        after.synchronize()
+        assert after.elapsed_ms(before) >= 0
+    assert pauses == [0.01] * 3
+    device.close()
+
+
+def test_a_graph_does_not_run_beside_itself(device: HostDevice) -> None:
+    first, second, gate, seen = device.stream(), device.stream(), threading.Event(), list[str]()
+    with first.capture() as capture:
+        first.submit(seen.append, "begin")
+        first.submit(gate.wait)
+        first.submit(seen.append, "end")
+    capture.graph.launch(first)
+    capture.graph.launch(second)
+    threading.Timer(0.02, gate.set).start()
+    first.synchronize()
+    second.synchronize()
+    assert seen == ["begin", "end"] * 2
+    capture.graph.close()
+    with pytest.raises(GpuError, match="closed"):
+        capture.graph.launch(first)
 
 
 def test_what_is_not_written_is_rubbish(device: HostDevice) -> None:
@@ -317,9 +549,11 @@ def test_an_interface_is_read(stream: HostStream, version: int) -> None:
         ((1, 5, 3), (-7, 3, 1), 15),  # one row: no stride from row to row
         ((4, 1, 3), (64, 99, 1), 64),  # one column: none from pixel to pixel
         ((1, 1, 3), (0, 0, 1), 3),
+        ((3, 5, 3), (16, 3, 1), 16),  # three rows are no three planes
+        ((4, 3, 3), None, 9),
     ],
 )
-def test_pitch(stream: HostStream, shape: tuple[int, ...], strides: tuple[int, ...], pitch: int) -> None:
+def test_pitch(stream: HostStream, shape: tuple[int, ...], strides: tuple[int, ...] | None, pitch: int) -> None:
     found = read(Interface(shape=shape, strides=strides), stream)
     assert found is not None
     assert (found.pitch, found.frame_hw) == (pitch, shape[:2])
@@ -369,6 +603,153 @@ def test_another_gpu(stream: HostStream) -> None:
     found = read(Interface(), stream, located=None)
     assert found is not None
     assert found.device_index is None
+
+
+def test_each_plane_is_on_the_detectors_gpu(stream: HostStream) -> None:
+    luma, chroma = Interface(shape=(4, 6), data=(4096, 0)), Interface(shape=(2, 6), data=(8192, 0))
+    asked: list[int] = []
+    elsewhere = [0]
+
+    def locate(address: int) -> int:
+        asked.append(address)
+        return int(address in elsewhere)
+
+    for elsewhere[0] in (4096, 8192):
+        with pytest.raises(FrameError, match="on GPU 1, the detector on GPU 0: copy it there first"):
+            read_frame(Nv12Frame(luma, chroma), stream, 0, locate)
+    elsewhere[0] = 0
+    found = read_frame(Nv12Frame(luma, chroma), stream, 0, locate)
+    assert found is not None
+    assert found.device_index == 0
+    assert asked[-2:] == [4096, 8192]
+    asked.clear()
+    luma.device_index = chroma.device_index = 0  # type: ignore[attr-defined]
+    assert read_frame(Nv12Frame(luma, chroma), stream, 0, locate) == found
+    assert asked == []  # they know it themselves
+    chroma.device_index = 2  # type: ignore[attr-defined]
+    with pytest.raises(FrameError, match="on GPU 2"):
+        read_frame(Nv12Frame(luma, chroma), stream, 0, locate)
+    assert read_frame(Interface(), stream, None, lambda address: 7) is not None  # a detector that is on none of them
+
+
+def test_managed_memory_and_memory_of_the_host(stream: HostStream) -> None:
+    """Kinds of DLPack's devices: 2 is CUDA, 13 its managed memory, which is read too; 1 and 3 are the host's."""
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    for kind, expected in ((2, True), (13, True), (1, False), (3, False)):
+        tensor = Tensor(pixels, (kind, 0))
+        assert (read(tensor, stream) is not None) == expected
+        assert len(tensor.streams) == expected
+    with pytest.raises(FrameError, match=r"DLPack calls it 14\): copy it first"):
+        read(Tensor(pixels, (14, 0)), stream)
+
+
+class Capsule(Tensor):
+    """A tensor whose capsule is changed before it is handed out, or something else."""
+
+    def __init__(self, array: Any, change: Any, version: bool = False) -> None:
+        super().__init__(array)
+        self.change = change
+        self.version = version
+
+    def __dlpack__(self, stream: object = None, **options: Any) -> object:
+        capsule = self.array.__dlpack__(max_version=(1, 0)) if self.version else self.array.__dlpack__()
+        return self.change(capsule)
+
+
+def _pointer(capsule: object, name: bytes) -> int:
+    get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    return int(get(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, name))
+
+
+def test_capsules_of_other_kinds(stream: HostStream) -> None:
+    pixels = np.zeros((4, 5, 3), np.uint8)
+
+    def poke(offset: int, kind: Any, value: int) -> Any:
+        def change(capsule: object) -> object:
+            kind.from_address(_pointer(capsule, b"dltensor") + offset).value = value
+            return capsule
+
+        return change
+
+    for code, bits, lanes, name in ((1, 16, 1, "uint16"), (4, 16, 1, "bfloat16"), (1, 8, 4, "uint8x4"), (9, 8, 1, "9")):
+        tensor = Capsule(pixels, lambda capsule: capsule)
+
+        def change(capsule: object, code: int = code, bits: int = bits, lanes: int = lanes) -> object:
+            poke(20, ctypes.c_uint8, code)(capsule)
+            poke(21, ctypes.c_uint8, bits)(capsule)
+            return poke(22, ctypes.c_uint16, lanes)(capsule)
+
+        tensor.change = change
+        with pytest.raises(
+            FrameError, match=f"must be uint8 with values 0..255, got .*{name if code < 9 else 'DLPack'}"
+        ):
+            read(tensor, stream)
+    for strange in (None, object(), "capsule"):
+        with pytest.raises(FrameError, match="gave no DLPack capsule"):
+            read(Capsule(pixels, lambda capsule, strange=strange: strange), stream)
+
+    def newer(capsule: object) -> object:
+        ctypes.c_uint32.from_address(_pointer(capsule, b"dltensor_versioned")).value = 2
+        return capsule
+
+    with pytest.raises(FrameError, match=r"comes as DLPack 2\.\d+, and 1\.x is known"):
+        read(Capsule(pixels, newer, version=True), stream)
+
+
+def test_what_a_frame_raises_is_one_line_that_names_it(stream: HostStream) -> None:
+    class Broken:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        @property
+        def __cuda_array_interface__(self) -> dict[str, Any]:
+            raise self.error
+
+    class Refusing(Tensor):
+        def __dlpack__(self, stream: object = None, **options: Any) -> object:
+            raise self.array
+
+    for kind in (Broken, Refusing):
+        for error, text in (
+            (KeyError("a\nb"), r"'a\\nb'"),
+            (ValueError("x\n y " * 200), "x y x"),
+            (OSError(), "OSError"),
+        ):
+            with pytest.raises(FrameError, match=rf"a {kind.__name__} cannot be read as a frame: {text}") as caught:
+                read(kind(error), stream)
+            assert "\n" not in str(caught.value)
+            assert len(str(caught.value)) < 260
+
+
+def test_a_producer_that_takes_no_version_is_asked_again(stream: HostStream) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Old(Tensor):
+        def __dlpack__(self, **options: Any) -> object:
+            asked.append(options)
+            return super().__dlpack__(**options)
+
+    assert read(Old(np.zeros((4, 5, 3), np.uint8), modern=False), stream) is not None
+    assert asked == [{"stream": stream.handle, "max_version": (1, 0)}, {"stream": stream.handle}]
+    asked.clear()
+    assert read(Old(np.zeros((4, 5, 3), np.uint8)), stream) is not None
+    assert asked == [{"stream": stream.handle, "max_version": (1, 0)}]
+
+
+def test_interfaces_without_what_may_be_left_out(stream: HostStream) -> None:
+    frame = Interface()
+    del frame.__cuda_array_interface__["strides"]
+    found = read(frame, stream)
+    assert found == DeviceFrame(4096, 15, (4, 5), 0, frame)
+    for key in ("shape", "typestr", "data", "version"):
+        other = Interface()
+        del other.__cuda_array_interface__[key]
+        with pytest.raises(FrameError, match=rf"__cuda_array_interface__ cannot be read: '{key}'"):
+            read(other, stream)
+    frame.__cuda_array_interface__ = None  # type: ignore[assignment]
+    assert read(frame, stream) is None
+    assert read(Interface(mask=None), stream) is not None
+    assert read(Interface(version=4), stream) is not None
 
 
 def test_the_producers_stream_comes_first(device: HostDevice) -> None:
@@ -455,10 +836,9 @@ def test_a_refused_tensor_is_let_go(stream: HostStream) -> None:
 
 def test_tensors_of_other_kinds(stream: HostStream) -> None:
     torch = pytest.importorskip("torch")
-    with pytest.raises(FrameError, match="must be uint8"):
-        read(Tensor(torch.zeros(4, 5, 3)), stream)
-    with pytest.raises(FrameError, match="must be uint8"):
-        read(Tensor(torch.zeros(4, 5, 3, dtype=torch.int8)), stream)
+    for kind in ("float32", "float16", "bfloat16", "int8", "int64", "bool", "complex64"):
+        with pytest.raises(FrameError, match=rf"must be uint8 with values 0\.\.255, got {kind}8? of shape \(4, 5, 3\)"):
+            read(Tensor(torch.zeros(4, 5, 3, dtype=getattr(torch, kind))), stream)
     with pytest.raises(FrameError, match=r"\.permute"):
         read(Tensor(torch.zeros(3, 4, 5, dtype=torch.uint8)), stream)
     with pytest.raises(FrameError, match="contiguous"):
@@ -505,7 +885,7 @@ def test_nv12(device: HostDevice, stream: HostStream, pairs: bool) -> None:
         ({"shape": (5, 6)}, {"shape": (2, 6)}, "even sides"),
         ({"shape": (4, 5)}, {"shape": (2, 5)}, "even sides"),
         ({"shape": (4, 6, 1)}, {"shape": (2, 6)}, "even sides"),
-        ({"shape": (4, 6)}, {"shape": (2, 3)}, "chroma must be"),
+        ({"shape": (4, 6)}, {"shape": (2, 3)}, r"chroma must be \(2, 6\) or \(2, 3, 2\), got uint8 of shape \(2, 3\)"),
         ({"shape": (4, 6)}, {"shape": (4, 6)}, "chroma must be"),
         ({"shape": (4, 6)}, {"shape": (2, 6), "typestr": "<f2"}, "chroma must be uint8"),
         ({"shape": (4, 6), "strides": (6, 2)}, {"shape": (2, 6)}, "rows of luma"),
@@ -517,7 +897,27 @@ def test_what_is_no_nv12(stream: HostStream, luma: dict[str, Any], chroma: dict[
         read(Nv12Frame(Interface(**luma), Interface(**chroma)), stream)
 
 
-def test_nv12_on_the_host_and_of_unknown_colours(stream: HostStream) -> None:
+def test_nv12_of_every_matrix(stream: HostStream) -> None:
+    planes = Interface(shape=(4, 6)), Interface(shape=(2, 3, 2), data=(8192, 0))
+    for matrix in ("bt601", "bt601_full", "bt709", "bt709_full"):
+        found = read(Nv12Frame(*planes, matrix), stream)  # type: ignore[arg-type]
+        assert found is not None
+        assert (found.pixel_format, found.pitch, found.chroma_pitch) == (f"nv12_{matrix}", 6, 6)
+        assert found.owner == planes
+        assert (found.address, found.chroma_address) == (4096, 8192)
+    assert Nv12Frame(*planes).matrix == "bt709"
+    for matrix in ("", "BT709", "nv12_bt709"):
+        with pytest.raises(FrameError, match="is one of bt601, bt601_full, bt709, bt709_full, not"):
+            Nv12Frame(*planes, matrix)  # type: ignore[arg-type]
+
+
+def test_nv12_on_the_host_and_of_unknown_colours(device: HostDevice, stream: HostStream) -> None:
+    pixels = HostArray(np.zeros((4, 6), np.uint8))
+    for luma, chroma in ((pixels, np.zeros((2, 6), np.uint8)), (np.zeros((4, 6), np.uint8), pixels)):
+        with pytest.raises(FrameError, match="two arrays on the device, and these are not"):
+            device.frame(Nv12Frame(luma, chroma), stream)
+        with pytest.raises(FrameError, match="two arrays on the device, and these are not"):
+            read(Nv12Frame(luma, chroma), stream)
     with pytest.raises(FrameError, match="two arrays on the device"):
         read(Nv12Frame(np.zeros((4, 6), np.uint8), Interface(shape=(2, 6))), stream)
     with pytest.raises(FrameError, match="bt709"):

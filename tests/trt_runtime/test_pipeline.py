@@ -4,9 +4,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -17,7 +18,8 @@ from facespec.detections import Detections
 from facespec.errors import ConfigError, RetinaFaceError, VideoError
 from facespec.letterbox import Frame
 from trt_runtime.detector import load_detector
-from trt_runtime.pipeline import Job, PipelineOptions, PipelineReport, SeenFrame, Use, run_pipeline
+from trt_runtime.pipeline import WAIT, Job, PipelineOptions, PipelineReport, SeenFrame, Use, run_pipeline
+from trt_runtime.stream import DetectionStream
 from trt_runtime.timing import StageTimer
 from trt_runtime.video import Source, TimedFrame, VideoFile, VideoWriter
 
@@ -57,13 +59,13 @@ class Made:
     def __init__(self, count: int, live: bool = False, error: Exception | None = None, mark: int = 0) -> None:
         self.name, self.live, self.frame_count, self.error, self.mark = "made", live, count, error, mark
         self.made = self.freed = 0
-        self.stopped = threading.Event()
+        self.stopped, self.closed = threading.Event(), threading.Event()
 
     def __enter__(self) -> Made:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.closed.set()
 
     def __iter__(self) -> Iterator[TimedFrame]:
         while self.made < self.frame_count and not self.stopped.is_set():
@@ -90,6 +92,7 @@ class Kept:
         self.frames: list[SeenFrame] = []
         self.left: BaseException | str = "never entered"
         self.then = then
+        self.done = threading.Event()
 
     @contextmanager
     def __call__(self, source: Source) -> Iterator[Use]:
@@ -103,10 +106,62 @@ class Kept:
         except BaseException as error:
             self.left = error
             raise
+        finally:
+            self.done.set()
 
     @property
     def numbers(self) -> list[int]:
         return [seen.number for seen in self.frames]
+
+
+class Network:
+    """A detector that takes as long as a test wants. It finds what a frame says of itself, in real streams.
+
+    In the frame `number` of the source `mark` are 1 + number % 3 faces, whose scores are the number.
+
+    Args:
+        hold: Called by each call, with the marks and numbers of its frames, before it gives its results.
+    """
+
+    def __init__(self, max_batch: int = 4, hold: Callable[[list[tuple[int, int]]], None] = lambda frames: None) -> None:
+        self.max_batch, self.hold = max_batch, hold
+        self.calls: list[list[tuple[int, int]]] = []
+        self.depth = self.running = self.most = 0
+        self.lock = threading.Lock()
+
+    def stream(self, depth: int = 1) -> DetectionStream:
+        self.depth = depth
+        return DetectionStream(self.detect_batch, depth)
+
+    def detect_batch(self, frames: list[Frame], timer: StageTimer) -> list[Detections]:
+        seen = [(int(frame[0, 0, 1]), int(frame[0, 0, 0])) for frame in frames]
+        with self.lock:
+            self.calls.append(seen)
+            self.running += 1
+            self.most = max(self.most, self.running)
+        self.hold(seen)
+        timer.add("network", 10.0)
+        with self.lock:
+            self.running -= 1
+        return [self.faces(number) for _, number in seen]
+
+    @staticmethod
+    def faces(number: int) -> Detections:
+        count = 1 + number % 3
+        boxes, landmarks = np.zeros((count, 4), np.float32), np.zeros((count, 5, 2), np.float32)
+        return Detections(boxes, np.full(count, number, np.float32), landmarks, (32, 32), truncated=number % 4 == 0)
+
+
+def _check(true: bool) -> None:
+    assert true
+
+
+def _wait_until(true: Callable[[], bool]) -> None:
+    """Fail if it takes longer than any machine does."""
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def _run(detector: Any, work: list[tuple[Callable[[], Source], Kept]], **options: Any) -> PipelineReport:
@@ -141,6 +196,7 @@ def test_results_are_those_of_a_plain_loop(batch: int, detector: Any, clips: lis
         assert source.complete
         assert kept.left == "in order"
     assert {"read", "letterbox", "network", "results"} <= report.timer.total_ms.keys()
+    assert WAIT not in report.timer.total_ms
 
 
 def test_stride_runs_the_network_on_one_frame_of_so_many(detector: Any, clips: list[Path]) -> None:
@@ -149,6 +205,7 @@ def test_stride_runs_the_network_on_one_frame_of_so_many(detector: Any, clips: l
     assert kept.numbers == list(range(17))
     assert [seen.number for seen in kept.frames if seen.detected] == [0, 5, 10, 15]
     assert (source.frames, source.detected) == (17, 4)
+    assert source.faces == sum(len(seen.faces) for seen in kept.frames if seen.detected) > 0
     with VideoFile(clips[0]) as video:
         images = [frame.image for frame in video]
     for seen in kept.frames:
@@ -172,7 +229,7 @@ def test_a_live_source_loses_its_oldest_frames_and_never_its_order(detector: Any
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_memory_is_bounded_however_slow_the_output_is(live: bool, detector: Any) -> None:
+def test_memory_is_bounded_however_slow_the_output_is(live: bool) -> None:
     source = Made(120, live=live)
     alive = []
 
@@ -185,7 +242,7 @@ def test_memory_is_bounded_however_slow_the_output_is(live: bool, detector: Any)
         def __call__(self, source: Source) -> Iterator[Use]:
             yield lambda seen, timer: slow(seen)
 
-    (report,) = _run(detector, [(lambda: source, Forgetful())], batch=2, depth=2, queue=3).sources
+    (report,) = _run(Network(), [(lambda: source, Forgetful())], batch=2, depth=2, queue=3).sources
     assert report.frames + report.dropped == 120
     assert bool(report.dropped) == live
     # 3 ready, 2 calls of 2 and 3 more on their way, one read, one used, one that the network is letting go of
@@ -248,15 +305,17 @@ def test_a_frame_the_detector_refuses_fails_its_own_source_alone(detector: Any) 
     assert good.numbers == list(range(40))
 
 
-def test_an_output_that_fails_gives_up_its_source_alone(detector: Any) -> None:
+def test_an_output_that_fails_gives_up_its_source_alone() -> None:
     def full(seen: SeenFrame) -> None:
         if seen.number == 2:
             raise VideoError("the disk is full")
 
     failing, good = Kept(full), Kept()
     endless = Made(10**9)
-    report = _run(detector, [(lambda: endless, failing), (lambda: Made(40), good)])
+    report = _run(Network(), [(lambda: endless, failing), (lambda: Made(40), good)])
     assert str(report.sources[0].error) == "the disk is full"
+    assert failing.left is report.sources[0].error
+    assert (report.sources[0].frames, report.sources[1].error) == (2, None)
     assert endless.stopped.is_set()
     assert not report.sources[0].complete
     assert good.numbers == list(range(40))
@@ -322,9 +381,355 @@ def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
         PipelineOptions(**options)
 
 
-def test_a_job_is_what_mypy_takes_for_one() -> None:
-    """`Made` is a `Source`, `Kept` an output."""
-    source: Source = Made(1)
-    output: AbstractContextManager[Use] = Kept()(source)
-    with output as use:
-        use(SeenFrame(np.zeros((1, 1, 3), np.uint8), 0, 0.0, Detections.empty((1, 1)), True), StageTimer())
+@pytest.mark.parametrize("name", ["batch", "depth", "stride", "queue"])
+def test_options_go_from_1_to_4096(name: str) -> None:
+    for value in (1, 4096):
+        assert getattr(PipelineOptions(**{name: value}), name) == value
+    for value in (0, -1, 4097, "2", 2.0, *([None] if name != "batch" else [])):
+        with pytest.raises(ConfigError) as caught:
+            PipelineOptions(**{name: value})  # type: ignore[arg-type]
+        assert str(caught.value) == f"{name} must be a number from 1 to 4096, got {value!r}"
+
+
+def test_what_is_not_said_is_two_calls_at_once_of_every_frame_in_the_batch_that_is_best() -> None:
+    network, kept = Network(max_batch=3), Kept()
+    (source,) = run_pipeline(network, [Job("a", lambda: Made(20), kept)]).sources  # type: ignore[arg-type]
+    assert network.depth == 2
+    assert source.detected == 20
+    assert PipelineOptions() == PipelineOptions(batch=None, depth=2, stride=1, queue=4)
+
+
+def test_the_last_frames_arrive_however_slow_the_network_is() -> None:
+    """The source has ended long before."""
+    source, kept = Made(3), Kept()
+
+    def hold(frames: list[tuple[int, int]]) -> None:
+        if frames[-1][1] == 2:
+            assert source.closed.wait(20)
+            assert not kept.done.wait(0.2)  # the output is not left before the last frame is there
+
+    (report,) = _run(Network(max_batch=1, hold=hold), [(lambda: source, kept)]).sources
+    assert kept.numbers == [0, 1, 2]
+    assert (report.frames, report.decoded, report.complete, report.error) == (3, 3, True, None)
+
+
+@pytest.mark.parametrize(
+    ("batch", "depth", "queue", "sources"), [(1, 2, 3, 1), (4, 1, 2, 1), (4, 2, 2, 2), (2, 2, 1, 3)]
+)
+def test_exactly_so_many_frames_are_read_ahead(batch: int, depth: int, queue: int, sources: int) -> None:
+    """The first source's output is held; the others have ended, and their room in a call is not given to it."""
+    share = -(-batch // sources)
+    ready, on_their_way = max(queue, share), depth * share + queue
+    source = Made(60)
+    ahead = []
+
+    def wait(seen: SeenFrame) -> None:
+        most = seen.number + on_their_way + ready + 1  # one is read already, for which there is no room
+        _wait_until(lambda: source.made >= min(60, most))
+        time.sleep(0.002)
+        ahead.append(source.made - most)
+
+    work: list[tuple[Callable[[], Source], Kept]] = [(lambda: source, Kept(wait))]
+    report = _run(
+        Network(batch), [*work, *[(partial(Made, 0), Kept())] * (sources - 1)], depth=depth, queue=queue, batch=batch
+    )
+    assert report.sources[0].error is None
+    assert report.sources[0].frames == 60
+    assert max(ahead) == 0
+
+
+def test_depth_is_how_many_calls_are_under_way() -> None:
+    """As many at once as that, and none is begun while they are: what gets ready meanwhile goes in one call."""
+    together = threading.Barrier(3)
+
+    class OneByOne(Made):
+        """Its next frame comes when the network runs on the last, as long as it is not busy."""
+
+        def __iter__(self) -> Iterator[TimedFrame]:
+            for frame in super().__iter__():
+                yield frame
+                _wait_until(lambda: len(network.calls) >= min(self.made, 3))
+
+    def hold(frames: list[tuple[int, int]]) -> None:
+        if frames[0][1] < 3:
+            together.wait(20)  # broken if there are fewer
+            assert source.closed.wait(20)  # all others are ready, and nobody has taken them
+
+    source, network = OneByOne(9), Network(max_batch=6, hold=hold)
+    (report,) = _run(network, [(lambda: source, Kept())], depth=3, queue=6).sources
+    assert (report.error, report.frames) == (None, 9)
+    assert network.most == network.depth == 3
+    assert [len(call) for call in network.calls] == [1, 1, 1, 6]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sources_take_turns_even_if_one_frame_fits_into_a_call(count: int) -> None:
+    sources = [Made(12, mark=mark) for mark in range(count)]
+
+    def hold(_: list[tuple[int, int]]) -> None:
+        assert all(source.closed.wait(20) for source in sources)  # all of their frames are ready
+
+    network = Network(hold=hold)
+    report = _run(network, [(lambda s=s: s, Kept()) for s in sources], batch=1, depth=1, queue=20)  # type: ignore[misc]
+    assert [source.frames for source in report.sources] == [12] * count
+    order = [mark for ((mark, _),) in network.calls]
+    for start in range(1, 10 * count):  # the first was there before the others
+        assert set(order[start : start + count]) == set(range(count)), order
+
+
+def test_a_call_takes_a_frame_of_each_source_then_the_next_of_each() -> None:
+    sources = [Made(9, mark=mark) for mark in range(2)]
+    network = Network(hold=lambda _: _check(all(source.closed.wait(20) for source in sources)))
+    _run(network, [(lambda s=s: s, Kept()) for s in sources], batch=4, depth=1, queue=20)  # type: ignore[misc]
+    for call in network.calls[1:3]:
+        assert [mark for mark, _ in call] in ([0, 1, 0, 1], [1, 0, 1, 0])
+    for mark in range(2):
+        assert [number for call in network.calls for m, number in call if m == mark] == list(range(9))
+
+
+def test_frames_the_network_does_not_run_on_pass_it_while_it_is_busy() -> None:
+    source, kept = Made(30), Kept()
+
+    def hold(frames: list[tuple[int, int]]) -> None:
+        if frames[0][1] == 0:
+            # 1 to 4 are past it, 5 to 8 ready, and 9 is read
+            _wait_until(lambda: source.made == 10)
+
+    network = Network(max_batch=1, hold=hold)
+    (report,) = _run(network, [(lambda: source, kept)], depth=1, queue=4, stride=5).sources
+    assert report.error is None
+    assert [number for ((_, number),) in network.calls] == [0, 5, 10, 15, 20, 25]
+    assert kept.numbers == list(range(30))
+    assert [seen.faces.scores[0] for seen in kept.frames] == [number // 5 * 5 for number in range(30)]
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_the_report_counts(stride: int) -> None:
+    class Damaged(Made):
+        damaged, reconnects = 3, 2
+
+    outputs = [Kept(), Kept()]
+    report = _run(
+        Network(max_batch=2),
+        [(lambda: Damaged(24), outputs[0]), (lambda: Damaged(7, error=VideoError("lost")), outputs[1])],
+        stride=stride,
+    )
+    for source, count, kept, name in zip(report.sources, (24, 7), outputs, "01", strict=True):
+        numbers = range(0, count, stride)
+        assert source.name == name
+        assert (source.frame_count, source.decoded, source.frames, source.dropped) == (count, count, count, 0)
+        assert source.detected == len(numbers)
+        assert source.faces == sum(1 + number % 3 for number in numbers)
+        assert source.truncated == sum(number % 4 == 0 for number in numbers)
+        assert (source.damaged, source.reconnects) == (3, 2)
+        assert [seen.detected for seen in kept.frames] == [number % stride == 0 for number in range(count)]
+        assert [len(seen.faces) for seen in kept.frames] == [1 + n // stride * stride % 3 for n in range(count)]
+    assert not report.interrupted
+
+
+def test_times_are_added_over_all_threads() -> None:
+    @contextmanager
+    def output(source: Source) -> Iterator[Use]:
+        yield lambda seen, timer: timer.add("draw", 5.0)
+
+    network = Network(max_batch=2)
+    jobs = [Job("file", lambda: Made(9), output), Job("camera", lambda: Made(6, live=True), output)]
+    report = run_pipeline(network, jobs, PipelineOptions(queue=10))  # type: ignore[arg-type]
+    times = report.timer.total_ms
+    assert times["network"] == 10 * len(network.calls)
+    assert times["draw"] == 5 * 15
+    assert times.keys() == {"read", WAIT, "network", "draw"}  # who waits for a camera does not read
+
+
+def test_seconds_are_those_from_the_opening_to_the_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("trt_runtime.pipeline.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    source = Made(3)
+
+    def open_() -> Source:
+        now[0] += 7
+        return source
+
+    def use(seen: SeenFrame) -> None:
+        if seen.number == 2:
+            assert source.closed.wait(20)
+            now[0] += 20
+
+    (report,) = _run(Network(), [(open_, Kept(use))]).sources
+    assert report.seconds == 27
+
+
+def test_threads_belong_to_their_source() -> None:
+    """It is opened where it is read, and its output made where its frames are used."""
+    threads: dict[str, set[threading.Thread]] = {"open": set(), "read": set(), "output": set(), "use": set()}
+
+    def note(what: str) -> None:
+        threads[what].add(threading.current_thread())
+
+    class Noting(Made):
+        def __iter__(self) -> Iterator[TimedFrame]:
+            for frame in super().__iter__():
+                note("read")
+                yield frame
+
+    def open_() -> Source:
+        note("open")
+        return Noting(20)
+
+    @contextmanager
+    def output(source: Source) -> Iterator[Use]:
+        assert isinstance(source, Noting)
+        note("output")
+        yield lambda seen, timer: note("use")
+        note("output")
+
+    ticks = []
+    run_pipeline(
+        Network(),  # type: ignore[arg-type]
+        [Job("a", open_, output)],
+        tick=lambda reports: ticks.append(threading.current_thread()) or True,  # type: ignore[func-returns-value]
+    )
+    assert threads["open"] == threads["read"] != threads["use"] == threads["output"]
+    assert len(threads["open"]) == len(threads["use"]) == 1
+    assert set(ticks) <= {threading.current_thread()}
+
+
+def test_tick_sees_the_reports_as_they_grow() -> None:
+    seen: list[tuple[int, int]] = []
+    given = []
+    go_on = threading.Event()
+
+    def tick(reports: list[Any]) -> bool:
+        given.append(reports)
+        assert threading.current_thread() is threading.main_thread()
+        seen.append((reports[0].decoded, reports[0].frames))
+        if len(seen) == 5:
+            go_on.set()
+        return True
+
+    kept = Kept(lambda frame: None if frame.number < 2 else _check(go_on.wait(20)))
+    report = run_pipeline(
+        Network(),  # type: ignore[arg-type]
+        [Job("a", lambda: Made(50), kept)],
+        tick=tick,
+        tick_s=0.01,
+    )
+    assert report.sources[0].error is None
+    assert len(seen) >= 5
+    assert seen == sorted(seen)
+    assert seen[4][1] <= 2 < 50 == report.sources[0].frames
+    assert all(given_[0] is report.sources[0] for given_ in given)
+
+
+def test_no_sources_are_done_at_once() -> None:
+    report = run_pipeline(Network(), [], tick=lambda reports: pytest.fail("there is nothing to wait for"))  # type: ignore[arg-type]
+    assert (report.sources, report.timer.total_ms, report.interrupted) == ([], {}, False)
+
+
+def test_a_source_that_opens_after_the_end_is_not_read() -> None:
+    endless, late, first, kept = Made(10**9), Made(10**9), Kept(), Kept()
+
+    def open_late() -> Source:
+        assert endless.stopped.wait(20)
+        return late
+
+    jobs = [Job("late", open_late, kept), Job("first", lambda: endless, first)]
+    report = run_pipeline(Network(), jobs, tick=lambda reports: not first.numbers, tick_s=0.01)  # type: ignore[arg-type]
+    assert (late.made, report.sources[0].decoded) == (0, 0)
+    assert kept.left == "never entered"
+    assert late.closed.is_set()
+
+
+def test_what_a_source_says_when_it_is_stopped_is_no_error() -> None:
+    kept = Kept()
+    source = Made(10**9, error=VideoError("interrupted"))
+    jobs = [Job("a", lambda: source, kept)]
+    report = run_pipeline(Network(), jobs, tick=lambda reports: not kept.numbers, tick_s=0.01)  # type: ignore[arg-type]
+    assert source.stopped.is_set()
+    assert report.sources[0].error is None
+    assert report.sources[0].complete
+    assert not report.interrupted
+
+
+def test_an_abort_stops_every_source_and_raises_the_first_error() -> None:
+    first, second = ZeroDivisionError("first"), ZeroDivisionError("second")
+
+    class Stubborn(Made):
+        """It fails when it is stopped."""
+
+        def stop(self) -> None:
+            super().stop()
+            self.error = second
+
+    sources = [Stubborn(10**9), Stubborn(10**9, live=True)]
+
+    def fail(seen: SeenFrame) -> None:
+        _wait_until(lambda: all(kept.frames for kept in outputs[1:]))
+        raise first
+
+    outputs = [Kept(fail), Kept(), Kept()]
+    jobs = [
+        Job(str(number), open_, kept)
+        for number, (open_, kept) in enumerate(
+            zip([lambda: Made(10**9), lambda: sources[0], lambda: sources[1]], outputs, strict=True)
+        )
+    ]
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_pipeline(Network(), jobs)  # type: ignore[arg-type]
+    assert caught.value is first
+    assert all(source.stopped.is_set() and source.closed.is_set() for source in sources)
+
+
+def test_a_batch_that_fails_is_run_again_frame_by_frame() -> None:
+    """One frame's fault is its own: the others of its call have their faces, and the time is taken once."""
+
+    def hold(frames: list[tuple[int, int]]) -> None:
+        assert all(source.closed.wait(20) for source in sources)
+        if (1, 3) in frames:
+            raise VideoError("this one is broken")
+
+    sources = [Made(8, mark=mark) for mark in range(2)]
+    network, outputs = Network(hold=hold), [Kept(), Kept()]
+    report = _run(network, [(lambda s=s: s, kept) for s, kept in zip(sources, outputs, strict=True)], queue=10)  # type: ignore[misc]
+    assert outputs[0].numbers == list(range(8))
+    assert [seen.faces.scores[0] for seen in outputs[0].frames] == list(range(8))
+    assert (outputs[1].numbers, str(report.sources[1].error)) == ([0, 1, 2], "this one is broken")
+    assert report.sources[0].error is None
+
+
+def test_a_frame_is_let_go_as_soon_as_it_was_used() -> None:
+    """Another source, which gives nothing for a while, must not keep the frames of the last call."""
+    source, kept = Made(6), Kept()
+
+    class Silent(Made):
+        def __iter__(self) -> Iterator[TimedFrame]:
+            yield from super().__iter__()
+            _wait_until(lambda: source.freed == 6)
+
+    class Forgetful(Kept):
+        @contextmanager
+        def __call__(self, source: Source) -> Iterator[Use]:
+            yield lambda seen, timer: None
+
+    report = _run(Network(), [(lambda: source, Forgetful()), (lambda: Silent(1), kept)])
+    assert [source.error for source in report.sources] == [None, None]
+    assert kept.left == "in order"
+
+
+def test_the_frames_of_a_source_that_is_given_up_are_let_go() -> None:
+    def full(seen: SeenFrame) -> None:
+        _wait_until(lambda: source.made == 8 + 2 + 8 + 1)  # ready, in two calls or past them, and one that is read
+        raise VideoError("the disk is full")
+
+    source, kept = Made(10**9), Kept()
+
+    class Silent(Made):
+        def __iter__(self) -> Iterator[TimedFrame]:
+            yield from super().__iter__()
+            assert source.closed.wait(20)
+            _wait_until(lambda: source.freed >= source.made - 1)  # the traceback keeps the one that was used
+
+    report = _run(Network(max_batch=1), [(lambda: source, Kept(full)), (lambda: Silent(1), kept)], queue=8)
+    assert str(report.sources[0].error) == "the disk is full"
+    assert report.sources[1].error is None
+    assert kept.left == "in order"

@@ -107,3 +107,47 @@ def test_threads_make_a_value_once_and_never_too_many() -> None:
     assert problems == []
     assert len(alive) == len(cache) == 4
     assert cache.made > 6  # values were given up, and made again
+
+
+def test_what_is_in_it_without_using_it() -> None:
+    recorded = Recorded(2)
+    assert (recorded.cache.capacity, recorded.cache.made, len(recorded.cache)) == (2, 0, 0)
+    recorded.get("ab")
+    assert "a" in recorded.cache
+    assert "c" not in recorded.cache
+    assert len(recorded.cache) == 2
+    assert recorded.get("c") == "-a +c"  # to ask whether it is there is no use of it
+    assert "a" not in recorded.cache
+
+
+def test_values_need_not_be_freed() -> None:
+    cache: ShapeCache[int, list[int]] = ShapeCache(1, lambda key: [key])
+    first = cache.get(1)
+    assert cache.get(1) is first
+    assert cache.get(2) == [2]
+    cache.clear()
+    assert len(cache) == 0
+    assert cache.get(1) is not first
+
+
+def test_clearing_waits_for_the_value_that_is_being_made() -> None:
+    """Otherwise it would be kept, and never freed."""
+    begun, go_on, dropped = threading.Event(), threading.Event(), list[str]()
+
+    def make(key: str) -> str:
+        begun.set()
+        assert go_on.wait(20)
+        return key
+
+    cache: ShapeCache[str, str] = ShapeCache(2, make, dropped.append)
+    with ThreadPoolExecutor(2) as pool:
+        making = pool.submit(cache.get, "a")
+        assert begun.wait(20)
+        clearing = pool.submit(cache.clear)
+        with pytest.raises(TimeoutError):
+            clearing.result(0.1)
+        go_on.set()
+        assert making.result(20) == "a"
+        clearing.result(20)
+    assert dropped == ["a"]
+    assert len(cache) == 0

@@ -14,6 +14,7 @@ import pytest
 from facespec.detections import Detections
 from facespec.errors import ClosedError, FrameError, SpecError
 from facespec.letterbox import Frame
+from tests.trt_runtime.handmade import in_time
 from trt_runtime import DetectionStream, OrtRetinaFace, load_detector
 from trt_runtime.timing import StageTimer
 
@@ -225,7 +226,7 @@ def test_leaving_with_an_error_begins_nothing_more() -> None:
         except BaseException as error:
             turned_away.append(error)
 
-    thread = threading.Thread(target=one_more)
+    thread = threading.Thread(target=one_more, daemon=True)
     futures = []
 
     def interrupted() -> None:
@@ -239,12 +240,17 @@ def test_leaving_with_an_error_begins_nothing_more() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     thread.join(SOON_S)
+    assert not thread.is_alive()
     assert futures[0].result(0)[0].frame_hw == (1, 1)
     assert [type(error) for error in turned_away] in ([ClosedError], [CancelledError])
     assert gate.begun == [1]
-    for _ in range(3):  # the place is given back each time
-        with pytest.raises(ClosedError, match="the stream is closed"):
-            stream.submit([3])
+
+    def too_late() -> None:
+        for _ in range(3):  # the place is given back each time
+            with pytest.raises(ClosedError, match="the stream is closed: frames go to it inside its with block"):
+                stream.submit([3])
+
+    in_time(too_late)
 
 
 def test_a_map_that_is_given_up() -> None:
@@ -293,3 +299,79 @@ def test_a_stream_of_a_closed_detector(static_onnx: Path, astronaut: Frame) -> N
         detector.close()
         with pytest.raises(ClosedError, match="the detector is closed"):
             stream.submit([astronaut]).result(SOON_S)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 256])
+def test_places_are_given_back_when_a_call_cannot_begin(depth: int) -> None:
+    """More often than there are places: whoever comes later is told, and does not wait for ever."""
+    with DetectionStream(_found, depth) as stream:
+        assert stream.submit([1]).result(SOON_S)[0].frame_hw == (1, 1)
+
+    def too_late() -> None:
+        for _ in range(depth + 2):
+            with pytest.raises(ClosedError):
+                stream.submit([1])
+
+    in_time(too_late)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_places_are_given_back_after_an_error(depth: int) -> None:
+    with DetectionStream(_failing(3), depth) as stream:
+
+        def more_often_than_there_are_places() -> None:
+            for _ in range(depth + 2):
+                with pytest.raises(FrameError):
+                    stream.submit([3]).result(SOON_S)
+
+        in_time(more_often_than_there_are_places)
+
+
+def test_an_error_of_the_threads_goes_through_while_the_stream_is_open() -> None:
+    """As where the system starts no more of them."""
+    with DetectionStream(_found, 1) as stream:
+        submit = stream._threads.submit
+
+        def fail(*args: Any) -> Any:
+            raise RuntimeError("can't start new thread")
+
+        stream._threads.submit = fail  # type: ignore[method-assign]
+
+        def refused() -> None:
+            for _ in range(3):
+                with pytest.raises(RuntimeError, match="can't start new thread"):
+                    stream.submit([1])
+
+        in_time(refused)
+        stream._threads.submit = submit  # type: ignore[method-assign]
+        in_time(lambda: stream.submit([1]).result(SOON_S))
+
+
+def test_one_frame_is_not_taken_for_a_video() -> None:
+    """Rows of one frame would be frames of two axes."""
+    with DetectionStream(_found, 1) as stream:
+        for wrong in (np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)):
+            with pytest.raises(FrameError, match="map takes the frames of a video; one frame goes to detect"):
+                next(stream.map(wrong))
+
+    def sums(frames: list[Frame]) -> list[Detections]:
+        return _found([int(frame.sum()) for frame in frames])
+
+    with DetectionStream(sums, 1) as stream:
+        video = np.arange(3)[:, None, None, None] * np.ones((1, 1, 1, 3), np.uint8)
+        assert [found.frame_hw[0] for _, found in stream.map(video)] == [0, 3, 6]
+        assert list(stream.map([])) == []
+
+
+def test_options_reach_the_call_and_its_thread_has_a_name() -> None:
+    seen: list[Any] = []
+
+    def detect_batch(frames: list[int], *options: Any) -> list[Detections]:
+        seen.append((frames, options, threading.current_thread().name.rstrip("0123456789")))
+        return _found(frames)
+
+    with DetectionStream(detect_batch, 1) as stream:
+        assert stream.__enter__() is stream
+        stream.submit([1, 2], "timer", 3).result(SOON_S)
+        list(stream.map([5]))
+    assert seen == [([1, 2], ("timer", 3), "detect_"), ([5], (), "detect_")]

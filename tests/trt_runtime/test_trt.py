@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,6 +24,7 @@ from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.detections import Detections
 from facespec.errors import (
     ClosedError,
+    DeviceLostError,
     DeviceMemoryError,
     FrameError,
     GpuError,
@@ -28,12 +32,15 @@ from facespec.errors import (
     NonFiniteError,
     SpecError,
 )
-from facespec.letterbox import Frame
+from facespec.letterbox import Frame, Letterbox
 from tests.engines import write_engine
 from tests.faces import assert_identical
+from tests.trt_runtime.fake_tensorrt import FakeGpu
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
 from trt_runtime.device_host import HostArray, HostDevice
+from trt_runtime.engine import Profile as EngineProfile
 from trt_runtime.engine import check_runs_here
+from trt_runtime.engine_host import HostEngine
 from trt_runtime.sidecar import read_sidecar
 from trt_runtime.timing import StageTimer
 from trt_runtime.trt import GRAPHS
@@ -127,6 +134,339 @@ def test_nv12_of_a_hardware_decoder(device: HostDevice, plugin_form: Path, astro
         expected = detector.detect(np.asarray(decoded, np.uint8))
     assert len(found) == len(expected) == 1
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.3)
+
+
+def _images(device: HostDevice, detector: TRTRetinaFace) -> Frame:
+    """Return what the network was last given, by the one idle lane with one shape: (B, H, W, 3)."""
+    (plan,) = _plans(detector)
+    shape = (*plan._shape, 3)
+    return device.view(plan._images, int(np.prod(shape))).reshape(shape).copy()
+
+
+NV12 = {
+    "bt601": (0.299, 0.114, False),
+    "bt601_full": (0.299, 0.114, True),
+    "bt709": (0.2126, 0.0722, False),
+    "bt709_full": (0.2126, 0.0722, True),
+}
+"""Red's and blue's part of luma, and whether values go from 0 to 255: ITU-R BT.601 and BT.709."""
+
+
+def _bgr(luma: Frame, chroma: Frame, matrix: str) -> Frame:
+    """Return an NV12 frame, chroma (H/2, W/2, 2), as the two recommendations have it."""
+    red, blue, full = NV12[matrix]
+    light = luma.astype(float) / 255 if full else (luma.astype(float) - 16) / 219
+    pairs = (chroma.astype(float) - 128) / (255 if full else 224)
+    u, v = (np.kron(pairs[..., index], np.ones((2, 2))) for index in (0, 1))
+    b, r = light + 2 * (1 - blue) * u, light + 2 * (1 - red) * v
+    g = (light - red * r - blue * b) / (1 - red - blue)
+    return np.clip(np.rint(255 * np.stack([b, g, r], axis=-1)), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("matrix", [*NV12, ""])
+def test_the_colours_of_nv12(device: HostDevice, plugin_form: Path, matrix: str) -> None:
+    """Of every matrix, with planes that lie in wider ones, at the network's size: what it is given is what one sees."""
+    random = np.random.default_rng(3)
+    luma = random.integers(60, 180, (64, 107), np.uint8)[:, 3:99]
+    chroma = random.integers(110, 146, (32, 120), np.uint8)[:, 10:106]
+    frame = Nv12Frame(HostArray(luma), HostArray(chroma), *([matrix] if matrix else []))  # type: ignore[arg-type]
+    with TRTRetinaFace(plugin_form, size_hw=(64, 96), device=device, graphs=False, warm_up=False) as detector:
+        assert len(detector.detect(frame)) == 0
+        found = _images(device, detector)[0].astype(int)
+    pairs = chroma.reshape(32, 48, 2)
+    errors = {name: np.abs(found - _bgr(luma, pairs, name)).max() for name in NV12}
+    assert min(errors, key=errors.__getitem__) == (matrix or "bt709")
+    assert errors[matrix or "bt709"] <= 2
+    assert sorted(errors.values())[1] > 4
+
+
+def test_frames_keep_their_slots_and_their_pitch(device: HostDevice, plugin_form: Path) -> None:
+    """Frames of the host, of the device, in wider arrays, and NV12 in one batch: each letterboxed into its own slot."""
+    wide = np.random.default_rng(4).integers(0, 256, (70, 400, 3), np.uint8)
+    grey = np.full((64, 96), 126, np.uint8)
+    nv12 = Nv12Frame(HostArray(grey), HostArray(np.full((32, 96), 128, np.uint8)), "bt601_full")
+    frames = [wide[:64, :96], HostArray(wide[3:67, 100:196]), nv12, wide[6:, 300:397], HostArray(wide[:33, 7:40])]
+    with TRTRetinaFace(plugin_form, size_hw=(64, 96), device=device, graphs=False, warm_up=False) as detector:
+        for order in ([0, 1, 2, 3, 4], [4, 2, 3, 0, 1]):
+            detector.detect_batch([frames[index] for index in order])
+            found = _images(device, detector)
+            for slot, index in enumerate(order):
+                pixels = [wide[:64, :96], wide[3:67, 100:196], grey[..., None].repeat(3, 2), wide[6:, 300:397]]
+                frame = [*pixels, wide[:33, 7:40]][index]
+                box = Letterbox.place(frame.shape[:2], (64, 96))
+                wanted = box.apply(np.ascontiguousarray(frame), detector.spec.preprocess.mean_bgr)
+                assert np.abs(found[slot].astype(int) - wanted).max() <= 1, (slot, index)
+
+
+def test_a_copy_on_the_device(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None:
+    with TRTRetinaFace(plugin_form, size_hw=(160, 160), device=device) as detector:
+        expected = detector.detect(astronaut)
+        streams = len(device._streams)
+        source = astronaut.copy()
+        copied = detector.to_device(source)
+        source[:] = 90  # the copy is made already
+        assert_identical(detector.detect(copied), expected)
+        assert (copied.shape, copied.device_index) == ((512, 512, 3), None)
+        assert copied.__cuda_array_interface__ == {
+            "shape": (512, 512, 3),
+            "typestr": "|u1",
+            "data": (copied._memory.address, False),
+            "strides": None,
+            "version": 3,
+            "stream": None,
+        }
+        assert copied._memory.nbytes == astronaut.size
+        slanted = astronaut[::2, ::-1]
+        held = detector.to_device(slanted)
+        assert held.shape == slanted.shape
+        content = device.view(held._memory.address, slanted.size).reshape(slanted.shape)
+        np.testing.assert_array_equal(content, slanted)
+        assert len(device._streams) == streams
+        with pytest.raises(FrameError, match="GRAY2BGR"):
+            detector.to_device(astronaut[..., 0])
+        held = copied = None  # type: ignore[assignment]
+    small = HostDevice(memory_limit=1 << 20)
+    with TRTRetinaFace(plugin_form, size_hw=(64, 64), device=small) as detector:
+        with pytest.raises(DeviceMemoryError, match=r"for a frame of 1000x500: 1\.4 MiB asked for"):
+            detector.to_device(np.zeros((500, 1000, 3), np.uint8))
+        numbered: Any = FakeGpu(small)
+        numbered.index = 5
+        detector.device = numbered
+        assert detector.to_device(np.zeros((8, 8, 3), np.uint8)).device_index == 5
+        detector.device = small
+
+
+def test_what_makes_a_frame_is_waited_for(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None:
+    with TRTRetinaFace(plugin_form, size_hw=(160, 160), device=device) as detector:
+        expected = detector.detect(astronaut)
+        with device.activate():
+            producer = device.stream()
+        image = np.zeros_like(astronaut)
+        with device.activate():
+            for _ in range(5):
+                producer.submit(len, "")
+            producer.submit(np.copyto, image, astronaut)
+        assert_identical(detector.detect(HostArray(image, stream=producer.handle)), expected)
+        luma, chroma = np.zeros((64, 96), np.uint8), np.zeros((32, 96), np.uint8)
+        detector.size_hw = (64, 96)
+        for late in (luma, chroma):
+            luma[:], chroma[:] = 30, 128
+            with device.activate():
+                for _ in range(5):
+                    producer.submit(len, "")
+                producer.submit(late.fill, 200)
+            handle = producer.handle
+            parts = (HostArray(plane, stream=handle if plane is late else None) for plane in (luma, chroma))
+            detector.detect(Nv12Frame(*parts, "bt601_full"))
+            plan = next(plan for plan in _plans(detector) if plan._shape == (1, 64, 96))
+            pixel = device.view(plan._images, 3)
+            assert pixel[1] > 150 if late is luma else pixel[1] < 10  # green: bright, or gone
+
+
+def test_frames_live_until_they_are_read_and_no_longer(device: HostDevice, plugin_form: Path) -> None:
+    """An NV12 frame's planes are kept by what reads them, both; and nobody keeps them afterwards."""
+    planes = [np.zeros((64, 96), np.uint8), np.zeros((32, 96), np.uint8)]
+    owners = [HostArray(plane) for plane in planes]
+    alive = [weakref.ref(owner) for owner in owners]
+    with device.activate():
+        found = device.frame(Nv12Frame(*owners), device.stream())
+    del owners
+    assert found is not None
+    assert [ref() is not None for ref in alive] == [True, True]
+    del found
+    assert [ref() for ref in alive] == [None, None]
+    with TRTRetinaFace(plugin_form, size_hw=(64, 96), device=device, warm_up=False) as detector:
+        frame = HostArray(np.zeros((64, 96, 3), np.uint8))
+        forgotten = weakref.ref(frame)
+        detector.detect(frame)
+        del frame
+        assert forgotten() is None
+
+
+class Liar:
+    """A frame on the device whose shape is not that of its memory."""
+
+    shape = (64, 96, 3)
+
+    def __init__(self) -> None:
+        self.__cuda_array_interface__ = HostArray(np.zeros((32, 96, 3), np.uint8)).__cuda_array_interface__
+
+
+def test_after_an_error_nothing_runs_on(plugin_form: Path, astronaut: Frame) -> None:
+    """The lane is good for the next call, so its stream must be at rest, and the frames the caller's own again."""
+    device = HostDevice(delay_s=LATE_S)
+    done: list[int] = []
+    copy_in = device.copy_in
+
+    def counted(*arguments: Any) -> None:
+        copy_in(*arguments)
+        arguments[-1].submit(done.append, 1)
+
+    device.copy_in = counted  # type: ignore[method-assign]
+    device._holds = lambda plane: isinstance(plane, (HostArray, Liar))  # type: ignore[method-assign]
+    with TRTRetinaFace(plugin_form, size_hw=(64, 96), device=device) as detector:
+        (lane,) = detector._idle
+        for _ in range(2):
+            done.clear()
+            with pytest.raises(FrameError, match=r"the frame says it is \(64, 96\), and it is \(32, 96\)"):
+                detector.detect_batch([astronaut, astronaut[:300], Liar()])
+            assert len(done) == 2
+        assert detector._idle == [lane]
+    device.close()
+
+
+def test_an_error_of_a_lost_device_is_the_first_one(plugin_form: Path, astronaut: Frame) -> None:
+    device = HostDevice()
+    detector = TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device)
+    with device.activate():
+        stream = device.stream()
+        stream.submit(lambda: 1 // 0)
+        stream.drain()
+    for _ in range(2):
+        with pytest.raises(DeviceLostError, match="ZeroDivisionError"):
+            detector.detect(astronaut)
+    detector.close()
+    assert device.allocated_bytes == 0  # of a lost device too
+
+
+@pytest.mark.parametrize(("size", "shape"), [((64, 96), (1, 64, 96)), (None, (1, 640, 640)), (320, (1, 640, 640))])
+def test_it_is_warm_when_it_is_made(device: HostDevice, plugin_form: Path, size: object, shape: object) -> None:
+    with TRTRetinaFace(plugin_form, size_hw=size, device=device) as detector:  # type: ignore[arg-type]
+        (plan,) = _plans(detector)
+        assert plan._shape == shape
+        assert plan._graph is not None
+        if size == (64, 96):
+            assert (_images(device, detector) == 0).all()  # the size it will run at, and nothing to pad
+    with TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device, warm_up=False) as detector:
+        assert detector._idle == []
+    with TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device, graphs=False) as detector:
+        (plan,) = _plans(detector)
+        assert (plan._has_run, plan._graph) == (True, None)
+        assert detector.environment()["cuda_graphs"] is False
+    with TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device) as detector:
+        assert detector.environment() == {**detector.engine.environment(), "device": "CPU", "cuda_graphs": True}
+
+
+def test_what_is_closed_holds_nothing(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None:
+    """Not only when the last reference goes: graphs, contexts, memory and streams are closed by whoever made them."""
+    with TRTRetinaFace(plugin_form, device=device, size_hw=(64, 64)) as detector:
+        for _ in range(2):
+            detector.detect_batch([astronaut, astronaut[:99]])
+        (lane,) = detector._idle
+        kept: Any = lane
+        first = _plans(detector)
+        detector.size_hw = (320, 640)
+        detector.detect_batch([astronaut[:300]] * 2)
+        detector.detect_batch([astronaut[:300]] * 2)
+        last = _plans(detector)
+        assert not {*map(id, first)} & {*map(id, last)}  # they went when the memory moved
+        graphs = [plan._graph for plan in (*first, *last) if plan._graph is not None]
+        assert len(graphs) == 2
+        with device.activate():
+            other = device.stream()
+    assert not any(hasattr(plan._context, "_work") for plan in (*first, *last))
+    assert device.allocated_bytes == 0
+    with device.activate():
+        for graph in graphs:
+            with pytest.raises(GpuError, match="this graph has been closed"):
+                graph.launch(other)
+        with pytest.raises(GpuError, match="has been closed"):
+            kept._stream.submit(print)
+    for pinned in (kept._results, kept._descriptions, kept._uploads):
+        with pytest.raises(GpuError, match="has been closed"):
+            assert pinned.array is None
+    for memory in (kept._block, kept._frames, kept._workspace):
+        with pytest.raises(GpuError, match="has been closed"):
+            assert memory.address == 0
+
+
+def test_old_memory_goes_before_new_comes(plugin_form: Path) -> None:
+    """Where both do not fit beside each other."""
+    device = HostDevice(memory_limit=4_000_000)
+    with TRTRetinaFace(plugin_form, device=device, warm_up=False) as detector:
+        for side in (1000, 1080):  # the network's input has 3.1 and 3.6 MB
+            assert len(detector.detect(HostArray(np.zeros((side, side, 3), np.uint8)))) == 0
+    with TRTRetinaFace(plugin_form, device=device, size_hw=(32, 32), warm_up=False) as detector:
+        for side in (1000, 1080):  # the frames have 3.0 and 3.5
+            assert len(detector.detect(np.zeros((side, side, 3), np.uint8))) == 0
+    assert device.allocated_bytes == 0
+
+
+def test_rooms_grow_and_never_shrink(device: HostDevice, plugin_form: Path) -> None:
+    """Many small frames, then a large one, then many again: what was large enough once is there the second time."""
+    with TRTRetinaFace(plugin_form, device=device, warm_up=False) as detector:
+        held = []
+        for batch, side in ((8, 32), (1, 416), (8, 32), (1, 416), (3, 64)):
+            detector.detect_batch([np.zeros((side, side, 3), np.uint8)] * batch)
+            (lane,) = detector._idle
+            rooms: Any = lane
+            held.append((rooms._block.nbytes, len(rooms._results.array), len(rooms._descriptions.array)))
+        assert held[1] == tuple(map(max, held[0], held[1]))
+        assert held[1][0] > held[0][0]
+        assert held[2:] == [held[1]] * 3
+        assert rooms._plans.made == 4  # (8, 32) once more after the memory had moved, and never again
+        # one frame room for uploads, as large as the largest batch, and none of before
+        uploads = device.allocated_bytes - rooms._block.nbytes - 1
+        assert uploads == len(rooms._uploads.array) == rooms._frames.nbytes == 416 * 416 * 3
+        assert len(_plans(detector)) == 3
+        detector.detect(np.zeros((417, 417, 3), np.uint8))
+        assert device.allocated_bytes - rooms._block.nbytes - 1 == -(-417 * 417 * 3 // 256) * 256
+
+
+@pytest.mark.parametrize("device", [True, -1, 0.0, 1.5, None])
+def test_devices_that_are_none(device: Any) -> None:
+    with pytest.raises(SpecError, match=r"device is the index of a GPU, pycuda, cpu or a Device, got"):
+        TRTRetinaFace("f.engine", device=device)
+
+
+def test_a_device_that_cannot_capture_is_not_asked_to(plugin_form: Path, astronaut: Frame) -> None:
+    device = HostDevice()
+    device.can_capture = False  # type: ignore[misc]
+    with TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device) as detector:
+        detector.detect(astronaut)
+        assert detector.environment()["cuda_graphs"] is False
+        assert all(plan._graph is None for plan in _plans(detector))
+
+
+def test_an_engine_that_does_not_serve_is_closed(plugin_form: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[HostEngine] = []
+    monkeypatch.setattr(HostEngine, "close", lambda self: closed.append(self))
+    device = HostDevice()
+    for wrong in ({"score_threshold": 0.001}, {"size_hw": (33, 64)}, {"size_hw": (4096, 4096)}):
+        with pytest.raises(SpecError):
+            TRTRetinaFace(plugin_form, device=device, **wrong)  # type: ignore[arg-type]
+    assert len(closed) == 3
+    small = HostDevice(memory_limit=1000)
+    with pytest.raises(
+        DeviceMemoryError, match=r"for 1 frames of 0\.0 megapixels: 12\.0 KiB asked for, 999 bytes of 1000 bytes free"
+    ):
+        TRTRetinaFace(plugin_form, size_hw=(64, 64), device=small)
+    assert len(closed) == 4
+    detector = TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device)
+    assert device.allocated_bytes > 0
+    monkeypatch.setattr(HostEngine, "close", lambda self: (closed.append(self), device.allocated_bytes == 0 or 1 / 0))
+    detector.close()  # the lanes before the engine, whose contexts they hold
+    detector.close()
+    assert len(closed) == 5
+
+
+def test_frames_without_pixels_or_sides(device: HostDevice, plugin_form: Path) -> None:
+    flat, empty = HostArray(np.zeros(9, np.uint8)), HostArray(np.zeros((9, 0, 3), np.uint8))
+    wrong = {
+        r"uint8 HxWx3 BGR, got shape \(9,\)": flat,
+        r"uint8 HxWx3 BGR, got shape \(9, 0, 3\)": empty,
+        "got SimpleNamespace": SimpleNamespace(shape=(9, 9, 3)),
+        r"got shape \(7,\)": Nv12Frame(HostArray(np.zeros(7, np.uint8)), HostArray(np.zeros(7, np.uint8))),
+        "even sides": Nv12Frame(HostArray(np.zeros((9, 8), np.uint8)), HostArray(np.zeros((4, 8), np.uint8))),
+        "sides must be 1 to 16384": HostArray(np.zeros((1, 16385, 3), np.uint8)),
+        "got object": object(),
+    }
+    with TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device) as detector:
+        for message, frame in wrong.items():
+            with pytest.raises(FrameError, match=message):
+                detector.detect(frame)
+        assert len(detector.detect(HostArray(np.zeros((1, 1, 3), np.uint8)))) == 0
+        assert len(detector._idle) == 1
 
 
 def test_graphs_are_captured_once_a_shape_and_replayed(
@@ -237,6 +577,16 @@ def test_an_engine_for_larger_batches_gets_empty_slots(
         for frame, want in zip(frames, expected, strict=True):
             _assert_same(detector.detect(frame), want)
         assert {plan._shape[0] for plan in _plans(detector)} == {4}
+        # what a batch of three left behind is gone when one comes: those slots are all padding, and no kernel reads
+        # frames that may be gone
+        detector.detect_batch(frames[:3])
+        detector.detect(frames[0])
+        images = _images(device, detector)
+        assert (images[1:] == np.uint8(detector.spec.preprocess.mean_bgr)).all()
+        assert (images[0] != images[1]).any()
+        (lane,) = detector._idle
+        row = len(lane._descriptions.array) // 4  # type: ignore[attr-defined]
+        assert not lane._descriptions.array[row:].any()  # type: ignore[attr-defined]
 
 
 def test_sizes_an_engine_does_not_take(device: HostDevice, tmp_path: Path, astronaut: Frame, plugin_form: Path) -> None:
@@ -244,6 +594,7 @@ def test_sizes_an_engine_does_not_take(device: HostDevice, tmp_path: Path, astro
     build_engine(EngineOptions("mobilenet0.25", path, Profile(sizes_hw=((64, 96),) * 3), onnx_only=True))
     with TRTRetinaFace(path, device=device) as detector:
         assert detector.size_hw == (64, 96)
+        assert detector.engine.profile == EngineProfile((1, 64, 96), (1, 64, 96), (8, 64, 96))
         detector.size_hw = (64, 64)
         with pytest.raises(FrameError, match="64x64 is not among the sizes of the engine, 64x96"):
             detector.detect(astronaut)
@@ -307,6 +658,10 @@ def test_stages(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None
         plain, fine = StageTimer(), StageTimer(fine=True)
         expected = detector.detect(astronaut, plain)
         assert_identical(detector.detect(astronaut, fine), expected)
+        other = StageTimer()
+        detector._idle[0]._graphs = False  # type: ignore[attr-defined]
+        detector.detect(astronaut, other)
+    assert list(other.total_ms) == ["upload", "network", "results"]
     assert list(plain.total_ms) == ["upload", "graph", "results"]
     assert list(fine.total_ms) == ["upload", "letterbox", "network", "decode+NMS", "download", "results"]
     assert fine.total_ms["network"] > fine.total_ms["decode+NMS"] > 0

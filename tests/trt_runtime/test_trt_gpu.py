@@ -87,7 +87,10 @@ def test_frames_of_torch_where_they_lie(detector: TRTRetinaFace, frames: list[Fr
         expected = detector.detect(frame)
         tensor = torch.from_numpy(np.ascontiguousarray(frame)).cuda()
         assert_identical(detector.detect(tensor), expected)
-        assert_identical(detector.detect(detector.to_device(frame)), expected)
+        source = frame.copy()
+        copied = detector.to_device(source)
+        source[:] = 0  # the copy is made by then
+        assert_identical(detector.detect(copied), expected)
         padded = torch.empty((frame.shape[0], frame.shape[1] + 13, 3), dtype=torch.uint8, device="cuda")
         padded[:, : frame.shape[1]] = tensor
         assert_identical(detector.detect(padded[:, : frame.shape[1]]), expected)

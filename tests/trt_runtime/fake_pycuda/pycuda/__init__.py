@@ -1,0 +1,1 @@
+"""PyCUDA where it is not installed: see driver.py."""

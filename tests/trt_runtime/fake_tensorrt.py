@@ -1,0 +1,307 @@
+"""TensorRT for machines without a GPU: what `trt_runtime/tensorrt_api.py` uses of its Python API, over a `HostDevice`.
+
+`TrtEngine` runs on it as on the real one: an engine is any bytes, its network a plugin form that `HostEngine` has
+loaded, and its work goes on the device's streams. TensorRT's rules are kept, and what breaks one is refused as TensorRT
+refuses it: a null pointer or False, and an error in the logger. `tests/export/test_api_surface.py` checks the names
+against the real bindings, and `test_engine.py` those of this file.
+"""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from plugins import PLUGIN
+from trt_runtime.device_host import HostDevice
+from trt_runtime.engine_host import HostEngine
+
+WORKSPACE = 5000
+"""Bytes that a context wants."""
+
+
+class Severity(enum.IntEnum):
+    INTERNAL_ERROR = 0
+    ERROR = 1
+    WARNING = 2
+
+
+class ILogger:
+    Severity = Severity
+    INTERNAL_ERROR, ERROR, WARNING = Severity
+
+    def __init__(self) -> None:
+        self.is_made = True
+
+
+class IProfiler:
+    def __init__(self) -> None:
+        self.is_made = True
+
+
+class FakeGpu:
+    """A `HostDevice` that is called a GPU, so that engines run on it."""
+
+    def __init__(self, device: HostDevice, capability: int = 86, can_capture: bool = True) -> None:
+        self.host = device
+        self.name, self.index = "NVIDIA A10, device 0", 0
+        self.compute_capability, self.can_capture = capability, can_capture
+
+    def activate(self) -> AbstractContextManager[None]:
+        return self.host.activate()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.host, name)
+
+
+class FakeTensorRT(ModuleType):
+    """The module.
+
+    Args:
+        device: Where engines run.
+        network: What they compute.
+        profile: Smallest and largest (B, H, W, 3).
+        rtx: Whether it is TensorRT-RTX.
+
+    Attributes:
+        fails: What fails, and the error that TensorRT logs of it: "runtime", "plugin", "engine", "context", "shape",
+            "enqueue".
+        contexts: Those that are alive.
+        enqueued: Runs that were put on a stream, outside of captures.
+        misplaced: What was made or freed where the device was not active: TensorRT takes whatever context is current.
+    """
+
+    ILogger, IProfiler = ILogger, IProfiler
+    DataType = enum.Enum("DataType", "FLOAT HALF INT32 UINT8 INT64")
+    TensorIOMode = enum.Enum("TensorIOMode", "NONE INPUT OUTPUT")
+    ProfilingVerbosity = enum.Enum("ProfilingVerbosity", "LAYER_NAMES_ONLY NONE DETAILED")
+    ExecutionContextAllocationStrategy = enum.Enum(
+        "ExecutionContextAllocationStrategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED"
+    )
+
+    def __init__(
+        self,
+        device: HostDevice,
+        network: HostEngine,
+        profile: Sequence[tuple[int, ...]] = ((1, 32, 32, 3), (8, 320, 640, 3)),
+        rtx: bool = False,
+        version: str = "10.14.1.48",
+    ) -> None:
+        super().__init__("tensorrt_rtx" if rtx else "tensorrt")
+        self.__version__ = version
+        self.device, self.network, self.profile, self.is_rtx = device, network, tuple(profile), rtx
+        self.fails: dict[str, str] = {}
+        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self.enqueued = 0
+        self.misplaced: list[str] = []
+        self.logger: Any = None
+        outputs = network.spec.decode.outputs
+        kinds = {"int32": self.DataType.INT32, "float32": self.DataType.FLOAT}
+        self.tensors: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+            "images": (self.TensorIOMode.INPUT, self.DataType.UINT8, (-1, -1, -1, 3)),
+            **{name: (self.TensorIOMode.OUTPUT, kinds[kind], (-1, *rest)) for name, (kind, rest) in outputs.items()},
+        }
+        if rtx:
+            self.CudaGraphStrategy = enum.Enum("CudaGraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE")
+            self.DynamicShapesKernelSpecializationStrategy = enum.Enum(
+                "DynamicShapesKernelSpecializationStrategy", "LAZY EAGER NONE"
+            )
+
+    def Runtime(self, logger: Any) -> Runtime:  # noqa: N802 - as TensorRT calls it
+        assert logger.is_made
+        self.logger = logger
+        if self.refuses("runtime"):
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        return Runtime(self)
+
+    def check_place(self, what: str) -> None:
+        """Note what happens where the device is not active."""
+        if not getattr(self.device._thread, "depth", 0):
+            self.misplaced.append(what)
+
+    def refuses(self, what: str, why: str = "") -> bool:
+        """Whether something fails; then the logger is told, amid much else, as TensorRT does."""
+        why = self.fails.get(what, why)
+        if self.logger is not None:
+            self.logger.log(Severity.WARNING, f"a warning about {what}")
+        if why:
+            self.logger.log(Severity.ERROR, why)
+            self.logger.log(Severity.INTERNAL_ERROR, "[checkMacros.cpp::catchCudaError::212] Error Code 1")
+        return bool(why)
+
+
+class Runtime:
+    def __init__(self, trt: FakeTensorRT) -> None:
+        self._trt = trt
+        self._plugins: list[str] = []
+
+    def get_plugin_registry(self) -> SimpleNamespace:
+        def load_library(path: str) -> object | None:
+            assert type(path) is str  # what pybind11 takes
+            if self._trt.refuses("plugin"):
+                return None
+            self._plugins.append(path)
+            return object()
+
+        return SimpleNamespace(load_library=load_library)
+
+    def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
+        no_plugin = "" if self._plugins else "IPluginRegistry::getCreator: plugin not found"
+        if self._trt.refuses("engine", no_plugin):
+            return None
+        return Engine(self._trt, content)
+
+
+class Engine:
+    """An ICudaEngine."""
+
+    def __init__(self, trt: FakeTensorRT, content: bytes) -> None:
+        self._trt = trt
+        self.content = content
+        self.device_memory_size_v2 = WORKSPACE
+        trt.engines.add(self)
+        trt.check_place("engine made")
+
+    def __del__(self) -> None:
+        self._trt.check_place("engine freed")
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._trt.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self._trt.tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return self._trt.tensors[name][0]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return self._trt.tensors[name][1]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._trt.tensors[name][2]
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig(self._trt)
+
+    def create_execution_context(self, config: RuntimeConfig) -> Context | None:
+        return None if self._trt.refuses("context") else Context(self._trt, self, config)
+
+
+class RuntimeConfig:
+    __slots__ = ("_trt", "cache", "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy", "strategy")
+
+    def __init__(self, trt: FakeTensorRT) -> None:
+        self._trt = trt
+        self.strategy = trt.ExecutionContextAllocationStrategy.STATIC
+        self.cache: object = None
+        if trt.is_rtx:
+            self.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+            self.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> object:
+        assert self._trt.is_rtx
+        return SimpleNamespace()
+
+    def set_runtime_cache(self, cache: object) -> bool:
+        assert self._trt.is_rtx
+        self.cache = cache
+        return True
+
+
+class Context:
+    """An IExecutionContext; its layers are two, and take longer each time they are profiled."""
+
+    def __init__(self, trt: FakeTensorRT, engine: Engine, config: RuntimeConfig) -> None:
+        self._trt, self.engine, self.config = trt, engine, config
+        self.nvtx_verbosity = trt.ProfilingVerbosity.DETAILED
+        self.profiler: Any = None
+        self.enqueue_emits_profile = True
+        self.shape: tuple[int, ...] = ()
+        self.addresses: dict[str, int] = {}
+        self.memory = (0, 0)
+        self._runs: list[bool] = []  # whether each is done
+        self._reported = 0
+        trt.contexts.add(self)
+        trt.check_place("context made")
+
+    def __del__(self) -> None:
+        self._trt.check_place("context freed")
+
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        self.memory = address, nbytes
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        smallest, largest = self._trt.profile[0], self._trt.profile[-1]
+        inside = len(shape) == 4 and all(
+            low <= side <= high for low, side, high in zip(smallest, shape, largest, strict=True)
+        )
+        known = name in self._trt.tensors and self._trt.tensors[name][0] == self._trt.TensorIOMode.INPUT
+        if self._trt.refuses("shape", "" if inside and known else f"{shape} of {name} is outside of the profile"):
+            return False
+        self.shape = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        fits = name in self._trt.tensors and address % 256 == 0
+        if self._trt.refuses("address" if name == "scores" else "", "" if fits else f"{name} is wrong"):
+            return False  # one alone that fails is enough
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, handle: int) -> bool:
+        trt, device = self._trt, self._trt.device
+        stream = device.find_stream(handle)
+        address, nbytes = self.memory
+        why = ""
+        if self.config.strategy != trt.ExecutionContextAllocationStrategy.USER_MANAGED:
+            why = "the context has memory of its own"
+        elif nbytes < self.engine.device_memory_size_v2 or address % 256:
+            why = f"{nbytes} bytes at {address} are no workspace"
+        elif set(self.addresses) != set(trt.tensors) or not self.shape:
+            why = "not everything is bound"
+        elif stream is None:
+            why = "the default stream waits for others"
+        elif stream.capturing and self.profiler is not None:
+            why = "what is profiled cannot be captured"
+        elif trt.is_rtx and stream.capturing:
+            if self.config.dynamic_shapes_kernel_specialization_strategy.name != "EAGER":
+                why = "a kernel is compiled during a capture"
+            elif self.config.cuda_graph_strategy != trt.CudaGraphStrategy.DISABLED:
+                why = "a capture in a capture"
+        if trt.refuses("enqueue", why):
+            return False
+        assert stream is not None
+        if not stream.capturing:
+            trt.enqueued += 1
+        shape, addresses, number = self.shape, dict(self.addresses), len(self._runs)
+        self._runs.append(False)
+
+        def work() -> None:
+            device.view(address, nbytes)[:] = 0x11
+            images = device.view(addresses["images"], int(np.prod(shape))).reshape(shape)
+            for name, values in trt.network.run(images)[0].items():
+                device.view(addresses[name], values.nbytes)[:] = values.reshape(-1).view(np.uint8)
+            self._runs[number] = True
+
+        stream.submit(work)
+        return True
+
+    def report_to_profiler(self) -> bool:
+        if self.profiler is None or self.enqueue_emits_profile or not all(self._runs):
+            return False
+        assert self.profiler.is_made
+        for _ in self._runs[self._reported :]:
+            self._reported += 1
+            self.profiler.report_layer_time("conv_1 + relu", 3.0 * self._reported)
+            self.profiler.report_layer_time(f"{{ForeignNode[{PLUGIN.node}]}}", 1.0)
+        return True

@@ -1,0 +1,676 @@
+"""The parts of the detect command, in this process, with a detector that finds what a frame's first pixel says."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+import threading
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from facespec.draw import draw_detections
+from facespec.errors import DataError, FrameError, ImageError, NonFiniteError, OutputError, SpecError, VideoError
+from facespec.images import read_image, write_image
+from facespec.letterbox import Frame
+from tests.trt_runtime.handmade import HandmadeDetector, HandmadeLane, frame_of
+from trt_runtime import detect as module
+from trt_runtime.detect import DetectOptions, Summary, detect, main, parse_arguments
+from trt_runtime.pipeline import WAIT, PipelineOptions, SourceReport
+from trt_runtime.timing import StageTimer
+from trt_runtime.video import TimedFrame, VideoFile, VideoWriter
+
+MODEL = Path("m.onnx")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def detector(monkeypatch: pytest.MonkeyPatch, here: Path) -> HandmadeDetector:
+    """What the command loads; `asked` holds how."""
+    made = HandmadeDetector()
+    made.files = [here / "m.onnx"]
+    made.files[0].write_text("a model")
+    made.asked = []  # type: ignore[attr-defined]
+
+    def load(path: Path, **options: Any) -> HandmadeDetector:
+        made.asked.append((path, options))  # type: ignore[attr-defined]
+        return made
+
+    monkeypatch.setattr(module, "load_detector", load)
+    return made
+
+
+@pytest.fixture
+def photos(here: Path) -> Path:
+    """Three images, with one, two and eight faces."""
+    for name, faces in (("a.png", 1), ("b/c.bmp", 2), ("d.PNG", 8)):
+        write_image(here / "photos" / name, frame_of(faces, (40, 60)))
+    return here / "photos"
+
+
+@pytest.fixture
+def clip(here: Path) -> Path:
+    with VideoWriter(here / "clip.mp4", 10) as writer:
+        for _ in range(6):
+            writer.write(frame_of(128, (32, 64)))
+    return here / "clip.mp4"
+
+
+def _lines(path: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+# options
+
+
+def test_what_happens_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    options = parse_arguments(["a.jpg", "--model", "m.onnx"])
+    assert options == DetectOptions(("a.jpg",), MODEL)
+    assert (options.output, options.json, options.score, options.size_hw, options.threads) == (None,) * 5
+    assert (options.streams, options.backend, options.device, options.show) == (1, "auto", 0, False)
+    assert options.flow == PipelineOptions(batch=None, depth=2, stride=1)
+    assert (options.sources, DetectOptions("a", MODEL).sources) == (("a.jpg",), ("a",))
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "auto, onnxruntime, openvino, tensorrt" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as left:
+        main(["a.jpg"])
+    assert left.value.code == 1
+    assert "required: --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("streams", "depth"), [(1, 2), (2, 2), (3, 3)])
+def test_every_option_reaches_its_place(streams: int, depth: int) -> None:
+    line = (
+        f"a b --model m.onnx --output o --json j --score 0.7 --size 320x640 --threads 3 --streams {streams} "
+        "--backend openvino --device 2 --show --batch 5 --stride 4"
+    )
+    assert parse_arguments(line.split()) == DetectOptions(
+        source=("a", "b"), model=MODEL, output=Path("o"), json="j", score=0.7, size_hw=(320, 640), threads=3,
+        streams=streams, backend="openvino", device=2, show=True, flow=PipelineOptions(5, depth, 4),
+    )  # fmt: skip
+    assert parse_arguments(["a", "--model", "m", "--size", "640"]).size_hw == 640
+
+
+def test_the_detector_is_made_as_asked_and_closed(detector: HandmadeDetector, photos: Path) -> None:
+    detect(DetectOptions(str(photos), MODEL, None, None, 0.7, (320, 640), 3, 2, "openvino", 1))
+    assert detector.asked == [  # type: ignore[attr-defined]
+        (MODEL, {"score_threshold": 0.7, "size_hw": (320, 640), "threads": 3, "streams": 2, "backend": "openvino",
+                 "device": 1}),
+    ]  # fmt: skip
+    assert [lane.closed for lane in detector.lanes] == [True]
+
+
+def test_the_pipeline_is_run_as_asked(detector: HandmadeDetector, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flows: list[tuple[PipelineOptions, float]] = []
+    real = module.run_pipeline
+
+    def watched(found: Any, jobs: Any, options: PipelineOptions, **more: Any) -> Any:
+        flows.append((options, more["tick_s"]))
+        return real(found, jobs, options, **more)
+
+    monkeypatch.setattr(module, "run_pipeline", watched)
+    summary = detect(DetectOptions(str(clip), MODEL, flow=PipelineOptions(batch=3, depth=1, stride=2)))
+    assert flows == [(PipelineOptions(batch=3, depth=1, stride=2), 0.1)]
+    assert (summary.frames, summary.detected) == (6, 3)
+
+
+# what is said at the end
+
+
+def _timer(**stages: float) -> StageTimer:
+    timer = StageTimer()
+    timer.total_ms = dict(stages)
+    return timer
+
+
+def test_the_closing_lines_of_images() -> None:
+    lines = str(Summary(_timer(read=10, network=30), frames=4, detected=4, faces=1, seconds=2)).splitlines()
+    assert lines == ["4 frames, 1 face, 2.0 s (2.0 frames/s)", "ms per frame: read 2.50, network 7.50"]
+    assert str(Summary()).splitlines() == ["0 frames, 0 faces, 0.0 s (0.0 frames/s)", "ms per frame: nothing was run"]
+    lines = str(Summary(_timer(read=1), 1, 1, 0, 2, ["a", "b"], seconds=1, interrupted=True)).splitlines()
+    assert lines == [
+        "1 frame, 0 faces, 1.0 s (1.0 frames/s)",
+        "ms per frame: read 1.00",
+        "2 frames had more faces than the model's limits: export it with higher --top-k and --max-detections",
+        "2 images could not be read or written",
+        "interrupted: everything up to here was written",
+    ]
+    assert "1 image could" in str(Summary(failures=["a"]))
+    assert "1 frame had more" in str(Summary(truncated=1))
+
+
+def test_the_closing_lines_of_videos() -> None:
+    one = SourceReport("a.mp4", decoded=8, frames=8, detected=4, seconds=2, damaged=1)
+    two = SourceReport("b.mp4", decoded=5, frames=2, detected=2, dropped=3, reconnects=1, damaged=2, seconds=4,
+                       error=VideoError("gone"))  # fmt: skip
+    timer = _timer(read=1000, network=3000)
+    summary = Summary(timer, 10, 6, 7, failures=["gone"], sources=[one, two], seconds=2)
+    assert str(summary).splitlines() == [
+        "10 frames (6 through the network), 7 faces, 2.0 s (5.0 frames/s)",
+        "ms per frame: read 100.00, network 300.00; sum of stages 400.00, wall 200.00: overlap 2.00x",
+        "a.mp4: 8 decoded, 4 detected, 0 dropped, 0 reconnects, 1 damaged, 4.0 frames/s",
+        "b.mp4: 5 decoded, 2 detected, 3 dropped, 1 reconnects, 2 damaged, 0.5 frames/s, failed",
+        "3 damaged parts of the video passed over",
+        "1 source could not be read or written",
+    ]
+    alone = replace(one, damaged=0)
+    assert len(str(Summary(timer, 8, 8, 0, sources=[alone], seconds=2)).splitlines()) == 2
+    for changes in ({"dropped": 1}, {"reconnects": 1}):  # a camera's losses are told though it is alone
+        assert "a.mp4: " in str(Summary(timer, 8, 8, 0, sources=[replace(alone, **changes)], seconds=2))
+    assert "1 damaged part of the video passed over" in str(Summary(sources=[one]))
+    # stages overlap only where they take longer than the frame, and a camera sets the pace
+    assert "overlap 1.00x" in str(Summary(_timer(read=2000), 10, 10, sources=[alone], seconds=2))
+    assert "overlap" not in str(Summary(_timer(read=1999), 10, 10, sources=[alone], seconds=2))
+    assert "overlap" not in str(Summary(_timer(read=9000, **{WAIT: 1}), 10, 10, sources=[alone], seconds=2))
+    assert "overlap" not in str(Summary(timer, 0, 0, sources=[alone], seconds=2))
+
+
+@pytest.mark.parametrize("to_stdout", [True, False])
+def test_the_closing_lines_make_way_for_json(
+    to_stdout: bool, detector: HandmadeDetector, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(photos), "--model", "m.onnx", "--json", "-" if to_stdout else "j.json"]) == 0
+    out, err = capsys.readouterr()
+    assert ("3 frames, 11 faces" in err, "3 frames, 11 faces" in out) == (to_stdout, not to_stdout)
+    lines = [json.loads(line) for line in out.splitlines()] if to_stdout else _lines("j.json")
+    assert [len(line["faces"]) for line in lines] == [1, 2, 8]
+
+
+# images
+
+
+def test_what_is_written_of_images(detector: HandmadeDetector, photos: Path) -> None:
+    summary = detect(DetectOptions("photos", MODEL, output=Path("out"), json="new/j.json"))
+    assert (summary.frames, summary.detected, summary.faces, summary.truncated) == (3, 3, 11, 1)
+    assert (summary.failures, summary.sources, summary.interrupted) == ([], [], False)
+    assert summary.seconds > 0
+    assert list(summary.timer.total_ms) == ["read", "network", "results", "draw", "write"]
+    records = _lines("new/j.json")
+    assert [record["source"] for record in records] == ["photos/a.png", "photos/b/c.bmp", "photos/d.PNG"]
+    assert [record["truncated"] for record in records] == [False, False, True]
+    assert sorted(str(path) for path in Path("out").rglob("*.*")) == ["out/a.png", "out/b/c.bmp.png", "out/d.PNG"]
+    frame = read_image(photos / "b" / "c.bmp")
+    expected = draw_detections(frame, HandmadeDetector().detect(frame))
+    np.testing.assert_array_equal(read_image("out/b/c.bmp.png"), expected)
+    assert (expected != frame).any()
+
+
+def test_nothing_is_drawn_unless_asked_for(
+    detector: HandmadeDetector, photos: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "draw_detections", lambda *args, **options: pytest.fail("drawn"))
+    before = sorted(Path().rglob("*"))
+    assert "draw" not in detect(DetectOptions(str(photos), MODEL)).timer.total_ms
+    detector._closed = detector._freed = False
+    assert "draw" not in detect(DetectOptions(str(clip), MODEL)).timer.total_ms
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_lines_come_one_by_one(detector: HandmadeDetector, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads them wants each when it is there, and names as they are."""
+    (photos / "a.png").rename(photos / "日本.png")
+    seen: list[str] = []
+
+    class Pipe(io.StringIO):
+        def flush(self) -> None:
+            seen.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    detect(DetectOptions(str(photos), MODEL, json="-"))
+    assert [text.count("\n") for text in seen[:3]] == [1, 2, 3]
+    assert "日本.png" in seen[2]
+
+
+@pytest.mark.parametrize("error", [FrameError("too large"), ImageError("broken"), OutputError("no room")])
+def test_one_bad_image_of_several_is_told_and_passed_over(
+    error: Exception, detector: HandmadeDetector, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(lane: HandmadeLane) -> None:
+        if detector.calls[-1] == [2]:
+            raise error
+
+    detector.on_run = fail
+    assert main([str(photos), "--model", "m.onnx", "--json", "j.json", "--output", "out"]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [f"error: {error}"]
+    assert "1 image could not be read or written" in out
+    assert [record.get("error") for record in _lines("j.json")] == [None, str(error), None]
+    assert _lines("j.json")[1] == {"source": str(photos / "b" / "c.bmp"), "error": str(error)}
+    detector._closed = detector._freed = False
+    with pytest.raises(type(error), match=str(error)):  # alone, it ends the command
+        detect(DetectOptions(str(photos / "b" / "c.bmp"), MODEL, json="k.json"))
+    assert not Path("k.json").exists()
+
+
+def test_an_image_that_is_alone_in_its_folder_is_one_of_several(
+    detector: HandmadeDetector, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "one").mkdir()
+    (here / "one" / "x.png").write_bytes(b"no image")
+    assert main(["one", "--model", "m.onnx", "--json", "j.json"]) == 1
+    assert "error" in _lines("j.json")[0]
+    assert "x.png" in capsys.readouterr().err
+
+
+def test_what_a_damaged_model_says_is_never_passed_over(detector: HandmadeDetector, photos: Path) -> None:
+    def fail(lane: HandmadeLane) -> None:
+        raise NonFiniteError("NaN")
+
+    detector.on_run = fail
+    with pytest.raises(NonFiniteError):
+        detect(DetectOptions(str(photos), MODEL, json="j.json"))
+    assert not Path("j.json").exists()
+
+
+def test_an_interrupt_keeps_the_images_before(
+    detector: HandmadeDetector, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(lane: HandmadeLane) -> None:
+        if detector.calls[-1] == [2]:
+            raise KeyboardInterrupt
+
+    detector.on_run = interrupt
+    assert main([str(photos), "--model", "m.onnx", "--json", "j.json", "--output", "out"]) == 130
+    assert "interrupted: everything up to here was written" in capsys.readouterr().out
+    assert [len(record["faces"]) for record in _lines("j.json")] == [1]
+    assert [path.name for path in Path("out").iterdir()] == ["a.png"]
+
+
+# videos
+
+
+def test_what_is_written_of_videos(detector: HandmadeDetector, clip: Path) -> None:
+    detector.change = lambda outputs: [np.full_like(outputs[0], 8), *outputs[1:]]
+    summary = detect(DetectOptions(str(clip), MODEL, output=Path("out.mkv"), json="j.json"))
+    assert (summary.frames, summary.detected, summary.faces, summary.truncated) == (6, 6, 48, 6)
+    (report,) = summary.sources
+    assert (report.name, report.decoded, report.complete) == (str(clip), 6, True)
+    assert {"read", "network", "results", "draw", "write", "encode"} <= summary.timer.total_ms.keys()
+    records = _lines("j.json")
+    assert [(record["source"], record["frame"], record["time_s"]) for record in records] == [
+        (str(clip), index, index / 10) for index in range(6)
+    ]
+    assert all((record["width"], record["height"]) == (64, 32) for record in records)
+    with VideoFile(Path("out.mkv")) as drawn:
+        assert drawn.rate == 10
+        assert len(list(drawn)) == 6
+
+
+def test_an_interrupted_video_is_said_to_be(
+    detector: HandmadeDetector, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = module.run_pipeline
+    monkeypatch.setattr(module, "run_pipeline", lambda *args, **more: replace(real(*args, **more), interrupted=True))
+    assert main([str(clip), "--model", "m.onnx", "--json", "j.json"]) == 130
+    assert "interrupted" in capsys.readouterr().out
+    assert len(_lines("j.json")) == 6
+
+
+def test_a_second_interrupt_gives_videos_up(
+    detector: HandmadeDetector, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run_pipeline", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detect(DetectOptions(str(clip), MODEL, json="j.json"))
+    assert not Path("j.json").exists()
+
+
+class _Breaks:
+    """A video whose reading fails after some frames."""
+
+    def __init__(self, frames: int) -> None:
+        self.name, self.live, self.rate, self.frame_count, self.damaged, self.reconnects = "v", False, 10, 9, 0, 0
+        self._frames = frames
+
+    def __enter__(self) -> _Breaks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __iter__(self) -> Any:
+        for index in range(self._frames):
+            yield TimedFrame(frame_of(2), index / 10)
+        raise VideoError("the disk is gone")
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+def test_a_video_that_breaks_keeps_what_came_before(
+    frames: int, detector: HandmadeDetector, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "open_source", lambda source: _Breaks(frames))
+    with pytest.raises(VideoError, match="the disk is gone"):
+        detect(DetectOptions(str(clip), MODEL, output=Path("out.mp4"), json="j.json"))
+    assert Path("j.json").exists() == Path("out.mp4").exists() == bool(frames)
+    if frames:
+        assert [record["frame"] for record in _lines("j.json")] == [0, 1, 2]
+
+
+def test_each_failure_of_several_videos_is_told_once(
+    detector: HandmadeDetector, clip: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x.mp4", "y.mp4"):
+        (here / name).write_text("this is text")
+    assert main(["x.mp4", "clip.mp4", "y.mp4", "--model", "m.onnx", "--json", "j.json"]) == 1
+    out, err = capsys.readouterr()
+    told = sorted(line.partition(": not")[0] for line in err.splitlines() if line.startswith("error"))
+    assert told == ["error: x.mp4", "error: y.mp4"]
+    assert "2 sources could not be read or written" in out
+    errors = [record for record in _lines("j.json") if "error" in record]
+    assert sorted(record["source"] for record in errors) == ["x.mp4", "y.mp4"]
+    assert "6 frames, " in out
+
+
+def test_frames_that_show_no_progress_have_no_total(
+    detector: HandmadeDetector, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[Any] = []
+
+    class Bar(module.tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    detect(DetectOptions(str(clip), MODEL))
+    assert [(bar.n, bar.total) for bar in bars] == [(6, 6)]
+
+
+# lines that cannot be written
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+@pytest.mark.parametrize("source", ["photos", "clip.mp4"])
+def test_a_full_disk_is_named_for_what_it_is(
+    source: str, detector: HandmadeDetector, photos: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a video is written meanwhile, which would take the error for its own."""
+    full = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", full)
+    options = DetectOptions(source, MODEL, Path("out.mp4" if source == "clip.mp4" else "out"), json="-")
+    with pytest.raises(OSError, match="No space left") as caught:
+        detect(options)
+    monkeypatch.undo()
+    with suppress(OSError):
+        full.close()
+    assert type(caught.value) is OSError
+    assert not list(Path().glob("*out.*"))
+
+
+def test_lines_of_several_threads_do_not_mix() -> None:
+    class Slow(io.StringIO):
+        inside = 0
+
+        def write(self, text: str) -> int:
+            Slow.inside += 1
+            assert Slow.inside == 1
+            threading.Event().wait(0.001)
+            written = super().write(text)
+            Slow.inside -= 1
+            return written
+
+    lines = Slow()
+    sink = module._Sink(DetectOptions("a", MODEL), lines, False)
+    threads = [
+        threading.Thread(target=lambda n=number: [sink.write({"n": n}) for _ in range(5)]) for number in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(json.loads(line)["n"] for line in lines.getvalue().splitlines()) == sorted([0, 1, 2, 3] * 5)
+    module._Sink(DetectOptions("a", MODEL), None, False).write({"n": 1})
+
+
+# windows
+
+
+class Window:
+    """What would be seen, where there is no display; the keys are pressed one after the other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *keys: int) -> None:
+        self.shown: list[tuple[str, Frame]] = []
+        self.waits: list[int] = []
+        self._keys = iter(keys)
+        monkeypatch.setattr(module, "require_display", lambda: None)
+        monkeypatch.setattr(module.cv2, "imshow", lambda name, image: self.shown.append((name, image.copy())))
+        monkeypatch.setattr(module.cv2, "waitKey", self._wait)
+
+    def _wait(self, wait_ms: int) -> int:
+        self.waits.append(wait_ms)
+        return next(self._keys, -1)
+
+
+def test_one_image_is_shown_until_a_key_is_pressed(
+    detector: HandmadeDetector, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = Window(monkeypatch)
+    path = photos / "a.png"
+    detect(DetectOptions(str(path), MODEL, show=True))
+    assert window.waits == [0]
+    ((name, image),) = window.shown
+    assert name == "faces (q ends)"
+    np.testing.assert_array_equal(image, draw_detections(read_image(path), HandmadeDetector().detect(read_image(path))))
+
+
+@pytest.mark.parametrize("key", [ord("q"), 27, ord("q") | 0x100000])
+def test_q_or_esc_ends_several_images_in_good_order(
+    key: int, detector: HandmadeDetector, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = Window(monkeypatch, ord("x"), key)
+    summary = detect(DetectOptions(str(photos), MODEL, json="j.json", show=True))
+    assert (summary.frames, summary.interrupted, window.waits) == (2, False, [1, 1])
+    assert [len(record["faces"]) for record in _lines("j.json")] == [1, 2]
+
+
+def test_videos_are_shown_each_in_its_window_until_q(
+    detector: HandmadeDetector, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = clip.with_name("second.mp4")
+    second.write_bytes(clip.read_bytes())
+    window = Window(monkeypatch)
+    summary = detect(DetectOptions((str(clip), str(second)), MODEL, show=True))
+    assert summary.frames == 12
+    assert {name for name, _ in window.shown} <= {f"{clip} (q ends)", f"{second} (q ends)"}
+    assert window.shown  # the last frame of each at least, unless a newer one took its place
+    assert set(window.waits) == {1}
+    window = Window(monkeypatch, *[ord("q")] * 99)
+    detector._closed = detector._freed = False
+    summary = detect(DetectOptions(str(clip), MODEL, json="j.json", show=True))
+    assert not summary.interrupted
+    assert len(_lines("j.json")) == summary.detected <= 6
+
+
+def test_a_window_needs_a_display_before_anything_is_loaded(
+    detector: HandmadeDetector, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(VideoError, match="--show needs a display"):
+        detect(DetectOptions(str(photos), MODEL, show=True))
+    assert detector.asked == []  # type: ignore[attr-defined]
+
+
+# sources
+
+
+def test_what_a_source_is(here: Path) -> None:
+    (here / "7").mkdir()
+    write_image(here / "7" / "x.png", frame_of(1))
+    write_image(here / "p.JPG.png", frame_of(1))
+    (here / "v.mp4").write_text("")
+    (here / "[b].png").write_bytes((here / "p.JPG.png").read_bytes())
+    assert [module._is_camera(name) for name in ("0", "12", "7", "v.mp4", "-1", "1.0", "")] == [
+        True, True, False, False, False, False, False,
+    ]  # fmt: skip
+    assert module._images("7") == [Path("7/x.png")]
+    assert module._images("p.JPG.png") == [Path("p.JPG.png")]
+    assert module._images("[b].png") == [Path("[b].png")]  # a file's name before a pattern
+    assert module._images("v.mp4") is module._images("0") is module._images("rtsp://h/*.png") is None
+    assert module._images("*.png") == [Path("[b].png"), Path("p.JPG.png")]
+    assert module._images("**/*") == [Path("7/x.png"), Path("[b].png"), Path("p.JPG.png")]
+    for wrong, words in (
+        ("", "the source is empty: give a file, a folder, a glob, a webcam's index or an address"),
+        ("none.png", "none.png: no such file or folder"),
+        ("*.mp4", "*.mp4: no image matches this pattern; videos are named one by one"),
+    ):
+        with pytest.raises(DataError, match=re.escape(words)):
+            module._images(wrong)
+    (here / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no images in this folder; videos are named one by one"):
+        module._images("empty")
+
+
+def test_images_or_videos_of_several_sources(here: Path) -> None:
+    for name in ("a.png", "f/b.png", "f/c.png"):
+        write_image(here / name, frame_of(1))
+    for name in ("v.mp4", "w.mp4"):
+        (here / name).write_text("")
+    a, b, c = Path("a.png"), Path("f/b.png"), Path("f/c.png")
+    assert module._image_sources(["f/c.png", "a.png", "f"]) == [c, a, b]  # each once, where it is first named
+    assert module._image_sources(["v.mp4", "w.mp4", "0", "1"]) is None
+    with pytest.raises(DataError, match=r"a\.png is an image, v\.mp4 is not: run images and videos apart"):
+        module._image_sources(["v.mp4", "a.png"])
+    for twice, words in (
+        (["v.mp4", "w.mp4", "v.mp4"], "v.mp4 is given more than once"),
+        (["0", "v.mp4", "0"], "camera 0 is given more than once"),
+        (["rtsp://a:b@h/x", "rtsp://c:d@h/x"], r"rtsp://\*\*\*@h/x is given more than once"),
+    ):
+        with pytest.raises(DataError, match=words):
+            module._image_sources(twice)
+
+
+def test_how_sources_are_shown() -> None:
+    assert [module._label(name) for name in ("0", "clip.mp4", "rtsp://u:p@h/x", "a@b.mp4")] == [
+        "camera 0", "clip.mp4", "rtsp://***@h/x", "a@b.mp4",
+    ]  # fmt: skip
+
+
+def test_where_annotated_images_go(here: Path) -> None:
+    out = Path("out")
+    (here / "f").mkdir()
+
+    def targets(sources: list[str], *paths: str) -> dict[str, str]:
+        found = module._targets(sources, [Path(path) for path in paths], out)
+        return {source: str(target) for source, target in found.items()}
+
+    assert targets(["f"], "f/a.png", "f/g/b.bmp") == {"f/a.png": "out/a.png", "f/g/b.bmp": "out/g/b.bmp.png"}
+    assert targets(["f"], "f/g/b.png") == {"f/g/b.png": "out/g/b.png"}  # as it lies under the source
+    assert targets(["*/*.png"], "f/a.png", "g/a.png") == {"f/a.png": "out/f/a.png", "g/a.png": "out/g/a.png"}
+    assert targets(["x"], "d/f/a.png", "d/f/h/b.png") == {"d/f/a.png": "out/a.png", "d/f/h/b.png": "out/h/b.png"}
+    assert targets(["x"], "d/f/a/1.png", "d/f/b/1.png", "d/g/c/1.png") == {
+        "d/f/a/1.png": "out/f/a/1.png", "d/f/b/1.png": "out/f/b/1.png", "d/g/c/1.png": "out/g/c/1.png",
+    }  # fmt: skip
+    assert targets(["x"], "d/f/h/b.png", "d/a.png") == {"d/f/h/b.png": "out/f/h/b.png", "d/a.png": "out/a.png"}
+    assert targets(["a.png", "f"], "a.png", "f/a.png") == {"a.png": "out/a.png", "f/a.png": "out/f/a.png"}
+    assert [str(module._as_written(Path(name))) for name in ("a.JPG", "a.jpeg", "a.png", "a.webp", "b/a.tif")] == [
+        "a.JPG", "a.jpeg", "a.png", "a.webp", "b/a.tif.png",
+    ]  # fmt: skip
+    with pytest.raises(OutputError, match=r"--output out: f/a.bmp and f/a.bmp.png would get the same name; run them"):
+        targets(["f"], "f/a.bmp", "f/b.png", "f/a.bmp.png")
+
+
+def test_where_annotated_videos_go(here: Path) -> None:
+    sources = ["d/a.mkv", "0", "rtsp://u:p@h:554/x/y?k=1", "rtsp://?"]
+    found = module._video_targets(sources, Path("out"))
+    assert {source: target.name for source, target in found.items()} == {
+        "d/a.mkv": "a.mp4", "0": "camera0.mp4", sources[2]: "h_554_x_y_k_1.mp4", "rtsp://?": "stream.mp4",
+    }  # fmt: skip
+    assert {target.parent for target in found.values()} == {Path("out")}
+    with pytest.raises(OutputError, match=r"d/a\.mkv and e/a\.mp4 would get the same name; run them apart"):
+        module._video_targets(["d/a.mkv", "b.mp4", "e/a.mp4"], Path("out"))
+
+
+def test_outputs_that_are_refused_before_any_work(here: Path) -> None:
+    for name in ("f/a.png", "f/b.png", "x.jpg"):
+        write_image(here / name, frame_of(1))
+    (here / "v.mp4").write_text("video")
+    (here / "w.mp4").write_text("video")
+    (here / "m.onnx").write_text("model")
+    (here / "file").write_text("")
+    one, two = [Path("x.jpg")], [Path("f/a.png"), Path("f/b.png")]
+
+    def check(
+        source: str | tuple[str, ...], images: list[Path] | None, single: bool, **options: Any
+    ) -> dict[str, Path]:
+        wanted = {name: Path(value) if name == "output" else value for name, value in options.items()}
+        return module._check_outputs(DetectOptions(source, MODEL, **wanted), [MODEL], images, single)
+
+    assert check("x.jpg", one, True) == {}
+    assert check("x.jpg", one, True, output="o.JPG") == {"x.jpg": Path("o.JPG")}
+    assert check("v.mp4", None, True, output="o.MKV") == {"v.mp4": Path("o.MKV")}
+    assert check("f", two, False, output="out") == {"f/a.png": Path("out/a.png"), "f/b.png": Path("out/b.png")}
+    assert check(("v.mp4", "w.mp4"), None, False, output="out") == {
+        "v.mp4": Path("out/v.mp4"), "w.mp4": Path("out/w.mp4"),
+    }  # fmt: skip
+    assert check("rtsp://h/x", None, True, output="o.mp4", json="-") == {"rtsp://h/x": Path("o.mp4")}
+    refused: list[tuple[str | tuple[str, ...], list[Path] | None, bool, dict[str, str], str]] = [
+        ("v.mp4", None, True, {"output": "o.jpg"}, "--output o.jpg: video is written as .mp4, .mkv, .mov, .m4v"),
+        ("x.jpg", one, True, {"output": "o.mp4"}, "for one image give a name that ends in .jpg or .png"),
+        ("x.jpg", one, True, {"output": "o"}, "for one image give a name that ends in .jpg or .png"),
+        ("f", two, False, {"output": "o.png"}, "--output o.png: for several images give a folder"),
+        ("f", two, False, {"output": "o.mp4"}, "--output o.mp4: for several images give a folder"),
+        ("f", two, False, {"output": "file"}, "--output file: for several images give a folder"),
+        (("v.mp4", "w.mp4"), None, False, {"output": "o.mp4"}, "--output o.mp4: for several videos give a folder"),
+        ("f", two, False, {"output": "f"}, "--output f lies in the source folder: choose one outside"),
+        ("f", two, False, {"output": "f/new/out"}, "lies in the source folder: choose one outside"),
+        ("x.jpg", one, True, {"json": "x.jpg"}, "--json x.jpg is a file that is read"),
+        ("x.jpg", one, True, {"json": "m.onnx"}, "--json m.onnx is a file that is read"),
+        ("x.jpg", one, True, {"output": "x.jpg"}, "--output x.jpg is a file that is read"),
+        ("v.mp4", None, True, {"output": "v.mp4"}, "--output v.mp4 is a file that is read"),
+        ("v.mp4", None, True, {"json": "v.mp4"}, "--json v.mp4 is a file that is read"),
+        ("x.jpg", one, True, {"output": "o.png", "json": "o.png"}, "--json o.png is the file of --output, too"),
+        ("f", two, False, {"output": "g", "json": "g/b.png"}, "--json g/b.png is the file of --output, too"),
+        (("v.mp4", "w.mp4"), None, False, {"output": "."}, "--output v.mp4 is a file that is read"),
+    ]  # fmt: skip
+    for source, images, single, options, words in refused:
+        with pytest.raises(OutputError, match=re.escape(words)):
+            check(source, images, single, **options)
+
+
+def test_where_lines_go(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        assert module._open_json(None, stack) is None
+        assert module._open_json("-", stack) is sys.stdout
+        lines = module._open_json("new/ü.json", stack)
+        assert lines
+        lines.write("日本\n")
+        assert not Path("new/ü.json").exists()  # whole or not at all
+    assert Path("new/ü.json").read_text(encoding="utf-8") == "日本\n"
+    assert os.listdir("new") == ["ü.json"]
+    with open(os.devnull, "w") as closed, ExitStack() as stack:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with pytest.raises(OutputError, match="--json -: standard output is closed; give a file"):
+            module._open_json("-", stack)
+
+
+def test_lines_are_not_kept_of_a_run_that_fails(detector: HandmadeDetector, photos: Path) -> None:
+    def fail(lane: HandmadeLane) -> None:
+        raise SpecError("mine")
+
+    detector.on_run = fail
+    with pytest.raises(SpecError, match="mine"):
+        detect(DetectOptions(str(photos), MODEL, output=Path("out"), json="j.json"))
+    assert not Path("j.json").exists()
+    assert not list(Path().glob(".j.*"))
+    assert detector.lanes[0].closed

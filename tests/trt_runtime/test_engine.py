@@ -1,0 +1,584 @@
+"""Engines: TensorRT's through a stand-in of its API (fake_tensorrt.py), and the plugin form on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import importlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import plugins.letterbox
+from facespec.errors import DeviceMemoryError, GpuError, MissingPackageError, ModelFileError, SpecError
+from facespec.letterbox import Frame, Letterbox
+from facespec.spec import MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, PreprocessSpec
+from plugins.host import library
+from tests.engines import write_engine, write_rtx_engine
+from tests.faces import assert_identical
+from tests.trt_runtime.fake_tensorrt import WORKSPACE, FakeGpu, FakeTensorRT
+from trt_runtime import TRTRetinaFace, tensorrt_api
+from trt_runtime.device_host import HostArray, HostDevice
+from trt_runtime.engine import Profile, TrtEngine, check_runs_here
+from trt_runtime.engine_host import MAX_BATCH, HostEngine
+from trt_runtime.sidecar import read_sidecar
+from trt_runtime.timing import StageTimer
+
+SIZE = (96, 160)
+PROFILE = {"min": (1, 32, 32, 3), "opt": (2, 64, 96, 3), "max": (4, 320, 640, 3)}
+
+
+@pytest.fixture(scope="module")
+def network(plugin_form: Path) -> HostEngine:
+    return HostEngine(plugin_form, HostDevice())
+
+
+def is_gone(left: Callable[[], Any]) -> bool:
+    """Whether nothing is left, after what only the collector frees has been freed, which takes a while."""
+    if left():
+        gc.collect()
+    return not left()
+
+
+class Rig:
+    """A GPU that is none, a TensorRT that is none, and an engine file."""
+
+    def __init__(self, folder: Path, network: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = HostDevice(delay_s=5e-4)
+        self.gpu: Any = FakeGpu(self.device)
+        self.folder, self.network, self._monkeypatch = folder, network, monkeypatch
+        self.path = write_engine(folder, spec=network.spec, profile=PROFILE)
+        self.trt = self.install(version="10.14.1.48")
+        monkeypatch.setenv("RETINAFACE_PLUGIN", str(library()._name))
+        monkeypatch.setattr("trt_runtime.engine.letterbox", SimpleNamespace(load=self._load))
+
+    def install(self, **options: Any) -> FakeTensorRT:
+        """Make a TensorRT that can be imported."""
+        profile = [PROFILE[name] for name in ("min", "max")]
+        trt = FakeTensorRT(self.device, self.network, profile, **options)
+        self._monkeypatch.setitem(__import__("sys").modules, trt.__name__, trt)
+        return trt
+
+    def _load(self, plugin: ctypes.CDLL) -> Any:
+        """Return the letterbox of the plugin; the host's works at once, and must wait for its turn."""
+        launch = plugins.letterbox.load(plugin)
+
+        def submit(*arguments: Any) -> None:
+            stream = self.device.find_stream(arguments[-1])
+            assert stream is not None
+            stream.submit(launch, *arguments)
+
+        return submit
+
+    def engine(self) -> TrtEngine:
+        with self.device.activate():
+            return TrtEngine(self.path, self.gpu)
+
+    def detector(self, **options: Any) -> TRTRetinaFace:
+        return TRTRetinaFace(self.path, device=self.gpu, **{"size_hw": SIZE, **options})
+
+
+@pytest.fixture
+def rig(tmp_path: Path, network: HostEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    rig = Rig(tmp_path, network, monkeypatch)
+    yield rig
+    assert is_gone(lambda: rig.device.allocated_bytes)
+    rig.device.close()
+
+
+@pytest.fixture(scope="module")
+def frames(astronaut: Frame) -> list[Frame]:
+    return [np.ascontiguousarray(astronaut[:280, 100:400]), np.full((70, 130, 3), 90, np.uint8), astronaut]
+
+
+def test_the_stand_in_has_no_name_that_tensorrt_has_not(network: HostEngine) -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    fake = FakeTensorRT(HostDevice(), network, rtx=True)
+    ours = {
+        "device",
+        "network",
+        "profile",
+        "is_rtx",
+        "fails",
+        "contexts",
+        "engines",
+        "enqueued",
+        "logger",
+        "tensors",
+        "misplaced",
+    }
+    for name in {*vars(fake), *vars(FakeTensorRT)} - ours - {"refuses", "check_place"}:
+        if not name.startswith("__"):
+            assert hasattr(real, name), name
+            if hasattr(getattr(fake, name), "__members__"):
+                assert set(getattr(fake, name).__members__) <= set(getattr(real, name).__members__), name
+
+
+# TensorRT's
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_detector_on_tensorrt_finds_the_faces(rig: Rig, plugin_form: Path, frames: list[Frame], graphs: bool) -> None:
+    """To the bit those of the same network without it: only TensorRT's side of the code differs."""
+    with TRTRetinaFace(plugin_form, size_hw=SIZE, device=HostDevice(), warm_up=False) as plain:
+        expected = [plain.detect(frame) for frame in frames]
+    assert [len(found) for found in expected] == [1, 0, 1]
+    with rig.detector(graphs=graphs) as detector:
+        assert (detector.backend, detector.max_batch) == ("tensorrt", 4)
+        assert detector.files == [rig.path, Path(f"{rig.path}.json")]
+        assert detector.environment() == {
+            "backend": "tensorrt",
+            "TensorRT": "10.14.1.48",
+            "device": "NVIDIA A10, device 0",
+            "cuda_graphs": graphs,
+        }
+        for _ in range(3):
+            for frame, want in zip(frames, expected, strict=True):
+                assert_identical(detector.detect(frame), want)
+        plain_runs = rig.trt.enqueued
+        assert plain_runs == (2 if graphs else 11)  # two for each shape: the best one, warmed up, and one frame's
+        for found, want in zip(
+            detector.detect_batch([frames[0], HostArray(frames[1])] * 5), expected[:2] * 5, strict=True
+        ):
+            np.testing.assert_allclose(found.boxes, want.boxes, atol=2e-3)
+        assert {context.shape[0] for context in rig.trt.contexts} == {2, 4}  # ten are 4, 4 and 2; the memory has moved
+    assert is_gone(lambda: [*rig.trt.contexts, *rig.trt.engines])
+    assert rig.trt.misplaced == []
+
+
+def test_a_context_is_made_as_tensorrt_wants_it(rig: Rig) -> None:
+    with rig.detector() as detector:
+        detector.detect(np.zeros((64, 64, 3), np.uint8))
+        contexts = list(rig.trt.contexts)
+        (lane,) = detector._idle
+        workspace = lane._workspace  # type: ignore[attr-defined]
+        assert workspace.nbytes == WORKSPACE
+        assert [context.shape for context in contexts if context.shape[0] == 2] == [(2, *SIZE, 3)]
+        for context in contexts:
+            assert context.nvtx_verbosity == rig.trt.ProfilingVerbosity.NONE
+            assert context.memory == (workspace.address, WORKSPACE)
+            assert len(set(context.addresses.values())) == 6
+
+
+def test_rtx_compiles_before_a_capture_and_shares_what_it_compiled(rig: Rig, frames: list[Frame]) -> None:
+    rig.path = write_rtx_engine(rig.folder, spec=rig.network.spec, profile=PROFILE)
+    trt = rig.install(rtx=True, version="1.7.1.116")
+    with rig.detector() as detector:
+        assert detector.backend == "rtx"
+        assert detector.environment()["TensorRT-RTX"] == "1.7.1.116"
+        for _ in range(3):
+            assert [len(found) for found in map(detector.detect, frames)] == [1, 0, 1]
+        assert trt.enqueued == 2
+        caches = {id(context.config.cache) for context in trt.contexts}
+        assert len(trt.contexts) == 2
+        assert len(caches) == 1
+        assert caches != {id(None)}
+
+
+def test_the_share_of_the_plugin_is_measured_once(rig: Rig, frames: list[Frame]) -> None:
+    """Ten runs: the network takes 3, 6, ... 30 ms, the plugin 1 each."""
+    share = 10 / (10 + 3 * 55)
+    timer = StageTimer(fine=True)
+    with rig.detector(warm_up=False) as detector:
+        for _ in range(3):
+            detector.detect(frames[0], timer)
+        assert rig.trt.enqueued == 10 + 3
+        assert timer.total_ms["decode+NMS"] / timer.total_ms["network"] == pytest.approx(share / (1 - share))
+        assert [context.profiler for context in rig.trt.contexts] == [None]  # the probe has gone
+
+
+def test_what_cannot_be_profiled_has_no_share(rig: Rig, frames: list[Frame], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_api, "end_profile", lambda context: False)
+    timer = StageTimer(fine=True)
+    with rig.detector(warm_up=False) as detector:
+        detector.detect(frames[0], timer)
+    assert timer.total_ms["decode+NMS"] == 0
+    assert timer.total_ms["network"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fails", "kind", "message"),
+    [
+        (
+            {"runtime": "CUDA 13 wants\na driver"},
+            GpuError,
+            r"TensorRT does not start \(CUDA 13 wants a driver\): does it",
+        ),
+        (
+            {"plugin": "no such library"},
+            GpuError,
+            r"TensorRT cannot load the plugin .*\.so \(no such library\): python -m",
+        ),
+        (
+            {"engine": "magic tag does not match"},
+            GpuError,
+            r"f\.engine: TensorRT cannot load it \(magic tag does not mat",
+        ),
+        ({"engine": "Out of Memory"}, DeviceMemoryError, r"for the engine .*f\.engine: 204 bytes asked for"),
+        ({"context": "no kernel image"}, GpuError, r"TensorRT cannot make an execution context \(no kernel image\)$"),
+        (
+            {"context": "out of memory"},
+            DeviceMemoryError,
+            r"for an execution context for \(1, 96, 160\): 4\.9 KiB asked",
+        ),
+        ({"shape": "bad dims"}, GpuError, r"TensorRT refuses an input of \(1, 96, 160\) \(bad dims\)$"),
+        ({"address": "null"}, GpuError, r"TensorRT refuses an input of \(1, 96, 160\) \(null\)$"),
+        ({"enqueue": "x" * 400}, GpuError, r"TensorRT cannot run the network \(x{300}\)$"),
+    ],
+)
+def test_what_tensorrt_refuses_is_said(rig: Rig, fails: dict[str, str], kind: type[Exception], message: str) -> None:
+    rig.trt.fails = fails
+    with pytest.raises(kind, match=message) as caught:
+        rig.detector(warm_up=False).detect(np.zeros((9, 9, 3), np.uint8))
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_that_builds_an_engine_is_named(rig: Rig) -> None:
+    rig.trt.fails = {"engine": "damaged"}
+    with pytest.raises(GpuError, match=r"it is built by: python -m export\.to_trt --weights w --fp16"):
+        rig.engine()
+
+
+def test_errors_of_before_are_not_the_reason(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = rig.engine()
+    engine._logger.log(rig.trt.ILogger.ERROR, "something else")
+    monkeypatch.setattr(tensorrt_api, "make_context", lambda *arguments: None)
+    with rig.device.activate(), pytest.raises(GpuError) as caught:
+        engine.context((1, 96, 160), {"images": 256}, 256)
+    assert str(caught.value) == "TensorRT cannot make an execution context"
+
+    def load_plugin(runtime: Any, plugin: str) -> bool:
+        rig.trt.logger.log(rig.trt.ILogger.ERROR, "out of memory, and it went on without")
+        return True
+
+    monkeypatch.setattr(tensorrt_api, "load_plugin", load_plugin)
+    monkeypatch.setattr(tensorrt_api, "deserialize", lambda *arguments: None)
+    with pytest.raises(GpuError, match="cannot load it; it is built by"):
+        rig.engine()
+
+
+def test_a_run_that_fails_costs_a_lane_and_no_more(rig: Rig, frames: list[Frame]) -> None:
+    done: list[int] = []
+    copy_in = rig.device.copy_in
+
+    def counted(*arguments: Any) -> None:
+        copy_in(*arguments)
+        arguments[-1].submit(done.append, 1)
+
+    rig.device.copy_in = counted  # type: ignore[method-assign]
+    with rig.detector(warm_up=False, graphs=False) as detector:
+        expected = detector.detect(frames[0])
+        (lane,) = detector._idle
+        done.clear()
+        rig.trt.fails = {"enqueue": "no"}
+        with pytest.raises(GpuError, match="cannot run the network"):
+            detector.detect(frames[0])
+        assert len(done) == 2  # the frame and its description: what was under way is over, nobody reads the frame
+        assert detector._idle == []
+        assert is_gone(lambda: rig.device.allocated_bytes)  # nothing of the lane is left
+        with rig.device.activate(), pytest.raises(GpuError, match="closed"):
+            lane._stream.submit(print)  # type: ignore[attr-defined]
+        rig.trt.fails = {}
+        assert_identical(detector.detect(frames[0]), expected)
+        assert detector._idle != [lane]
+
+
+def test_an_engine_that_does_not_serve_is_let_go(rig: Rig) -> None:
+    for options in ({"score_threshold": 0.001}, {"size_hw": (32, 1280)}):
+        with pytest.raises(SpecError):
+            rig.detector(**options)
+    rig.trt.fails = {"context": "none"}
+    with pytest.raises(GpuError, match="execution context"):
+        rig.detector()
+    assert is_gone(lambda: rig.trt.engines)
+
+
+def test_contexts_are_made_one_at_a_time(rig: Rig) -> None:
+    """TensorRT's calls that make them may not overlap."""
+    engine = rig.engine()
+    inside, most, lock = [0], [0], threading.Lock()
+    make = tensorrt_api.make_context
+
+    def counted(*arguments: Any) -> Any:
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        threading.Event().wait(0.02)
+        with lock:
+            inside[0] -= 1
+        return make(*arguments)
+
+    addresses = {name: 256 * (1 + index) for index, name in enumerate(rig.trt.tensors)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt_api, "make_context", counted)
+        threads = [threading.Thread(target=engine.context, args=((1, *SIZE), addresses, 256)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most == [1]
+
+
+@pytest.mark.parametrize("change", ["gone", "more", "kind", "shape", "input", "channels", "name"])
+def test_inputs_and_outputs_must_be_a_detectors(rig: Rig, change: str) -> None:
+    trt, tensors = rig.trt, rig.trt.tensors
+    mode, kind, shape = tensors["scores"]
+    if change == "gone":
+        del tensors["scores"]
+    if change == "more":
+        tensors["heads"] = (mode, kind, shape)
+    if change == "kind":
+        tensors["scores"] = (mode, trt.DataType.HALF, shape)
+    if change == "shape":
+        tensors["scores"] = (mode, kind, (-1, shape[1] + 1))
+    if change == "input":
+        tensors["scores"] = (trt.TensorIOMode.INPUT, kind, shape)
+    if change == "channels":
+        tensors["images"] = (*tensors["images"][:2], (-1, -1, -1, 4))
+    if change == "name":
+        tensors["image"] = tensors.pop("images")
+    with pytest.raises(ModelFileError, match=r"not those of a detector: python -m export\.to_trt"):
+        rig.engine()
+
+
+@pytest.mark.parametrize(
+    ("flavor", "built", "installed", "runs"),
+    [
+        ("tensorrt", "10.14.1", "10.14.1", True),
+        ("tensorrt", "10.14.1", "10.14.1.48", True),
+        ("tensorrt", "10.14.1.33", "10.14.1.48", True),
+        ("tensorrt", "10.14.1", "10.14.2", False),
+        ("tensorrt", "10.14.1", "10.15.1", False),
+        ("tensorrt", "10.14.1", "11.14.1", False),
+        ("rtx", "1.7.1.116", "1.7.9.1", True),
+        ("rtx", "1.7.1.116", "1.8.1.116", False),
+        ("rtx", "1.7.1.116", "2.7.1.116", False),
+    ],
+)
+def test_an_engine_runs_in_the_version_that_built_it(
+    rig: Rig, flavor: str, built: str, installed: str, runs: bool
+) -> None:
+    write = write_rtx_engine if flavor == "rtx" else write_engine
+    rig.path = write(rig.folder, version=built, spec=rig.network.spec, profile=PROFILE)
+    rig.install(rtx=flavor == "rtx", version=installed)
+    if runs:
+        assert rig.engine().backend == flavor
+        return
+    with pytest.raises(ModelFileError) as caught:
+        rig.engine()
+    title = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}[flavor]
+    assert f"f.engine: built by {title} {built}, and {installed} is installed: build it again: python" in str(
+        caught.value
+    )
+
+
+def test_what_an_engine_knows(rig: Rig) -> None:
+    engine = rig.engine()
+    assert engine.profile == Profile((1, 32, 32), (2, 64, 96), (4, 320, 640))
+    assert engine.workspace_bytes == WORKSPACE
+    assert engine.spec == rig.network.spec
+    engine._engine.device_memory_size_v2 = 0
+    assert tensorrt_api.workspace_bytes(engine._engine) == 0
+    engine.close()
+    assert is_gone(lambda: rig.trt.engines)
+
+
+def test_an_engine_without_a_workspace_gets_a_byte(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_api, "workspace_bytes", lambda engine: 0)
+    assert rig.engine().workspace_bytes == 1
+
+
+def test_padding_is_the_mean_of_the_model(rig: Rig, network: HostEngine) -> None:
+    spec = dataclasses.replace(network.spec, preprocess=PreprocessSpec(mean_bgr=(1, 2, 3)))
+    rig.path = write_engine(rig.folder, spec=spec, profile=PROFILE)
+    engine = rig.engine()
+    box, frame = Letterbox.place((32, 32), (32, 64)), np.full((32, 32, 3), 7, np.uint8)
+    described = plugins.letterbox.describe(frame.ctypes.data, 96, (32, 32), box.scaled_hw)
+    with rig.device.activate():
+        stream, images = rig.device.stream(), rig.device.allocate(2 * 32 * 64 * 3, "images")
+        table = (plugins.letterbox.LetterboxFrame * 2)(described)
+        engine.letterbox(ctypes.addressof(table), (2, 32, 64), images.address, stream)
+        stream.synchronize()
+        found = rig.device.view(images.address, images.nbytes).reshape(2, 32, 64, 3)
+        np.testing.assert_array_equal(found[0], box.apply(frame, (1, 2, 3)))
+        np.testing.assert_array_equal(found[1], np.broadcast_to(np.uint8([1, 2, 3]), (32, 64, 3)))
+
+
+def test_tensorrt_must_be_installed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(MissingPackageError, match=r"running .*f\.engine needs tensorrt, .* pip install -e '\.\[trt\]'"):
+        rig.engine()
+
+
+def test_an_engine_is_checked_before_it_is_loaded(rig: Rig) -> None:
+    rig.trt.fails = {"engine": "loaded"}
+    rig.path.write_bytes(rig.path.read_bytes()[:-1] + b"x")
+    with pytest.raises(
+        ModelFileError, match=r"f\.engine: the engine is not the one its sidecar describes: its SHA-256"
+    ):
+        rig.engine()
+    rig.path = write_engine(rig.folder, spec=rig.network.spec, profile=PROFILE, compute_capabilities=(80, 90))
+    with pytest.raises(ModelFileError) as caught:
+        rig.engine()
+    assert "built for sm_80, sm_90, and NVIDIA A10, device 0 is sm_86: build it again for this GPU: python -m" in str(
+        caught.value
+    )
+    assert not rig.trt.engines
+
+
+def test_capabilities_are_looked_up_and_not_compared(tmp_path: Path) -> None:
+    path = write_engine(tmp_path, compute_capabilities=(75, 90))
+    sidecar = read_sidecar(path)
+    for capability in (75, 90):
+        check_runs_here(path, sidecar, capability, "a GPU")
+    for capability in (74, 80, 100):
+        with pytest.raises(ModelFileError, match=f"a GPU is sm_{capability}"):
+            check_runs_here(path, sidecar, capability, "a GPU")
+
+
+# TensorRT's API for real, as far as it goes without a GPU
+
+
+def test_the_real_logger_and_runtime() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = tensorrt_api.make_logger(trt)
+    for severity in (trt.ILogger.VERBOSE, trt.ILogger.INFO, trt.ILogger.WARNING):
+        logger.log(severity, "no error")
+    logger.log(trt.ILogger.ERROR, "[checkMacros.cpp::catchCudaError::212] Error Code 1: Cuda Runtime")
+    assert not logger.errors
+    for number in range(5):
+        logger.log(trt.ILogger.ERROR, f"error {number}")
+        logger.log(trt.ILogger.INTERNAL_ERROR, f"internal {number}")
+    assert len(logger.errors) == 8
+    assert logger.errors[-1] == "internal 4"
+    logger.errors.clear()
+    runtime = tensorrt_api.make_runtime(trt, logger)
+    if runtime is None:
+        pytest.skip(f"TensorRT-RTX does not start here: {logger.errors}")
+    assert not tensorrt_api.load_plugin(runtime, "/nonexistent/plugin.so")
+    assert "/nonexistent/plugin.so" in logger.errors[-1]
+    assert tensorrt_api.deserialize(runtime, b"vtrt" + bytes(60)) is None
+    assert "deserializeCudaEngine" in logger.errors[-1]
+
+
+def test_no_runtime_is_none() -> None:
+    def runtime(logger: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    assert tensorrt_api.make_runtime(SimpleNamespace(Runtime=runtime), None) is None
+
+
+# sizes
+
+
+def test_profiles() -> None:
+    several = Profile((1, 32, 64), (1, 320, 320), (8, 640, 1280))
+    assert several.fixed_hw is None
+    assert str(several) == "32x64 to 640x1280"
+    for size in ((32, 64), (640, 1280), (320, 320), (32, 1280)):
+        assert several.takes(size)
+    for size in ((31, 64), (32, 63), (641, 1280), (640, 1281), (640, 32), (1280, 640)):
+        assert not several.takes(size)
+    one = Profile((1, 320, 640), (4, 320, 640), (8, 320, 640))
+    assert one.fixed_hw == (320, 640)
+    assert str(one) == "320x640"
+    assert Profile((1, 320, 320), (1, 320, 320), (1, 320, 640)).fixed_hw is None
+
+
+# the plugin form on the CPU
+
+
+def test_what_the_cpu_takes(network: HostEngine, plugin_form: Path) -> None:
+    assert network.profile == Profile((1, 32, 32), (1, 640, 640), (8, 3264, 3264))
+    assert MAX_BATCH * 640 * 3264 <= MAX_NETWORK_PIXELS < MAX_BATCH * 640 * 3296
+    assert network.files == [plugin_form]
+    assert network.backend == "host"
+    assert network.environment() == {
+        "backend": "host",
+        "onnxruntime": importlib.import_module("onnxruntime").__version__,
+    }
+    assert network._session.get_session_options().intra_op_num_threads == 1  # each lane has a thread of its own
+
+
+def test_engines_and_files_in_parts_are_none_for_the_cpu(plugin_form: Path, tmp_path: Path) -> None:
+    for name in ("f.engine", "F.PLAN"):
+        with pytest.raises(ModelFileError, match=rf"{name}: engines run on a GPU; device cpu runs the \.plugin\.onnx"):
+            HostEngine(tmp_path / name, HostDevice())
+    path = tmp_path / "parts.onnx"
+    onnx.save(onnx.load(plugin_form), path, save_as_external_data=True, size_threshold=0, location="parts.data")
+    with pytest.raises(
+        ModelFileError, match=r"parts\.onnx: device cpu runs plugin forms, in one file: .*--out parts\.plug"
+    ):
+        HostEngine(path, HostDevice())
+
+
+def test_a_context_reads_and_writes_where_it_was_told(network: HostEngine, astronaut: Frame) -> None:
+    """Two images in one call give what each gives alone, and nothing beside the outputs is touched."""
+    device = HostDevice()
+    box = Letterbox.place(astronaut.shape[:2], SIZE)
+    batch = np.stack([box.apply(frame, (1, 2, 3)) for frame in (astronaut[::-1], astronaut)])
+    expected = network.run(batch)[0]
+    assert expected["num_detections"].shape == (2,)
+    with device.activate():
+        stream = device.stream()
+        memory = {"images": device.allocate(batch.nbytes, "images")}
+        for name, values in expected.items():
+            memory[name] = device.allocate(values.nbytes, name)
+        context = network.__class__.context
+        made = context(_on(network, device), (2, *SIZE), {name: item.address for name, item in memory.items()}, 0)
+        device.view(memory["images"].address, batch.nbytes)[:] = batch.reshape(-1)
+        gate = threading.Event()
+        stream.submit(gate.wait)
+        made.enqueue(stream)
+        found = device.view(memory["num_detections"].address, 8).view(np.int32)
+        assert (found == -1).all()  # it is put on the stream, and not done
+        gate.set()
+        stream.synchronize()
+        for name, values in expected.items():
+            got = device.view(memory[name].address, values.nbytes).view(values.dtype).reshape(values.shape)
+            np.testing.assert_array_equal(got, values)
+        assert 0 < made.plugin_share(stream) < 1
+        made.close()
+        for item in memory.values():
+            item.close()  # which looks at what lies beside it
+
+
+def test_the_share_of_decoding_on_the_cpu(network: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([5.0, 8.0, 9.0])
+    monkeypatch.setattr("trt_runtime.engine_host.time.perf_counter", lambda: next(ticks))
+    assert network.run(np.zeros((1, 32, 32, 3), np.uint8))[1] == 0.25  # the network took 3, decoding 1
+
+
+def _on(network: HostEngine, device: HostDevice) -> HostEngine:
+    """Return an engine with another device."""
+    other = object.__new__(HostEngine)
+    other.__dict__ = {**network.__dict__, "_device": device}
+    return other
+
+
+def test_the_cpu_letterbox_pads_and_takes_its_turn(network: HostEngine) -> None:
+    device = HostDevice()
+    engine = _on(network, device)
+    engine.spec = ModelSpec(preprocess=PreprocessSpec(mean_bgr=(4, 5, 6)), decode=DecodeSpec())
+    box, frame = Letterbox.place((32, 32), (64, 32)), np.full((32, 32, 3), 7, np.uint8)
+    with device.activate():
+        stream, images = device.stream(), device.allocate(64 * 32 * 3, "images")
+        table = (plugins.letterbox.LetterboxFrame * 1)(
+            plugins.letterbox.describe(frame.ctypes.data, 96, (32, 32), box.scaled_hw)
+        )
+        gate = threading.Event()
+        stream.submit(gate.wait)
+        engine.letterbox(ctypes.addressof(table), (1, 64, 32), images.address, stream)
+        assert (device.view(images.address, images.nbytes) == 0xFF).all()
+        gate.set()
+        stream.synchronize()
+        found = device.view(images.address, images.nbytes).reshape(64, 32, 3)
+        np.testing.assert_array_equal(found, box.apply(frame, (4, 5, 6)))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,22 @@ import pytest
 from facespec.errors import RetinaFaceError
 from facespec.images import write_image
 from facespec.letterbox import Letterbox
+from trainer import RetinaFace, load_model
 from trainer.batches import place_faces
 from trainer.config import Settings, TrainConfig, resolve
 from trainer.data.synthetic import SyntheticSample
 from trainer.targets import Faces
+
+
+@cache
+def _published() -> RetinaFace:
+    return load_model()
+
+
+def published() -> RetinaFace:
+    """Return the published model, one's own to change; reading its file each time takes longer than most tests."""
+    return copy.deepcopy(_published())
+
 
 SIDE = 160
 """Of the images, and of the network that is trained on them."""

@@ -35,6 +35,8 @@ from trainer.targets import Faces, collate
 from trainer.training import TrainState, fit
 from trainer.validation import LabelledValidation
 
+pytestmark = pytest.mark.timeout(400)  # two processes and torchrun, on one core
+
 ROOT = Path(__file__).parents[2]
 CPU = World(torch.device("cpu"))
 ARGUMENTS = "--data set --size 96 --batch 2 --epochs 2 --workers 0 --precision fp32 --output"
@@ -181,7 +183,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     result = subprocess.run(
-        [*line, str(folder), *_free_ports(4)], cwd=folder, env=environment, capture_output=True, text=True, timeout=110
+        [*line, str(folder), *_free_ports(4)], cwd=folder, env=environment, capture_output=True, text=True, timeout=380
     )
     return Ran(folder, result)
 

@@ -11,13 +11,14 @@ from facespec.errors import FrameError, SpecError
 from facespec.letterbox import Frame, Letterbox
 from facespec.priors import make_priors
 from facespec.spec import DecodeSpec, PreprocessSpec
-from trainer import RetinaFace, load_model
+from tests.trainer.conftest import published
+from trainer import RetinaFace
 from trainer.detector import TorchRetinaFace
 
 
 @pytest.fixture
 def model() -> RetinaFace:
-    return load_model()
+    return published()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from facespec.spec import AnchorSpec, ModelSpec, PreprocessSpec
-from trainer import RetinaFace, load_model
+from tests.trainer.conftest import published
+from trainer import RetinaFace
 from trainer.backbones import Features
 from trainer.config import OptimizerConfig, ScheduleConfig, resolve
 from trainer.engine import Ema, Heads, Learner, PixelTerm, lr_factor, make_optimizer, seed_step, train_step
@@ -78,7 +79,7 @@ def test_gradients_are_shortened_to_the_limit_and_reported_as_they_were(clip: fl
 
 
 def test_a_step_goes_downhill_on_its_batch() -> None:
-    model = load_model()
+    model = published()
     learner = Learner(model, MultiBoxLoss(model.spec), freeze_batch_norm=True)
     optimizer = make_optimizer(learner, OptimizerConfig(lr=1e-3, momentum=0.0, nesterov=False))
     batch = _batch()
@@ -98,7 +99,7 @@ def _by_hand(model: RetinaFace, images: Tensor, targets: Targets, settings: Loss
 
 
 def test_the_loss_of_a_batch_is_that_of_its_centred_pixels() -> None:
-    model = load_model()
+    model = published()
     images, targets = _batch()
     with torch.no_grad():
         found = Learner(model, MultiBoxLoss(model.spec), freeze_batch_norm=True)(images, targets)
@@ -121,7 +122,7 @@ class Seen(PixelTerm):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_pixel_term_sees_what_is_promised_and_counts_by_its_weight(bf16: bool) -> None:
-    model, term = load_model(), Seen()
+    model, term = published(), Seen()
     images, targets = _batch()
     learner = Learner(
         model, MultiBoxLoss(model.spec, LossSettings(pixel_weight=3.0)), term, bf16=bf16, freeze_batch_norm=True
@@ -148,9 +149,11 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_batch_normalisation_keeps_its_statistics_uses_them_and_learns_its_scale(frozen: bool) -> None:
-    model = load_model()
+    model = published()
     learner = Learner(model, MultiBoxLoss(model.spec), freeze_batch_norm=frozen)
+    assert model.training  # from the start, though it was loaded to detect
     assert learner.train(False).training is False
+    assert not any(module.training for module in model.modules())
     learner.train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) > 20
@@ -182,7 +185,7 @@ def test_the_network_is_compiled_on_request_alone(monkeypatch: pytest.MonkeyPatc
 
     calls: list[object] = []
     monkeypatch.setattr(torch, "compile", spy)
-    model, batch = load_model(), _batch(1)
+    model, batch = published(), _batch(1)
     plain = Learner(model, MultiBoxLoss(model.spec), freeze_batch_norm=True)(*batch)
     assert not compiled
     found = Learner(model, MultiBoxLoss(model.spec), freeze_batch_norm=True, compile=True)(*batch)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from facespec.spec import ModelSpec
-from trainer import RetinaFace, load_model
+from tests.trainer.conftest import published
+from trainer import RetinaFace
 from trainer.folding import is_folded, unfold
 
 
@@ -20,7 +21,7 @@ def _photographs(count: int = 6) -> Tensor:
 def test_folded_batch_normalisation_is_given_back() -> None:
     """The published weights come folded: by a batch's statistics they would be another network."""
     photographs = _photographs()
-    model, folded = load_model(), load_model()
+    model, folded = published(), published()
     assert is_folded(folded)
     unfold(model, photographs.split([1, 2, 3]))
     assert not is_folded(model)
@@ -37,7 +38,7 @@ def test_folded_batch_normalisation_is_given_back() -> None:
 
 def test_statistics_are_those_of_all_images_and_filters_have_their_length() -> None:
     photographs = _photographs()
-    model = load_model()
+    model = published()
     unfold(model, photographs.split([1, 2, 3]))
     inputs: dict[nn.BatchNorm2d, Tensor] = {}
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -58,7 +59,7 @@ def test_statistics_are_those_of_all_images_and_filters_have_their_length() -> N
 
 
 def test_a_filter_of_zeros_stays_one() -> None:
-    model = load_model()
+    model = published()
     convolution, norm = model.body.stage1[0][0], model.body.stage1[0][1]  # type: ignore[index, union-attr]
     with torch.no_grad():
         convolution.weight[3] = 0
@@ -73,14 +74,14 @@ def test_a_filter_of_zeros_stays_one() -> None:
 
 def test_the_mode_of_the_model_stays_what_it_was() -> None:
     for training in (True, False):
-        model = load_model().train(training)
+        model = published().train(training)
         unfold(model, [_photographs(1)])
         assert model.training == training
         assert all(module.training == training for module in model.modules())
 
 
 def test_one_layer_with_a_mean_tells_a_model_that_is_not_folded() -> None:
-    model = load_model()
+    model = published()
     last = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][-1]
     assert last.running_mean is not None
     last.running_mean[0] = 0.5

@@ -24,11 +24,12 @@ from trainer.checkpoint import read_training, weights_sha256
 from trainer.config import TrainConfig, resolve, to_settings
 from trainer.data import Dataset, Report, TrainingSet
 from trainer.distributed import World
-from trainer.engine import PixelTerm
+from trainer.engine import Learner, PixelTerm, seed_step
 from trainer.folding import is_folded
 from trainer.targets import Faces
 from trainer.training import (
     REPORTED,
+    Row,
     TrainState,
     _clock,
     _Data,
@@ -180,6 +181,80 @@ def test_an_epoch_notes_the_mean_of_its_steps_and_starts_anew(tmp_path: Path) ->
     assert run.saved_step == 2
 
 
+def test_it_is_saved_before_it_is_measured_and_all_measure_one_model(tmp_path: Path) -> None:
+    agreed: list[nn.Module] = []
+
+    class Noted(World):
+        def agree(self, model: nn.Module) -> None:
+            agreed.append(model)
+
+    run, validation = _run(_settings(tmp_path, schedule__epochs=3), [{"ap": 1.0}])
+    run.world = Noted(CPU.device)
+    _finish_epochs(run, 1)
+    assert len(agreed) == 1
+    assert agreed == validation.seen
+    with pytest.raises(StopIteration):  # whatever happens while it is measured
+        _finish_epochs(run, 1)
+    training = read_training(run.folder / "last.pth")[1]
+    assert training["step"] == 4
+    assert len(training["history"]) == 1
+    assert training["sums"]["total"] == 2
+
+
+def test_a_step_moves_the_weights_and_their_average_and_is_noted(tmp_path: Path) -> None:
+    drawn: list[float] = []
+
+    class Drawing(PixelTerm):
+        def forward(self, features: object, heads: object, images: torch.Tensor, targets: object) -> torch.Tensor:
+            drawn.append(torch.rand(()).item())
+            return images.new_zeros(())
+
+    config = _settings(tmp_path, seed=5, schedule__epochs=4, schedule__warmup_epochs=2, loss__pixel_weight=1.0)
+    run, _ = _run(config)
+    run.learner.pixel_term = Drawing()
+    rows: list[Row] = []
+
+    class Book:
+        def add_step(self, row: Row) -> None:
+            rows.append(row)
+
+    run.records = Book()  # type: ignore[assignment]
+    assert run.state.ema is not None
+    batches = list(run._batches())
+    assert len(batches) == 8
+    before = weights_sha256(run.state.model.state_dict())
+    assert run._step(*batches[0], False) is False
+    assert run._step(*batches[1], True) is True
+    assert (run.state.step, run.state.ema.updates) == (2, 2)
+    assert weights_sha256(run.state.model.state_dict()) != before
+    assert [row["lr"] for row in rows] == pytest.approx([0.0025, 0.005])
+    assert [group["lr"] for group in run.state.optimizer.param_groups] == pytest.approx([0.005] * 2)
+    assert [(row["step"], row["epoch"]) for row in rows] == [(1, 1), (2, 1)]
+    for name in REPORTED:
+        assert run.state.sums[name] == pytest.approx(rows[0][name] + rows[1][name])
+    for step in (0, 1):
+        seed_step(5, step, 0)
+        assert drawn[step] == torch.rand(()).item()
+
+
+def test_settings_reach_what_they_are_for(tmp_path: Path) -> None:
+    config = _settings(
+        tmp_path, precision="bf16", model__freeze_batch_norm=True, loss__box_weight=3.0, augment__flip=0.25, seed=2
+    )
+    run, _ = _run(config, images=7)
+    assert isinstance(run.learner, Learner)
+    assert (run.learner.bf16, run.learner.freeze_batch_norm) == (True, True)
+    assert run.learner.loss.settings == config.loss
+    assert run.learner.model is run.state.model
+    assert (run.per_epoch, run.steps) == (3, 300)
+    run, _ = _run(_settings(tmp_path, precision="fp32"))
+    assert isinstance(run.learner, Learner)
+    assert (run.learner.bf16, run.learner.freeze_batch_norm) == (False, False)
+    assert run._epoch_columns() == ["epoch", *REPORTED, "ap", "seconds"]
+    run.data = dataclasses.replace(run.data, validation=None)
+    assert run._epoch_columns() == ["epoch", *REPORTED, "seconds"]
+
+
 def test_nothing_measured_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = _run(_settings(tmp_path, schedule__epochs=2), [{}, {"ap": 1.0}])
     _finish_epochs(run, 2)
@@ -302,6 +377,7 @@ def test_data_is_opened_as_it_is_asked_for(images: Path, config: Callable[..., T
     assert (len(data.dataset), data.order) == (12, Order(12, 4, 4))
     assert isinstance(data.samples, TrainingSet)
     assert (data.samples.size, data.samples.seed) == (64, 4)
+    assert data.samples.settings == config().augment
     few = _open_data(config(data__overfit=3, data__batch=8, data__size=64), CPU)
     assert isinstance(few.samples, AsTheyAre)
     assert [Path(sample.name).name for sample in few.dataset.samples] == ["0.png", "1.png", "2.png"]

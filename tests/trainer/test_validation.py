@@ -15,7 +15,8 @@ from scipy.io import savemat
 from facespec.errors import DataError
 from facespec.images import write_image
 from facespec.letterbox import Frame
-from trainer import RetinaFace, load_model
+from tests.trainer.conftest import published
+from trainer import RetinaFace
 from trainer.average_precision import LEVELS, ImageTruth
 from trainer.config import DataConfig
 from trainer.data import Dataset, Report, open_dataset
@@ -36,7 +37,7 @@ class Alone(World):
 
 @pytest.fixture(scope="module")
 def model() -> RetinaFace:
-    return load_model()
+    return published()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -538,3 +538,22 @@ def test_each_split_has_its_own_labels_and_images(tmp_path: Path, monkeypatch: p
 
 def test_a_json_is_known_by_its_suffix_whatever_its_case(make: Make) -> None:
     assert open_dataset(str(make("FACES.JSON", json.dumps(_coco())))).report.faces == 2
+
+
+def test_lines_may_lack_the_quality_or_all_but_the_box(make: Make) -> None:
+    without = KNOWN.rpartition(" ")[0]
+    text = f"\ufeff#a.JPG\n10 12 30 40 {without}\n1 2 3 4\n1 2 30 40 0 0 0 0 0 0\n"
+    path = make("label.txt", text, images="")
+    write_image(path.parent / "images" / "a.jpg", np.full((HEIGHT, WIDTH, 3), 90, np.uint8))
+    (path.parent / "images" / "a.jpg").rename(path.parent / "images" / "a.JPG")
+    dataset = open_dataset(str(path))
+    faces = dataset.samples[0].load()[1]
+    np.testing.assert_array_equal(faces.boxes, [[10, 12, 40, 52], [1, 2, 4, 6]])
+    assert faces.landmarks[0].tolist() == [[20, 20], [30, 20], [25, 25], [21, 30], [29, 30]]
+    assert _problems(dataset.report.problems) == [(4, Kind.MALFORMED)]  # of the other form
+    text = f"a.JPG\n3\n10 12 30 40\n1 2 3 4 0 0 0 0 0 0\n1 2 30 40 {without}\n"
+    path.with_name("official.txt").write_text(text)
+    dataset = open_dataset(str(path.with_name("official.txt")))
+    np.testing.assert_array_equal(dataset.samples[0].load()[1].boxes, [[10, 12, 40, 52], [1, 2, 4, 6]])
+    assert _problems(dataset.report.problems) == [(5, Kind.MALFORMED)]
+    assert dataset.name == str(path.with_name("official.txt"))

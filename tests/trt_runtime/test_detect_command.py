@@ -35,33 +35,47 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., str]]:
-    """Run the command in this process, from `tmp_path`; it must end in one line on stderr and exit code 1.
-
-    What C libraries write there would be a line, too.
-    """
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run the command as `command` does, but in this process; what C libraries print counts, too."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
-    def call(module: str, *args: object, env: dict[str, str] | None = None) -> str:
+    def call(module: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         assert module == "trt_runtime.detect"
-        for name, value in (env or {}).items():
-            monkeypatch.setenv(name, value)
-        with monkeypatch.context() as patch, open(2, "w", closefd=False) as stderr:
+        capfd.readouterr()
+        with (
+            monkeypatch.context() as patch,
+            open(1, "w", closefd=False) as stdout,
+            open(2, "w", closefd=False) as stderr,
+        ):
             patch.chdir(tmp_path)
+            patch.setattr(sys, "stdout", stdout)
             patch.setattr(sys, "stderr", stderr)
+            for name, value in (env or {}).items():
+                patch.setenv(name, value)
             with pytest.raises(SystemExit) as left:
                 run(lambda: main([*map(str, args)]))
-        lines = capfd.readouterr().err.strip().splitlines()
-        assert left.value.code == 1, lines
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("error: ")
-        return lines[0]
+        assert isinstance(left.value.code, int)
+        return subprocess.CompletedProcess(args, left.value.code, *capfd.readouterr())
 
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def refused(inside: Run) -> Callable[..., str]:
+    """Run the command, which must end in one line on stderr and exit code 1; return that line."""
+
+    def call(module: str, *args: object, env: dict[str, str] | None = None) -> str:
+        backend = () if "--backend" in args else ("--backend", "onnxruntime")  # it is loaded soonest
+        result = inside(module, *args, *backend, env=env)
+        lines = result.stderr.strip().splitlines()
+        assert result.returncode == 1, lines
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return call
 
 
 @pytest.fixture
@@ -139,8 +153,8 @@ def test_one_image(command: Run, photos: Path, static_onnx: Path, tmp_path: Path
     assert np.abs(changed.max(axis=0) - (y2, x2)).max() < 4
 
 
-def test_json_to_standard_output(command: Run, photos: Path, static_onnx: Path) -> None:
-    result = command("trt_runtime.detect", photos, "--model", static_onnx, "--json", "-", "--score", "0.9")
+def test_json_to_standard_output(inside: Run, photos: Path, static_onnx: Path) -> None:
+    result = inside("trt_runtime.detect", photos, "--model", static_onnx, "--json", "-", "--score", "0.9")
     assert result.returncode == 0
     assert [len(json.loads(line)["faces"]) for line in result.stdout.splitlines()] == [1, 1]
     assert "2 frames, 2 faces" in result.stderr
@@ -161,10 +175,10 @@ def test_folders_and_patterns(
 
 
 def test_a_bad_image_among_good_ones_is_named_and_passed_over(
-    command: Run, photos: Path, static_onnx: Path, tmp_path: Path
+    inside: Run, photos: Path, static_onnx: Path, tmp_path: Path
 ) -> None:
     (photos / "bad.jpg").write_bytes((photos / "more" / "hopper.jpg").read_bytes()[:5000])
-    result = command("trt_runtime.detect", photos, "--model", static_onnx, "--json", "f.json", "--output", "out")
+    result = inside("trt_runtime.detect", photos, "--model", static_onnx, "--json", "f.json", "--output", "out")
     assert result.returncode == 1
     assert f"error: {photos / 'bad.jpg'}: the JPEG file is truncated" in result.stderr
     assert "Traceback" not in result.stderr
@@ -175,8 +189,8 @@ def test_a_bad_image_among_good_ones_is_named_and_passed_over(
     assert len(list((tmp_path / "out").rglob("*.*"))) == 2
 
 
-def test_a_video(command: Run, video: Path, static_onnx: Path, tmp_path: Path) -> None:
-    result = command("trt_runtime.detect", video, "--model", static_onnx, "--output", "out.mp4", "--json", "out.json")
+def test_a_video(inside: Run, video: Path, static_onnx: Path, tmp_path: Path) -> None:
+    result = inside("trt_runtime.detect", video, "--model", static_onnx, "--output", "out.mp4", "--json", "out.json")
     assert result.returncode == 0, result.stderr
     records = _lines(tmp_path / "out.json")
     assert [record["frame"] for record in records] == list(range(12))
@@ -258,10 +272,10 @@ def test_what_failed_is_told_though_another_source_is_still_being_opened(
 
 
 def test_stride_draws_every_frame_and_writes_a_line_for_those_the_network_saw(
-    command: Run, video: Path, static_onnx: Path, tmp_path: Path
+    inside: Run, video: Path, static_onnx: Path, tmp_path: Path
 ) -> None:
     line = ("trt_runtime.detect", video, "--model", static_onnx)
-    result = command(*line, "--stride", "5", "--output", "out.mp4", "--json", "out.json")
+    result = inside(*line, "--stride", "5", "--output", "out.mp4", "--json", "out.json")
     assert result.returncode == 0, result.stderr
     assert "12 frames (3 through the network), 3 faces" in result.stdout
     records = _lines(tmp_path / "out.json")
@@ -422,8 +436,8 @@ def test_every_kind_of_image_gives_the_face(static_onnx: Path, tmp_path: Path, a
 @pytest.mark.parametrize(
     "spelling", ["./photos/astronaut.png", "photos//astronaut.png", "photos/../photos/astronaut.png"]
 )
-def test_one_image_however_it_is_spelled(spelling: str, command: Run, photos: Path, static_onnx: Path) -> None:
-    result = command("trt_runtime.detect", spelling, "--model", static_onnx, "--output", "faces.jpg")
+def test_one_image_however_it_is_spelled(spelling: str, inside: Run, photos: Path, static_onnx: Path) -> None:
+    result = inside("trt_runtime.detect", spelling, "--model", static_onnx, "--output", "faces.jpg")
     assert result.returncode == 0, result.stderr
     assert (photos.parent / "faces.jpg").is_file()
 

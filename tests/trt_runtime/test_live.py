@@ -180,7 +180,7 @@ def test_a_camera_that_does_not_return_is_given_up(units: list[list[bytes]]) -> 
     with RtspServer(units, _RATE, [Visit(30), Visit(0)]) as server:
         with NetworkStream(server.url(), timeout_s=5, backoff_s=0.01, max_attempts=2) as source:
             with pytest.raises(VideoError, match=r"lost, after 2 attempts to connect again: it gives no frames$"):
-                list(source)
+                list(islice(source, 200))
         assert server.played == 3
 
 
@@ -461,6 +461,7 @@ class Pauses(threading.Event):
 
     def wait(self, timeout: float | None = None) -> bool:
         self.taken.append(timeout)
+        assert len(self.taken) < 2000  # it does not end
         self.then()
         return self.is_set()
 
@@ -525,7 +526,7 @@ def test_who_allows_no_attempts_gets_none(units: list[list[bytes]]) -> None:
         with NetworkStream(server.url(), max_attempts=0) as source:
             source._stopped = waited = Pauses()
             with pytest.raises(VideoError, match="lost, after 0 attempts to connect again: it gives no frames"):
-                list(source)
+                list(islice(source, 200))
         assert (server.played, waited.taken) == (1, [])
 
 
@@ -734,9 +735,10 @@ def test_a_stream_behind_http_that_has_an_end_but_no_length_is_a_file(
             container.mux(stream.encode(av.VideoFrame.from_ndarray(_frame(index), format="bgr24")))
         container.mux(stream.encode(None))
     with NetworkStream(site("v.h264")) as source:
-        frames = list(source)
+        assert not source.live
+        assert len(list(source)) == 20
         assert source._connection.container.duration is None
-    assert (source.live, source.reconnects, len(frames)) == (False, 0, 20)
+    assert source.reconnects == 0
 
 
 def test_a_playlist_without_an_end_is_live(site: Callable[[str], str], tmp_path: Path) -> None:

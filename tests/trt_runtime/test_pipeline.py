@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 import weakref
@@ -321,23 +322,38 @@ def test_an_output_that_fails_gives_up_its_source_alone() -> None:
     assert good.numbers == list(range(40))
 
 
-@pytest.mark.parametrize("where", ["open", "read", "use", "tick"])
-def test_any_other_error_ends_the_run_and_is_raised(where: str, detector: Any) -> None:
+@pytest.mark.parametrize("where", ["open", "read", "network", "output", "use", "tick"])
+def test_any_other_error_ends_the_run_and_is_raised(where: str) -> None:
+    """The other source has come far enough by then to have an output, which is left with an error."""
     fault = ZeroDivisionError(where)
 
     def fail(_: object = None) -> Any:
+        _wait_until(lambda: bool(other.frames))
         raise fault
 
+    class Failing(Made):
+        def __iter__(self) -> Iterator[TimedFrame]:
+            yield from super().__iter__()
+            fail()
+
+    def hold(frames: list[tuple[int, int]]) -> None:
+        if where == "network" and (7, 0) in frames:
+            fail()
+
     endless, other = Made(10**9), Kept()
-    opened = {"open": fail, "read": lambda: Made(3, error=fault)}.get(where, lambda: Made(10**9))
-    jobs = [
-        Job("failing", opened, Kept(fail if where == "use" else lambda seen: None)),
-        Job("endless", lambda: endless, other),
-    ]
+    opened = {"open": fail, "read": lambda: Failing(3)}.get(where, lambda: Made(10**9, mark=7))
+    output = fail if where == "output" else Kept(fail if where == "use" else lambda seen: None)
+    jobs = [Job("failing", opened, output), Job("endless", lambda: endless, other)]
     with pytest.raises(ZeroDivisionError, match=where) as caught:
-        run_pipeline(detector, jobs, tick=fail if where == "tick" else lambda reports: True, tick_s=0.02)
+        run_pipeline(
+            Network(max_batch=1, hold=hold),  # type: ignore[arg-type]
+            jobs,
+            tick=fail if where == "tick" else lambda reports: True,
+            tick_s=0.02,
+        )
     assert caught.value is fault
-    assert other.left not in ("in order", None)  # so that a half-written file is not taken for a whole one
+    assert isinstance(other.left, BaseException)  # so that a half-written file is not taken for a whole one
+    assert endless.stopped.is_set()
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "closed window"])
@@ -621,6 +637,42 @@ def test_tick_sees_the_reports_as_they_grow() -> None:
     assert all(given_[0] is report.sources[0] for given_ in given)
 
 
+def test_tick_is_called_no_more_often_than_asked_for() -> None:
+    kept = Kept(lambda frame: time.sleep(0.3))
+    report = run_pipeline(
+        Network(),  # type: ignore[arg-type]
+        [Job("a", lambda: Made(1), kept)],
+        tick=lambda reports: pytest.fail("this is not the time"),
+        tick_s=1000,
+    )
+    assert report.sources[0].frames == 1
+    assert inspect.signature(run_pipeline).parameters["tick_s"].default == 0.1
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_what_waits_for_the_network_at_the_end_is_not_used(live: bool) -> None:
+    """What it runs on is."""
+    source, kept, full = Made(10**9, live=live), Kept(), threading.Event()
+
+    def hold(_: list[tuple[int, int]]) -> None:
+        if len(network.calls) == 1:
+            _wait_until(lambda: source.made >= 1 + 8 + 1)
+            full.set()
+            assert source.stopped.wait(20)
+
+    network = Network(max_batch=1, hold=hold)
+    report = run_pipeline(
+        network,  # type: ignore[arg-type]
+        [Job("a", lambda: source, kept)],
+        PipelineOptions(depth=1, queue=8),
+        tick=lambda reports: not full.is_set(),
+        tick_s=0.01,
+    )
+    assert [[number] for number in kept.numbers] == [[number for _, number in call] for call in network.calls]
+    assert len(kept.frames) == report.sources[0].frames == 1
+    assert (kept.left, report.sources[0].error, report.interrupted) == ("in order", None, False)
+
+
 def test_no_sources_are_done_at_once() -> None:
     report = run_pipeline(Network(), [], tick=lambda reports: pytest.fail("there is nothing to wait for"))  # type: ignore[arg-type]
     assert (report.sources, report.timer.total_ms, report.interrupted) == ([], {}, False)
@@ -641,14 +693,19 @@ def test_a_source_that_opens_after_the_end_is_not_read() -> None:
 
 
 def test_what_a_source_says_when_it_is_stopped_is_no_error() -> None:
-    kept = Kept()
-    source = Made(10**9, error=VideoError("interrupted"))
+    class Waiting(Made):
+        """It is stopped while it waits for its second frame."""
+
+        def __iter__(self) -> Iterator[TimedFrame]:
+            yield from super().__iter__()
+            assert self.stopped.wait(20)
+            raise VideoError("interrupted")
+
+    source, kept = Waiting(1), Kept()
     jobs = [Job("a", lambda: source, kept)]
     report = run_pipeline(Network(), jobs, tick=lambda reports: not kept.numbers, tick_s=0.01)  # type: ignore[arg-type]
-    assert source.stopped.is_set()
     assert report.sources[0].error is None
-    assert report.sources[0].complete
-    assert not report.interrupted
+    assert (report.sources[0].complete, report.interrupted, kept.left) == (True, False, "in order")
 
 
 def test_an_abort_stops_every_source_and_raises_the_first_error() -> None:
@@ -657,11 +714,12 @@ def test_an_abort_stops_every_source_and_raises_the_first_error() -> None:
     class Stubborn(Made):
         """It fails when it is stopped."""
 
-        def stop(self) -> None:
-            super().stop()
-            self.error = second
+        def __iter__(self) -> Iterator[TimedFrame]:
+            yield from super().__iter__()
+            assert self.stopped.wait(20)
+            raise second
 
-    sources = [Stubborn(10**9), Stubborn(10**9, live=True)]
+    sources = [Stubborn(2), Stubborn(2, live=True)]
 
     def fail(seen: SeenFrame) -> None:
         _wait_until(lambda: all(kept.frames for kept in outputs[1:]))

@@ -77,6 +77,15 @@ def test_odd_sizes_lose_at_most_one_row_and_column(shape: tuple[int, int], tmp_p
         assert [frame.image.shape[:2] for frame in video] == [(shape[0] // 2 * 2, shape[1] // 2 * 2)] * 3
 
 
+def test_odd_sizes_are_cut_not_scaled(tmp_path: Path) -> None:
+    """Stripes of two rows: scaled from 97 rows to 96 they would blur away in the middle."""
+    stripes = np.repeat(np.where(np.arange(97) // 2 % 2, 200, 50)[:, None, None], 129, axis=1)
+    frame = np.broadcast_to(stripes, (97, 129, 3)).astype(np.uint8)
+    with VideoFile(_write(tmp_path / "v.mp4", [frame] * 3)) as video:
+        for image, _ in video:
+            assert np.abs(image.astype(int) - frame[:96, :128]).mean() < 10
+
+
 def test_frames_of_another_size_are_letterboxed(tmp_path: Path) -> None:
     path = _write(tmp_path / "v.mp4", [_frame(9), _frame(9, 200, 100), _frame(9, 50, 300), _frame(9)])
     with VideoFile(path) as video:
@@ -297,10 +306,18 @@ def test_files_that_are_no_video(data: bytes, tmp_path: Path) -> None:
 def test_no_frames_no_video_stream_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="no such file"):
         VideoFile(tmp_path / "none.mp4")
-    os.mkfifo(tmp_path / "pipe.mp4")  # nobody would ever write into it
-    for path in (tmp_path / "pipe.mp4", tmp_path):
-        with pytest.raises(VideoError, match=f"^{path}: not a regular file$"):
-            VideoFile(path)
+    pipe = tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=[b"no video"])  # or it would be waited for
+    writer.start()
+    try:
+        for path in (pipe, tmp_path):
+            with pytest.raises(VideoError, match=f"^{path}: not a regular file$"):
+                VideoFile(path)
+    finally:
+        end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        writer.join(10)
+        os.close(end)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         for _ in range(5):
@@ -742,24 +759,43 @@ def test_a_frame_is_encoded_while_the_next_is_made_ready(tmp_path: Path) -> None
             if frame is not None:
                 threads.add(threading.current_thread())
                 begun.release()
-                assert go_on.acquire(timeout=30)
+                assert go_on.acquire(timeout=10)
             super()._encode(frame)
 
     path = tmp_path / "v.mp4"
     with Slow(path, 25) as writer:
         writer.write(_frame(0))  # returns while the frame is being encoded
-        assert begun.acquire(timeout=30)
+        assert begun.acquire(timeout=10)
         second = threading.Thread(target=writer.write, args=[_frame(1)])
         second.start()
         assert not begun.acquire(timeout=0.1)  # one at a time: it waits
         assert second.is_alive()
         go_on.release()
-        second.join(30)
-        assert begun.acquire(timeout=30)
+        second.join(10)
+        assert begun.acquire(timeout=10)
         go_on.release()
     assert threading.current_thread() not in threads
     with VideoFile(path) as video:
         assert len(list(video)) == 2
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_an_error_of_the_encoder_is_raised_whichever_frame_it_is_of(number: int, tmp_path: Path) -> None:
+    class Failing(VideoWriter):
+        count = 0
+
+        def _encode(self, frame: Any) -> None:
+            self.count += 1
+            if self.count == number + 1:
+                raise av.error.InvalidDataError(1094995529, "Invalid data found")
+            super()._encode(frame)
+
+    path = tmp_path / "v.mp4"
+    with pytest.raises(VideoError) as caught, Failing(path, 25) as writer:  # noqa: PT012
+        for index in range(3):
+            writer.write(_frame(index))
+    assert str(caught.value) == f"{path}: cannot be written (Invalid data found)"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_time_of_encoding_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

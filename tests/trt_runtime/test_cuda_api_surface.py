@@ -551,6 +551,12 @@ with device.activate():
     print(live(2))
     del view
     print(live(2))
+    first, second, spot, page = device.stream(), device.stream(), device.allocate(4, "a test"), device.pinned(4)
+    page.array[:] = 1
+    device.copy_out(page.array, spot.address, first)
+    second.wait_for(first.handle)
+    print((page.array == 1).all())
+    del first, second, spot, page
 shared = PyCudaDevice(cuda.Stream(1))
 print(shared.can_capture, shared.can_order)
 memory = device.allocate(18, "a test")
@@ -579,6 +585,7 @@ cuda.Context.pop()
         lines = run(fake, ("" if bindings else without) + code, **pycuda).splitlines()
         assert lines.pop(0) == f"1 Fake, device 1 91 {bindings} {bindings}"
         assert [lines.pop(0), lines.pop(0)] == ["1", "0"]  # pinned memory lives as long as a view of it
+        assert lines.pop(0) == str(bindings)  # a stream waits, and not the thread, where that can be told
         assert lines[0] == f"False {bindings}"
         assert lines[1].startswith(
             "GpuError there is no current PyCUDA context on this thread: make one first, by `impor"

@@ -182,9 +182,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         os.chdir(before)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    result = subprocess.run(
-        [*line, str(folder), *_free_ports(4)], cwd=folder, env=environment, capture_output=True, text=True, timeout=380
-    )
+    process = subprocess.Popen(
+        [*line, str(folder), *_free_ports(4)], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        said = process.communicate(timeout=350)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes then; they would wait for each other for an hour
+        said = process.communicate(timeout=40)
+    result = subprocess.CompletedProcess(line, process.returncode, *said)
     return Ran(folder, result)
 
 

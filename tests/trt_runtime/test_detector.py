@@ -663,6 +663,9 @@ def test_a_size_that_was_asked_for_and_the_one_a_model_takes() -> None:
     assert type(network_size(None, [320, 640], "m")) is tuple  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=re.escape("m takes 320x640 only, not 640x320: leave the size out, or export")):
         network_size((320, 640), (640, 320), "m")
+    for other in ((320, 320), (640, 640)):  # one side as it is
+        with pytest.raises(SpecError, match="m takes 320x640 only, not"):
+            network_size((320, 640), other, "m")
     with pytest.raises(SpecError, match="m takes 320x320 only, not a longer side of 320: "):
         network_size((320, 320), 320, "m")
     for wrong in (33, (32, 33), (0, 32)):

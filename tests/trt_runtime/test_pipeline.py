@@ -774,12 +774,19 @@ def test_a_frame_is_let_go_as_soon_as_it_was_used() -> None:
     assert kept.left == "in order"
 
 
-def test_the_frames_of_a_source_that_is_given_up_are_let_go() -> None:
+@pytest.mark.parametrize("in_the_network", [False, True])
+def test_the_frames_of_a_source_that_is_given_up_are_let_go(in_the_network: bool) -> None:
+    """Those that wait for their use, and those whose calls end only afterwards."""
+    source, kept = Made(10**9), Kept()
+
     def full(seen: SeenFrame) -> None:
-        _wait_until(lambda: source.made == 8 + 2 + 8 + 1)  # ready, in two calls or past them, and one that is read
+        # ready, in two calls or past them, and one that is read
+        _wait_until(lambda: source.made == 8 + (3 if in_the_network else 2 + 8) + 1)
         raise VideoError("the disk is full")
 
-    source, kept = Made(10**9), Kept()
+    def hold(frames: list[tuple[int, int]]) -> None:
+        if in_the_network and frames[0] in [(0, 1), (0, 2)]:
+            assert source.closed.wait(20)
 
     class Silent(Made):
         def __iter__(self) -> Iterator[TimedFrame]:
@@ -787,7 +794,16 @@ def test_the_frames_of_a_source_that_is_given_up_are_let_go() -> None:
             assert source.closed.wait(20)
             _wait_until(lambda: source.freed >= source.made - 1)  # the traceback keeps the one that was used
 
-    report = _run(Network(max_batch=1), [(lambda: source, Kept(full)), (lambda: Silent(1), kept)], queue=8)
+    work = [(lambda: source, Kept(full)), (lambda: Silent(1, mark=1), kept)]
+    report = _run(Network(max_batch=1, hold=hold), work, queue=8)
     assert str(report.sources[0].error) == "the disk is full"
     assert report.sources[1].error is None
     assert kept.left == "in order"
+
+
+def test_frames_that_pass_the_network_take_no_room_in_its_calls() -> None:
+    source = Made(17)
+    network = Network(max_batch=2, hold=lambda _: _check(source.closed.wait(20)))
+    _run(network, [(lambda: source, Kept())], depth=1, queue=20, stride=2)
+    assert [number for call in network.calls for _, number in call] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    assert {len(call) for call in network.calls[1:-1]} == {2}

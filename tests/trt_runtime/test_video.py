@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import resource
 import subprocess
@@ -256,6 +257,36 @@ def test_a_thousand_broken_packets_in_a_row_are_passed_over_and_no_more(
     assert video.damaged == damaged
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_last_frame_that_is_shown_for_long_is_not_missing(suffix: str, tmp_path: Path) -> None:
+    """Far longer than the mean of all frames, but no longer than the one before."""
+    starts = [*range(0, 1000, 40), 5000, 10_000, 15_000]
+    with av.open(str(tmp_path / f"v{suffix}"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuvj420p"
+        picture = av.VideoFrame.from_ndarray(_frame(3, 32, 32), format="bgr24").reformat(format="yuvj420p")
+        data = bytes(stream.encode(picture)[0])
+        for start, end in itertools.pairwise(starts):
+            packet = av.Packet(data)
+            packet.stream, packet.time_base = stream, Fraction(1, 1000)
+            packet.pts = packet.dts = start
+            packet.duration = end - start
+            container.mux(packet)
+    with VideoFile(tmp_path / f"v{suffix}") as video:
+        assert [seconds for _, seconds in video] == pytest.approx([start / 1000 for start in starts[:-1]], abs=1e-3)
+    assert video.damaged == 0
+
+
+def test_a_rate_that_is_not_announced_is_guessed(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "v.ts"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=7)
+        stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(_frame(3), format="bgr24")))
+        container.mux(stream.encode(None))
+    with VideoFile(tmp_path / "v.ts") as video:
+        assert (video.rate, video.frame_count) == (7, 0)
+
+
 def test_a_frame_that_cannot_be_converted_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Odd(Pictures):
         """FFmpeg decodes no file into what it cannot convert, so that such frames are put among them."""
@@ -503,7 +534,7 @@ def test_a_window_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
         require_display()
 
 
-def test_playlists_do_not_lead_to_other_files(tmp_path: Path) -> None:
+def test_playlists_do_not_lead_to_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other"
     other.mkdir()
     with av.open(str(other / "secret.ts"), "w", format="mpegts") as container:
@@ -520,6 +551,19 @@ def test_playlists_do_not_lead_to_other_files(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(VideoError), VideoFile(tmp_path / name) as video:
             list(video)
+    allowed = []
+    real = av.open
+
+    def open_(*args: Any, options: dict[str, str], **others: Any) -> Any:
+        allowed.append(options)
+        return real(*args, options=options, **others)
+
+    monkeypatch.setattr(av, "open", open_)
+    with VideoFile(other / "secret.ts"):
+        assert allowed[0]["protocol_whitelist"] == "file"
+        assert not {"hls", "applehttp", "dash", "concat", "image2", "lavfi"} & set(
+            allowed[0]["format_whitelist"].split(",")
+        )
     with VideoFile(other / "secret.ts") as video:  # by itself it is a video like any other
         assert sum(1 for _ in video) == 10
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -15,30 +16,32 @@ import yaml
 from tests.mutants.faults import LISTS, ROOT, Fault, read_faults
 
 
+@functools.cache
+def _text(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", LISTS, ids=[path.stem for path in LISTS])
 def test_every_fault_fits_the_code(path: Path) -> None:
     faults = read_faults([path])
     assert faults
     for fault in faults:
-        text = fault.changed((ROOT / fault.file).read_text(encoding="utf-8"))
+        text = fault.changed(_text(fault.file))
         if fault.file.endswith(".py"):
-            ast.parse(text)
+            compile(text, fault.file, "exec", ast.PyCF_ONLY_AST)
         assert fault.fault.endswith("."), fault
         assert fault.tests, fault
         for test in fault.tests:
             place, _, name = test.partition("::")
-            source = (ROOT / "tests" / place).read_text(encoding="utf-8")
-            functions = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-            assert name.partition("[")[0] in functions, fault
+            assert f"def {name.partition('[')[0]}(" in _text(f"tests/{place}"), fault
 
 
 def test_the_lists_cover_all_packages() -> None:
     faults = read_faults()
     assert len({(fault.file, fault.old, fault.new) for fault in faults}) == len(faults) >= 120
     packages = Counter(fault.file.split("/")[0] for fault in faults)
-    assert packages.keys() >= {"facespec", "plugins", "export", "trainer", "trt_runtime"}
-    assert min(packages.values()) >= 10
-    assert sum(fault.is_native for fault in faults) >= 10
+    assert all(packages[name] >= 20 for name in ("facespec", "plugins", "export", "trainer", "trt_runtime"))
+    assert sum(fault.is_native for fault in faults) >= 20
 
 
 def test_the_runner_tells_noticed_from_survived_and_broken(tmp_path: Path) -> None:
@@ -69,5 +72,6 @@ def test_a_fault_without_tests_goes_to_its_mirror() -> None:
         return Fault(file, "", "", "").places()
 
     assert places("facespec/boxes.py") == ["tests/facespec/test_boxes.py"]
-    assert places("facespec/errors.py") == ["tests/facespec"]
+    assert places("facespec/__init__.py") == ["tests/facespec"]
     assert places("plugins/src/plugin.cpp") == ["tests/plugins"]
+    assert places("trainer/data/nothing.py") == ["tests/trainer/data"]

@@ -34,7 +34,7 @@ demo: $(VENV)/.demo
 	@$(RUN) -m export.demo --out build/demo
 
 test: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
-	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --durations 10
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 10
 
 mutants: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
 	$(RUN) -m tests.mutants $(FAULTS)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from facespec.boxes import iou_matrix
 from facespec.detections import Detections
 from facespec.errors import DataError, RetinaFaceError
 from facespec.images import write_image
@@ -175,26 +176,28 @@ def test_defaults_are_the_original_protocol() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_dev_set_gives_the_published_ap(widerface: Path, dynamic_onnx: Path, tmp_path: Path) -> None:
-    """With an exported model, all of it; with PyTorch, which takes five times as long, a sample, to the same AP."""
-    saved = tmp_path / "txt"
-    result = evaluate(_options(widerface, detector=str(dynamic_onnx), save_predictions=saved))
+    """With an exported model, all of it; with PyTorch, which takes five times as long, the same faces in a sample."""
+    result = evaluate(_options(widerface, detector=str(dynamic_onnx), save_predictions=tmp_path / "onnx"))
     assert result["images"] == 323
     assert {level: result[level] for level in LEVELS} == pytest.approx(PUBLISHED_DEV_AP, abs=0.10)
     images = widerface / "val" / "images"
-    for path in sorted(images.glob("*/*.jpg"))[::30]:
-        for target, link in (
-            (path, tmp_path / "val" / "images" / path.relative_to(images)),
-            (saved / path.parent.name / f"{path.stem}.txt", tmp_path / "some" / path.parent.name / f"{path.stem}.txt"),
-        ):
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(target)
-    gt = widerface / "gt"
-    sample = evaluate(_options(tmp_path, ground_truth=gt, detector="mobilenet0.25"))
-    exported = evaluate(_options(tmp_path, ground_truth=gt, predictions=tmp_path / "some", subset=True))
-    assert sample["images"] == exported["images"] == 11
-    assert sample["faces"] == exported["faces"]
-    assert abs(sample["predictions"] - exported["predictions"]) < 5
-    assert [sample[level] for level in LEVELS] == pytest.approx([exported[level] for level in LEVELS], abs=0.10)
+    for path in sorted(images.glob("*/*.jpg"))[::60]:
+        link = tmp_path / "val" / "images" / path.relative_to(images)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    saved = tmp_path / "torch"
+    truth = widerface / "gt"
+    evaluate(_options(tmp_path, ground_truth=truth, detector="mobilenet0.25", save_predictions=saved))
+    names = sorted(path.relative_to(saved) for path in saved.glob("*/*.txt"))
+    assert len(names) == 6
+    for name in names:
+        found, expected = (np.loadtxt(folder / name, skiprows=2, ndmin=2) for folder in (tmp_path / "onnx", saved))
+        boxes, certain = (
+            rows[:, :4] + np.pad(rows[:, :2], ((0, 0), (2, 0))) for rows in (found, expected[expected[:, 4] > 0.6])
+        )
+        assert len(certain)
+        # the exported model sees a few more rows and columns
+        assert (iou_matrix(certain, boxes).max(axis=1) > 0.85).all()
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/absolute", "..", "a\\b", ""])

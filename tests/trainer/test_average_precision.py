@@ -171,7 +171,7 @@ def test_boxes_match_from_an_iou_of_a_half_on(border: int, face: list[float], fo
 def test_a_curve_is_sampled_at_a_thousand_falling_thresholds() -> None:
     faces = [[0, 0, 9, 9], [50, 0, 9, 9], [0, 50, 9, 9], [50, 50, 9, 9]]
     truth = {("e", "i"): ImageTruth(np.array(faces, float), {level: np.ones(4, bool) for level in LEVELS})}
-    rows = [[*faces[0], 1.0], [200, 200, 9, 9, 0.75], [*faces[1], 0.25], [*faces[2], 0.0]]
+    rows = [[*faces[0], 1.0], [200, 200, 9, 9, 0.875], [*faces[1], 0.625], [*faces[2], 0.5]]  # the range is spread
     curve = average_precision({("e", "i"): np.array(rows, float)}, truth)["hard"]
     assert curve.precision.shape == curve.recall.shape == (1000,)
     assert curve.faces == 4

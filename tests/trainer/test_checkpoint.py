@@ -232,17 +232,31 @@ def test_weights_hash_depends_on_values_and_names_only(state: State) -> None:
     assert checkpoint.weights_sha256(changed) != one
 
 
-def test_a_compressed_checkpoint_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
-    torch.save({"w": torch.zeros(3_000_000)}, tmp_path / "w.pth")
+def _packed(folder: Path, values: np.ndarray) -> Path:
+    """Write a checkpoint whose zip archive is compressed, which PyTorch never does."""
+    torch.save({"w": torch.from_numpy(values)}, folder / "w.pth")
     with (
-        zipfile.ZipFile(tmp_path / "w.pth") as plain,
-        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+        zipfile.ZipFile(folder / "w.pth") as plain,
+        zipfile.ZipFile(folder / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
     ):
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
-    assert (tmp_path / "bomb.pth").stat().st_size < 1_000_000
+    return folder / "packed.pth"
+
+
+def test_a_compressed_checkpoint_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    path = _packed(tmp_path, np.zeros(3_000_000, np.float32))
+    assert path.stat().st_size < 100_000
     with pytest.raises(WeightsError, match="would unpack to 11 MiB"):
-        load_model(tmp_path / "bomb.pth")
+        load_model(path)
+    noise = np.random.default_rng(0).normal(size=1_200_000).astype(np.float32)
+    path = _packed(tmp_path, np.where(np.arange(len(noise)) % 5, 0, noise).astype(np.float32))  # to a third
+    with pytest.raises(WeightsError, match="would unpack to 4 MiB"):
+        load_model(path)
+    path = _packed(tmp_path, np.where(np.arange(len(noise)) % 4 < 3, noise, 0).astype(np.float32))  # by a quarter
+    assert path.stat().st_size + (1 << 20) < noise.nbytes < 2 * path.stat().st_size
+    with pytest.raises(WeightsError, match="not RetinaFace weights"):
+        load_model(path)
 
 
 def test_the_limits_of_size_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

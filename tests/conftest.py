@@ -16,6 +16,7 @@ from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
 from plugins.build import ensure
+from trt_runtime.flavor import gpu_capability
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("RETINAFACE_DATA", ROOT.parent / "shared" / "data"))
@@ -40,16 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
                 ensure(target)
 
 
-def _has_gpu() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("RETINAFACE_REQUIRE_GPU") or _has_gpu():
+    if os.environ.get("RETINAFACE_REQUIRE_GPU") or gpu_capability() is not None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):

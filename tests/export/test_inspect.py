@@ -193,6 +193,14 @@ def test_what_speaks_against_a_graph(changed: Callable[..., Inspection], static_
     found = changed(lambda model: setattr(model.graph.node[5], "op_type", "NoSuchOperator"))
     assert found.problems[0].startswith("the ONNX checker finds a fault: ")
     assert all("\n" not in problem for problem in found.problems)
+
+    def quantize(model: onnx.ModelProto) -> None:  # TensorRT builds it without a word, and wrongly
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(1), "one"))
+        model.graph.node.append(helper.make_node("QuantizeLinear", ["boxes", "one"], ["q"], name="q"))
+
+    found = changed(quantize)
+    assert any("zero point is missing" in problem for problem in found.problems)
+    assert not found.valid
     found = changed(lambda model: model.graph.input[0].type.tensor_type.shape.dim.pop())
     assert any("its convolutions cannot be counted" in problem for problem in found.problems)
 

@@ -140,3 +140,11 @@ def test_faces_far_outside_are_clipped_not_wrapped() -> None:
 
 def test_no_faces_no_change() -> None:
     assert (_draw(_faces()) == GREY).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"copy": True}, {"copy": False}])
+def test_the_callers_frame_is_drawn_on_only_if_it_asks_for_that(options: dict[str, bool]) -> None:
+    frame = np.full((400, 500, 3), GREY, np.uint8)
+    drawn = draw_detections(frame, _faces((100, 100, 200, 220)), **options)
+    assert (drawn != GREY).any()
+    assert (frame is drawn) == (frame != GREY).any() == (options.get("copy") is False)

@@ -303,14 +303,17 @@ def test_stages_are_those_of_their_own_calls(unhurried: list[float], monkeypatch
         now[0] += lane.runs / 1024
 
     detector.on_run = run
-    (setting,) = benchmark([{"m": detector}], FRAMES, _options(repeats=2, warm_up=1, depth=1))
-    (found,) = setting.measurements
+    settings = benchmark([{"m": detector}], FRAMES, _options(repeats=2, warm_up=1, depth=1, batches=(1, 3)))
+    (found,) = next(settings).measurements
     first, second = np.array([[2], [5]]), np.array([[3], [4]])  # by turns: whole, staged, staged, whole
     np.testing.assert_allclose(found.total_ms, first * 1e3 / 1024)
     np.testing.assert_allclose(found.stages_ms["network"], second * 1e3 / 1024)
     np.testing.assert_array_equal(found.stages_ms["results"], [[0], [0]])
     # runs 6 and 7 warm the pipeline up; 8 and 9 are its 2 calls
     assert found.pipelined_fps == pytest.approx(2 / (17 / 1024))
+    (found,) = next(settings).measurements  # of three frames a call; 20 and 21 are the calls
+    assert (found.batch, len(found.total_ms)) == (3, 2)
+    assert found.pipelined_fps == pytest.approx(3 * 2 / (41 / 1024))
 
 
 @pytest.mark.parametrize("depth", [1, 3])

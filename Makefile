@@ -4,10 +4,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test mutants lint test-gpu clean
+.PHONY: help demo test test-slow mutants lint test-gpu clean
 help:
 	@echo "make demo      find faces in sample photographs and a short video; no GPU, no data set (build/demo)"
-	@echo "make test      run the tests"
+	@echo "make test      run the tests, but for those marked slow"
+	@echo "make test-slow run those"
 	@echo "make mutants   put faults into copies of the project, one at a time, and see whether the tests notice"
 	@echo "               (FAULTS='trt_runtime/live.py': those of a file; '--every 10': a tenth; '--help')"
 	@echo "make lint      ruff, mypy and clang-format"
@@ -33,8 +34,10 @@ $(VENV)/tensorrt-%: | $(VENV)/bin/python
 demo: $(VENV)/.demo
 	@$(RUN) -m export.demo --out build/demo
 
-test: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
-	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 10
+# the tests marked slow, a tenth of them by time, are for before a push: .ci/run runs both
+test test-slow: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 10 \
+	  -m $(if $(filter test-slow,$@),slow,"not slow")
 
 mutants: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
 	$(RUN) -m tests.mutants $(FAULTS)

@@ -109,7 +109,7 @@ def test_links_and_commands_of_the_documents_exist() -> None:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert (ROOT / link).exists(), f"{document.name}: {link}"
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo", "test", "mutants", "lint", "test-gpu", "clean"):
+    for target in ("demo", "test", "test-slow", "mutants", "lint", "test-gpu", "clean"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 

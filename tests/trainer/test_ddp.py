@@ -35,7 +35,7 @@ from trainer.targets import Faces, collate
 from trainer.training import TrainState, fit
 from trainer.validation import LabelledValidation
 
-pytestmark = pytest.mark.timeout(400)  # two processes and torchrun, on one core
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # two processes and torchrun, on one core
 
 ROOT = Path(__file__).parents[2]
 CPU = World(torch.device("cpu"))

@@ -181,7 +181,7 @@ def test_dev_set_gives_the_published_ap(widerface: Path, dynamic_onnx: Path, tmp
     assert result["images"] == 323
     assert {level: result[level] for level in LEVELS} == pytest.approx(PUBLISHED_DEV_AP, abs=0.10)
     images = widerface / "val" / "images"
-    for path in sorted(images.glob("*/*.jpg"))[::60]:
+    for path in sorted(images.glob("*/*.jpg"))[::150]:
         link = tmp_path / "val" / "images" / path.relative_to(images)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
@@ -189,7 +189,7 @@ def test_dev_set_gives_the_published_ap(widerface: Path, dynamic_onnx: Path, tmp
     truth = widerface / "gt"
     evaluate(_options(tmp_path, ground_truth=truth, detector="mobilenet0.25", save_predictions=saved))
     names = sorted(path.relative_to(saved) for path in saved.glob("*/*.txt"))
-    assert len(names) == 6
+    assert len(names) == 3
     for name in names:
         found, expected = (np.loadtxt(folder / name, skiprows=2, ndmin=2) for folder in (tmp_path / "onnx", saved))
         boxes, certain = (

@@ -34,10 +34,13 @@ $(VENV)/tensorrt-%: | $(VENV)/bin/python
 demo: $(VENV)/.demo
 	@$(RUN) -m export.demo --out build/demo
 
-# the tests marked slow, a tenth of them by time, are for before a push: .ci/run runs both
-test test-slow: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
-	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 10 \
-	  -m $(if $(filter test-slow,$@),slow,"not slow")
+# the tests marked slow, a sixth of them by time, are for before a push: .ci/run runs both
+PYTEST := $(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 10
+test: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
+	$(PYTEST) -m slow
 
 mutants: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
 	$(RUN) -m tests.mutants $(FAULTS)

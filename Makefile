@@ -35,7 +35,8 @@ demo: $(VENV)/.demo
 	@$(RUN) -m export.demo --out build/demo
 
 # the tests marked slow, a sixth of them by time, are for before a push: .ci/run runs both
-PYTEST := $(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 10
+# bytecode is kept whatever the environment says: hundreds of processes import the same files
+PYTEST := PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 10
 test: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
 	$(PYTEST) -m "not slow"
 

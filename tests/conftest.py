@@ -110,26 +110,59 @@ def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
     return call
 
 
-def _export(make_once: MakeOnce, name: str, size_hw: tuple[int, int] | None) -> Path:
-    def make(folder: Path) -> None:
-        from export.to_onnx import ExportOptions, export_onnx
-        from facespec.spec import DecodeSpec
+@pytest.fixture(scope="session")
+def calibration_cache(make_once: MakeOnce) -> Path:
+    """A user's cache folder that all tests share which do not ask what is in it."""
+    return make_once("cache", lambda folder: None)
 
-        export_onnx(ExportOptions("mobilenet0.25", folder / "model.onnx", size_hw, DecodeSpec()))
 
-    return make_once(name, make) / "model.onnx"
+Exported = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="session")
-def static_onnx(make_once: MakeOnce) -> Path:
+def exported(make_once: MakeOnce, calibration_cache: Path) -> Exported:
+    """Return what exports the published weights at 320x320: in a precision, as the portable or as the plugin form."""
+
+    def call(precision: str, form: str) -> Path:
+        def make(folder: Path) -> None:
+            from export.calibration_options import CalibrationOptions
+            from export.to_onnx import ExportOptions, export_onnx
+            from export.to_trt import EngineOptions, Profile, build_engine
+            from facespec.spec import DecodeSpec
+
+            path, size = folder / "model.onnx", (320, 320)
+            calibration = CalibrationOptions("demo", images=16) if precision == "int8" else None
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("XDG_CACHE_HOME", str(calibration_cache))
+                if form == "portable":
+                    options = ExportOptions("mobilenet0.25", path, size, DecodeSpec(), None, precision, calibration)
+                    export_onnx(options)
+                else:
+                    profile = Profile(sizes_hw=(size,) * 3)
+                    build_engine(EngineOptions("mobilenet0.25", path, profile, precision, calibration, onnx_only=True))
+
+        return make_once(f"{precision}-{form}", make) / "model.onnx"
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def static_onnx(exported: Exported) -> Path:
     """The published weights at 320x320."""
-    return _export(make_once, "static", (320, 320))
+    return exported("fp32", "portable")
 
 
 @pytest.fixture(scope="session")
 def dynamic_onnx(make_once: MakeOnce) -> Path:
     """The published weights at any size."""
-    return _export(make_once, "dynamic", None)
+
+    def make(folder: Path) -> None:
+        from export.to_onnx import ExportOptions, export_onnx
+        from facespec.spec import DecodeSpec
+
+        export_onnx(ExportOptions("mobilenet0.25", folder / "model.onnx", None, DecodeSpec()))
+
+    return make_once("dynamic", make) / "model.onnx"
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 
 from export.calibration_options import CalibrationOptions
 from facespec.errors import RetinaFaceError
+from tests.conftest import Exported
 
 if TYPE_CHECKING:  # what takes seconds to import is imported where it is needed
     import onnx
@@ -18,12 +19,6 @@ if TYPE_CHECKING:  # what takes seconds to import is imported where it is needed
 
 SIZE = (320, 320)
 DEMO = CalibrationOptions("demo", images=16)
-
-
-@pytest.fixture(scope="session")
-def calibration_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's cache folder that all tests share which do not ask what is in it."""
-    return tmp_path_factory.mktemp("calibration_cache")
 
 
 @pytest.fixture
@@ -52,34 +47,7 @@ def calibrated(heads: onnx.ModelProto, calibration_cache: Path) -> Calibration:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, calibration_cache: Path) -> Callable[[str, str], Path]:
-    """Return what exports the published weights at 320x320: in a precision, as the portable or as the plugin form."""
-    from export.to_onnx import ExportOptions, export_onnx
-    from export.to_trt import EngineOptions, Profile, build_engine
-    from facespec.spec import DecodeSpec
-
-    folder = tmp_path_factory.mktemp("exported")
-
-    def export(precision: str, form: str) -> Path:
-        path = folder / f"{precision}_{form}.onnx"
-        if path.exists():
-            return path
-        calibration = DEMO if precision == "int8" else None
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_CACHE_HOME", str(calibration_cache))
-            if form == "portable":
-                options = ExportOptions("mobilenet0.25", path, SIZE, DecodeSpec(), None, precision, calibration)
-                export_onnx(options)
-            else:
-                profile = Profile(sizes_hw=(SIZE,) * 3)
-                build_engine(EngineOptions("mobilenet0.25", path, profile, precision, calibration, onnx_only=True))
-        return path
-
-    return export
-
-
-@pytest.fixture(scope="session")
-def int8_onnx(exported: Callable[[str, str], Path]) -> Path:
+def int8_onnx(exported: Exported) -> Path:
     """The published weights in INT8 at 320x320; what is not INT8 is FP16."""
     return exported("int8", "portable")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from export.parity import rows_from_maps
 from export.sides import ModelInfo, Recorder, Side
 from facespec.detections import Detections
 from facespec.letterbox import Frame
+from tests.conftest import Exported
 from tests.faces import assert_identical
 from trainer import load_model
 from trainer.detector import TorchRetinaFace
@@ -59,7 +59,7 @@ def test_a_portable_graph(static_onnx: Path, image: Frame, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("form", ["portable", "plugin"])
-def test_fp16_is_rounded_as_on_a_gpu(form: str, exported: Callable[[str, str], Path], astronaut: Frame) -> None:
+def test_fp16_is_rounded_as_on_a_gpu(form: str, exported: Exported, astronaut: Frame) -> None:
     """Not as ONNX Runtime computes it: in the heads, and in the faces."""
     path = exported("fp16", form)
     side = Side(str(path))

@@ -45,6 +45,7 @@ from facespec.errors import BuildError, MissingToolError, ModelFileError, Output
 from facespec.spec import DecodeSpec, ModelSpec
 from plugins import PLUGIN
 from plugins.build import ensure, read_report
+from tests.conftest import Exported
 from tests.engines import write_engine
 from tests.export.trt_stubs import VERSIONS, bindings_environment
 from trt_runtime.flavor import RTX, TENSORRT, Flavor, child_environment, gpu_capability
@@ -519,7 +520,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["f.plugin.onnx"]
 
 
-def test_plugin_form_computes_in_half(exported: Callable[[str, str], Path]) -> None:
+def test_plugin_form_computes_in_half(exported: Exported) -> None:
     model = onnx.load(exported("fp16", "plugin"))
     kinds = {tensor.data_type for tensor in model.graph.initializer}
     assert kinds == {onnx.TensorProto.FLOAT16}

@@ -19,9 +19,6 @@ import pytest
 
 from export.agreement import Agreement
 from export.calibration import demo_frames
-from export.calibration_options import CalibrationOptions
-from export.to_onnx import ExportOptions, export_onnx
-from export.to_trt import EngineOptions, Profile, build_engine
 from export.verify import BUDGETS
 from facespec.detections import Detections
 from facespec.errors import BuildError, ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
@@ -29,6 +26,7 @@ from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec, NetworkSize, PreprocessSpec
 from plugins.host import decode_nms
+from tests.conftest import Exported
 from tests.faces import assert_identical
 from trainer import load_model
 from trainer.detector import TorchRetinaFace
@@ -51,32 +49,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Callable[[str, str], Path]:
-    """Return what exports the published weights at 320x320: in a precision, as the portable or as the plugin form."""
-    folder = tmp_path_factory.mktemp("exported")
-
-    def export(precision: str, form: str) -> Path:
-        path = folder / f"{precision}_{form}.onnx"
-        calibration = CalibrationOptions("demo", images=16) if precision == "int8" else None
-        if not path.exists() and form == "portable":
-            export_onnx(
-                ExportOptions(
-                    "mobilenet0.25", path, (320, 320), DecodeSpec(), precision=precision, calibration=calibration
-                )
-            )
-        elif not path.exists():
-            profile = Profile(sizes_hw=((320, 320),) * 3)
-            build_engine(
-                EngineOptions(
-                    "mobilenet0.25", path, profile, precision=precision, calibration=calibration, onnx_only=True
-                )
-            )
-        return path
-
-    return export
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +113,7 @@ def test_openvino_finds_what_pytorch_finds(frames: list[Frame], static_onnx: Pat
 
 @pytest.mark.parametrize("form", ["portable", "plugin"])
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_reduced_precision_stays_within_its_budget(
-    precision: str, form: str, exported: Callable[[str, str], Path]
-) -> None:
+def test_reduced_precision_stays_within_its_budget(precision: str, form: str, exported: Exported) -> None:
     """Against PyTorch in float32, on crops of photographs, by the limits of export.verify for few images."""
     reference = TorchRetinaFace(load_model(), size_hw=(320, 320))
     budget = BUDGETS[precision]
@@ -543,7 +513,7 @@ def test_a_network_that_gives_nan_raises_and_may_be_called_again(
 # environment, stages, closing
 
 
-def test_what_the_speed_depends_on(static_onnx: Path, exported: Callable[[str, str], Path]) -> None:
+def test_what_the_speed_depends_on(static_onnx: Path, exported: Exported) -> None:
     import onnxruntime
 
     with OrtRetinaFace(static_onnx) as plain, OrtRetinaFace(static_onnx, threads=4, streams=2) as shared:

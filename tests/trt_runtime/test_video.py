@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -410,21 +411,21 @@ def test_an_error_leaves_the_file_that_was_there(tmp_path: Path) -> None:
         assert len(list(video)) == 1
 
 
-@pytest.fixture
-def fill_disk() -> Iterator[Callable[[], None]]:
-    """Calling it leaves room for 30 000 bytes in each file."""
+@contextmanager
+def _a_disk_to_fill() -> Iterator[Callable[[], None]]:
+    """Gives what leaves room for 30 000 bytes in each file until the block ends, no longer: pytest may write a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("when", ["at once", "at the end"])
-def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(
-    when: str, suffix: str, fill_disk: Callable[[], None], tmp_path: Path
-) -> None:
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(when: str, suffix: str, tmp_path: Path) -> None:
     path, noise, calls = tmp_path / f"v{suffix}", _noise(20), 0
-    with pytest.raises(VideoError) as caught, VideoWriter(path, 25) as writer:  # noqa: PT012
+    with pytest.raises(VideoError) as caught, _a_disk_to_fill() as fill_disk, VideoWriter(path, 25) as writer:  # noqa: PT012
         if when == "at once":
             fill_disk()
         for calls in range(400 if when == "at once" else 20):

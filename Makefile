@@ -10,7 +10,7 @@ help:
 	@echo "make test      run the tests, but for those marked slow"
 	@echo "make test-slow run those"
 	@echo "make mutants   put faults into copies of the project, one at a time, and see whether the tests notice"
-	@echo "               (FAULTS='trt_runtime/live.py': those of a file; '--every 10': a tenth; '--help')"
+	@echo "               (FAULTS='trt_runtime/media/live.py': those of a file; '--every 10': a tenth; '--help')"
 	@echo "make lint      ruff, mypy and clang-format"
 	@echo "make test-gpu  test, sanitize and time all that needs an NVIDIA GPU; needs nvcc and torch, installs nothing"
 	@echo "make clean     remove build/, caches and .venv"

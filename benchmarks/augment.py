@@ -33,7 +33,7 @@ from facespec.letterbox import Frame
 from facespec.spec import PreprocessSpec
 from trainer.data import AugmentSettings, FileSample, open_dataset
 from trainer.data.augment import augment
-from trainer.targets import Faces
+from trainer.data.targets import Faces
 
 SIZE = 640
 SETTINGS = {"ours": AugmentSettings(), "ours, original settings": AugmentSettings.original()}

@@ -31,7 +31,7 @@ from benchmarks.environment import write_result
 from benchmarks.latency import agreeing
 from benchmarks.precision import summary
 from benchmarks.tiny import SCORE, SIZE, boxes_of, load_frames, open_tiny, same_faces
-from export.calibration_options import CalibrationOptions
+from export.options import CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
 from export.verify import VerifyOptions, verify
 from facespec.cli import ArgumentParser, quiet_libraries, run

@@ -25,7 +25,7 @@ from trainer.checkpoint import save_checkpoint
 from trainer.model import RetinaFace
 from trt_runtime.benchmark import BenchmarkOptions, benchmark, load_frames, open_detectors
 from trt_runtime.benchmark_report import setting_table
-from trt_runtime.flavor import gpu_capability
+from trt_runtime.gpu.flavor import gpu_capability
 
 SIZE = (640, 640)
 GOALS_US = {"mobilenet0.25": 150, "resnet50": 400}

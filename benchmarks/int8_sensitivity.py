@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.environment import write_result
-from export.calibration_options import CalibrationOptions
+from export.options import CalibrationOptions
 from export.sensitivity import Budget, SensitivityOptions, plot, sensitivity
 from facespec.errors import ModelFileError
 

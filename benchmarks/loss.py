@@ -30,8 +30,8 @@ from torch import Tensor
 from benchmarks.environment import write_result
 from facespec.priors import make_priors
 from facespec.spec import ModelSpec
+from trainer.data.targets import Faces, Targets, collate
 from trainer.losses import MultiBoxLoss
-from trainer.targets import Faces, Targets, collate
 
 SIZE = (640, 640)
 BATCH = 4

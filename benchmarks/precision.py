@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import write_result
-from export.calibration_options import CalibrationOptions
+from export.options import CalibrationOptions
 from export.to_trt import EngineOptions, Profile, build_engine
 from export.verify import Verification, VerifyOptions, verify
 

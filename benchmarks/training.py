@@ -21,7 +21,7 @@ from trainer.average_precision import LEVELS
 from trainer.checkpoint import read_training
 from trainer.evaluate import EvaluateOptions, evaluate
 from trainer.fit import main as fit_command
-from trainer.training import LAST
+from trainer.loop import LAST
 from trainer.validation import SIMPLE_LEVEL
 
 PUBLISHED = {"easy": 75.38, "medium": 71.54, "hard": 52.03}

@@ -39,7 +39,7 @@ import retinaface
 
 from benchmarks.environment import write_result
 from benchmarks.tiny import open_tiny
-from export.calibration_options import CalibrationOptions
+from export.options import CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
 from facespec.draw import draw_detections
 from facespec.images import find_images, read_image
@@ -48,16 +48,16 @@ from facespec.samples import sample_photographs
 from facespec.spec import DecodeSpec
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.detector import load_detector
-from trt_runtime.pipeline import PipelineOptions
+from trt_runtime.media.files import VideoFile, VideoWriter
+from trt_runtime.media.pipeline import PipelineOptions
 from trt_runtime.timing import StageTimer
-from trt_runtime.video import VideoFile, VideoWriter
 
 CLIP_HW = (1080, 1920)
 NETWORK_HW = (384, 640)  # 640x360 padded to a multiple of 32
 RATE = 25
 FRAMES_A_PICTURE = 30
 SCORE = 0.5
-ENCODER = {"preset": "superfast", "crf": "21"}  # of trt_runtime.video.VideoWriter
+ENCODER = {"preset": "superfast", "crf": "21"}  # of trt_runtime.media.files.VideoWriter
 PAUSE_S = 0.5
 
 Run = Callable[[Path], tuple[int, int, float]]

@@ -18,9 +18,9 @@ import onnx
 from onnx import TensorProto, helper
 from tqdm import tqdm
 
-from export.calibration_options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions
 from export.graph import HEAD_NAMES
 from export.int8_recipe import Int8Recipe
+from export.options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions
 from export.quantize import Ranges, conv_inputs
 from facespec.cli import require
 from facespec.errors import DataError, ImageError, OutputError

@@ -29,9 +29,9 @@ from facespec.samples import sample_photographs
 from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec
 from trt_runtime import TRTRetinaFace, load_detector
 from trt_runtime.detect import DetectOptions, detect
-from trt_runtime.flavor import RTX
+from trt_runtime.gpu.flavor import RTX
+from trt_runtime.media.files import VideoWriter
 from trt_runtime.timing import StageTimer
-from trt_runtime.video import VideoWriter
 
 NETWORK_HW = (640, 640)
 VIDEO_HW = (480, 640)

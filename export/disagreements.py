@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from export.agreement import Disagreement
+from facespec.agreement import Disagreement
 from facespec.detections import Detections
 from facespec.letterbox import Frame
 from facespec.spec import DEFAULT_SCORE_THRESHOLD

@@ -12,8 +12,8 @@ from typing import Any
 
 from facespec.errors import BuildError
 from plugins.build import ensure
-from trt_runtime.flavor import FLAVORS, child_environment, gpu_capability
-from trt_runtime.sidecar import Convolutions, Sidecar, precision_shares
+from trt_runtime.gpu.flavor import FLAVORS, child_environment, gpu_capability
+from trt_runtime.gpu.sidecar import Convolutions, Sidecar, precision_shares
 
 UNKNOWN = "unknown"
 

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from export.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, landmark_errors, match_faces
-from export.calibration_options import DEMO, MAX_IMAGES, MIN_IMAGES, WIDERFACE, CalibrationOptions
 from export.graph import HEAD_NAMES
 from export.int8_recipe import MIN_INT8_SHARE, Int8Recipe
+from export.options import DEMO, MAX_IMAGES, MIN_IMAGES, WIDERFACE, CalibrationOptions
+from facespec.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, landmark_errors, match_faces
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
 from facespec.files import atomic_path, check_outputs, write_text

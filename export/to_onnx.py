@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.calibration_options import DEMO, CalibrationOptions, check_calibration
 from export.int8_recipe import load_recipe
+from export.options import DEMO, CalibrationOptions, check_calibration
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import DataError, OutputError, SpecError
 from facespec.files import atomic_path, check_outputs, write_text

@@ -21,9 +21,9 @@ from facespec.spec import CHECKPOINT_SUFFIXES
 from plugins import PLUGIN
 from plugins.build import ensure, read_report
 from trt_runtime.detector import ENGINE_SUFFIXES, load_detector
-from trt_runtime.flavor import TENSORRT
+from trt_runtime.gpu.flavor import TENSORRT
+from trt_runtime.gpu.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
 from trt_runtime.onnx_file import read_onnx
-from trt_runtime.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
 
 ONNX_BATCH = 8
 """Most frames in a call of an ONNX file, which itself sets no limit."""

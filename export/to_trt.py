@@ -26,8 +26,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from export.calibration_options import CalibrationOptions, check_calibration
 from export.engine_layers import UNKNOWN, engine_shares, is_readable
+from export.options import CalibrationOptions, check_calibration
 from export.to_onnx import (
     DECODE_OPTIONS,
     add_decode_arguments,
@@ -50,8 +50,8 @@ from facespec.files import atomic_path, cache_folder, check_outputs, write_text
 from facespec.spec import DEFAULT_WEIGHTS, MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, check_size, parse_size
 from plugins import PLUGIN
 from plugins.build import ARCHITECTURES, PTX_ARCHITECTURE, ensure, find_library, read_report
-from trt_runtime.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
-from trt_runtime.sidecar import Convolutions, Sidecar, check_engine, precision_shares, sidecar_path
+from trt_runtime.gpu.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
+from trt_runtime.gpu.sidecar import Convolutions, Sidecar, check_engine, precision_shares, sidecar_path
 
 AHEAD_OF_TIME = (75, 80, 86, 89, 120)
 """Compute capabilities a TensorRT-RTX engine is built for where no GPU tells."""

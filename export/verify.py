@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from export.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, Agreement
 from export.disagreements import Sample, draw_disagreements
 from export.sides import DEPLOYED_SUFFIXES, ModelInfo, Side
+from facespec.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, Agreement
 from facespec.cli import ArgumentParser, quiet_libraries, run
 from facespec.detections import Detections
 from facespec.errors import DataError, OutputError, SpecError

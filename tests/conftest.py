@@ -16,7 +16,7 @@ from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
 from plugins.build import ensure
-from trt_runtime.flavor import gpu_capability
+from trt_runtime.gpu.flavor import gpu_capability
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("RETINAFACE_DATA", ROOT.parent / "shared" / "data"))
@@ -125,7 +125,7 @@ def exported(make_once: MakeOnce, calibration_cache: Path) -> Exported:
 
     def call(precision: str, form: str) -> Path:
         def make(folder: Path) -> None:
-            from export.calibration_options import CalibrationOptions
+            from export.options import CalibrationOptions
             from export.to_onnx import ExportOptions, export_onnx
             from export.to_trt import EngineOptions, Profile, build_engine
             from facespec.spec import DecodeSpec

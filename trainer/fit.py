@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require("torch", "train", "training")
     from trainer.checkpoint import read_training
     from trainer.config import read_yaml, resolve
-    from trainer.training import LAST, fit
+    from trainer.loop import LAST, fit
 
     said = {**(read_yaml(options.config) if options.config else {}), **options.settings}
     if options.check_data:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from facespec.errors import SpecError
 from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, ModelSpec
+from trainer.data.targets import Targets
 from trainer.matching import match_faces
-from trainer.targets import Targets
 
 
 @dataclass(frozen=True)

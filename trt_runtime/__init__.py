@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trt_runtime.cpu import OpenVinoRetinaFace, OrtRetinaFace
     from trt_runtime.detector import RetinaFaceDetector, load_detector
-    from trt_runtime.device_frame import Nv12Frame
+    from trt_runtime.gpu.frame import Nv12Frame
     from trt_runtime.stream import DetectionStream
     from trt_runtime.trt import TRTRetinaFace
 
@@ -24,7 +24,7 @@ __all__ = [
 
 _MODULES = {
     "DetectionStream": "stream",
-    "Nv12Frame": "device_frame",
+    "Nv12Frame": "gpu.frame",
     "OpenVinoRetinaFace": "cpu",
     "OrtRetinaFace": "cpu",
     "RetinaFaceDetector": "detector",

@@ -32,10 +32,10 @@ from facespec.images import IMAGE_SUFFIXES, find_images, read_image, write_image
 from facespec.letterbox import Frame
 from facespec.spec import NetworkSize, parse_network_size
 from trt_runtime.detector import BACKENDS, RetinaFaceDetector, load_detector
-from trt_runtime.live import without_secrets
-from trt_runtime.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
+from trt_runtime.media.files import VIDEO_SUFFIXES, Source, VideoWriter, open_source, require_display
+from trt_runtime.media.live import without_secrets
+from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
 from trt_runtime.timing import StageTimer
-from trt_runtime.video import VIDEO_SUFFIXES, Source, VideoWriter, open_source, require_display
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
 from plugins.letterbox import LetterboxFrame, PixelFormat, describe
 from trt_runtime.detector import Lane, RetinaFaceDetector, network_size
-from trt_runtime.device import ALIGNMENT, Bytes, Device, Graph, Memory, PinnedArray, Stream, open_device
-from trt_runtime.device_frame import DeviceFrame, Nv12Frame
-from trt_runtime.device_host import HostDevice
-from trt_runtime.engine import Engine, Shape, TrtEngine
-from trt_runtime.engine_host import HostEngine
+from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, PinnedArray, Stream, open_device
+from trt_runtime.gpu.engine import Engine, Shape, TrtEngine
+from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
+from trt_runtime.gpu.simulated import HostDevice
+from trt_runtime.gpu.simulated_engine import HostEngine
 from trt_runtime.shape_cache import ShapeCache
 
 GRAPHS = 32

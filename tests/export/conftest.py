@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from export.calibration_options import CalibrationOptions
+from export.options import CalibrationOptions
 from facespec.errors import RetinaFaceError
 from tests.conftest import Exported
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = (
     ROOT / "export" / "engine_builder.py",
     ROOT / "export" / "engine_inspector.py",
-    ROOT / "trt_runtime" / "tensorrt_api.py",
+    ROOT / "trt_runtime" / "gpu" / "tensorrt_api.py",
 )
 
 # what a variable of this name is, in these files

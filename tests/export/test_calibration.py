@@ -19,7 +19,7 @@ from export.calibration import (
     letterboxed,
     load_inputs,
 )
-from export.calibration_options import CalibrationOptions, check_calibration
+from export.options import CalibrationOptions, check_calibration
 from export.portable import build_heads
 from facespec.errors import DataError, SpecError
 from facespec.images import write_image

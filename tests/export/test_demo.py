@@ -17,8 +17,8 @@ from facespec.errors import DataError, MissingToolError, RetinaFaceError
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
-from trt_runtime.flavor import RTX
-from trt_runtime.video import VideoFile
+from trt_runtime.gpu.flavor import RTX
+from trt_runtime.media.files import VideoFile
 
 
 def _face(x: float, width: int = 280) -> Detections:

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from export.calibration_options import DEMO, CalibrationOptions
 from export.engine_layers import compare, engine_shares, is_readable, layer_precisions, read_information
+from export.options import DEMO, CalibrationOptions
 from export.portable import build_heads
 from export.quantize import convolutions, to_fp16
 from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.errors import BuildError
 from tests.engines import write_engine
 from trainer import load_model
-from trt_runtime.flavor import FLAVORS, RTX, Flavor, gpu_capability
-from trt_runtime.sidecar import read_sidecar
+from trt_runtime.gpu.flavor import FLAVORS, RTX, Flavor, gpu_capability
+from trt_runtime.gpu.sidecar import read_sidecar
 
 NAMES = {"/body/a/Conv", "/body/b/Conv", "/body/c/Conv"}
 

@@ -17,7 +17,7 @@ from export.inspect import Inspection, inspect, main
 from facespec.errors import BuildError, ModelFileError
 from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec
 from tests.engines import write_engine
-from trt_runtime.sidecar import read_sidecar, sidecar_path
+from trt_runtime.gpu.sidecar import read_sidecar, sidecar_path
 
 
 def test_what_is_said_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ from onnx import numpy_helper
 from export import calibration as calibration_module
 from export import to_onnx, to_trt
 from export.calibration import Calibration, calibrate, demo_frames, find_calibration_images, load_inputs
-from export.calibration_options import CalibrationOptions
 from export.inspect import inspect
 from export.int8_recipe import Int8Recipe, load_recipe
+from export.options import CalibrationOptions
 from export.portable import build_heads
 from export.precision import with_precision
 from export.quantize import (
@@ -38,8 +38,8 @@ from facespec.images import write_image
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
 from trainer import load_model
-from trt_runtime.flavor import RTX
-from trt_runtime.sidecar import read_header, read_sidecar
+from trt_runtime.gpu.flavor import RTX
+from trt_runtime.gpu.sidecar import read_header, read_sidecar
 
 SIZE = (320, 320)
 DEMO = CalibrationOptions("demo", images=16)

@@ -10,8 +10,8 @@ import onnx
 import pytest
 
 from export.calibration import Calibration, calibrate, demo_frames
-from export.calibration_options import DEMO, CalibrationOptions
 from export.int8_recipe import Int8Recipe, load_recipe
+from export.options import DEMO, CalibrationOptions
 from export.parity import rows_from_maps
 from export.portable import build_heads
 from export.quantize import mac_shares, to_int8

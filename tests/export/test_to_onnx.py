@@ -15,8 +15,8 @@ from onnx import numpy_helper
 
 import export.precision
 from export.calibration import Calibration
-from export.calibration_options import CalibrationOptions
 from export.graph import HEAD_NAMES
+from export.options import CalibrationOptions
 from export.parity import check_parity
 from export.portable import build_portable
 from export.to_onnx import (

@@ -22,10 +22,10 @@ import onnx
 import pytest
 
 from export import to_trt
-from export.calibration_options import CalibrationOptions
 from export.engine_layers import UNKNOWN
 from export.inspect import inspect
 from export.inspect import main as inspect_main
+from export.options import CalibrationOptions
 from export.to_trt import (
     EngineOptions,
     Profile,
@@ -48,8 +48,8 @@ from plugins.build import ensure, read_report
 from tests.conftest import Exported
 from tests.engines import write_engine
 from tests.export.trt_stubs import VERSIONS, bindings_environment
-from trt_runtime.flavor import RTX, TENSORRT, Flavor, child_environment, gpu_capability
-from trt_runtime.sidecar import Sidecar, check_engine, read_header, read_sidecar, sidecar_path
+from trt_runtime.gpu.flavor import RTX, TENSORRT, Flavor, child_environment, gpu_capability
+from trt_runtime.gpu.sidecar import Sidecar, check_engine, read_header, read_sidecar, sidecar_path
 
 ROOT = Path(__file__).parents[2]
 needs_rtx = pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed (Linux on x86_64 only)")

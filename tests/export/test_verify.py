@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.agreement import Agreement, landmark_errors, match_faces
 from export.disagreements import Sample, draw_disagreements
 from export.emulation import emulate_fp16
 from export.sides import ModelInfo, Recorder, Side
@@ -35,6 +34,7 @@ from export.verify import (
     parse_arguments,
     verify,
 )
+from facespec.agreement import Agreement, landmark_errors, match_faces
 from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.images import read_image, write_image
@@ -43,7 +43,7 @@ from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec, PreprocessSpec
 from trainer import load_model
 from trainer.detector import TorchRetinaFace
 from trt_runtime import load_detector
-from trt_runtime.flavor import gpu_capability
+from trt_runtime.gpu.flavor import gpu_capability
 
 
 def _faces(boxes: list[list[float]], scores: list[float] | None = None, shift: float = 0.0) -> Detections:

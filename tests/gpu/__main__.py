@@ -26,7 +26,7 @@ from facespec.files import check_outputs, write_text
 from plugins import host
 from plugins.build import find_compiler, find_nvcc, find_tensorrt_headers, read_report, toolkit_paths
 from tests.gpu.kernel import ROOT, build_kernels, capability, gpu_problem
-from trt_runtime.flavor import FLAVORS, TENSORRT
+from trt_runtime.gpu.flavor import FLAVORS, TENSORRT
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu_kernel.json"
 RUNTIME_RESULT = "gpu_runtime.json"

@@ -19,8 +19,8 @@ import numpy as np
 from facespec.errors import FrameError, RetinaFaceError
 from tests.gpu.kernel import ROOT, gpu_problem
 from tests.trt_runtime.device_contract import check_device
-from trt_runtime.device_cuda import CudaDevice
-from trt_runtime.device_frame import Nv12Frame
+from trt_runtime.gpu.cuda import CudaDevice
+from trt_runtime.gpu.frame import Nv12Frame
 
 REQUIRED = bool(os.environ.get("RETINAFACE_REQUIRE_GPU"))
 MANY_CYCLES = 200_000_000  # a good tenth of a second
@@ -182,7 +182,7 @@ class CudaDeviceTest(unittest.TestCase):
     def test_a_broken_context_is_said_to_be_so(self) -> None:
         """In a process of its own, for its context is gone afterwards."""
         code = (
-            "from trt_runtime.device_cuda import CudaDevice\n"
+            "from trt_runtime.gpu.cuda import CudaDevice\n"
             "from facespec.errors import DeviceLostError\n"
             "import torch\n"
             "device = CudaDevice()\n"
@@ -214,7 +214,7 @@ class PyCudaDeviceTest(unittest.TestCase):
         self.addCleanup(cuda.Context.pop)
 
     def test_it_does_what_a_device_does(self) -> None:
-        from trt_runtime.device_pycuda import PyCudaDevice
+        from trt_runtime.gpu.pycuda import PyCudaDevice
 
         check_device(PyCudaDevice())
         self.assertEqual(self.cuda.Context.get_current(), self.context)
@@ -222,7 +222,7 @@ class PyCudaDeviceTest(unittest.TestCase):
     def test_the_callers_stream_and_arrays(self) -> None:
         from pycuda import gpuarray
 
-        from trt_runtime.device_pycuda import PyCudaDevice
+        from trt_runtime.gpu.pycuda import PyCudaDevice
 
         own = self.cuda.Stream()
         device = PyCudaDevice(own)
@@ -242,7 +242,7 @@ class PyCudaDeviceTest(unittest.TestCase):
         own.synchronize()  # it is its caller's still
 
     def test_a_context_of_its_own(self) -> None:
-        from trt_runtime.device_pycuda import PyCudaDevice
+        from trt_runtime.gpu.pycuda import PyCudaDevice
 
         context = self.cuda.Device(0).make_context()
         try:

@@ -1,7 +1,7 @@
 """Put faults into copies of the project, one at a time, and see whether the tests notice.
 
 python -m tests.mutants                        every fault of tests/mutants/*.yaml
-python -m tests.mutants trt_runtime/live.py    those whose file or description contains the words
+python -m tests.mutants trt_runtime/media/live.py    those whose file or description contains the words
 python -m tests.mutants --every 12             a twelfth of them, over all packages
 python -m tests.mutants --list FILE --whole    faults of a list without tests: their mirror, then the whole suite
 """

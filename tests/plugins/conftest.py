@@ -6,7 +6,7 @@ import pytest
 
 from facespec.errors import MissingToolError
 from plugins.build import build, ensure, find_library, find_nvcc, find_tensorrt_headers, library_path
-from trt_runtime.flavor import gpu_capability
+from trt_runtime.gpu.flavor import gpu_capability
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ from plugins.build import (
     read_report,
     sources_sha256,
 )
-from trt_runtime.flavor import gpu_capability
+from trt_runtime.gpu.flavor import gpu_capability
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,7 +25,7 @@ from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
 from plugins import host
 from plugins.host import decode_nms
 from tests.plugins.brute_force import decode_image, elementary, join_heads, split_heads
-from trt_runtime.flavor import gpu_capability
+from trt_runtime.gpu.flavor import gpu_capability
 
 Array = NDArray[np.float32]
 Outputs = dict[str, NDArray[Any]]

@@ -35,7 +35,7 @@ from plugins.letterbox import (
     pack_bgr,
 )
 from tests.gpu.frames import PAD, batches, in_other_orders, on_host
-from trt_runtime.flavor import gpu_capability
+from trt_runtime.gpu.flavor import gpu_capability
 
 ROOT = Path(__file__).parents[2]
 LUMA_WEIGHTS = {  # of red and blue; and whether luma is 0..255

@@ -12,10 +12,10 @@ from facespec.errors import RetinaFaceError
 from facespec.images import write_image
 from facespec.letterbox import Letterbox
 from trainer import RetinaFace, load_model
-from trainer.batches import place_faces
 from trainer.config import Settings, TrainConfig, resolve
+from trainer.data.batches import place_faces
 from trainer.data.synthetic import SyntheticSample
-from trainer.targets import Faces
+from trainer.data.targets import Faces
 
 
 @cache

@@ -22,17 +22,17 @@ from facespec.errors import RetinaFaceError
 from facespec.images import write_image
 from facespec.letterbox import Frame
 from trainer import load_model
-from trainer.batches import Order, read_batches
 from trainer.checkpoint import read_training, weights_sha256
 from trainer.config import resolve
 from trainer.data import AugmentSettings, Dataset, Report, TrainingSet, open_dataset
+from trainer.data.batches import Order, read_batches
 from trainer.data.synthetic import SyntheticSample
+from trainer.data.targets import Faces, collate
 from trainer.distributed import World, join_world
-from trainer.engine import Learner
 from trainer.fit import main, parse_arguments
+from trainer.loop import TrainState, fit
 from trainer.losses import LossSettings, MultiBoxLoss
-from trainer.targets import Faces, collate
-from trainer.training import TrainState, fit
+from trainer.step import Learner
 from trainer.validation import LabelledValidation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # two processes and torchrun, on one core

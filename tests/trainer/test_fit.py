@@ -29,17 +29,17 @@ from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from facespec.spec import DecodeSpec, ModelSpec
 from tests.trainer.conftest import label_lines
-from trainer import RetinaFace, load_model, training
+from trainer import RetinaFace, load_model, loop
 from trainer.backbones import Features
 from trainer.checkpoint import load_pretrained, read_training, save_checkpoint, weights_sha256
 from trainer.config import TrainConfig, resolve, write_yaml
 from trainer.data import open_dataset, synthetic
+from trainer.data.targets import Faces, Targets
 from trainer.detector import TorchRetinaFace
 from trainer.distributed import World, has_bf16
-from trainer.engine import Heads, PixelTerm
 from trainer.fit import FLAGS, main, parse_arguments
-from trainer.targets import Faces, Targets
-from trainer.training import TrainState, fit
+from trainer.loop import TrainState, fit
+from trainer.step import Heads, PixelTerm
 
 ROOT = Path(__file__).parents[2]
 CPU = World(torch.device("cpu"))
@@ -223,10 +223,10 @@ def test_an_epoch_that_was_stopped_while_it_was_measured_is_finished(
     settings = config(schedule__epochs=1)
     last = _not_started(settings)
     content = torch.load(last, weights_only=True)
-    content["training"] |= {"step": 3, "sums": dict.fromkeys(training.REPORTED, 6.0)}
+    content["training"] |= {"step": 3, "sums": dict.fromkeys(loop.REPORTED, 6.0)}
     torch.save(content, last)
     (row,) = fit(settings, resume=last)
-    assert {name: row[name] for name in training.REPORTED} == dict.fromkeys(training.REPORTED, 2.0)
+    assert {name: row[name] for name in loop.REPORTED} == dict.fromkeys(loop.REPORTED, 2.0)
     assert "ap" in row
     assert len(_rows(tmp_path / "run" / "epochs.csv")) == 1
     assert read_training(last)[1]["history"] == [row]
@@ -376,7 +376,7 @@ def test_flags_win_over_the_file_and_a_run_that_is_not_there_is_a_new_one(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[tuple[TrainConfig, Path | None]] = []
-    monkeypatch.setattr(training, "fit", lambda config, resume: seen.append((config, resume)))
+    monkeypatch.setattr(loop, "fit", lambda config, resume: seen.append((config, resume)))
     (tmp_path / "c.yaml").write_text("seed: 3\ndata: {size: 64}\nrun.output: there\n")
     monkeypatch.chdir(tmp_path)
     line = ["--config", "c.yaml", "--size", "96", "--resume", "auto"]
@@ -450,7 +450,7 @@ def test_fine_tuning_starts_where_the_weights_are_and_keeps_their_statistics(
     assert history[0]["ap"] > 90
     weights = read_training(tmp_path / "run" / "last.pth")[1]["weights"]
     start = TrainState.start(
-        settings, CPU, training._open_data(settings, CPU).samples, None, settings.model.pretrained
+        settings, CPU, loop._open_data(settings, CPU).samples, None, settings.model.pretrained
     ).model.state_dict()
     kept = [name for name in start if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     assert len(kept) > 60
@@ -545,7 +545,7 @@ def test_the_example_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.Mo
     text = (ROOT / "docs" / "training.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "OVERFIT_STEPS", 3)
+    monkeypatch.setattr(loop, "OVERFIT_STEPS", 3)
     exec(compile(example, "docs/training.md", "exec"), {"__name__": "example"})
     assert load_model(tmp_path / "runs" / "dense" / "last.pth")
     assert len(_rows(tmp_path / "runs" / "dense" / "steps.csv")) == 3

@@ -20,8 +20,8 @@ from trainer import RetinaFace
 from trainer.average_precision import LEVELS, ImageTruth
 from trainer.config import DataConfig
 from trainer.data import Dataset, Report, open_dataset
+from trainer.data.targets import Faces
 from trainer.distributed import World
-from trainer.targets import Faces
 from trainer.validation import LabelledValidation, Validation, WiderValidation, find_validation
 
 CPU = World(torch.device("cpu"))

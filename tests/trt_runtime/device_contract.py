@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from facespec.errors import DeviceMemoryError, GpuError
-from trt_runtime.device import ALIGNMENT, Device
+from trt_runtime.gpu.device import ALIGNMENT, Device
 
 
 def refused(kind: type[Exception], call: Callable[[], Any]) -> str:

@@ -1,4 +1,4 @@
-"""TensorRT for machines without a GPU: what `trt_runtime/tensorrt_api.py` uses of its Python API, over a `HostDevice`.
+"""TensorRT without a GPU: what `trt_runtime/gpu/tensorrt_api.py` uses of its Python API, over a `HostDevice`.
 
 `TrtEngine` runs on it as on the real one: an engine is any bytes, its network a plugin form that `HostEngine` has
 loaded, and its work goes on the device's streams. TensorRT's rules are kept, and what breaks one is refused as TensorRT
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from plugins import PLUGIN
-from trt_runtime.device_host import HostDevice
-from trt_runtime.engine_host import HostEngine
+from trt_runtime.gpu.simulated import HostDevice
+from trt_runtime.gpu.simulated_engine import HostEngine
 
 WORKSPACE = 5000
 """Bytes that a context wants."""

@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 import pytest
 
-from export.agreement import Agreement
 from export.calibration import demo_frames
 from export.verify import BUDGETS
+from facespec.agreement import Agreement
 from facespec.detections import Detections
 from facespec.errors import BuildError, ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
 from facespec.images import find_images, read_image

@@ -23,7 +23,7 @@ import pytest
 from tests.engines import write_engine
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [ROOT / "trt_runtime" / name for name in ("device_cuda.py", "device_pycuda.py")]
+SOURCES = [ROOT / "trt_runtime" / "gpu" / name for name in ("cuda.py", "pycuda.py")]
 
 driver = pytest.importorskip("cuda.bindings.driver")
 
@@ -95,7 +95,7 @@ def run(fake: Path, code: str, **settings: str) -> str:
     environment = {**os.environ, "LD_LIBRARY_PATH": str(fake), "PYTHONPATH": path, **settings}
     head = (
         "import ctypes, os, sys; sys.setdlopenflags(os.RTLD_LAZY); live = ctypes.CDLL('libcuda.so.1').fake_cuda_live\n"
-        "from trt_runtime.device import open_device\nfrom facespec.errors import RetinaFaceError\n"
+        "from trt_runtime.gpu.device import open_device\nfrom facespec.errors import RetinaFaceError\n"
         "from tests.trt_runtime.device_contract import check_device\n"
     )
     done = subprocess.run(
@@ -247,7 +247,7 @@ def test_no_gpu(fake: Path) -> None:
         assert (HERE_TOO in lines[0]) == (index not in (1, 8))  # no such index, and an error nobody knows
     others = [
         ({"FAKE_CUDA_VERSION": "12000"}, "print(open_device('cuda:1').name, open_device('cuda').index)"),
-        ({}, "from trt_runtime.device_cuda import CudaDevice; CudaDevice(-1)"),
+        ({}, "from trt_runtime.gpu.cuda import CudaDevice; CudaDevice(-1)"),
         ({}, "open_device('cuda:2')"),
     ]
     lines = [line for lines in each(fake, others) for line in lines]
@@ -283,7 +283,7 @@ print(live(0))
 
 def test_the_capability_of_the_first_gpu(fake: Path) -> None:
     code = """
-from trt_runtime.flavor import gpu_capability
+from trt_runtime.gpu.flavor import gpu_capability
 print(gpu_capability())
 for failure in ("cuInit=100", "cuDeviceGet=101", "cuDeviceGetAttribute=1"):
     os.environ["FAKE_CUDA_FAIL"] = failure
@@ -343,7 +343,7 @@ except RetinaFaceError as error:
 
 
 def test_no_driver(tmp_path: Path) -> None:
-    code = "from trt_runtime.device import open_device; open_device()"
+    code = "from trt_runtime.gpu.device import open_device; open_device()"
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if "GpuError" not in done.stderr:
@@ -490,7 +490,7 @@ except RetinaFaceError as error:
     print(error)
 {PYCUDA}
 import numpy as np
-from trt_runtime.device_pycuda import PyCudaDevice
+from trt_runtime.gpu.pycuda import PyCudaDevice
 own = cuda.Stream(1)
 device = PyCudaDevice(own)
 with device.activate():
@@ -524,7 +524,7 @@ import pycuda.driver as cuda
 cuda.init()
 context = cuda.Device(1).retain_primary_context()
 context.push()
-from trt_runtime.device_pycuda import PyCudaDevice
+from trt_runtime.gpu.pycuda import PyCudaDevice
 from types import SimpleNamespace
 def refused(call):
     try:

@@ -37,11 +37,11 @@ from tests.engines import write_engine
 from tests.faces import assert_identical
 from tests.trt_runtime.fake_tensorrt import FakeGpu
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
-from trt_runtime.device_host import HostArray, HostDevice
-from trt_runtime.engine import Profile as EngineProfile
-from trt_runtime.engine import check_runs_here
-from trt_runtime.engine_host import HostEngine
-from trt_runtime.sidecar import read_sidecar
+from trt_runtime.gpu.engine import Profile as EngineProfile
+from trt_runtime.gpu.engine import check_runs_here
+from trt_runtime.gpu.sidecar import read_sidecar
+from trt_runtime.gpu.simulated import HostArray, HostDevice
+from trt_runtime.gpu.simulated_engine import HostEngine
 from trt_runtime.timing import StageTimer
 from trt_runtime.trt import GRAPHS
 
@@ -689,7 +689,7 @@ def test_engines_for_another_gpu_are_refused_before_they_are_loaded(tmp_path: Pa
 
 
 def test_without_a_gpu_an_engine_says_so(tmp_path: Path) -> None:
-    from trt_runtime.flavor import gpu_capability
+    from trt_runtime.gpu.flavor import gpu_capability
 
     if gpu_capability() is not None:
         pytest.skip("there is a GPU")

@@ -17,8 +17,8 @@ from facespec.errors import MissingPackageError, ModelFileError
 from facespec.letterbox import Frame
 from tests.faces import assert_identical
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace
-from trt_runtime.flavor import RTX, find_flavor, gpu_capability
-from trt_runtime.sidecar import Sidecar, read_sidecar, sidecar_path
+from trt_runtime.gpu.flavor import RTX, find_flavor, gpu_capability
+from trt_runtime.gpu.sidecar import Sidecar, read_sidecar, sidecar_path
 from trt_runtime.timing import StageTimer
 
 pytestmark = pytest.mark.gpu
@@ -151,7 +151,7 @@ def test_frames_and_contexts_of_pycuda(options: EngineOptions, frames: list[Fram
     import pycuda.driver as cuda
     from pycuda.gpuarray import to_gpu
 
-    from trt_runtime.device_pycuda import PyCudaDevice
+    from trt_runtime.gpu.pycuda import PyCudaDevice
 
     expected = [detector.detect(frame) for frame in frames]
     cuda.init()

@@ -19,7 +19,7 @@ from facespec.errors import SpecError
 from facespec.letterbox import Frame
 from facespec.spec import PreprocessSpec
 from trainer.data.dataset import Dataset
-from trainer.targets import Faces
+from trainer.data.targets import Faces
 
 MIRRORED = [1, 0, 2, 4, 3]
 """Which landmark each one becomes in the mirror: left and right are those of the image."""
@@ -277,7 +277,7 @@ def _look_up(image: Frame, table: NDArray[np.float64]) -> Frame:
 
 
 class TrainingSet(torch.utils.data.Dataset[tuple[Frame, Faces]]):
-    """Augmented samples of a data set, for a DataLoader with `trainer.targets.collate`.
+    """Augmented samples of a data set, for a DataLoader with `trainer.data.targets.collate`.
 
     Item `epoch * len(dataset) + index` is sample `index` as it is shown in `epoch`. Its randomness depends on the seed
     and these two numbers alone, so neither the number of workers nor a resumed run changes what is trained on. A

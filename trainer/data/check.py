@@ -15,7 +15,7 @@ from facespec.images import write_image
 from facespec.letterbox import Frame
 from trainer.data.augment import AugmentSettings, TrainingSet
 from trainer.data.dataset import Dataset, FileSample, Kind, Report, Sample
-from trainer.targets import Faces
+from trainer.data.targets import Faces
 
 TILES = (4, 6)
 """Rows and columns of the picture."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from facespec.errors import DataError, ImageError
 from facespec.images import read_image
 from facespec.letterbox import Frame
-from trainer.targets import Faces
+from trainer.data.targets import Faces
 
 EDGE_PX = 1.0
 """A landmark this little outside the image is there by rounding, and counts as on its edge."""

@@ -21,7 +21,7 @@ from facespec.images import read_image
 from facespec.letterbox import Frame
 from trainer.data.augment import MIRRORED
 from trainer.data.dataset import Dataset, Report
-from trainer.targets import Faces
+from trainer.data.targets import Faces
 
 IMAGES = {"train": 1000, "val": 100}
 SIDE_RANGE = (448, 704)

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from facespec.errors import SpecError
 from facespec.letterbox import Frame
-from trainer.batches import start_worker
 from trainer.data import AugmentSettings, Dataset, FileSample, Report, TrainingSet, open_dataset
 from trainer.data.augment import (
     INTERPOLATIONS,
@@ -26,8 +25,9 @@ from trainer.data.augment import (
     mirror,
     recolour,
 )
+from trainer.data.batches import start_worker
 from trainer.data.synthetic import SyntheticSample
-from trainer.targets import Faces, collate
+from trainer.data.targets import Faces, collate
 
 SIZE = 320
 PLAIN = AugmentSettings(brightness=0, contrast=(1, 1), saturation=(1, 1), hue=0)

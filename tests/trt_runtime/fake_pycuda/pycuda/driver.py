@@ -1,4 +1,4 @@
-"""PyCUDA's driver module, as much of it as `trt_runtime/device_pycuda.py` uses, on fake_cuda.c.
+"""PyCUDA's driver module, as much of it as `trt_runtime/gpu/pycuda.py` uses, on fake_cuda.c.
 
 PyCUDA has no wheels: it is built against a CUDA toolkit. Where that was not done this takes its place, by its
 documentation (https://documen.tician.de/pycuda) and its sources (src/cpp). Each thread has a stack of contexts;

@@ -25,17 +25,17 @@ from facespec.errors import ConfigError, NonFiniteError, OutputError
 from facespec.spec import ModelSpec
 from trainer.average_precision import LEVELS
 from trainer.backbones import BACKBONES
-from trainer.batches import AsTheyAre, Order, explain_dead_workers, read_batches
 from trainer.checkpoint import load_pretrained, read_training, save_checkpoint
 from trainer.config import TrainConfig, changed, from_settings, to_settings, write_yaml
 from trainer.data import Dataset, TrainingSet, open_dataset
+from trainer.data.batches import AsTheyAre, Order, explain_dead_workers, read_batches
+from trainer.data.targets import Targets
 from trainer.distributed import World, has_bf16, join_world
-from trainer.engine import Ema, Learner, PixelTerm, lr_factor, make_optimizer, seed_step, train_step
 from trainer.folding import is_folded, unfold
 from trainer.losses import MultiBoxLoss
 from trainer.model import RetinaFace
 from trainer.records import STEP_COLUMNS, Records
-from trainer.targets import Targets
+from trainer.step import Ema, Learner, PixelTerm, lr_factor, make_optimizer, seed_step, train_step
 from trainer.validation import SIMPLE_LEVEL, Scores, Validation, find_validation
 
 LAST, BEST = "last.pth", "best.pth"

@@ -13,10 +13,10 @@ from facespec.errors import GpuError, ModelFileError
 from facespec.spec import ModelSpec
 from plugins import PLUGIN, letterbox
 from plugins.build import ensure
-from trt_runtime import tensorrt_api as api
-from trt_runtime.device import Device, Stream, out_of_memory
-from trt_runtime.flavor import FLAVORS
-from trt_runtime.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
+from trt_runtime.gpu import tensorrt_api as api
+from trt_runtime.gpu.device import Device, Stream, out_of_memory
+from trt_runtime.gpu.flavor import FLAVORS
+from trt_runtime.gpu.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
 
 Shape = tuple[int, int, int]
 """(B, H, W) of the input."""

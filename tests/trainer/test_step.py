@@ -18,9 +18,9 @@ from tests.trainer.conftest import published
 from trainer import RetinaFace
 from trainer.backbones import Features
 from trainer.config import OptimizerConfig, ScheduleConfig, resolve
-from trainer.engine import Ema, Heads, Learner, PixelTerm, lr_factor, make_optimizer, seed_step, train_step
+from trainer.data.targets import Faces, Targets, collate
 from trainer.losses import Losses, LossSettings, MultiBoxLoss
-from trainer.targets import Faces, Targets, collate
+from trainer.step import Ema, Heads, Learner, PixelTerm, lr_factor, make_optimizer, seed_step, train_step
 
 HW = (64, 96)
 

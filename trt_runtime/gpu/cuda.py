@@ -16,8 +16,8 @@ import numpy as np
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
-from trt_runtime.device import Bytes, Capture, PinnedArray, check_bytes, check_nbytes, out_of_memory
-from trt_runtime.device_frame import DeviceFrame, read_frame
+from trt_runtime.gpu.device import Bytes, Capture, PinnedArray, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.gpu.frame import DeviceFrame, read_frame
 
 OLDEST_DRIVER = 12000
 """CUDA 12.0, as cuDriverGetVersion counts: the TensorRT versions that are supported want it."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DeviceMemoryError, GpuError, MissingPackageError
-from trt_runtime.device import Bytes, Capture, check_bytes, check_nbytes, out_of_memory
-from trt_runtime.device_cuda import Cuda, CudaGraph, CudaMemory, CudaPinned, locate, order, record, relaxed
-from trt_runtime.device_frame import DeviceFrame, read_frame
+from trt_runtime.gpu.cuda import Cuda, CudaGraph, CudaMemory, CudaPinned, locate, order, record, relaxed
+from trt_runtime.gpu.device import Bytes, Capture, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.gpu.frame import DeviceFrame, read_frame
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which PyCUDA has no name for
 STICKY = ("illegal memory access", "launch failure", "misaligned address", "illegal instruction", "assert triggered")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.errors import DeviceMemoryError, GpuError
-from trt_runtime.device_frame import DeviceFrame
+from trt_runtime.gpu.frame import DeviceFrame
 
 Bytes = NDArray[np.uint8]
 
@@ -240,15 +240,15 @@ def open_device(place: str = "cuda") -> Device:
         MissingPackageError: cuda-bindings or PyCUDA is not installed.
     """
     if place == "cuda" or re.fullmatch("cuda:[0-9]{1,4}", place):
-        from trt_runtime.device_cuda import CudaDevice
+        from trt_runtime.gpu.cuda import CudaDevice
 
         return CudaDevice(int(place.removeprefix("cuda").removeprefix(":") or 0))
     if place == "pycuda":
-        from trt_runtime.device_pycuda import PyCudaDevice
+        from trt_runtime.gpu.pycuda import PyCudaDevice
 
         return PyCudaDevice()
     if place == "cpu":
-        from trt_runtime.device_host import HostDevice
+        from trt_runtime.gpu.simulated import HostDevice
 
         return HostDevice()
     raise GpuError(f"device must be cuda, cuda:1 (or another number), pycuda or cpu, not {place!r}")

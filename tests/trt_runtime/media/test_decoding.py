@@ -11,8 +11,8 @@ import pytest
 
 from facespec.errors import MissingPackageError, VideoError
 from facespec.letterbox import Frame
-from trt_runtime.decoding import Pictures, ends_early, frame_rate, load_av, reason, video_stream
-from trt_runtime.video import VideoFile, VideoWriter
+from trt_runtime.media.decoding import Pictures, ends_early, frame_rate, load_av, reason, video_stream
+from trt_runtime.media.files import VideoFile, VideoWriter
 
 NAN, INF = float("nan"), float("inf")
 

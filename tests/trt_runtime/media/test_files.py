@@ -22,9 +22,9 @@ import pytest
 from facespec.errors import VideoError
 from facespec.images import MAX_PIXELS
 from facespec.letterbox import Frame, Letterbox
-from trt_runtime.decoding import Pictures
-from trt_runtime.live import NetworkStream
-from trt_runtime.video import VIDEO_SUFFIXES, Camera, VideoFile, VideoWriter, open_source, require_display
+from trt_runtime.media.decoding import Pictures
+from trt_runtime.media.files import VIDEO_SUFFIXES, Camera, VideoFile, VideoWriter, open_source, require_display
+from trt_runtime.media.live import NetworkStream
 
 
 def _frame(index: int, height: int = 96, width: int = 128) -> Frame:
@@ -298,7 +298,7 @@ def test_a_frame_that_cannot_be_converted_is_damage(tmp_path: Path, monkeypatch:
             self.count += 1
             return super().__call__(av.VideoFrame(64, 64, "rgb96le") if self.count in (1, 4) else frame)
 
-    monkeypatch.setattr("trt_runtime.video.Pictures", Odd)
+    monkeypatch.setattr("trt_runtime.media.files.Pictures", Odd)
     with VideoFile(_write(tmp_path / "v.mp4", [_frame(i) for i in range(6)])) as video:
         frames = list(video)
     assert [round((frame.image[:, :, 2].mean() - 20) / 8) for frame in frames] == [1, 2, 4, 5]
@@ -618,12 +618,12 @@ def test_a_huge_frame_takes_no_memory_before_it_is_refused(tmp_path: Path) -> No
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((5000, 7200, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode(None))
     code = (
-        "import resource\nfrom trt_runtime.video import *\nimport av\n"
+        "import resource\nfrom trt_runtime.media.files import *\nimport av\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n    list(VideoFile('v.mov', 5000 * 7200 - 1))\nexcept VideoError:\n    print('refused')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     line = [sys.executable, "-c", code]
     result = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
     assert result.stdout.split()[0] == "refused"
@@ -845,7 +845,7 @@ def test_an_error_of_the_encoder_is_raised_whichever_frame_it_is_of(number: int,
 
 def test_the_time_of_encoding_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr("trt_runtime.video.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("trt_runtime.media.files.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with VideoWriter(tmp_path / "v.mp4", 25) as writer:
         assert writer.take_encode_ms() == 0
         for index in range(3):

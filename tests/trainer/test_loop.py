@@ -19,15 +19,14 @@ from facespec.errors import ConfigError, NonFiniteError, OutputError, WeightsErr
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
 from trainer import RetinaFace, load_model, save_checkpoint
-from trainer.batches import AsTheyAre, Order
 from trainer.checkpoint import read_training, weights_sha256
 from trainer.config import TrainConfig, resolve, to_settings
 from trainer.data import Dataset, Report, TrainingSet
+from trainer.data.batches import AsTheyAre, Order
+from trainer.data.targets import Faces
 from trainer.distributed import World
-from trainer.engine import Learner, PixelTerm, seed_step
 from trainer.folding import is_folded
-from trainer.targets import Faces
-from trainer.training import (
+from trainer.loop import (
     REPORTED,
     Row,
     TrainState,
@@ -43,6 +42,7 @@ from trainer.training import (
     _StopSignals,
     fit,
 )
+from trainer.step import Learner, PixelTerm, seed_step
 from trainer.validation import LabelledValidation, Scores
 
 CPU = World(torch.device("cpu"))

@@ -24,11 +24,12 @@ from plugins.host import library
 from tests.engines import write_engine, write_rtx_engine
 from tests.faces import assert_identical
 from tests.trt_runtime.fake_tensorrt import WORKSPACE, FakeGpu, FakeTensorRT
-from trt_runtime import TRTRetinaFace, tensorrt_api
-from trt_runtime.device_host import HostArray, HostDevice
-from trt_runtime.engine import Profile, TrtEngine, check_runs_here
-from trt_runtime.engine_host import MAX_BATCH, HostEngine
-from trt_runtime.sidecar import read_sidecar
+from trt_runtime import TRTRetinaFace
+from trt_runtime.gpu import tensorrt_api
+from trt_runtime.gpu.engine import Profile, TrtEngine, check_runs_here
+from trt_runtime.gpu.sidecar import read_sidecar
+from trt_runtime.gpu.simulated import HostArray, HostDevice
+from trt_runtime.gpu.simulated_engine import MAX_BATCH, HostEngine
 from trt_runtime.timing import StageTimer
 
 SIZE = (96, 160)
@@ -57,7 +58,7 @@ class Rig:
         self.path = write_engine(folder, spec=network.spec, profile=PROFILE)
         self.trt = self.install(version="10.14.1.48")
         monkeypatch.setenv("RETINAFACE_PLUGIN", str(library()._name))
-        monkeypatch.setattr("trt_runtime.engine.letterbox", SimpleNamespace(load=self._load))
+        monkeypatch.setattr("trt_runtime.gpu.engine.letterbox", SimpleNamespace(load=self._load))
 
     def install(self, **options: Any) -> FakeTensorRT:
         """Make a TensorRT that can be imported."""
@@ -553,7 +554,7 @@ def test_a_context_reads_and_writes_where_it_was_told(network: HostEngine, astro
 
 def test_the_share_of_decoding_on_the_cpu(network: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([5.0, 8.0, 9.0])
-    monkeypatch.setattr("trt_runtime.engine_host.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("trt_runtime.gpu.simulated_engine.time.perf_counter", lambda: next(ticks))
     assert network.run(np.zeros((1, 32, 32, 3), np.uint8))[1] == 0.25  # the network took 3, decoding 1
 
 

@@ -14,9 +14,9 @@ import torch
 
 from facespec.errors import MissingPackageError
 from tests.engines import RTX_BITS
-from trt_runtime.flavor import FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
+from trt_runtime.gpu.flavor import FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_gpu_capability_agrees_with_torch() -> None:
@@ -56,10 +56,10 @@ def test_auto_takes_what_can_build_here(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(MissingPackageError, match=r"\[rtx\].*\[trt\]"):
         find_flavor("auto")
     monkeypatch.setattr(Flavor, "installed", lambda self: True)
-    monkeypatch.setattr("trt_runtime.flavor.gpu_capability", lambda: 90)
+    monkeypatch.setattr("trt_runtime.gpu.flavor.gpu_capability", lambda: 90)
     assert find_flavor("auto") is TENSORRT
     assert find_flavor("rtx") is RTX
-    monkeypatch.setattr("trt_runtime.flavor.gpu_capability", lambda: None)
+    monkeypatch.setattr("trt_runtime.gpu.flavor.gpu_capability", lambda: None)
     assert find_flavor("auto") is RTX  # TensorRT builds for the GPU that is there
     assert find_flavor("tensorrt") is TENSORRT  # who asks for it knows
     monkeypatch.setattr(Flavor, "installed", lambda self: self is TENSORRT)
@@ -68,7 +68,7 @@ def test_auto_takes_what_can_build_here(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(MissingPackageError, match="neither TensorRT with a GPU nor TensorRT-RTX"):
         find_flavor("auto")
     monkeypatch.setattr(Flavor, "installed", lambda self: self is RTX)
-    monkeypatch.setattr("trt_runtime.flavor.gpu_capability", lambda: 90)
+    monkeypatch.setattr("trt_runtime.gpu.flavor.gpu_capability", lambda: 90)
     assert find_flavor() is RTX
     with pytest.raises(KeyError):
         find_flavor("nonsense")

@@ -13,9 +13,9 @@ from torch.optim import SGD
 
 from trainer.backbones import Features
 from trainer.config import OptimizerConfig, ScheduleConfig
+from trainer.data.targets import Targets
 from trainer.losses import Losses, MultiBoxLoss
 from trainer.model import Heads, RetinaFace
-from trainer.targets import Targets
 
 
 class PixelTerm(nn.Module):

@@ -22,9 +22,9 @@ import pytest
 from facespec.errors import VideoError
 from facespec.letterbox import Frame
 from tests.trt_runtime.rtsp_server import RtspServer, Visit, encode_h264
-from trt_runtime.decoding import Pictures, TimedFrame
-from trt_runtime.live import SCHEMES, NetworkStream, _Clock, _Connection, without_secrets
-from trt_runtime.video import Source, VideoFile, VideoWriter, open_source
+from trt_runtime.media.decoding import Pictures, TimedFrame
+from trt_runtime.media.files import Source, VideoFile, VideoWriter, open_source
+from trt_runtime.media.live import SCHEMES, NetworkStream, _Clock, _Connection, without_secrets
 
 _RATE = 50
 _FRAMES = 40
@@ -488,7 +488,7 @@ def test_each_pause_is_twice_the_last_up_to_the_longest_and_up_to_half_is_left_o
         drawn.append((low, high))
         return part
 
-    monkeypatch.setattr("trt_runtime.live.random", SimpleNamespace(uniform=uniform))
+    monkeypatch.setattr("trt_runtime.media.live.random", SimpleNamespace(uniform=uniform))
     with RtspServer(units, 500, [Visit(15)]) as server:
         source = NetworkStream(server.url(), max_attempts=len(pauses), **options)  # type: ignore[arg-type]
     source._stopped = waited = Pauses()
@@ -811,7 +811,7 @@ def test_a_frame_that_cannot_be_converted_is_damage(tmp_path: Path, monkeypatch:
             self.count += 1
             return super().__call__(av.VideoFrame(64, 64, "rgb96le") if self.count in (1, 4) else frame)
 
-    monkeypatch.setattr("trt_runtime.live.Pictures", Odd)
+    monkeypatch.setattr("trt_runtime.media.live.Pictures", Odd)
     _write_ts(tmp_path / "v.ts", range(10), key_every=10)
     thread, url = _serve_once((tmp_path / "v.ts").read_bytes())
     with NetworkStream(url) as source:
@@ -909,7 +909,7 @@ def test_the_clock(
     live: bool, events: list[tuple[float, float | None] | None], seconds: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = Now()
-    monkeypatch.setattr("trt_runtime.live.time", now)
+    monkeypatch.setattr("trt_runtime.media.live.time", now)
     clock = _Clock(live, 10.0)
     given = []
     for event in events:

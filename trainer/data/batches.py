@@ -17,8 +17,8 @@ from facespec.errors import DataError, RetinaFaceError
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import PreprocessSpec
 from trainer.data import Dataset
+from trainer.data.targets import Faces, Targets, collate
 from trainer.distributed import World
-from trainer.targets import Faces, Targets, collate
 
 
 @dataclass(frozen=True)

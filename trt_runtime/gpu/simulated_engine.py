@@ -17,8 +17,8 @@ from plugins import PLUGIN, letterbox
 from plugins.host import decode_nms, library
 from trt_runtime.cpu import open_session, read_detector
 from trt_runtime.detector import ENGINE_SUFFIXES
-from trt_runtime.device_host import HostDevice, HostStream
-from trt_runtime.engine import Profile, Shape
+from trt_runtime.gpu.engine import Profile, Shape
+from trt_runtime.gpu.simulated import HostDevice, HostStream
 from trt_runtime.plugin_form import cut_heads
 
 MAX_BATCH = 8

@@ -25,9 +25,9 @@ from facespec.detections import Detections
 from facespec.errors import ConfigError, RetinaFaceError
 from facespec.letterbox import Frame
 from trt_runtime.detector import RetinaFaceDetector
+from trt_runtime.media.files import Source
 from trt_runtime.stream import DetectionStream
 from trt_runtime.timing import StageTimer
-from trt_runtime.video import Source
 
 WAIT = "wait"
 """Stage in which a live source has no frame yet: nobody works in it."""

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.errors import DeviceLostError, FrameError, GpuError
-from trt_runtime.device import ALIGNMENT, Bytes, Capture, PinnedArray, check_bytes, check_nbytes, out_of_memory
-from trt_runtime.device_frame import DeviceFrame, Nv12Frame, read_frame
+from trt_runtime.gpu.device import ALIGNMENT, Bytes, Capture, PinnedArray, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame, read_frame
 
 POISON = 0xFF
 """What memory holds before anything is written: NaN as float32 and float16, -1 as int32."""

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from export.agreement import MATCH_IOU, Agreement, Disagreement, landmark_errors, match_faces
 from export.disagreements import Sample, draw_disagreements
+from facespec.agreement import MATCH_IOU, Agreement, Disagreement, landmark_errors, match_faces
 from facespec.detections import Detections
 from facespec.letterbox import Frame
 

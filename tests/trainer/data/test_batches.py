@@ -14,10 +14,10 @@ import torch
 
 from facespec.errors import DataError
 from facespec.letterbox import Frame
-from trainer.batches import AsTheyAre, Order, explain_dead_workers, place_faces, read_batches, start_worker
 from trainer.data import Dataset, Report
+from trainer.data.batches import AsTheyAre, Order, explain_dead_workers, place_faces, read_batches, start_worker
+from trainer.data.targets import Faces
 from trainer.distributed import World
-from trainer.targets import Faces
 
 CPU = World(torch.device("cpu"))
 

@@ -16,7 +16,7 @@ import pytest
 
 from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
 from tests.trt_runtime.device_contract import check_device
-from trt_runtime.device import (
+from trt_runtime.gpu.device import (
     ALIGNMENT,
     Capture,
     PinnedArray,
@@ -25,8 +25,8 @@ from trt_runtime.device import (
     open_device,
     out_of_memory,
 )
-from trt_runtime.device_frame import DeviceFrame, Nv12Frame, read_frame
-from trt_runtime.device_host import HostArray, HostDevice, HostStream
+from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame, read_frame
+from trt_runtime.gpu.simulated import HostArray, HostDevice, HostStream
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_a_lost_device(device: HostDevice) -> None:
 
 def test_work_starts_late_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("trt_runtime.device_host.time.sleep", pauses.append)
+    monkeypatch.setattr("trt_runtime.gpu.simulated.time.sleep", pauses.append)
     device = HostDevice(delay_s=0.01)
     with device.activate():
         stream, before, after = device.stream(), device.event(), device.event()

@@ -16,7 +16,16 @@ import numpy as np
 
 from facespec.errors import VideoError
 from facespec.images import MAX_PIXELS
-from trt_runtime.decoding import FORMATS, Pictures, TimedFrame, ends_early, frame_rate, load_av, reason, video_stream
+from trt_runtime.media.decoding import (
+    FORMATS,
+    Pictures,
+    TimedFrame,
+    ends_early,
+    frame_rate,
+    load_av,
+    reason,
+    video_stream,
+)
 
 # What FFmpeg may open on behalf of an address, by its scheme. No "file" and no "data" among it: a playlist from the
 # network leads to other addresses at most.

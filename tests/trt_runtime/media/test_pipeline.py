@@ -19,10 +19,10 @@ from facespec.detections import Detections
 from facespec.errors import ConfigError, RetinaFaceError, VideoError
 from facespec.letterbox import Frame
 from trt_runtime.detector import load_detector
-from trt_runtime.pipeline import WAIT, Job, PipelineOptions, PipelineReport, SeenFrame, Use, run_pipeline
+from trt_runtime.media.files import Source, TimedFrame, VideoFile, VideoWriter
+from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, PipelineReport, SeenFrame, Use, run_pipeline
 from trt_runtime.stream import DetectionStream
 from trt_runtime.timing import StageTimer
-from trt_runtime.video import Source, TimedFrame, VideoFile, VideoWriter
 
 
 @pytest.fixture(scope="module")
@@ -559,7 +559,7 @@ def test_times_are_added_over_all_threads() -> None:
 
 def test_seconds_are_those_from_the_opening_to_the_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("trt_runtime.pipeline.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("trt_runtime.media.pipeline.time", SimpleNamespace(perf_counter=lambda: now[0]))
     source = Made(3)
 
     def open_() -> Source:

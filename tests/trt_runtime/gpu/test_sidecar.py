@@ -15,7 +15,7 @@ from facespec.errors import ModelFileError, SpecError
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
 from plugins import PLUGIN
 from tests.engines import RTX_BITS, rtx_content, write_engine, write_rtx_engine
-from trt_runtime.sidecar import (
+from trt_runtime.gpu.sidecar import (
     MAX_SIDECAR_BYTES,
     EngineHeader,
     Sidecar,

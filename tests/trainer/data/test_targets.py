@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from trainer.targets import Faces, collate
+from trainer.data.targets import Faces, collate
 
 
 def _faces(count: int, start: int) -> Faces:

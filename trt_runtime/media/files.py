@@ -19,8 +19,17 @@ from facespec.errors import VideoError
 from facespec.files import atomic_path
 from facespec.images import MAX_PIXELS
 from facespec.letterbox import Frame, Letterbox
-from trt_runtime.decoding import FORMATS, Pictures, TimedFrame, ends_early, frame_rate, load_av, reason, video_stream
-from trt_runtime.live import SCHEMES, Camera, NetworkStream
+from trt_runtime.media.decoding import (
+    FORMATS,
+    Pictures,
+    TimedFrame,
+    ends_early,
+    frame_rate,
+    load_av,
+    reason,
+    video_stream,
+)
+from trt_runtime.media.live import SCHEMES, Camera, NetworkStream
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v")
 """What `VideoWriter` can write."""

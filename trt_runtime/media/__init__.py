@@ -1,0 +1,1 @@
+"""Videos and cameras: what is read, how it is decoded, and how it runs through a detector."""

@@ -59,5 +59,5 @@ test-gpu:
 	done; exec $(PYTHON) -m tests.gpu
 
 clean:
-	rm -rf build plugins/lib $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build trt_runtime/lib $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,10 +36,10 @@ from facespec.cli import ArgumentParser, run
 from facespec.errors import RetinaFaceError
 from facespec.priors import make_priors
 from facespec.spec import ModelSpec
-from plugins import host
 from plugins.build import read_report
 from tests.gpu import heads as content
 from tests.gpu.kernel import DEVICE, Call, Kernels, build_kernels, capability, gpu_problem
+from trt_runtime import kernels as host
 
 REPEATS = 100
 LAUNCHES = 64

@@ -28,7 +28,7 @@ from export.to_onnx import ExportOptions, export_onnx
 from facespec.boxes import decode_detections
 from facespec.priors import make_priors
 from facespec.spec import DecodeSpec, ModelSpec
-from plugins.host import decode_nms
+from trt_runtime.kernels import decode_nms
 
 Maps = list[NDArray[np.float32]]
 

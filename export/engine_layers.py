@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from facespec.errors import BuildError
-from plugins.build import ensure
 from trt_runtime.gpu.flavor import FLAVORS, child_environment, gpu_capability
 from trt_runtime.gpu.sidecar import Convolutions, Sidecar, precision_shares
+from trt_runtime.kernels import ensure_library
 
 UNKNOWN = "unknown"
 
@@ -50,7 +50,7 @@ def read_information(engine: Path, sidecar: Sidecar) -> dict[str, Any]:
         request = {
             "module": flavor.module,
             "engine": str(engine.resolve()),
-            "plugin": str(ensure("plugin")),
+            "plugin": str(ensure_library("plugin")),
             "shape": sidecar.profile["opt"],
             "log": str(Path(folder) / "log"),
             "out": str(out),

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from facespec.priors import make_priors
 from facespec.spec import ModelSpec
-from plugins import PLUGIN
+from trt_runtime.kernels import PLUGIN
 
 OPSET = 19
 IR_VERSION = 9

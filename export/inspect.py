@@ -18,9 +18,9 @@ from export.engine_layers import engine_shares, is_readable
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import ModelFileError, RetinaFaceError, SpecError
 from facespec.spec import CHECKPOINT_SUFFIXES, SPEC_KEY, DecodeSpec, ModelSpec
-from plugins import PLUGIN
 from trt_runtime.gpu.flavor import FLAVORS, gpu_capability
 from trt_runtime.gpu.sidecar import RTX_HEADER_BYTES, Sidecar, check_engine, read_header, read_sidecar
+from trt_runtime.kernels import PLUGIN
 from trt_runtime.onnx_file import read_onnx
 from trt_runtime.plugin_form import find_plugin, load_graph, plugin_attributes, plugin_problem, text
 

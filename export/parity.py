@@ -17,10 +17,9 @@ from facespec.cli import require
 from facespec.errors import ParityError
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import ModelSpec
-from plugins import PLUGIN
-from plugins.host import decode_nms
 from trainer.detector import TorchRetinaFace
 from trainer.model import RetinaFace
+from trt_runtime.kernels import PLUGIN, decode_nms
 from trt_runtime.plugin_form import cut_heads
 
 Runner = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]

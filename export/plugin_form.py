@@ -7,7 +7,7 @@ import onnx
 from export.graph import add_plugin
 from export.portable import check_graph
 from facespec.spec import ModelSpec
-from plugins.host import make_params
+from trt_runtime.kernels import make_params
 
 
 def build_plugin_form(

@@ -33,7 +33,7 @@ from facespec.files import atomic_path, check_outputs, write_text
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, DEFAULT_WEIGHTS, ModelSpec, check_size, parse_size
-from plugins.host import decode_nms, library
+from trt_runtime.kernels import decode_nms, library
 
 if TYPE_CHECKING:
     import onnx

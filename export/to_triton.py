@@ -18,11 +18,11 @@ from export.triton_config import TritonModel, to_pbtxt
 from facespec.cli import ArgumentParser, run
 from facespec.errors import BuildError, ModelFileError, OutputError, SpecError
 from facespec.spec import CHECKPOINT_SUFFIXES
-from plugins import PLUGIN
-from plugins.build import ensure, read_report
+from plugins.build import read_report
 from trt_runtime.detector import ENGINE_SUFFIXES, load_detector
 from trt_runtime.gpu.flavor import TENSORRT
 from trt_runtime.gpu.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
+from trt_runtime.kernels import PLUGIN, ensure_library
 from trt_runtime.onnx_file import read_onnx
 
 ONNX_BATCH = 8
@@ -173,7 +173,7 @@ def _plan_engine(options: TritonOptions) -> Layout:
         on_gpu=True,
         max_queue_delay_us=options.max_queue_delay_us,
     )
-    plugin = ensure("plugin")
+    plugin = ensure_library("plugin")
     headers = str(read_report(plugin).get("headers_version") or sidecar.version)
     if headers.split(".")[0] != sidecar.version.split(".")[0]:  # the registry it joins has another layout
         raise BuildError(

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -48,10 +47,10 @@ from facespec.errors import (
 )
 from facespec.files import atomic_path, cache_folder, check_outputs, write_text
 from facespec.spec import DEFAULT_WEIGHTS, MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, check_size, parse_size
-from plugins import PLUGIN
-from plugins.build import ARCHITECTURES, PTX_ARCHITECTURE, ensure, find_library, read_report
+from plugins.build import ARCHITECTURES, PTX_ARCHITECTURE, read_report
 from trt_runtime.gpu.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
 from trt_runtime.gpu.sidecar import Convolutions, Sidecar, check_engine, precision_shares, sidecar_path
+from trt_runtime.kernels import PLUGIN, ensure_library, find_library
 
 AHEAD_OF_TIME = (75, 80, 86, 89, 120)
 """Compute capabilities a TensorRT-RTX engine is built for where no GPU tells."""
@@ -279,9 +278,9 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     try:
         flavor = find_flavor(RTX.name if options.capabilities else options.flavor)
         capabilities = _capabilities(options, flavor)
-        if not (os.environ.get("RETINAFACE_PLUGIN") or find_library("plugin")):
+        if find_library("plugin") is None:
             print(f"compiling the plugin for {len(ARCHITECTURES)} architectures, once; about 15 s", flush=True)
-        plugin = ensure("plugin")
+        plugin = ensure_library("plugin")
         _note_missing_code(plugin, capabilities)
         engine, version = _build(options, graph, flavor, capabilities, plugin)
     except RetinaFaceError as error:

@@ -27,9 +27,10 @@ from facespec.cli import ArgumentParser, run
 from facespec.errors import BuildError, MissingToolError
 from facespec.files import atomic_path, cache_folder, write_text
 
-ROOT = Path(__file__).parent
-LIBRARY_FOLDER = ROOT / "lib"
-"""Where libraries go; where it cannot be written, as in a system's site-packages, the user's cache folder serves."""
+ROOT = Path(__file__).resolve().parent
+LIBRARY_FOLDER = ROOT.parent / "trt_runtime" / "lib"
+"""Where libraries go, and the runtime looks for them; where it cannot be written, as in a system's site-packages, the
+user's cache folder serves."""
 
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 120)
 """Compute capabilities that get machine code: Turing to Blackwell. Later ones run the PTX."""
@@ -250,7 +251,7 @@ def build(
     Args:
         target: Key of `TARGETS`.
         architectures: Compute capabilities that get machine code.
-        folder: Where to; plugins/lib unless given.
+        folder: Where to; `LIBRARY_FOLDER` unless given.
 
     Raises:
         MissingToolError: A compiler or header is missing.
@@ -350,18 +351,11 @@ def find_library(target: str = "plugin") -> Path | None:
 def ensure(target: str = "plugin") -> Path:
     """Return the library of a target, built anew if it is missing, damaged, or its sources have changed.
 
-    A plugin library named by RETINAFACE_PLUGIN is taken as it is.
-
     Raises:
-        MissingToolError: It must be built, and a compiler or header is missing; or RETINAFACE_PLUGIN names no file.
+        MissingToolError: It must be built, and a compiler or header is missing.
         BuildError: It does not compile.
         OutputError: There is no folder it could be written to.
     """
-    chosen = os.environ.get("RETINAFACE_PLUGIN")
-    if target == "plugin" and chosen:
-        if not Path(chosen).is_file():
-            raise MissingToolError(f"RETINAFACE_PLUGIN={chosen}: no such file")
-        return Path(chosen).resolve()
     found = find_library(target)
     if found is None:
         present = LIBRARY_FOLDER if LIBRARY_FOLDER.is_dir() else LIBRARY_FOLDER.parent

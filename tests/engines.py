@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from facespec.spec import DecodeSpec, ModelSpec
-from plugins import PLUGIN
 from trt_runtime.gpu.sidecar import Sidecar, sidecar_path
+from trt_runtime.kernels import PLUGIN
 
 
 def write_engine(folder: Path, content: bytes = b"ftrt" + bytes(range(200)), **changes: object) -> Path:

@@ -17,9 +17,8 @@ from facespec.cli import require
 from facespec.errors import BuildError, ModelFileError, SpecError
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import SPEC_KEY, ModelSpec, NetworkSize, check_size
-from plugins import PLUGIN
-from plugins.host import decode_nms, library
 from trt_runtime.detector import Lane, RetinaFaceDetector, letterboxed, network_size
+from trt_runtime.kernels import PLUGIN, decode_nms, library
 from trt_runtime.machine import cores
 from trt_runtime.onnx_file import OnnxHeader, read_onnx
 from trt_runtime.plugin_form import HeadsGraph, cut_heads
@@ -71,7 +70,7 @@ class OrtRetinaFace(RetinaFaceDetector):
     """An exported ONNX detector on the CPU, through ONNX Runtime.
 
     Of a plugin form, which TensorRT builds, the network runs in ONNX Runtime and the plugin on the host
-    (`plugins.host`).
+    (`trt_runtime.kernels`).
 
     Args:
         path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`.

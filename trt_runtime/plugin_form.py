@@ -10,7 +10,7 @@ import numpy as np
 from facespec.cli import require
 from facespec.errors import ModelFileError
 from facespec.spec import ModelSpec
-from plugins import PLUGIN
+from trt_runtime.kernels import PLUGIN
 
 
 def load_graph(content: bytes, why: str) -> Any:
@@ -104,7 +104,7 @@ class HeadsGraph:
 
 
 def cut_heads(content: bytes, spec: ModelSpec) -> HeadsGraph:
-    """Return a detector graph without its decoding and NMS, which `plugins.host.decode_nms` does.
+    """Return a detector graph without its decoding and NMS, which `trt_runtime.kernels.decode_nms` does.
 
     Args:
         content: An encoded ONNX model: a plugin form, or a portable graph, whose head maps are named `head_STRIDE`.

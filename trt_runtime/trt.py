@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from facespec.errors import FrameError, GpuError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
-from plugins.letterbox import LetterboxFrame, PixelFormat, describe
 from trt_runtime.detector import Lane, RetinaFaceDetector, network_size
 from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, PinnedArray, Stream, open_device
 from trt_runtime.gpu.engine import Engine, Shape, TrtEngine
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
 from trt_runtime.gpu.simulated import HostDevice
 from trt_runtime.gpu.simulated_engine import HostEngine
+from trt_runtime.kernels import LetterboxFrame, PixelFormat, describe_frame
 from trt_runtime.shape_cache import ShapeCache
 
 GRAPHS = 32
@@ -348,7 +348,7 @@ class _Plan:
         for slot, (place, box) in enumerate(zip(places, boxes, strict=True)):
             if place.frame_hw != box.frame_hw:
                 raise FrameError(f"the frame says it is {box.frame_hw}, and it is {place.frame_hw}")
-            table[slot] = describe(
+            table[slot] = describe_frame(
                 place.address,
                 place.pitch,
                 place.frame_hw,

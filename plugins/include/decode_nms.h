@@ -20,7 +20,7 @@ constexpr int32_t kMaxPerCell = 4;
 
 enum class HeadType : int32_t { kFloat = 0, kHalf = 1 };
 
-// What a call computes. Plain data, passed by value; ctypes mirrors it in plugins/host.py.
+// What a call computes. Plain data, passed by value; ctypes mirrors it in trt_runtime/kernels.py.
 struct DecodeParams {
   int32_t batch;
   int32_t levels;                            // 1 .. kMaxLevels

@@ -17,7 +17,7 @@ constexpr int32_t kMaxFrameSide = 16384;  // pixels; up to here a float holds a 
 enum PixelFormat : int32_t { kBgr = 0, kNv12Bt601 = 1, kNv12Bt601Full = 2, kNv12Bt709 = 3, kNv12Bt709Full = 4 };
 
 // Where a frame lies and what becomes of it. The kernel reads these from memory, so that a captured launch can be
-// replayed on other frames. Plain data; ctypes mirrors it in plugins/letterbox.py, which also validates it. One of
+// replayed on other frames. Plain data; ctypes mirrors it in trt_runtime/kernels.py, which also validates it. One of
 // zeros is a batch slot without a frame: all padding.
 struct LetterboxFrame {
   const void* data;             // BGR, or Y; no alignment is asked for, 16 bytes make a copy faster
@@ -31,7 +31,7 @@ struct LetterboxFrame {
 };
 static_assert(sizeof(LetterboxFrame) == 64 && offsetof(LetterboxFrame, pitch) == 16 &&
                   offsetof(LetterboxFrame, height) == 32 && offsetof(LetterboxFrame, format) == 48,
-              "plugins/letterbox.py has another layout");
+              "trt_runtime/kernels.py has another layout");
 
 // A call, whatever the frames are.
 struct LetterboxCall {

@@ -1,4 +1,4 @@
-// The kernels on the host, for callers that speak C: plugins/host.py and the tests.
+// The kernels on the host, for callers that speak C: trt_runtime/kernels.py and the tests.
 #include <exception>
 #include <memory>
 #include <thread>
@@ -12,7 +12,7 @@
 namespace retinaface {
 namespace {
 
-// How a block is played on the host; plugins/host.py has the names.
+// How a block is played on the host; trt_runtime/kernels.py has the names.
 enum Order : int32_t { kForward, kReverse, kShuffled, kThreads };
 
 struct Schedule {

@@ -1,4 +1,4 @@
-// The letterbox kernel on the host, for callers that speak C: plugins/letterbox.py and the tests.
+// The letterbox kernel on the host, for callers that speak C: trt_runtime/kernels.py and the tests.
 #include "block_host.h"
 #include "letterbox.cuh"
 

@@ -17,8 +17,8 @@ from export.portable import MergedHeads, build_heads, check_graph, export_networ
 from export.quantize import to_fp16
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import SPEC_KEY, AnchorSpec, ModelSpec
-from plugins import PLUGIN
 from trainer import load_model
+from trt_runtime.kernels import PLUGIN
 
 SIZE = (64, 96)
 

@@ -28,10 +28,10 @@ from facespec.errors import BuildError, FrameError, ModelFileError, NonFiniteErr
 from facespec.images import write_image
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
-from plugins import PLUGIN
 from tests.engines import write_engine
 from trt_runtime import load_detector
 from trt_runtime.gpu.sidecar import check_engine, read_sidecar
+from trt_runtime.kernels import PLUGIN
 
 grpc = pytest.importorskip("grpc", reason="pip install -e '.[serve]'")
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="pip install -e '.[serve]'")

@@ -43,13 +43,13 @@ from export.to_trt import (
 )
 from facespec.errors import BuildError, MissingToolError, ModelFileError, OutputError, SpecError
 from facespec.spec import DecodeSpec, ModelSpec
-from plugins import PLUGIN
-from plugins.build import ensure, read_report
+from plugins.build import read_report
 from tests.conftest import Exported
 from tests.engines import write_engine
 from tests.export.trt_stubs import VERSIONS, bindings_environment
 from trt_runtime.gpu.flavor import RTX, TENSORRT, Flavor, child_environment, gpu_capability
 from trt_runtime.gpu.sidecar import Sidecar, check_engine, read_header, read_sidecar, sidecar_path
+from trt_runtime.kernels import PLUGIN, ensure_library
 
 ROOT = Path(__file__).parents[2]
 needs_rtx = pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed (Linux on x86_64 only)")
@@ -426,7 +426,7 @@ def _request(folder: Path, module: str) -> dict[str, object]:
 def _rtx_request(folder: Path, engine: Path) -> dict[str, object]:
     """Return a request that TensorRT-RTX can fulfil: the plugin form of an engine, for one GPU."""
     shapes = {name: [1, 640, 640, 3] for name in ("min", "opt", "max")}
-    files = {"onnx": str(engine.with_suffix(".plugin.onnx")), "plugin": str(ensure("plugin"))}
+    files = {"onnx": str(engine.with_suffix(".plugin.onnx")), "plugin": str(ensure_library("plugin"))}
     return _request(folder, RTX.module) | files | {"profile": shapes, "capabilities": [86]}
 
 
@@ -758,7 +758,7 @@ def test_what_is_noted_of_a_build(
     assert len(sidecar.convolutions) == 50
     assert (sidecar.parity["images"], sidecar.parity["faces"] > 0) == (2, True)
     assert 0 < sidecar.parity["heads"] < 1
-    assert sidecar.plugin["sources_sha256"] == read_report(ensure("plugin"))["sources_sha256"]
+    assert sidecar.plugin["sources_sha256"] == read_report(ensure_library("plugin"))["sources_sha256"]
     built = datetime.fromisoformat(sidecar.built)
     assert abs((datetime.now(timezone.utc) - built).total_seconds()) < 600
     again = parse_arguments(shlex.split(sidecar.command)[3:])

@@ -23,9 +23,9 @@ from pathlib import Path
 from facespec.cli import ArgumentParser, run
 from facespec.errors import BuildError, MissingToolError, RetinaFaceError
 from facespec.files import check_outputs, write_text
-from plugins import host
 from plugins.build import find_compiler, find_nvcc, find_tensorrt_headers, read_report, toolkit_paths
 from tests.gpu.kernel import ROOT, build_kernels, capability, gpu_problem
+from trt_runtime import kernels
 from trt_runtime.gpu.flavor import FLAVORS, TENSORRT
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu_kernel.json"
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RetinaFaceError(f"the GPU tests need an NVIDIA GPU and torch with CUDA: {problem}")
     start = time.perf_counter()
     library = build_kernels(capability())
-    host.library()
+    kernels.library()
     steps = [Step("build", "passed", time.perf_counter() - start)]
     report = read_report(library)
     print(f"{library}: {report['compiler']} ({report['compiler_version']})")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from plugins import host
-from plugins.letterbox import LetterboxFrame, PixelFormat, describe, load
+from trt_runtime import kernels
+from trt_runtime.kernels import LetterboxFrame, PixelFormat, describe_frame, load_letterbox
 
 Bytes = NDArray[np.uint8]
 PAD = (104, 117, 123)
@@ -52,7 +52,7 @@ class Slot:
             return LetterboxFrame()
         data = address + self.offset
         chroma = (data + self.frame_hw[0] * self.pitch, self.pitch) if self.pixel_format else (0, 0)
-        return describe(data, self.pitch, self.frame_hw, self.scaled_hw, self.pixel_format, *chroma)
+        return describe_frame(data, self.pitch, self.frame_hw, self.scaled_hw, self.pixel_format, *chroma)
 
 
 def descriptions(slots: Sequence[Slot], addresses: Sequence[int]) -> Bytes:
@@ -65,14 +65,14 @@ def on_host(slots: Sequence[Slot], size_hw: tuple[int, int]) -> Bytes:
     """Return the network's input by the host's kernel: uint8 (B, H, W, 3)."""
     frames = descriptions(slots, [slot.buffer.ctypes.data for slot in slots])
     out = np.zeros((len(slots), *size_hw, 3), np.uint8)
-    load(host.library())(frames.ctypes.data, len(slots), size_hw, PAD, out.ctypes.data, 0)
+    load_letterbox(kernels.library())(frames.ctypes.data, len(slots), size_hw, PAD, out.ctypes.data, 0)
     return out
 
 
 def in_other_orders(slots: Sequence[Slot], size_hw: tuple[int, int], seeds: Sequence[int]) -> list[Bytes]:
     """Return the same with the loops of a warp from behind (seed 0) or shuffled."""
     frames = descriptions(slots, [slot.buffer.ctypes.data for slot in slots])
-    function = host.library().retinaface_host_letterbox_unordered
+    function = kernels.library().retinaface_host_letterbox_unordered
     pad = PAD[0] | PAD[1] << 8 | PAD[2] << 16
     results = []
     for seed in seeds:

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plugins.build import build, is_current, library_path
-from plugins.host import HEAD_TYPES, DecodeParams, HeadSpec, Outputs, make_params
-from plugins.letterbox import load
+from trt_runtime.kernels import HEAD_TYPES, DecodeParams, HeadSpec, Outputs, load_letterbox, make_params
 
 Array = NDArray[Any]
 
@@ -65,7 +64,7 @@ class Kernels:
         self._library.retinaface_check.restype = ctypes.c_char_p
         self._library.retinaface_workspace_bytes.restype = ctypes.c_size_t
         self._library.retinaface_launch.restype = ctypes.c_int32
-        self.letterbox = load(self._library)
+        self.letterbox = load_letterbox(self._library)
 
     def check(self, params: DecodeParams) -> str | None:
         """Return None, or what is wrong with the parameters."""

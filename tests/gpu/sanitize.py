@@ -16,10 +16,10 @@ import numpy as np
 
 from facespec.priors import make_priors
 from facespec.spec import DecodeSpec, ModelSpec
-from plugins import host
 from tests.gpu import frames
 from tests.gpu import heads as content
 from tests.gpu.kernel import Driver, Kernels, in_memory_order
+from trt_runtime import kernels as host
 
 
 def same_as_host(

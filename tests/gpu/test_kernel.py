@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
-from plugins import host
 from tests.gpu import heads as content
 from tests.gpu.kernel import (
     INVALID_VALUE,
@@ -30,6 +29,7 @@ from tests.gpu.kernel import (
     capability,
     gpu_problem,
 )
+from trt_runtime import kernels as host
 
 SPEC = ModelSpec()
 SIZES = ((32, 32), (320, 320), (640, 640), (96, 416), (1088, 1920))

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from plugins.letterbox import LaunchError, PixelFormat
 from tests.gpu import frames
 from tests.gpu.frames import PAD, Slot
 from tests.gpu.kernel import DEVICE, Guarded, Kernels, build_kernels, capability, gpu_problem
+from trt_runtime.kernels import LaunchError, PixelFormat
 
 REQUIRED = bool(os.environ.get("RETINAFACE_REQUIRE_GPU"))
 PROBLEM = gpu_problem()

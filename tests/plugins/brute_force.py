@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, DecodeSpec
-from plugins import host
+from trt_runtime import kernels
 
 Array = NDArray[np.float32]
 
@@ -21,7 +21,7 @@ def elementary(name: str, x: NDArray[Any], kind: type = np.float32) -> Array:
     """Return exp, sigmoid or half_to_float of every value, by the library: numpy's exp differs in the last bit."""
     x = np.ascontiguousarray(x, kind)
     y = np.empty(x.shape, np.float32)
-    function = getattr(host.library(), f"retinaface_host_{name}")
+    function = getattr(kernels.library(), f"retinaface_host_{name}")
     function(ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(y.ctypes.data), ctypes.c_int64(x.size))
     return y
 

@@ -19,7 +19,6 @@ import pytest
 
 import plugins.build
 from facespec.errors import BuildError, MissingToolError, OutputError
-from plugins import PLUGIN
 from plugins.build import (
     ARCHITECTURES,
     build,
@@ -35,6 +34,7 @@ from plugins.build import (
     sources_sha256,
 )
 from trt_runtime.gpu.flavor import gpu_capability
+from trt_runtime.kernels import PLUGIN
 
 ROOT = Path(__file__).parents[2]
 
@@ -351,18 +351,6 @@ def test_a_change_of_any_source_or_setting_changes_the_hash(tmp_path: Path, monk
     assert len(found) == 10
 
 
-def test_a_library_that_is_named_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.so").touch()
-    monkeypatch.setenv("RETINAFACE_PLUGIN", "mine.so")
-    assert ensure("plugin") == tmp_path / "mine.so"
-    assert ensure() == tmp_path / "mine.so"
-    assert ensure("host").name == "libretinaface_host.so"
-    monkeypatch.setenv("RETINAFACE_PLUGIN", "none.so")
-    with pytest.raises(MissingToolError, match=r"RETINAFACE_PLUGIN=none\.so: no such file"):
-        ensure("plugin")
-
-
 @pytest.mark.usefixtures("small_host")
 def test_a_library_in_the_cache_serves_where_the_package_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -448,7 +436,7 @@ def test_what_is_built_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch, t
     """Seen by the errors of the first step of each."""
     monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such")
-    assert library_path() == ROOT / "plugins" / "lib" / "libretinaface_plugin.so"
+    assert library_path() == ROOT / "trt_runtime" / "lib" / "libretinaface_plugin.so"
     for arguments in ([], ["plugin"], ["host", "--arch", "nonsense"]):  # the host has no architecture
         with pytest.raises(MissingToolError, match=r"no C\+\+ compiler"):
             main(arguments)

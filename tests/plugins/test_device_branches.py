@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from plugins import host
 from plugins.build import ROOT, find_compiler
-from plugins.host import decode_nms
-from plugins.letterbox import PixelFormat, load
 from tests.gpu.frames import PAD, Slot, batches, descriptions, on_host
 from tests.plugins.brute_force import elementary
 from tests.plugins.test_host import KINDS, ONE_SIZE, _same, make_case
+from trt_runtime import kernels
+from trt_runtime.kernels import PixelFormat, decode_nms, load_letterbox
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def counted(device: Any) -> Counted:
 @contextmanager
 def _through(library: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "library", lambda: library)
+        patch.setattr(kernels, "library", lambda: library)
         yield
 
 
@@ -125,7 +124,7 @@ def test_the_launcher_runs_every_block_of_the_kernels(
     case = make_case(name, 1, kind.contents, **options)
     heads = [np.ascontiguousarray(head, np.float16 if half else np.float32) for head in case.heads]
     expected = decode_nms(heads, case.size_hw, case.spec)
-    params = host.make_params(2, case.size_hw, case.spec)
+    params = kernels.make_params(2, case.size_hw, case.spec)
     params.channels_last = last
     if last:
         heads = [np.ascontiguousarray(head.transpose(0, 2, 3, 1)) for head in heads]
@@ -142,7 +141,7 @@ def test_the_launcher_runs_every_block_of_the_kernels(
         ctypes.byref(params),
         int(half),
         (ctypes.c_void_p * 3)(*addresses),
-        ctypes.byref(host.Outputs(*(address for _, address in outputs.values()))),
+        ctypes.byref(kernels.Outputs(*(address for _, address in outputs.values()))),
         ctypes.c_void_p(start),
         None,
     )
@@ -169,7 +168,7 @@ def test_the_launcher_runs_every_tile_of_a_letterbox(device: Any, counted: Count
     ]
     frames = descriptions(slots, [slot.buffer.ctypes.data for slot in slots])
     memory, address = _aligned(len(slots) * 38 * 64 * 3)
-    load(device)(frames.ctypes.data, len(slots), size, PAD, address, 0)
+    load_letterbox(device)(frames.ctypes.data, len(slots), size, PAD, address, 0)
     first = address - memory.ctypes.data
     got = memory[first : len(memory) - 64 + first].reshape(len(slots), *size, 3)
     np.testing.assert_array_equal(got, on_host(slots, size))

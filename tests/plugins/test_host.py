@@ -22,10 +22,10 @@ from facespec import boxes as fb
 from facespec.errors import BuildError, SpecError
 from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
-from plugins import host
-from plugins.host import decode_nms
 from tests.plugins.brute_force import decode_image, elementary, join_heads, split_heads
+from trt_runtime import kernels
 from trt_runtime.gpu.flavor import gpu_capability
+from trt_runtime.kernels import decode_nms
 
 Array = NDArray[np.float32]
 Outputs = dict[str, NDArray[Any]]
@@ -503,7 +503,7 @@ def test_where_the_channels_lie() -> None:
     assert not out["landmarks"][0, 1:].any()
 
 
-@pytest.mark.parametrize("order", host.ORDERS)
+@pytest.mark.parametrize("order", kernels.ORDERS)
 def test_every_output_value_is_written(order: str) -> None:
     """The outputs hold rubbish before the call, and the zero rows are zero after it."""
     case = make_case("rubbish", 0, (_none, _one, _broken, _hundreds), **ONE_SIZE, batch=4, max_detections=1000)
@@ -511,18 +511,18 @@ def test_every_output_value_is_written(order: str) -> None:
     images = [decode_image(heads, image, case.size_hw, case.spec.anchors, case.spec.decode) for image in range(4)]
     expected = {name: np.stack([image.outputs[name] for image in images]) for name in case.spec.decode.outputs}
     actual = {name: np.full_like(array.view(np.int32), -7).view(array.dtype) for name, array in expected.items()}
-    host.library().retinaface_host_decode_nms(
-        ctypes.byref(host.make_params(4, case.size_hw, case.spec)),
-        host.HEAD_TYPES[heads[0].dtype],
+    kernels.library().retinaface_host_decode_nms(
+        ctypes.byref(kernels.make_params(4, case.size_hw, case.spec)),
+        kernels.HEAD_TYPES[heads[0].dtype],
         (ctypes.c_void_p * len(heads))(*(head.ctypes.data for head in heads)),
-        ctypes.byref(host.Outputs(*(array.ctypes.data for array in actual.values()))),
+        ctypes.byref(kernels.Outputs(*(array.ctypes.data for array in actual.values()))),
         64,
-        ctypes.byref(host.Schedule(host.ORDERS.index(order), 8, 4, 0, 0)),
+        ctypes.byref(kernels.Schedule(kernels.ORDERS.index(order), 8, 4, 0, 0)),
     )
     _same(actual, expected, order)
 
 
-@pytest.mark.parametrize("order", host.ORDERS)
+@pytest.mark.parametrize("order", kernels.ORDERS)
 def test_the_same_call_gives_the_same_bits(order: str) -> None:
     case = make_case("again", 3, (_quantised,), **ONE_SIZE, batch=2, top_k=500, max_detections=300)
     first, *others = (
@@ -538,13 +538,13 @@ def test_the_number_of_threads_does_not_matter(threads: tuple[int, int]) -> None
     heads = [np.ascontiguousarray(head) for head in case.heads]
     expected = decode_nms(heads, case.size_hw, case.spec)
     actual = {name: np.empty_like(array) for name, array in expected.items()}
-    host.library().retinaface_host_decode_nms(
-        ctypes.byref(host.make_params(1, case.size_hw, case.spec)),
-        host.HEAD_TYPES[heads[0].dtype],
+    kernels.library().retinaface_host_decode_nms(
+        ctypes.byref(kernels.make_params(1, case.size_hw, case.spec)),
+        kernels.HEAD_TYPES[heads[0].dtype],
         (ctypes.c_void_p * len(heads))(*(head.ctypes.data for head in heads)),
-        ctypes.byref(host.Outputs(*(array.ctypes.data for array in actual.values()))),
+        ctypes.byref(kernels.Outputs(*(array.ctypes.data for array in actual.values()))),
         64,
-        ctypes.byref(host.Schedule(host.ORDERS.index("threads"), *threads, 0, 0)),
+        ctypes.byref(kernels.Schedule(kernels.ORDERS.index("threads"), *threads, 0, 0)),
     )
     _same(actual, expected, threads)
 
@@ -665,7 +665,7 @@ def test_what_cannot_be_decoded_is_refused(heads: list[NDArray[Any]], options: d
 )
 def test_more_than_the_kernels_are_made_for_is_refused(anchors: AnchorSpec, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        host.make_params(1, (64, 64), ModelSpec(anchors=anchors))
+        kernels.make_params(1, (64, 64), ModelSpec(anchors=anchors))
     heads = [np.zeros((1, 16 * anchors.per_cell, *grid), np.float32) for grid in anchors.grids_hw((64, 64))]
     with pytest.raises(SpecError, match=message):
         decode_nms(heads, (64, 64), ModelSpec(anchors=anchors))
@@ -716,38 +716,38 @@ def test_more_than_the_kernels_are_made_for_is_refused(anchors: AnchorSpec, mess
     ],
 )
 def test_impossible_parameters_are_named(field: str, value: Any, message: str | None) -> None:
-    params = host.make_params(1, (64, 96), ModelSpec())
-    assert host.library().retinaface_host_check(ctypes.byref(params)) is None
+    params = kernels.make_params(1, (64, 96), ModelSpec())
+    assert kernels.library().retinaface_host_check(ctypes.byref(params)) is None
     setattr(params, field, value)
-    problem = host.library().retinaface_host_check(ctypes.byref(params))
+    problem = kernels.library().retinaface_host_check(ctypes.byref(params))
     assert problem is None if message is None else message in problem.decode()
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_every_size_of_a_prior_must_be_positive(value: float) -> None:
-    params = host.make_params(1, (64, 96), ModelSpec())
+    params = kernels.make_params(1, (64, 96), ModelSpec())
     for level in range(4):
         for member in range(4):
             kept, params.min_sizes[level][member] = params.min_sizes[level][member], value
-            problem = host.library().retinaface_host_check(ctypes.byref(params))
+            problem = kernels.library().retinaface_host_check(ctypes.byref(params))
             params.min_sizes[level][member] = kept
             used = level < 3 and member < 2
             assert problem == (b"min_sizes must be positive" if used else None)
 
 
 def test_the_limits_are_those_of_the_header() -> None:
-    """plugins/host.py mirrors two headers; ctypes would not notice a difference."""
+    """trt_runtime/kernels.py mirrors two headers; ctypes would not notice a difference."""
     root = Path(__file__).parents[2] / "plugins"
     text = "".join((root / name).read_text() for name in ("include/decode_nms.h", "src/geometry.h", "src/host_api.cpp"))
-    for name, value in (("kMaxLevels", host.MAX_LEVELS), ("kMaxPerCell", host.MAX_PER_CELL)):
+    for name, value in (("kMaxLevels", kernels.MAX_LEVELS), ("kMaxPerCell", kernels.MAX_PER_CELL)):
         assert f"{name} = {value};" in text
-    assert f"kSharedKeys = {host.SHARED_KEYS};" in text
+    assert f"kSharedKeys = {kernels.SHARED_KEYS};" in text
     assert "kFloat = 0, kHalf = 1" in text
-    assert host.HEAD_TYPES == {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
+    assert kernels.HEAD_TYPES == {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
     assert "kForward, kReverse, kShuffled, kThreads" in text
-    assert host.ORDERS == ("forward", "reverse", "shuffled", "threads")
-    assert list(dict(host.Outputs._fields_)) == list(DecodeSpec().outputs)
-    for struct in (host.DecodeParams, host.Outputs, host.Schedule):
+    assert kernels.ORDERS == ("forward", "reverse", "shuffled", "threads")
+    assert list(dict(kernels.Outputs._fields_)) == list(DecodeSpec().outputs)
+    for struct in (kernels.DecodeParams, kernels.Outputs, kernels.Schedule):
         body = text.split(f"struct {struct.__name__} {{")[1].split("};")[0]
         names = re.findall(r"\b(?:\w+_t\*?|float\*?) (\w+)[\[;]", body)
         assert names == [name for name, _ in struct._fields_]
@@ -755,7 +755,7 @@ def test_the_limits_are_those_of_the_header() -> None:
 
 def test_parameters_are_those_of_the_spec() -> None:
     decode = DecodeSpec((0.25, 0.5), 0.9, 0.75, 123, 45)
-    params = host.make_params(
+    params = kernels.make_params(
         7, (100, 260), ModelSpec(anchors=AnchorSpec((8, 32), ((4, 5, 6), (7, 8, 9))), decode=decode)
     )
     assert (params.batch, params.levels, params.per_cell, params.channels_last) == (7, 2, 3, 0)
@@ -772,9 +772,9 @@ def test_parameters_are_those_of_the_spec() -> None:
 
 def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.so").write_text("text")
-    monkeypatch.setattr(host, "ensure", lambda target: tmp_path / f"{'broken' if target == 'host' else target}.so")
+    monkeypatch.setattr(kernels, "ensure_library", lambda target: tmp_path / {"host": "broken.so"}[target])
     with pytest.raises(BuildError, match=r"broken\.so cannot be loaded .*: python -m plugins\.build host"):
-        host.library.__wrapped__()
+        kernels.library.__wrapped__()
 
 
 def _packed(batch: int, size_hw: tuple[int, int], spec: ModelSpec) -> int:
@@ -797,10 +797,10 @@ def test_the_device_library_needs_the_memory_that_it_fills(device_library: Path)
     for size_hw in ((1, 1), (64, 96), (320, 320), (640, 640), (1088, 1920), (1536, 2560)):
         for batch, top_k in ((1, 1), (3, 64), (1, 65), (8, 5000), (2, 1_000_000)):
             spec = ModelSpec(decode=DecodeSpec(top_k=top_k))
-            params = host.make_params(batch, size_hw, spec)
+            params = kernels.make_params(batch, size_hw, spec)
             assert library.retinaface_workspace_bytes(ctypes.byref(params)) == _packed(batch, size_hw, spec)
             assert library.retinaface_check(ctypes.byref(params)) is None
-    params = host.make_params(2, (64, 96), ModelSpec())
+    params = kernels.make_params(2, (64, 96), ModelSpec())
     base = 1 << 20
 
     def launch(kind: int = 0, **moved: int) -> int:
@@ -810,7 +810,7 @@ def test_the_device_library_needs_the_memory_that_it_fills(device_library: Path)
             ctypes.byref(params),
             kind,
             (ctypes.c_void_p * 3)(*heads),
-            ctypes.byref(host.Outputs(*outputs)),
+            ctypes.byref(kernels.Outputs(*outputs)),
             ctypes.c_void_p(base + moved.get("workspace", 0)),
             None,
         )
@@ -833,11 +833,11 @@ def test_the_device_library_needs_the_memory_that_it_fills(device_library: Path)
 
 
 def test_too_many_priors_are_refused() -> None:
-    params = host.make_params(1, (64, 96), ModelSpec())
+    params = kernels.make_params(1, (64, 96), ModelSpec())
     params.grid_h[0], params.grid_w[0] = 65536, 512
-    assert b"67,108,864 priors" in host.library().retinaface_host_check(ctypes.byref(params))
+    assert b"67,108,864 priors" in kernels.library().retinaface_host_check(ctypes.byref(params))
     params.levels = 1  # 2 * 65536 * 512 are exactly as many as allowed
-    assert host.library().retinaface_host_check(ctypes.byref(params)) is None
+    assert kernels.library().retinaface_host_check(ctypes.byref(params)) is None
 
 
 def _ulps(name: str, exact: Callable[[NDArray[np.float64]], NDArray[np.float64]], x: Array) -> float:
@@ -912,16 +912,16 @@ def test_too_little_memory_is_an_exception() -> None:
 import resource
 import numpy as np
 from facespec.spec import ModelSpec
-from plugins import host
+from trt_runtime import kernels
 
 spec, size = ModelSpec(), (2048, 3072)
 heads = [np.zeros((8, 32, *grid), np.float16) for grid in spec.anchors.grids_hw(size)]
-host.library()
-outputs = host.decode_nms([head[:1] for head in heads], size, spec)
+kernels.library()
+outputs = kernels.decode_nms([head[:1] for head in heads], size, spec)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20),) * 2)
 try:
-    host.decode_nms(heads, size, spec)
+    kernels.decode_nms(heads, size, spec)
 except MemoryError as error:
     print(error)
 """

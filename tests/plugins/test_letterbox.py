@@ -21,21 +21,21 @@ from numpy.typing import NDArray
 
 from facespec.errors import FrameError
 from facespec.letterbox import Frame, Letterbox
-from plugins import host
-from plugins.letterbox import (
+from tests.gpu.frames import PAD, batches, in_other_orders, on_host
+from trt_runtime import kernels
+from trt_runtime.gpu.flavor import gpu_capability
+from trt_runtime.kernels import (
     MAX_FRAME_SIDE,
     MENDS,
     LaunchError,
     LetterboxFrame,
     PixelFormat,
-    describe,
+    describe_frame,
     host_letterbox,
     host_letterbox_nv12,
-    load,
+    load_letterbox,
     pack_bgr,
 )
-from tests.gpu.frames import PAD, batches, in_other_orders, on_host
-from trt_runtime.gpu.flavor import gpu_capability
 
 ROOT = Path(__file__).parents[2]
 LUMA_WEIGHTS = {  # of red and blue; and whether luma is 0..255
@@ -150,7 +150,7 @@ def test_frames_of_a_batch_and_their_memory() -> None:
 def test_a_slot_without_a_frame_is_padding() -> None:
     out = np.zeros((2, 5, 32, 3), np.uint8)
     array = (LetterboxFrame * 2)()
-    load(host.library())(ctypes.addressof(array), 2, (5, 32), PAD, out.ctypes.data, 0)
+    load_letterbox(kernels.library())(ctypes.addressof(array), 2, (5, 32), PAD, out.ctypes.data, 0)
     assert (out == PAD).all()
 
 
@@ -271,8 +271,8 @@ GUARDED = """
 import ctypes, mmap
 import numpy as np
 from facespec.letterbox import Letterbox
-from plugins import host
-from plugins.letterbox import PixelFormat, describe, load
+from trt_runtime import kernels
+from trt_runtime.kernels import PixelFormat, describe_frame, load_letterbox
 
 libc = ctypes.CDLL(None, use_errno=True)
 PAGE, PAGES = mmap.PAGESIZE, 200
@@ -282,7 +282,7 @@ for guard in (base, base + (PAGES + 1) * PAGE):
     assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(PAGE), 0) == 0
 first, last = base + PAGE, base + (PAGES + 1) * PAGE
 out = np.empty((1, 160, 160, 3), np.uint8)
-launch = load(host.library())
+launch = load_letterbox(kernels.library())
 count = 0
 for height, width, gap in ((160, 160, 0), (160, 160, 16), (1, 1, 5), (1, 2, 0), (2, 2, 0), (320, 320, 0), (31, 77, 3)):
     for pixel_format in PixelFormat:
@@ -293,7 +293,7 @@ for height, width, gap in ((160, 160, 0), (160, 160, 16), (1, 1, 5), (1, 2, 0), 
         for data in (first, last - rows * pitch + gap):
             chroma = (data + height * pitch, pitch) if pixel_format else (0, 0)
             for scaled in (Letterbox.fit((height, width), (160, 160)).scaled_hw, (min(height, 160), min(width, 160))):
-                frame = describe(data, pitch, (height, width), scaled, pixel_format, *chroma)
+                frame = describe_frame(data, pitch, (height, width), scaled, pixel_format, *chroma)
                 launch(ctypes.addressof(frame), 1, (160, 160), (1, 2, 3), out.ctypes.data, 0)
                 count += 1
 print(count)
@@ -339,7 +339,7 @@ def test_slots_are_independent_and_out_is_checked() -> None:
 def test_the_sizes_of_an_input_that_are_possible(size_hw: tuple[int, int], possible: bool) -> None:
     memory = np.full(max(size_hw[0] * size_hw[1] * 3, 0) + 32, 0xA5, np.uint8)
     array = (LetterboxFrame * 1)()
-    launch = load(host.library())
+    launch = load_letterbox(kernels.library())
     with nullcontext() if possible else pytest.raises(LaunchError, match="refused"):
         launch(ctypes.addressof(array), 1, size_hw, PAD, memory.ctypes.data, 0)
     if possible:
@@ -371,7 +371,7 @@ def test_the_description_is_that_of_the_header() -> None:
     assert {name.replace("_", "").lower(): value for name, value in PixelFormat.__members__.items()} == {
         name.lower(): int(value) for name, value in named.items()
     }
-    frame = describe(4096, 128, (50, 100), (25, 60), PixelFormat.NV12_BT601, 8192, 120)
+    frame = describe_frame(4096, 128, (50, 100), (25, 60), PixelFormat.NV12_BT601, 8192, 120)
     values = {name: getattr(frame, name) for name, _ in LetterboxFrame._fields_ if name != "reserved"}
     assert values == {
         "data": 4096, "chroma": 8192, "pitch": 128, "chroma_pitch": 120, "height": 50, "width": 100,
@@ -407,7 +407,7 @@ def test_the_description_is_that_of_the_header() -> None:
 )
 def test_impossible_frames_are_refused(arguments: tuple[Any, ...], words: str) -> None:
     with pytest.raises(FrameError, match=words) as caught:
-        describe(*arguments)
+        describe_frame(*arguments)
     height, width = arguments[2]
     kind = "NV12_BT709" if len(arguments) > 4 and arguments[4] else "BGR"
     assert str(caught.value).startswith(f"frame of {width}x{height} pixels, {kind}: ")
@@ -419,10 +419,10 @@ def test_frames_at_the_limits_are_taken() -> None:
         (1, 3 * 16384, (16384, 16384), (16384, 16384)),
         (1, 2, (2, 2), (1, 16384), PixelFormat.NV12_BT709_FULL, 1, 2),
     ):
-        assert describe(*arguments).width == arguments[2][1]  # type: ignore[arg-type]
+        assert describe_frame(*arguments).width == arguments[2][1]  # type: ignore[arg-type]
     for scaled in ((16385, 64), (64, 16385), (64, 0), (-1, 64)):
         with pytest.raises(FrameError, match=rf"scaled to {scaled[1]}x{scaled[0]}: sides must be 1 to 16384"):
-            describe(4096, 300, (100, 100), scaled)
+            describe_frame(4096, 300, (100, 100), scaled)
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
@@ -451,7 +451,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
 
 def test_the_device_libraries_have_it_too(device_library: Path) -> None:
     """What is refused before the GPU is asked, and, without a GPU, CUDA's error."""
-    launch = load(ctypes.CDLL(str(device_library)))
+    launch = load_letterbox(ctypes.CDLL(str(device_library)))
     for arguments, code in (
         ((4096, 0, (64, 64), PAD, 4096, 0), 1),
         ((4096, 1, (64, 63), PAD, 4096, 0), 1),

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from plugins import PLUGIN
 from trt_runtime.gpu.simulated import HostDevice
 from trt_runtime.gpu.simulated_engine import HostEngine
+from trt_runtime.kernels import PLUGIN
 
 WORKSPACE = 5000
 """Bytes that a context wants."""

@@ -25,13 +25,13 @@ from facespec.errors import BuildError, ClosedError, FrameError, ModelFileError,
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec, NetworkSize, PreprocessSpec
-from plugins.host import decode_nms
 from tests.conftest import Exported
 from tests.faces import assert_identical
 from trainer import load_model
 from trainer.detector import TorchRetinaFace
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, cpu, load_detector
 from trt_runtime.cpu import COMPILED_SIZES, best_backend
+from trt_runtime.kernels import decode_nms
 from trt_runtime.machine import cores
 from trt_runtime.timing import StageTimer
 

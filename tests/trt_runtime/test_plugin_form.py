@@ -15,8 +15,8 @@ import pytest
 from facespec.errors import MissingPackageError, ModelFileError, NonFiniteError
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
-from plugins import PLUGIN
 from trt_runtime import load_detector
+from trt_runtime.kernels import PLUGIN
 from trt_runtime.onnx_file import read_onnx
 from trt_runtime.plugin_form import (
     cut_heads,

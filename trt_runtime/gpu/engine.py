@@ -11,12 +11,11 @@ from typing import Any, Protocol
 from facespec.cli import require
 from facespec.errors import GpuError, ModelFileError
 from facespec.spec import ModelSpec
-from plugins import PLUGIN, letterbox
-from plugins.build import ensure
 from trt_runtime.gpu import tensorrt_api as api
 from trt_runtime.gpu.device import Device, Stream, out_of_memory
 from trt_runtime.gpu.flavor import FLAVORS
 from trt_runtime.gpu.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
+from trt_runtime.kernels import PLUGIN, ensure_library, load_letterbox
 
 Shape = tuple[int, int, int]
 """(B, H, W) of the input."""
@@ -100,7 +99,7 @@ class Engine(Protocol):
         ...
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Any) -> None:
-        """Put on a stream: fill `images` with the frames described at an address; see `plugins.letterbox`."""
+        """Put on a stream: fill `images` with the frames described at an address; see `trt_runtime.kernels`."""
         ...
 
     def environment(self) -> dict[str, Any]:
@@ -140,8 +139,8 @@ class TrtEngine:
         self._making = threading.Lock()
         self._trt = trt = require(flavor.module, flavor.extra, f"running {path}")
         _check_version(path, sidecar, trt.__version__)
-        plugin = str(ensure("plugin"))
-        self._launch_letterbox = letterbox.load(ctypes.CDLL(plugin))
+        plugin = str(ensure_library("plugin"))
+        self._launch_letterbox = load_letterbox(ctypes.CDLL(plugin))
         self._logger = api.make_logger(trt)
         self._runtime = api.make_runtime(trt, self._logger)
         if self._runtime is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import ModelSpec
-from plugins import PLUGIN
+from trt_runtime.kernels import PLUGIN
 
 FORMAT_VERSION = 1
 MAX_SIDECAR_BYTES = 1 << 20

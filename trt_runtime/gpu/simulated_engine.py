@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from facespec.cli import require
 from facespec.errors import ModelFileError
 from facespec.spec import MAX_NETWORK_PIXELS, SIZE_MULTIPLE
-from plugins import PLUGIN, letterbox
-from plugins.host import decode_nms, library
 from trt_runtime.cpu import open_session, read_detector
 from trt_runtime.detector import ENGINE_SUFFIXES
 from trt_runtime.gpu.engine import Profile, Shape
 from trt_runtime.gpu.simulated import HostDevice, HostStream
+from trt_runtime.kernels import PLUGIN, decode_nms, library, load_letterbox
 from trt_runtime.plugin_form import cut_heads
 
 MAX_BATCH = 8
@@ -56,7 +55,7 @@ class HostEngine:
         self._heads = graph.heads
         self._session = open_session(graph.content, path, 1)
         self._device = device
-        self._launch_letterbox = letterbox.load(library())
+        self._launch_letterbox = load_letterbox(library())
         best = graph.fixed_hw or BEST_HW
         smallest = graph.fixed_hw or (SIZE_MULTIPLE, SIZE_MULTIPLE)
         largest = graph.fixed_hw or (LARGEST_SIDE, LARGEST_SIDE)

@@ -16,11 +16,10 @@ import numpy as np
 import onnx
 import pytest
 
-import plugins.letterbox
+import trt_runtime.kernels
 from facespec.errors import DeviceMemoryError, GpuError, MissingPackageError, ModelFileError, SpecError
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, PreprocessSpec
-from plugins.host import library
 from tests.engines import write_engine, write_rtx_engine
 from tests.faces import assert_identical
 from tests.trt_runtime.fake_tensorrt import WORKSPACE, FakeGpu, FakeTensorRT
@@ -30,6 +29,7 @@ from trt_runtime.gpu.engine import Profile, TrtEngine, check_runs_here
 from trt_runtime.gpu.sidecar import read_sidecar
 from trt_runtime.gpu.simulated import HostArray, HostDevice
 from trt_runtime.gpu.simulated_engine import MAX_BATCH, HostEngine
+from trt_runtime.kernels import library
 from trt_runtime.timing import StageTimer
 
 SIZE = (96, 160)
@@ -58,7 +58,7 @@ class Rig:
         self.path = write_engine(folder, spec=network.spec, profile=PROFILE)
         self.trt = self.install(version="10.14.1.48")
         monkeypatch.setenv("RETINAFACE_PLUGIN", str(library()._name))
-        monkeypatch.setattr("trt_runtime.gpu.engine.letterbox", SimpleNamespace(load=self._load))
+        monkeypatch.setattr("trt_runtime.gpu.engine.load_letterbox", self._load)
 
     def install(self, **options: Any) -> FakeTensorRT:
         """Make a TensorRT that can be imported."""
@@ -69,7 +69,7 @@ class Rig:
 
     def _load(self, plugin: ctypes.CDLL) -> Any:
         """Return the letterbox of the plugin; the host's works at once, and must wait for its turn."""
-        launch = plugins.letterbox.load(plugin)
+        launch = trt_runtime.kernels.load_letterbox(plugin)
 
         def submit(*arguments: Any) -> None:
             stream = self.device.find_stream(arguments[-1])
@@ -402,10 +402,10 @@ def test_padding_is_the_mean_of_the_model(rig: Rig, network: HostEngine) -> None
     rig.path = write_engine(rig.folder, spec=spec, profile=PROFILE)
     engine = rig.engine()
     box, frame = Letterbox.place((32, 32), (32, 64)), np.full((32, 32, 3), 7, np.uint8)
-    described = plugins.letterbox.describe(frame.ctypes.data, 96, (32, 32), box.scaled_hw)
+    described = trt_runtime.kernels.describe_frame(frame.ctypes.data, 96, (32, 32), box.scaled_hw)
     with rig.device.activate():
         stream, images = rig.device.stream(), rig.device.allocate(2 * 32 * 64 * 3, "images")
-        table = (plugins.letterbox.LetterboxFrame * 2)(described)
+        table = (trt_runtime.kernels.LetterboxFrame * 2)(described)
         engine.letterbox(ctypes.addressof(table), (2, 32, 64), images.address, stream)
         stream.synchronize()
         found = rig.device.view(images.address, images.nbytes).reshape(2, 32, 64, 3)
@@ -572,8 +572,8 @@ def test_the_cpu_letterbox_pads_and_takes_its_turn(network: HostEngine) -> None:
     box, frame = Letterbox.place((32, 32), (64, 32)), np.full((32, 32, 3), 7, np.uint8)
     with device.activate():
         stream, images = device.stream(), device.allocate(64 * 32 * 3, "images")
-        table = (plugins.letterbox.LetterboxFrame * 1)(
-            plugins.letterbox.describe(frame.ctypes.data, 96, (32, 32), box.scaled_hw)
+        table = (trt_runtime.kernels.LetterboxFrame * 1)(
+            trt_runtime.kernels.describe_frame(frame.ctypes.data, 96, (32, 32), box.scaled_hw)
         )
         gate = threading.Event()
         stream.submit(gate.wait)

@@ -13,7 +13,6 @@ import pytest
 
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
-from plugins import PLUGIN
 from tests.engines import RTX_BITS, rtx_content, write_engine, write_rtx_engine
 from trt_runtime.gpu.sidecar import (
     MAX_SIDECAR_BYTES,
@@ -25,6 +24,7 @@ from trt_runtime.gpu.sidecar import (
     read_sidecar,
     sidecar_path,
 )
+from trt_runtime.kernels import PLUGIN
 
 COMMAND = "python -m export.to_trt --weights w --fp16 --flavor rtx --compute-capability 86,89 --out f.engine"
 

@@ -1,0 +1,541 @@
+"""The compiled kernels as Python calls them: decode + NMS, and the letterbox.
+
+They are written once, in plugins/src, and compiled for GPUs and for the CPU; both give the same bits. The letterbox
+gives those of `facespec.letterbox.Letterbox.apply` with cv2 on x86. `PLUGIN` is what an ONNX node names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from facespec.errors import BuildError, FrameError, MissingToolError, RetinaFaceError, SpecError
+from facespec.files import cache_folder
+from facespec.spec import AnchorSpec, DecodeSpec
+
+_HERE = Path(__file__).resolve().parent
+_BUILD = "retinaface_plugins_build"
+
+MAX_LEVELS = 4
+MAX_PER_CELL = 4
+SHARED_KEYS = 4096
+HEAD_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
+ORDERS = ("forward", "reverse", "shuffled", "threads")
+
+MAX_FRAME_SIDE = 16384
+"""Pixels: up to here a float, in which positions are held, is fine enough."""
+
+_REFUSED = "; it takes widths that are multiples of 32 and addresses aligned to 16 bytes"
+_REBUILD = ": update the NVIDIA driver, or compile the plugin with an older nvcc: python -m plugins.build"
+MENDS = {
+    1: _REFUSED,
+    716: _REFUSED,
+    35: f", the plugin was compiled by a CUDA that is newer than the driver{_REBUILD}",
+    209: f", the plugin has no code for this GPU{_REBUILD}",
+}
+"""What to do about an error of CUDA: cudaErrorInvalidValue and cudaErrorMisalignedAddress, given before anything is
+launched, cudaErrorInsufficientDriver and cudaErrorNoKernelImageForDevice."""
+
+
+@dataclass(frozen=True)
+class PluginName:
+    """How TensorRT finds the plugin: as in plugins/src/plugin.cpp."""
+
+    name: str = "RetinaFaceDecodeNMS"
+    version: str = "1"
+    namespace: str = "retinaface_trt"
+    domain: str = "trt.plugins"
+    node: str = "decode_nms"
+    """Name of its node in our graphs, and so of its layer in engines."""
+
+
+PLUGIN = PluginName()
+
+
+def find_library(target: str = "plugin") -> Path | None:
+    """Return a library that is compiled already, or None.
+
+    It is looked for in the environment (RETINAFACE_PLUGIN names the file of the plugin), beside this package and in the
+    user's cache folder. Where the sources lie beside this package, it must have been made of them as they are.
+
+    Args:
+        target: "plugin", for GPUs, or "host".
+
+    Raises:
+        MissingToolError: RETINAFACE_PLUGIN names no file.
+    """
+    chosen = os.environ.get("RETINAFACE_PLUGIN")
+    if target == "plugin" and chosen:
+        if not Path(chosen).is_file():
+            raise MissingToolError(f"RETINAFACE_PLUGIN={chosen}: no such file")
+        return Path(chosen).resolve()
+    build = _build_module()
+    if build is not None:
+        found: Path | None = build.find_library(target)
+        return found
+    places = [folder / f"libretinaface_{target}.so" for folder in (_HERE / "lib", cache_folder() / "lib")]
+    return next((place for place in places if place.is_file()), None)
+
+
+def ensure_library(target: str = "plugin") -> Path:
+    """Return a library; it is compiled where there is none: see `find_library`.
+
+    Raises:
+        MissingToolError: It must be compiled, and a compiler, a header or the sources are missing.
+        BuildError: It does not compile.
+        OutputError: There is no folder it could be written to.
+    """
+    found = find_library(target)
+    if found is not None:
+        return found
+    build = _build_module()
+    if build is None:
+        raise MissingToolError(
+            f"the {target} library is not compiled, and its sources (plugins/) are not beside trt_runtime: copy "
+            f"libretinaface_{target}.so to {_HERE / 'lib'}"
+        )
+    made: Path = build.ensure(target)
+    return made
+
+
+def _build_module() -> Any:
+    """Return our `plugins.build`, or None without it; an application may have a package named plugins of its own."""
+    path = _HERE.parent / "plugins" / "build.py"
+    if not (path.parent / "src" / "decode_nms.cuh").is_file():
+        return None
+    for name in ("plugins.build", _BUILD):
+        module = sys.modules.get(name)
+        if module is not None and Path(module.__file__ or "").resolve() == path:
+            return module
+    spec = importlib.util.spec_from_file_location(_BUILD, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[_BUILD] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class HeadSpec(Protocol):
+    """What decode_nms needs to know: a `facespec.ModelSpec` has it."""
+
+    @property
+    def anchors(self) -> AnchorSpec:
+        """Prior boxes."""
+
+    @property
+    def decode(self) -> DecodeSpec:
+        """Thresholds and limits."""
+
+
+class DecodeParams(ctypes.Structure):
+    """`retinaface::DecodeParams` of plugins/include/decode_nms.h."""
+
+    _fields_ = (
+        ("batch", ctypes.c_int32),
+        ("levels", ctypes.c_int32),
+        ("per_cell", ctypes.c_int32),
+        ("channels_last", ctypes.c_int32),
+        ("strides", ctypes.c_int32 * MAX_LEVELS),
+        ("grid_h", ctypes.c_int32 * MAX_LEVELS),
+        ("grid_w", ctypes.c_int32 * MAX_LEVELS),
+        ("min_sizes", ctypes.c_float * MAX_PER_CELL * MAX_LEVELS),
+        ("variances", ctypes.c_float * 2),
+        ("logit_threshold", ctypes.c_float),
+        ("iou_threshold", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+        ("max_detections", ctypes.c_int32),
+    )
+
+
+class Outputs(ctypes.Structure):
+    """`retinaface::Outputs`: addresses, in the order of `DecodeSpec.outputs`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("num_detections", "boxes", "scores", "landmarks", "num_candidates")
+    )
+
+
+class Schedule(ctypes.Structure):
+    """`retinaface::Schedule` of plugins/src/host_api.cpp."""
+
+    _fields_ = (
+        ("order", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("warp_size", ctypes.c_int32),
+        ("skipped_line", ctypes.c_int32),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+def make_params(batch: int, size_hw: tuple[int, int], spec: HeadSpec) -> DecodeParams:
+    """Return the parameters of a call for a batch of images of `size_hw` pixels.
+
+    Raises:
+        SpecError: More levels or priors per cell than the kernels are made for.
+    """
+    anchors, decode = spec.anchors, spec.decode
+    if len(anchors.strides) > MAX_LEVELS or anchors.per_cell > MAX_PER_CELL:
+        raise SpecError(
+            f"the kernels take up to {MAX_LEVELS} levels and {MAX_PER_CELL} priors per cell, "
+            f"not {len(anchors.strides)} and {anchors.per_cell}"
+        )
+    params = DecodeParams(
+        batch=batch,
+        levels=len(anchors.strides),
+        per_cell=anchors.per_cell,
+        variances=decode.variances,
+        logit_threshold=decode.logit_threshold,
+        iou_threshold=decode.iou_threshold,
+        top_k=decode.top_k,
+        max_detections=decode.max_detections,
+    )
+    for level, (rows, columns) in enumerate(anchors.grids_hw(size_hw)):
+        params.strides[level] = anchors.strides[level]
+        params.grid_h[level], params.grid_w[level] = rows, columns
+        params.min_sizes[level][: anchors.per_cell] = anchors.min_sizes[level]
+    return params
+
+
+@functools.cache
+def library() -> Any:
+    """Return the host library, compiled at the first use.
+
+    Raises:
+        BuildError: It must be compiled, and there is no C++ compiler.
+    """
+    path = ensure_library("host")
+    try:
+        host = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded ({error}): python -m plugins.build host") from None
+    host.retinaface_host_check.restype = ctypes.c_char_p
+    return host
+
+
+def decode_nms(
+    heads: Sequence[NDArray[Any]],
+    size_hw: tuple[int, int],
+    spec: HeadSpec,
+    *,
+    order: str = "forward",
+    seed: int = 0,
+    shared_capacity: int = SHARED_KEYS,
+) -> dict[str, NDArray[Any]]:
+    """Return the five outputs of a detector graph for the head maps of a batch.
+
+    Args:
+        heads: One array for each pyramid level, (B, 16 * priors per cell, H/s, W/s), all float32 or all float16:
+            class, box and landmark channels in this order. Arrays that are all channels-last in memory are read as they
+            are; others are copied unless they are contiguous.
+        size_hw: Height and width of the network input in pixels.
+        spec: A `facespec.ModelSpec`: its `anchors` and `decode`.
+        order: How the loops of a thread block are run; the result never depends on it. For tests.
+        seed: Of the order "shuffled".
+        shared_capacity: Candidates, a power of two from 64 to 4096, beyond which they are kept in other memory; the
+            result never depends on it. For tests.
+
+    Returns:
+        `num_detections` (B,) int32, `boxes` (B, K, 4), `scores` (B, K), `landmarks` (B, K, 5, 2) float32 and
+        `num_candidates` (B,) int32, as in `DecodeSpec.outputs`.
+
+    Raises:
+        ValueError: Types or shapes do not fit together.
+        SpecError: More levels or priors per cell than the kernels are made for.
+        BuildError: The library must be compiled, and there is no C++ compiler.
+        MemoryError: There is not enough memory.
+    """
+    batch = len(heads[0]) if heads else 0
+    grids = spec.anchors.grids_hw(size_hw)
+    shapes = [(batch, 16 * spec.anchors.per_cell, rows, columns) for rows, columns in grids]
+    if [head.shape for head in heads] != shapes:
+        raise ValueError(f"heads of shapes {[head.shape for head in heads]}, expected {shapes}")
+    kinds = {np.dtype(head.dtype) for head in heads}
+    if len(kinds) != 1 or not kinds <= HEAD_TYPES.keys():
+        raise ValueError(f"heads must all be float32 or all float16, not {sorted(map(str, kinds))}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, not {order!r}")
+    if not 64 <= shared_capacity <= SHARED_KEYS or shared_capacity & (shared_capacity - 1):
+        raise ValueError(f"shared_capacity must be a power of two from 64 to {SHARED_KEYS}, not {shared_capacity}")
+    outputs = {
+        name: np.empty((batch, *shape), np.int32 if kind == "int32" else np.float32)
+        for name, (kind, shape) in spec.decode.outputs.items()
+    }
+    if batch == 0:
+        return outputs
+    params = make_params(batch, size_hw, spec)
+    problem = library().retinaface_host_check(ctypes.byref(params))
+    if problem:
+        raise ValueError(problem.decode())
+    last = [head.transpose(0, 2, 3, 1) for head in heads]
+    params.channels_last = all(view.flags.c_contiguous for view in last)
+    maps = last if params.channels_last else [np.ascontiguousarray(head) for head in heads]
+    addresses = (ctypes.c_void_p * len(maps))(*(head.ctypes.data for head in maps))
+    schedule = Schedule(order=ORDERS.index(order), threads=8, warp_size=4, skipped_line=0, seed=seed)
+    failed = library().retinaface_host_decode_nms(
+        ctypes.byref(params),
+        HEAD_TYPES[kinds.pop()],
+        addresses,
+        ctypes.byref(Outputs(*(array.ctypes.data for array in outputs.values()))),
+        shared_capacity,
+        ctypes.byref(schedule),
+    )
+    if failed:
+        raise MemoryError(f"no memory to decode {batch} images of {size_hw[1]}x{size_hw[0]}")
+    return outputs
+
+
+Launch = Callable[[int, int, tuple[int, int], tuple[int, int, int], int, int], None]
+"""(frames_address, batch, size_hw, pad_bgr, out_address, stream_handle): see `load_letterbox`."""
+
+
+class Placement(Protocol):
+    """How a frame lies in the network's input: a `facespec.letterbox.Letterbox` is one."""
+
+    @property
+    def frame_hw(self) -> tuple[int, int]:
+        """Size of the frame in pixels."""
+
+    @property
+    def scaled_hw(self) -> tuple[int, int]:
+        """Size of the frame after scaling."""
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Size of the network's input."""
+
+
+class LaunchError(RetinaFaceError, RuntimeError):
+    """The letterbox kernel could not be launched."""
+
+
+class PixelFormat(IntEnum):
+    """What the bytes of a frame mean: `retinaface::PixelFormat` of plugins/include/letterbox.h.
+
+    NV12 is what hardware decoders give: a luma plane (h, w) and a plane (h / 2, w / 2, 2) of U and V. Which matrix it
+    needs stands in the stream: BT.601 for standard definition, BT.709 for more; luma 16..235, or 0..255 where it is
+    full.
+    """
+
+    BGR = 0
+    NV12_BT601 = 1
+    NV12_BT601_FULL = 2
+    NV12_BT709 = 3
+    NV12_BT709_FULL = 4
+
+
+class LetterboxFrame(ctypes.Structure):
+    """`retinaface::LetterboxFrame` of plugins/include/letterbox.h; one of zeros is a slot without a frame."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("chroma", ctypes.c_void_p),
+        ("pitch", ctypes.c_int64),
+        ("chroma_pitch", ctypes.c_int64),
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("scaled_height", ctypes.c_int32),
+        ("scaled_width", ctypes.c_int32),
+        ("format", ctypes.c_int32),
+        ("reserved", ctypes.c_int32 * 3),
+    )
+
+
+def describe_frame(
+    address: int,
+    pitch: int,
+    frame_hw: tuple[int, int],
+    scaled_hw: tuple[int, int],
+    pixel_format: PixelFormat = PixelFormat.BGR,
+    chroma_address: int = 0,
+    chroma_pitch: int = 0,
+) -> LetterboxFrame:
+    """Return the description of a frame that the kernel reads.
+
+    Args:
+        address: Of the first pixel, or of the luma plane.
+        pitch: Bytes from row to row.
+        frame_hw: Height and width of the frame in pixels.
+        scaled_hw: What it is scaled to: `Letterbox.scaled_hw`.
+        pixel_format: Of the frame.
+        chroma_address: Of the U and V plane of NV12.
+        chroma_pitch: Bytes from row to row of that plane.
+
+    Raises:
+        FrameError: There can be no such frame, or it is too large.
+    """
+    (height, width), nv12 = frame_hw, pixel_format != PixelFormat.BGR
+    row = width if nv12 else 3 * width
+    problem = ""
+    if not all(1 <= side <= MAX_FRAME_SIDE for side in (height, width, *scaled_hw)):
+        problem = (
+            f"scaled to {scaled_hw[1]}x{scaled_hw[0]}: sides must be 1 to {MAX_FRAME_SIDE} pixels for the GPU; "
+            "cv2.resize makes a smaller frame"
+        )
+    elif nv12 and (height % 2 or width % 2):
+        problem = "height and width of NV12 must be even"
+    elif not address or pitch < row:
+        problem = f"expected an address and a pitch of {row} bytes at least, got {address} and {pitch}"
+    elif nv12 and (not chroma_address or chroma_pitch < row):
+        problem = (
+            f"expected the address of its chroma and a pitch of {row} bytes at least, got {chroma_address} and "
+            f"{chroma_pitch}"
+        )
+    elif not nv12 and (chroma_address or chroma_pitch):
+        problem = "it has no chroma plane; NV12 does"
+    if problem:
+        raise FrameError(f"frame of {width}x{height} pixels, {PixelFormat(pixel_format).name}: {problem}")
+    return LetterboxFrame(address, chroma_address, pitch, chroma_pitch, height, width, *scaled_hw, int(pixel_format))
+
+
+def load_letterbox(library: Any) -> Launch:
+    """Return the letterbox function of a library that ctypes has loaded: the plugin, the kernels, or the host library.
+
+    Its arguments are the address of an array of `LetterboxFrame`, one a batch slot, 8-byte aligned; how many; the size
+    of the network's input, the width a multiple of 32; the colour of the padding; the address of the output, uint8
+    (batch, height, width, 3), 16-byte aligned; and the handle of a CUDA stream. On a GPU both addresses are device
+    addresses, and the first launch must not be captured in a graph, because it loads the kernel. The host library works
+    in host memory, before it returns; it ignores the stream.
+
+    The function raises `LaunchError` if the launch fails, and ValueError for a padding colour that is none.
+    """
+    on_device = hasattr(library, "retinaface_letterbox")
+    function = library.retinaface_letterbox if on_device else library.retinaface_host_letterbox
+    address, number = ctypes.c_void_p, ctypes.c_int32
+    function.argtypes = (address, number, number, number, ctypes.c_uint32, address, address)
+    function.restype = number
+
+    def launch(
+        frames_address: int,
+        batch: int,
+        size_hw: tuple[int, int],
+        pad_bgr: tuple[int, int, int],
+        out_address: int,
+        stream_handle: int,
+    ) -> None:
+        code = function(frames_address, batch, *size_hw, pack_bgr(pad_bgr), out_address, stream_handle)
+        if code:
+            call = f"letterbox of {batch} frames into {size_hw[1]}x{size_hw[0]} at {out_address:#x}"
+            error = f"CUDA error {code}" if on_device else "refused"
+            raise LaunchError(f"{call}: {error}{MENDS.get(code, '')}")
+
+    return launch
+
+
+def pack_bgr(colour: tuple[int, int, int]) -> int:
+    """Return b | g << 8 | r << 16.
+
+    Raises:
+        ValueError: A value is not in 0..255.
+    """
+    if not all(0 <= value <= 255 for value in colour):
+        raise ValueError(f"a colour has three values from 0 to 255, not {colour}")
+    blue, green, red = colour
+    return blue | green << 8 | red << 16
+
+
+def host_letterbox(
+    frames: Sequence[NDArray[np.uint8]],
+    boxes: Sequence[Placement],
+    pad_bgr: tuple[int, int, int],
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """Return the network's input (B, H, W, 3) for a batch of BGR frames, by the kernel on the host.
+
+    Args:
+        frames: uint8 (h, w, 3) each, of any sizes; what has contiguous rows is read where it lies.
+        boxes: How each frame lies in the input; all of one `size_hw`, its width a multiple of 32.
+        pad_bgr: Padding colour.
+        out: Contiguous array to fill and return.
+
+    Raises:
+        FrameError: A frame is not what it should be.
+        ValueError: Frames, boxes and `out` do not fit together.
+        BuildError: The library must be compiled, and there is no C++ compiler.
+    """
+    for frame in frames:
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            raise FrameError(f"frame must be uint8 HxWx3 BGR, got {frame.dtype} of shape {frame.shape}")
+    rows = [_with_rows(frame) for frame in frames]
+    described = [
+        describe_frame(frame.ctypes.data, frame.strides[0], (frame.shape[0], frame.shape[1]), box.scaled_hw)
+        for frame, box in zip(rows, boxes, strict=True)
+    ]
+    return _letterbox(described, boxes, pad_bgr, out)
+
+
+def host_letterbox_nv12(
+    frames: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]],
+    boxes: Sequence[Placement],
+    pad_bgr: tuple[int, int, int],
+    pixel_format: PixelFormat = PixelFormat.NV12_BT709,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """Return the network's input (B, H, W, 3), BGR, for a batch of NV12 frames, by the kernel on the host.
+
+    Args:
+        frames: Luma (h, w) and chroma (h / 2, w / 2, 2), uint8, of each frame.
+        boxes: As in `host_letterbox`.
+        pad_bgr: Padding colour.
+        pixel_format: One of the NV12 formats, of all frames.
+        out: Contiguous array to fill and return.
+
+    Raises:
+        FrameError: A frame is not what it should be.
+        ValueError: Frames, boxes and `out` do not fit together.
+        BuildError: The library must be compiled, and there is no C++ compiler.
+    """
+    planes, described = [], []
+    for (luma, chroma), box in zip(frames, boxes, strict=True):
+        expected = (luma.shape[0] // 2, luma.shape[1] // 2, 2) if luma.ndim == 2 else ()
+        if chroma.shape != expected or {luma.dtype, chroma.dtype} != {np.dtype(np.uint8)}:
+            raise FrameError(
+                "NV12 is uint8 luma (h, w) and uint8 chroma (h / 2, w / 2, 2), got "
+                f"{luma.dtype} {luma.shape} and {chroma.dtype} {chroma.shape}"
+            )
+        luma, chroma = _with_rows(luma), _with_rows(chroma)
+        planes.append((luma, chroma))
+        place = (chroma.ctypes.data, chroma.strides[0])
+        size = (luma.shape[0], luma.shape[1])
+        described.append(describe_frame(luma.ctypes.data, luma.strides[0], size, box.scaled_hw, pixel_format, *place))
+    return _letterbox(described, boxes, pad_bgr, out)
+
+
+def _with_rows(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return an array whose rows are contiguous and lie one after the other: a copy only if they do not."""
+    row = int(np.prod(array.shape[1:]))
+    contiguous = array[:1].flags.c_contiguous and array.strides[0] >= row
+    return array if contiguous else np.ascontiguousarray(array)
+
+
+def _letterbox(
+    frames: Sequence[LetterboxFrame],
+    boxes: Sequence[Placement],
+    pad_bgr: tuple[int, int, int],
+    out: NDArray[np.uint8] | None,
+) -> NDArray[np.uint8]:
+    sizes = {box.size_hw for box in boxes}
+    if len(sizes) != 1:
+        raise ValueError(f"the frames of a batch go into one size, not {sorted(sizes)}")
+    (size_hw,) = sizes
+    for frame, box in zip(frames, boxes, strict=True):
+        if (frame.height, frame.width) != box.frame_hw:
+            raise ValueError(f"frame of {frame.height, frame.width} pixels, its box is for {box.frame_hw}")
+    shape = (len(frames), *size_hw, 3)
+    if out is None:
+        out = np.empty(shape, np.uint8)
+    elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise ValueError(f"out must be contiguous uint8 {shape}, got {out.dtype} {out.shape}")
+    array = (LetterboxFrame * len(frames))(*frames)
+    load_letterbox(library())(ctypes.addressof(array), len(frames), size_hw, pad_bgr, out.ctypes.data, 0)
+    return out

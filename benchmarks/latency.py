@@ -34,7 +34,7 @@ from facespec.letterbox import Frame, Letterbox
 from facespec.spec import PreprocessSpec
 from trt_runtime import machine
 from trt_runtime.benchmark import load_frames
-from trt_runtime.detector import load_detector
+from trt_runtime.load import load_detector
 from trt_runtime.measure import Latency, Samples, speed_ratio, take_turns
 
 SIZE = (640, 640)

@@ -47,7 +47,7 @@ from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
 from facespec.spec import DecodeSpec
 from trt_runtime.detect import DetectOptions, detect
-from trt_runtime.detector import load_detector
+from trt_runtime.load import load_detector
 from trt_runtime.media.files import VideoFile, VideoWriter
 from trt_runtime.media.pipeline import PipelineOptions
 from trt_runtime.timing import StageTimer

@@ -56,9 +56,9 @@ def read_information(engine: Path, sidecar: Sidecar) -> dict[str, Any]:
             "out": str(out),
         }
         command = [sys.executable, "-m", "export.engine_inspector"]
-        done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, errors="replace", env=environment
-        )
+        options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
+        # not in the user's folder, whose modules may have the names of ours
+        done = subprocess.run(command, input=json.dumps(request), env=environment, cwd=folder, **options)
         if done.returncode:
             said = done.stderr.strip().splitlines()
             raise BuildError(f"{engine}: EngineInspector fails: {said[-1] if said else f'exit code {done.returncode}'}")

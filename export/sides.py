@@ -67,7 +67,7 @@ class Side:
         self.notes: list[str] = []
         if suffix in DEPLOYED_SUFFIXES:
             from export.inspect import inspect
-            from trt_runtime.detector import load_detector
+            from trt_runtime.load import load_detector
 
             self.detector = load_detector(name, backend=backend or ("onnxruntime" if suffix == ".onnx" else "auto"))
             self.fixed_hw: tuple[int, int] | None = self.detector.size_hw
@@ -96,7 +96,7 @@ class Side:
             self.notes.append(f"{name} does not show its raw heads")
 
     def _open_graph(self, path: Path) -> None:
-        from trt_runtime.detector import load_detector
+        from trt_runtime.load import load_detector
 
         content, header = read_onnx(path)
         with tempfile.TemporaryDirectory() as folder:

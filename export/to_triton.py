@@ -17,12 +17,12 @@ from pathlib import Path
 from export.triton_config import TritonModel, to_pbtxt
 from facespec.cli import ArgumentParser, run
 from facespec.errors import BuildError, ModelFileError, OutputError, SpecError
-from facespec.spec import CHECKPOINT_SUFFIXES
+from facespec.spec import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from plugins.build import read_report
-from trt_runtime.detector import ENGINE_SUFFIXES, load_detector
 from trt_runtime.gpu.flavor import TENSORRT
 from trt_runtime.gpu.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
 from trt_runtime.kernels import PLUGIN, ensure_library
+from trt_runtime.load import load_detector
 from trt_runtime.onnx_file import read_onnx
 
 ONNX_BATCH = 8

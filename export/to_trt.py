@@ -390,7 +390,7 @@ def _build(
             "plugin_name": [PLUGIN.name, PLUGIN.version, PLUGIN.namespace],
             "profile": options.profile.shapes,
             "capabilities": capabilities if flavor is RTX else [],
-            "timing_cache": str(cache) if cache else None,
+            "timing_cache": str(cache.resolve()) if cache else None,
             "timing_cache_out": str(work / "timing.cache"),
             "log": str(work / "build.log"),
             "out": str(work / "engine"),
@@ -417,7 +417,13 @@ def _run_builder(request: dict[str, Any], environment: dict[str, str], flavor: F
     command = [sys.executable, "-m", "export.engine_builder"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as said:
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env=environment,
+            cwd=Path(request["out"]).parent,  # not the user's folder, whose modules may have the names of ours
         )
         try:
             assert child.stdin is not None

@@ -30,7 +30,7 @@ from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
-from trt_runtime.detector import BACKENDS
+from trt_runtime.load import BACKENDS
 
 DEFAULT_HW = (640, 640)
 EXTRA_SIZES = ((640, 640), (480, 640), (640, 384))

@@ -1,20 +1,52 @@
-"""What every command does alike: errors end in one line and exit code 1, optional packages are named when missing."""
+"""What every command does alike, and `retinaface-trt`, which runs each of them from any folder.
+
+Errors end in one line: exit code 2 for a wrong command line, 1 for everything else.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import importlib.metadata
 import io
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from types import ModuleType
 from typing import Any, NoReturn
 
 from facespec.errors import MissingPackageError, RetinaFaceError
+
+PROGRAM = "retinaface-trt"
+
+COMMANDS = {
+    "detect": ("trt_runtime.detect", "find faces in images, videos and cameras"),
+    "benchmark": ("trt_runtime.benchmark", "measure detectors side by side"),
+    "fit": ("trainer.fit", "train a detector"),
+    "evaluate": ("trainer.evaluate", "measure accuracy on WIDER FACE"),
+    "to-onnx": ("export.to_onnx", "checkpoint to ONNX"),
+    "to-trt": ("export.to_trt", "checkpoint to TensorRT engine"),
+    "inspect": ("export.inspect", "show what is inside a model file"),
+    "verify": ("export.verify", "compare two models on images"),
+    "sensitivity": ("export.sensitivity", "find the layers that INT8 hurts"),
+    "to-triton": ("export.to_triton", "model repository for Triton Inference Server"),
+    "build-plugin": ("plugins.build", "compile the CUDA kernels"),
+}
+"""Names of the commands, the module of each, and what it does."""
+
+
+def version() -> str:
+    """Return the version of this project."""
+    try:
+        return importlib.metadata.version(PROGRAM)
+    except importlib.metadata.PackageNotFoundError:  # files that were copied, without an installation
+        return "unknown"
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -27,14 +59,62 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults shown in --help, and errors of one line that end in exit code 1."""
+    """argparse with defaults shown in --help, and errors of one line that say what may have been meant."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+    def __init__(self, prog: str, **options: Any) -> None:
+        if sys.argv[0].startswith(f"{PROGRAM} "):
+            prog = sys.argv[0]
+        super().__init__(prog=prog, allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Name a mistyped option first: argparse would tell what is missing for want of it."""
+        for word in takewhile(lambda word: word != "--", sys.argv[1:] if args is None else args):
+            if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {word}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and leave."""
-        self.exit(1, f"error: {message} ({self.prog} --help)\n")
+        """Print one line and leave with exit code 2."""
+        typed = re.search(r"unrecognized arguments: (--[\w-]+)|invalid choice: '([^']*)'", message)
+        if typed:
+            known = [str(word) for action in self._actions for word in action.option_strings]
+            if typed[2] is not None:
+                known = [str(word) for action in self._actions for word in action.choices or ()]
+            close = difflib.get_close_matches(typed[1] or typed[2], known, 1)
+            message += f": did you mean {close[0]}?" if close else ""
+        self.exit(2, f"error: {message} ({self.prog} --help)\n")
+
+
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `retinaface-trt COMMAND ARGUMENTS`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    listed = "\n".join(f"  {name:13} {what}" for name, (_, what) in COMMANDS.items())
+    parser = ArgumentParser(
+        PROGRAM,
+        usage=f"{PROGRAM} COMMAND ... | {PROGRAM} COMMAND --help",
+        description="RetinaFace with TensorRT: train, export, verify, run.",
+        epilog=f"commands:\n{listed}",
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    name = parser.parse_args(arguments[:1]).command
+    module = COMMANDS[name][0]
+    sys.argv = [f"{PROGRAM} {name}", *arguments[1:]]
+
+    def main() -> int:
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in (module, module.split(".")[0]):
+                raise MissingPackageError(
+                    f"{PROGRAM} {name} needs {error.name}: in the project's folder, pip install -e ."
+                ) from None
+            raise MissingPackageError(f"{module.split('.')[0]} is not installed here: only the runtime is") from None
+        code: int = found.main(arguments[1:])
+        return code
+
+    run(main)
 
 
 def require(module: str, extra: str, why: str) -> ModuleType:

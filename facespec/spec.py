@@ -32,6 +32,7 @@ MAX_NETWORK_PIXELS = 4096 * 4096
 mobilenet0.25 and 4 GB for resnet50."""
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt")
+ENGINE_SUFFIXES = (".engine", ".plan")
 """How the names of PyTorch checkpoints end."""
 
 

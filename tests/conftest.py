@@ -193,12 +193,12 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def refused(command: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., str]:
-    """Run a command that must end in one line on stderr and exit code 1; return that line."""
+    """Run a command that must end in one line on stderr, and exit code 2 of a wrong command line, 1 else; return it."""
 
     def call(module: str, *args: object, env: dict[str, str] | None = None) -> str:
         result = command(module, *args, env=env)
         lines = result.stderr.strip().splitlines()
-        assert result.returncode == 1, result.stderr
+        assert result.returncode == (2 if result.stderr.endswith(" --help)\n") else 1), result.stderr
         assert len(lines) == 1, result.stderr
         assert lines[0].startswith("error: ")
         return lines[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ ALLOWED = {
     "facespec": set(),
     "plugins": {"facespec"},
     "trainer": {"facespec"},
-    "trt_runtime": {"facespec", "plugins"},
+    "trt_runtime": {"facespec"},
     "export": {"facespec", "trainer", "trt_runtime", "plugins"},
 }
 # evaluating what is deployed: a lazy import in one function
@@ -44,6 +45,31 @@ def test_arrows(package: str) -> None:
         foreign = (_imports(path, top_level=False) & OURS) - {package} - ALLOWED[package]
         assert {(name, other) for other in foreign} <= EXCEPTIONS, name
         assert not _imports(path, top_level=True) & {other for file, other in EXCEPTIONS if file == name}
+
+
+def _modules() -> dict[str, Path]:
+    files = [path for package in [*ALLOWED, "benchmarks"] for path in sorted((ROOT / package).rglob("*.py"))]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def test_no_file_imports_in_a_circle() -> None:
+    """Lazy imports and those for the type checker count, too: who reads one file must not need the other to read it."""
+    modules = _modules()
+    graph: dict[str, list[str]] = {}
+    for name, path in modules.items():
+        imported = {
+            module
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module in modules
+            for module in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        }
+        # a package's __init__ hands out names of its modules, and says nothing of its own
+        graph[name] = sorted(imported & modules.keys()) if path.name != "__init__.py" else []
+    assert sum(map(len, graph.values())) > 300
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("package", ["facespec", "plugins", "trt_runtime"])

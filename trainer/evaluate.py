@@ -206,7 +206,7 @@ def open_detector(
     """
     if Path(name).suffix.lower() in (".onnx", ".engine", ".plan"):
         # The one place where the training side reaches for the runtime: what is deployed is what must be measured.
-        from trt_runtime.detector import load_detector
+        from trt_runtime.load import load_detector
 
         deployed = load_detector(name, size_hw=size_hw, backend=backend)
         if protocol == "letterbox" and deployed.size_hw is None:

@@ -6,35 +6,67 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from facespec.detections import Detections
+    from facespec.draw import draw_detections
+    from facespec.errors import RetinaFaceError
     from trt_runtime.cpu import OpenVinoRetinaFace, OrtRetinaFace
-    from trt_runtime.detector import RetinaFaceDetector, load_detector
+    from trt_runtime.detector import RetinaFaceDetector
     from trt_runtime.gpu.frame import Nv12Frame
+    from trt_runtime.load import load_detector
+    from trt_runtime.media.files import VideoWriter, open_source
+    from trt_runtime.media.pipeline import Job, PipelineOptions, run_pipeline
     from trt_runtime.stream import DetectionStream
     from trt_runtime.trt import TRTRetinaFace
 
+    __version__: str
+
+_PLACES = {
+    "DetectionStream": "trt_runtime.stream",
+    "Detections": "facespec.detections",
+    "Job": "trt_runtime.media.pipeline",
+    "Nv12Frame": "trt_runtime.gpu.frame",
+    "OpenVinoRetinaFace": "trt_runtime.cpu",
+    "OrtRetinaFace": "trt_runtime.cpu",
+    "PipelineOptions": "trt_runtime.media.pipeline",
+    "RetinaFaceDetector": "trt_runtime.detector",
+    "RetinaFaceError": "facespec.errors",
+    "TRTRetinaFace": "trt_runtime.trt",
+    "VideoWriter": "trt_runtime.media.files",
+    "__version__": "",
+    "draw_detections": "facespec.draw",
+    "load_detector": "trt_runtime.load",
+    "open_source": "trt_runtime.media.files",
+    "run_pipeline": "trt_runtime.media.pipeline",
+}
+
 __all__ = [
     "DetectionStream",
+    "Detections",
+    "Job",
     "Nv12Frame",
     "OpenVinoRetinaFace",
     "OrtRetinaFace",
+    "PipelineOptions",
     "RetinaFaceDetector",
+    "RetinaFaceError",
     "TRTRetinaFace",
+    "VideoWriter",
+    "__version__",
+    "draw_detections",
     "load_detector",
+    "open_source",
+    "run_pipeline",
 ]
-
-_MODULES = {
-    "DetectionStream": "stream",
-    "Nv12Frame": "gpu.frame",
-    "OpenVinoRetinaFace": "cpu",
-    "OrtRetinaFace": "cpu",
-    "RetinaFaceDetector": "detector",
-    "TRTRetinaFace": "trt",
-    "load_detector": "detector",
-}
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: the device layer must not need what detectors need."""
-    if name not in _MODULES:
+    if name == "__version__":
+        return importlib.import_module("facespec.cli").version()
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -28,9 +28,18 @@ from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
 from facespec.spec import NetworkSize, parse_network_size
 from trt_runtime import machine
-from trt_runtime.benchmark_report import PLOT_SUFFIXES, heading, plot, setting_table, summary_table
-from trt_runtime.detector import BACKENDS, RetinaFaceDetector, load_detector
-from trt_runtime.measure import PAUSE_S, Latency, Ratio, Samples, speed_ratio, take_turns
+from trt_runtime.benchmark_report import (
+    PLOT_SUFFIXES,
+    Measurement,
+    Setting,
+    heading,
+    plot,
+    setting_table,
+    summary_table,
+)
+from trt_runtime.detector import RetinaFaceDetector
+from trt_runtime.load import BACKENDS, load_detector
+from trt_runtime.measure import PAUSE_S, speed_ratio, take_turns
 from trt_runtime.timing import StageTimer
 from trt_runtime.trt import TRTRetinaFace
 
@@ -123,77 +132,6 @@ class Frames:
         """Return as many batches as there are frames, each beginning with another frame."""
         count = len(self.images)
         return [[self.images[(start * size + i) % count] for i in range(size)] for start in range(count)]
-
-
-@dataclass(frozen=True, eq=False)
-class Measurement:
-    """What was measured of one detector at one size and batch.
-
-    Attributes:
-        name: Tells it from the others.
-        environment: What the detector says of itself.
-        size_hw: What frames were letterboxed to; None where every frame ran at its own size.
-        batch: Frames a call.
-        total_ms: Whole calls, without a timer.
-        stages_ms: Other calls, by stage.
-        pipelined_fps: Frames a second with `depth` calls under way.
-        depth: Calls handed over at once for that.
-        faces: Faces found in each frame.
-    """
-
-    name: str
-    environment: dict[str, Any]
-    size_hw: NetworkSize
-    batch: int
-    total_ms: Samples
-    stages_ms: dict[str, Samples]
-    pipelined_fps: float
-    depth: int
-    faces: list[int]
-
-    @property
-    def fps(self) -> float:
-        """Frames a second, one call after the other."""
-        return self.batch * 1e3 / float(self.total_ms.mean())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all figures, ready for JSON."""
-        return {
-            "name": self.name,
-            "detector": self.environment,
-            "size_hw": list(self.size_hw) if isinstance(self.size_hw, tuple) else self.size_hw,
-            "batch": self.batch,
-            "calls": self.total_ms.size,
-            "total_ms": Latency.of(self.total_ms).to_dict(),
-            "stages_ms": {name: Latency.of(samples).to_dict() for name, samples in self.stages_ms.items()},
-            "frames_per_s": round(self.fps, 2),
-            "frames_per_s_pipelined": round(self.pipelined_fps, 2),
-            "pipeline_depth": self.depth,
-            "faces_per_frame": {"mean": round(float(np.mean(self.faces)), 3), "max": max(self.faces)},
-        }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Everything measured at one size and batch.
-
-    Attributes:
-        measurements: One for each detector.
-        ratios: How many times as fast as the first each of the others is.
-    """
-
-    measurements: list[Measurement]
-    ratios: list[Ratio]
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """Return the figures of each detector, ready for JSON."""
-        rows = [measurement.to_dict() for measurement in self.measurements]
-        for row, ratio in zip(rows[1:], self.ratios, strict=True):
-            row["times_as_fast_as_first"] = {
-                **{name: round(value, 4) for name, value in ratio._asdict().items()},
-                "difference": not ratio.is_noise,
-            }
-        return rows
 
 
 def load_frames(folder: Path | None) -> Frames:

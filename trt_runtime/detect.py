@@ -31,7 +31,8 @@ from facespec.files import atomic_path, check_outputs
 from facespec.images import IMAGE_SUFFIXES, find_images, read_image, write_image
 from facespec.letterbox import Frame
 from facespec.spec import NetworkSize, parse_network_size
-from trt_runtime.detector import BACKENDS, RetinaFaceDetector, load_detector
+from trt_runtime.detector import RetinaFaceDetector
+from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.media.files import VIDEO_SUFFIXES, Source, VideoWriter, open_source, require_display
 from trt_runtime.media.live import without_secrets
 from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
@@ -51,7 +52,7 @@ class DetectOptions:
         size_hw: Network size for models of dynamic size.
         threads: Threads of the network; None is every core.
         streams: Frames a CPU computes at once.
-        backend: What runs the model, one of `trt_runtime.detector.BACKENDS`.
+        backend: What runs the model, one of `trt_runtime.load.BACKENDS`.
         device: Index of the GPU.
         show: Show annotated frames in a window; q or Esc ends.
         flow: How the frames of videos flow.

@@ -15,14 +15,9 @@ from numpy.typing import NDArray
 from facespec.detections import Detections, to_detections
 from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
-from facespec.spec import CHECKPOINT_SUFFIXES, MAX_NETWORK_PIXELS, ModelSpec, NetworkSize, check_size
+from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, NetworkSize, check_size
 from trt_runtime.stream import DetectionStream
 from trt_runtime.timing import StageTimer
-
-BACKENDS = ("auto", "onnxruntime", "openvino", "tensorrt")
-"""What `load_detector` can be asked for; "tensorrt" is TensorRT-RTX, too, by the engine."""
-
-ENGINE_SUFFIXES = (".engine", ".plan")
 
 Self = TypeVar("Self", bound="RetinaFaceDetector")
 
@@ -244,68 +239,6 @@ def letterboxed(frames: Sequence[Frame], boxes: Sequence[Letterbox], spec: Model
     for row, frame, box in zip(batch, frames, boxes, strict=True):
         box.apply(frame, mean, out=row)
     return batch
-
-
-def load_detector(
-    path: str | Path,
-    *,
-    score_threshold: float | None = None,
-    size_hw: NetworkSize = None,
-    threads: int | None = None,
-    streams: int = 1,
-    backend: str = "auto",
-    device: int = 0,
-) -> RetinaFaceDetector:
-    """Return the detector that runs a model file: `TRTRetinaFace` for an engine, for ONNX one on the CPU.
-
-    An ONNX model of fixed size runs in OpenVINO where that is installed, any other in ONNX Runtime; measured in
-    benchmarks/results/cpu_latency.json.
-
-    Args:
-        path: Model file.
-        score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
-        size_hw: What frames are letterboxed to, for models of dynamic size: (height, width), or the length of the
-            longer side; None runs each frame at its own size.
-        threads: Threads of the CPU; None takes every core.
-        streams: Frames the CPU computes at once, which share the threads: 1 is for latency, more for throughput.
-        backend: One of `BACKENDS`.
-        device: Index of the GPU.
-
-    Raises:
-        ModelFileError: No such file, or a kind that no detector runs; the message names the command that helps.
-        SpecError: An option does not fit the model.
-        MissingPackageError: The backend is not installed.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if backend not in BACKENDS:
-        raise SpecError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if path.is_dir():
-        raise ModelFileError(f"{path}: a folder; give the model file in it")
-    if not path.is_file():
-        raise ModelFileError(f"{path}: no such model file; python -m export.to_onnx --out {path} writes one")
-    if suffix in CHECKPOINT_SUFFIXES:
-        raise ModelFileError(f"{path}: a checkpoint; export it first: python -m export.to_onnx --weights {path}")
-    if suffix in ENGINE_SUFFIXES:
-        if backend not in ("auto", "tensorrt"):
-            raise SpecError(f"{path}: an engine runs in TensorRT only, not in {backend}")
-        from trt_runtime.trt import TRTRetinaFace
-
-        return TRTRetinaFace(path, score_threshold=score_threshold, size_hw=size_hw, device=device)
-    if suffix != ".onnx":
-        raise ModelFileError(
-            f"{path}: expected a .onnx file of python -m export.to_onnx, or a .engine of python -m export.to_trt"
-        )
-    from trt_runtime import cpu
-
-    if device != 0:
-        raise SpecError(f"{path}: an ONNX file runs on the CPU, --device is for engines")
-    if backend == "tensorrt":
-        raise SpecError(f"{path}: TensorRT runs engines: python -m export.to_trt builds one")
-    if backend == "auto":
-        backend = cpu.best_backend(path, size_hw)
-    kind = cpu.OpenVinoRetinaFace if backend == "openvino" else cpu.OrtRetinaFace
-    return kind(path, score_threshold=score_threshold, size_hw=size_hw, threads=threads, streams=streams)
 
 
 def network_size(fixed: tuple[int, int] | None, size: NetworkSize, path: str | Path) -> NetworkSize:

@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from facespec.cli import PROGRAM
+
 BUSY_SHARE = 0.25
 """Share of the cores that others may use before a measurement is doubtful."""
 
@@ -18,9 +20,10 @@ BUSY_SHARE = 0.25
 def environment(*packages: str) -> dict[str, Any]:
     """Return date, command line, machine and versions of the named packages; what is not installed is None."""
     module = sys.modules["__main__"].__spec__
+    program = sys.argv[0] if module is None or sys.argv[0].startswith(PROGRAM) else f"python -m {module.name}"
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m", module.name if module else sys.argv[0], *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from itertools import pairwise
@@ -16,7 +17,7 @@ from facespec.errors import FrameError, GpuError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
 from trt_runtime.detector import Lane, RetinaFaceDetector, network_size
-from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, PinnedArray, Stream, open_device
+from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, PinnedArray, Stream
 from trt_runtime.gpu.engine import Engine, Shape, TrtEngine
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
 from trt_runtime.gpu.simulated import HostDevice
@@ -436,3 +437,26 @@ def _shape(array: Any) -> tuple[int, ...] | None:
 
 def _megapixels(frames: Sequence[NDArray[Any]]) -> str:
     return f"{sum(frame.size for frame in frames) / 3e6:.1f}"
+
+
+def open_device(place: str = "cuda") -> Device:
+    """Return a device by its name.
+
+    Args:
+        place: "cuda" or "cuda:1", as CUDA counts the visible ones; "pycuda", the caller's current context; "cpu".
+
+    Raises:
+        GpuError: There is no such device, or it cannot be used.
+        MissingPackageError: cuda-bindings or PyCUDA is not installed.
+    """
+    if place == "cuda" or re.fullmatch("cuda:[0-9]{1,4}", place):
+        from trt_runtime.gpu.cuda import CudaDevice
+
+        return CudaDevice(int(place.removeprefix("cuda").removeprefix(":") or 0))
+    if place == "pycuda":
+        from trt_runtime.gpu.pycuda import PyCudaDevice
+
+        return PyCudaDevice()
+    if place == "cpu":
+        return HostDevice()
+    raise GpuError(f"device must be cuda, cuda:1 (or another number), pycuda or cpu, not {place!r}")

@@ -68,7 +68,7 @@ def error_line(
             main([str(argument) for argument in arguments])
         line = str(caught.value)
         if isinstance(caught.value, SystemExit):
-            assert caught.value.code == 1
+            assert caught.value.code == 2
             line = capsys.readouterr().err.strip().removeprefix("error: ")
         assert "\n" not in line
         return line

@@ -126,6 +126,7 @@ def test_where_an_engine_can_be_asked(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_how_the_inspector_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the best shape, of the file wherever it is called from; by a child that says what it is told to."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("RETINAFACE_PLUGIN", str(tmp_path / "p.so"))
     (tmp_path / "p.so").write_bytes(b"")
     (tmp_path / "export").mkdir()

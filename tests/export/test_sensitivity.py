@@ -205,7 +205,7 @@ def test_wrong_arguments_take_one_line(arguments: list[str], message: str) -> No
 def test_calib_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_arguments([])
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     assert "--calib" in capsys.readouterr().err
 
 

@@ -695,6 +695,7 @@ def test_how_the_builder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """By a builder that says what it is told to; what it says last counts, and so does its exit code."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "__init__.py").touch()
     builder = tmp_path / "export" / "engine_builder.py"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
 
@@ -703,7 +704,7 @@ def test_how_the_builder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         builder.write_text(
             f"import sys\nprint({chr(10).join(lines)!r})\nprint({stderr!r}, file=sys.stderr)\nsys.exit({code})\n"
         )
-        return _run_builder({}, environment, RTX, False)
+        return _run_builder({"out": str(tmp_path / "engine")}, environment, RTX, False)
 
     done = {"event": "done", "version": "1.2"}
     progress = {"event": "progress", "phase": "p", "share": 0.5}

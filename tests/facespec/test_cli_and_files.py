@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from facespec.cli import ArgumentParser, quiet_libraries, require, run
+from facespec.cli import COMMANDS, PROGRAM, ArgumentParser, quiet_libraries, require, run
 from facespec.errors import DataError, MissingPackageError, OutputError, SpecError
 from facespec.files import _own_folder, atomic_path, cache_folder, check_outputs, write_text
 
@@ -76,7 +77,7 @@ def _raise(error: BaseException) -> int:
         (lambda: _raise(OSError(28, "No space left on device")), 1, "error: No space left on device\n"),
         (lambda: _raise(OSError("of its own")), 1, "error: of its own\n"),
         (lambda: _raise(KeyboardInterrupt()), 130, "interrupted\n"),
-        (lambda: len(vars(ArgumentParser(prog="tool").parse_args(["--wrong"]))), 1,
+        (lambda: len(vars(ArgumentParser(prog="tool").parse_args(["--wrong"]))), 2,
          "error: unrecognized arguments: --wrong (tool --help)\n"),
         (lambda: len(vars(require("no_such_module", "cpu", "this"))), 1,
          "error: this needs no_such_module, which is not installed: "
@@ -158,8 +159,56 @@ def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None
     parser.add_argument("--threads", type=int)
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(["--thr", "1"])
-    assert caught.value.code == 1
-    assert capsys.readouterr().err == "error: unrecognized arguments: --thr 1 (tool --help)\n"
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --thr: did you mean --threads? (tool --help)\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--modle", "x"], "unrecognized arguments: --modle: did you mean --model?"),
+        (["--modle=x", "--", "--y"], "unrecognized arguments: --modle=x: did you mean --model?"),
+        (["--xyz"], "unrecognized arguments: --xyz"),
+        (["--model", "m", "--on", "opnvino"], "argument --on: invalid choice: 'opnvino' (choose from 'openvino', "
+         "'onnxruntime'): did you mean openvino?"),
+        (["--model", "m", "--on", "x"], "argument --on: invalid choice: 'x' (choose from 'openvino', 'onnxruntime')"),
+        (["--on", "openvino"], "the following arguments are required: --model"),
+    ],
+)  # fmt: skip
+def test_what_is_mistyped_gets_a_suggestion(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser(prog="tool")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--on", choices=["openvino", "onnxruntime"])
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(words)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    # newer versions of argparse print the choices without quotes
+    assert said.replace("'", "") == f"error: {message} (tool --help)\n".replace("'", "")
+
+
+def test_one_command_reaches_all(tmp_path: Path) -> None:
+    """From a folder whose modules have the names of ours, too."""
+    (tmp_path / "plugins").mkdir()
+    for name in ("export.py", "trainer.py"):
+        (tmp_path / name).write_text("raise RuntimeError('this is the application')")
+    program = Path(sys.executable).with_name(PROGRAM)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        result = subprocess.run([program, *words], capture_output=True, text=True, cwd=tmp_path)
+        return result.returncode, result.stdout, result.stderr
+
+    for name, (module, what) in COMMANDS.items():
+        assert f"  {name:13} {what}\n" in call("--help")[1] + "\n"
+        code, said, errors = call(name, "--help")
+        assert (code, errors) == (0, ""), module
+        assert said.startswith(f"usage: {PROGRAM} {name} "), module
+        wrong = f"error: unrecognized arguments: --no-such-option ({PROGRAM} {name} --help)\n"
+        assert call(name, "--no-such-option")[::2] == (2, wrong)
+    assert call("--version")[:2] == (0, f"{PROGRAM} {importlib.metadata.version(PROGRAM)}\n")
+    assert call("detcet")[2].endswith(f"did you mean detect? ({PROGRAM} --help)\n")
+    assert call()[::2] == (2, f"error: the following arguments are required: COMMAND ({PROGRAM} --help)\n")
+    assert call("inspect", "none.onnx")[::2] == (1, "error: none.onnx: no such file; give an engine or an ONNX file\n")
 
 
 def test_a_package_is_returned_and_a_part_of_a_missing_one_is_missing() -> None:

@@ -425,7 +425,7 @@ def test_what_is_missing_is_named(
     assert "is it a C++ compiler" in fails("host", "--out", tmp_path / "o", env={"CXX": "true"})
     with pytest.raises(SystemExit) as caught:
         main(["everything"])
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     assert "invalid choice" in capsys.readouterr().err
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):

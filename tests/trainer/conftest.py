@@ -94,7 +94,7 @@ def refused_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         with pytest.raises((RetinaFaceError, SystemExit)) as caught:
             main([str(arg) for arg in args])
         if isinstance(caught.value, SystemExit):  # of the parser
-            assert caught.value.code == 1
+            assert caught.value.code == 2
             (line,) = capsys.readouterr().err.splitlines()
             assert line.startswith("error: ")
             return line

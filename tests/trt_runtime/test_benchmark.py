@@ -200,7 +200,7 @@ def test_what_the_command_refuses(
     ):
         with pytest.raises(SystemExit) as left:
             main(arguments)
-        assert left.value.code == 1
+        assert left.value.code == 2
         assert words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from facespec.errors import MissingPackageError, OutputError
 from facespec.spec import NetworkSize
 from trt_runtime import benchmark_report, machine
-from trt_runtime.benchmark import Measurement, Setting
-from trt_runtime.benchmark_report import WIDTH, heading, plot, setting_table, summary_table
+from trt_runtime.benchmark_report import WIDTH, Measurement, Setting, heading, plot, setting_table, summary_table
 from trt_runtime.measure import Ratio, speed_ratio
 
 

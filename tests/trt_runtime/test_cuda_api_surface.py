@@ -95,7 +95,7 @@ def run(fake: Path, code: str, **settings: str) -> str:
     environment = {**os.environ, "LD_LIBRARY_PATH": str(fake), "PYTHONPATH": path, **settings}
     head = (
         "import ctypes, os, sys; sys.setdlopenflags(os.RTLD_LAZY); live = ctypes.CDLL('libcuda.so.1').fake_cuda_live\n"
-        "from trt_runtime.gpu.device import open_device\nfrom facespec.errors import RetinaFaceError\n"
+        "from trt_runtime.trt import open_device\nfrom facespec.errors import RetinaFaceError\n"
         "from tests.trt_runtime.device_contract import check_device\n"
     )
     done = subprocess.run(
@@ -343,7 +343,7 @@ except RetinaFaceError as error:
 
 
 def test_no_driver(tmp_path: Path) -> None:
-    code = "from trt_runtime.gpu.device import open_device; open_device()"
+    code = "from trt_runtime.trt import open_device; open_device()"
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if "GpuError" not in done.stderr:

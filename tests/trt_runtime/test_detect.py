@@ -88,7 +88,7 @@ def test_what_happens_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) 
     assert "auto, onnxruntime, openvino, tensorrt" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit) as left:
         main(["a.jpg"])
-    assert left.value.code == 1
+    assert left.value.code == 2
     assert "required: --model" in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import re
 import sys
@@ -712,7 +713,7 @@ def test_an_engine_gets_what_was_asked_for(
     name: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a GPU none can be loaded."""
-    monkeypatch.setattr("trt_runtime.trt.TRTRetinaFace", _Asked)
+    monkeypatch.setattr("trt_runtime.load.TRTRetinaFace", _Asked)
     (tmp_path / name).write_bytes(b"x")
     made: Any = load_detector(str(tmp_path / name), score_threshold=0.3, size_hw=640, device=2, backend=backend)
     assert made.path == tmp_path / name
@@ -737,9 +738,11 @@ def test_a_detector_of_the_cpu_gets_what_was_asked_for(
 def test_the_package_hands_out_every_name_it_promises() -> None:
     import trt_runtime
 
-    for name in trt_runtime.__all__:
+    for name in set(trt_runtime.__all__) - {"__version__"}:
         assert getattr(trt_runtime, name).__name__ == name
-    assert trt_runtime.__all__ == sorted(trt_runtime._MODULES)
+    assert trt_runtime.__version__ == importlib.metadata.version("retinaface-trt")
+    assert trt_runtime.__all__ == sorted(trt_runtime._PLACES)
+    assert {"load_detector", "Detections", "__version__"} <= set(dir(trt_runtime))
     with pytest.raises(AttributeError, match="module 'trt_runtime' has no attribute 'nothing'"):
         trt_runtime.nothing  # noqa: B018
 

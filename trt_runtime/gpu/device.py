@@ -7,7 +7,6 @@ stream reads and writes must be left alone, and alive, until the stream or an ev
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -227,31 +226,6 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Let go of the device; memory, streams and graphs should be closed before. May be called again."""
-
-
-def open_device(place: str = "cuda") -> Device:
-    """Return a device by its name.
-
-    Args:
-        place: "cuda" or "cuda:1", as CUDA counts the visible ones; "pycuda", the caller's current context; "cpu".
-
-    Raises:
-        GpuError: There is no such device, or it cannot be used.
-        MissingPackageError: cuda-bindings or PyCUDA is not installed.
-    """
-    if place == "cuda" or re.fullmatch("cuda:[0-9]{1,4}", place):
-        from trt_runtime.gpu.cuda import CudaDevice
-
-        return CudaDevice(int(place.removeprefix("cuda").removeprefix(":") or 0))
-    if place == "pycuda":
-        from trt_runtime.gpu.pycuda import PyCudaDevice
-
-        return PyCudaDevice()
-    if place == "cpu":
-        from trt_runtime.gpu.simulated import HostDevice
-
-        return HostDevice()
-    raise GpuError(f"device must be cuda, cuda:1 (or another number), pycuda or cpu, not {place!r}")
 
 
 def out_of_memory(what: str, nbytes: int, free: int, total: int) -> DeviceMemoryError:

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from facespec.cli import require
 from facespec.errors import ModelFileError
-from facespec.spec import MAX_NETWORK_PIXELS, SIZE_MULTIPLE
+from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
 from trt_runtime.cpu import open_session, read_detector
-from trt_runtime.detector import ENGINE_SUFFIXES
 from trt_runtime.gpu.engine import Profile, Shape
 from trt_runtime.gpu.simulated import HostDevice, HostStream
 from trt_runtime.kernels import PLUGIN, decode_nms, library, load_letterbox

@@ -22,11 +22,11 @@ from trt_runtime.gpu.device import (
     PinnedArray,
     check_bytes,
     check_nbytes,
-    open_device,
     out_of_memory,
 )
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame, read_frame
 from trt_runtime.gpu.simulated import HostArray, HostDevice, HostStream
+from trt_runtime.trt import open_device
 
 
 @pytest.fixture

@@ -123,10 +123,10 @@ class Copy:
 
     def _restore_libraries(self) -> None:
         """Put the compiled kernels of the unchanged sources back, where there are any."""
-        library = self._root / "plugins" / "lib"
+        library = self._root / "trt_runtime" / "lib"
         shutil.rmtree(library, ignore_errors=True)
-        if (ROOT / "plugins" / "lib").is_dir():
-            shutil.copytree(ROOT / "plugins" / "lib", library)
+        if (ROOT / "trt_runtime" / "lib").is_dir():
+            shutil.copytree(ROOT / "trt_runtime" / "lib", library)
 
 
 def main() -> int:

@@ -92,7 +92,7 @@ def main() -> int:
     for name, own in RUNS.items():
         folder, flags = args.runs / name, f"{SHARED} {own}"
         words = flags.replace("IMAGENET", str(args.imagenet)).split()
-        fit_command([*words, "--data-root", str(args.data), "--output", str(folder), "--resume", "auto"])
+        fit_command([*words, "--data", str(args.data), "--out", str(folder), "--resume", "auto"])
         results.append(read_run(folder, flags))
         print(name, *results[-1]["ap"].values(), flush=True)
     start = evaluate(EvaluateOptions(args.data / "gt", detector=DEFAULT_WEIGHTS, data=args.data))

@@ -184,7 +184,7 @@ def main() -> int:
         flow = PipelineOptions(batch=args.batch, depth=args.depth)
 
         def call(out: Path) -> tuple[int, int, float]:
-            summary = detect(DetectOptions(str(clip), model, output=out, score=SCORE, threads=args.threads, flow=flow))
+            summary = detect(DetectOptions(str(clip), model, out=out, score=SCORE, threads=args.threads, flow=flow))
             for stage, ms in summary.timer.total_ms.items():
                 stages[precision].add(stage, ms)
             return summary.frames, summary.faces, summary.seconds

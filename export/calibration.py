@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import zipfile
 import zlib
@@ -19,12 +18,11 @@ from onnx import TensorProto, helper
 from tqdm import tqdm
 
 from export.graph import HEAD_NAMES
-from export.int8_recipe import Int8Recipe
-from export.options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions
+from export.options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions, Int8Recipe
 from export.quantize import Ranges, conv_inputs
 from facespec.cli import require
 from facespec.errors import DataError, ImageError, OutputError
-from facespec.files import atomic_path, cache_folder
+from facespec.files import atomic_path, cache_folder, widerface_root
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
@@ -70,7 +68,7 @@ def find_calibration_images(options: CalibrationOptions) -> list[Path]:
             names = ", ".join([*WIDERFACE, DEMO])
             raise DataError(f"--calib {options.source}: neither a folder of images nor one of {names}")
     else:
-        root = options.data or Path(os.environ.get("WIDERFACE_ROOT") or "data/widerface")
+        root = options.data or widerface_root()
         # the second is what its archives unpack to
         found = [root / name / "images" for name in (part, f"WIDER_{part}") if (root / name / "images").is_dir()]
         if not found:

@@ -143,7 +143,7 @@ def demo(out: Path) -> None:
     render_video(photographs, out / "sample.mp4")
     with tempfile.TemporaryDirectory() as folder:
         video_lines = Path(folder) / "video.json"
-        summary = detect(DetectOptions(str(out / "sample.mp4"), model, output=out / "faces.mp4", json=str(video_lines)))
+        summary = detect(DetectOptions(str(out / "sample.mp4"), model, out=out / "faces.mp4", json=str(video_lines)))
         lines += video_lines.read_text(encoding="utf-8").splitlines()
     write_text(out / "faces.json", "\n".join(lines) + "\n")
     print("3. video\n   " + str(summary).replace("\n", "\n   ") + "\n")
@@ -155,8 +155,8 @@ def demo(out: Path) -> None:
 Look at {out / "faces.png"} and {out / "faces.mp4"}; {out / "faces.json"} holds boxes and landmarks.
 
 Next, with your own pictures (activate the environment first: source .venv/bin/activate):
-  python -m trt_runtime.detect photo.jpg --model {model} --output faces.jpg
-  python -m trt_runtime.detect video.mp4 --model {model} --output faces.mp4 --json faces.json
+  python -m trt_runtime.detect photo.jpg --model {model} --out faces.jpg
+  python -m trt_runtime.detect video.mp4 --model {model} --out faces.mp4 --json faces.json
   python -m trt_runtime.detect 0 --model {model} --show
 or in Python:
   from trt_runtime import load_detector

@@ -17,6 +17,7 @@ from typing import Any
 from export.engine_layers import engine_shares, is_readable
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import ModelFileError, RetinaFaceError, SpecError
+from facespec.files import check_outputs, write_text
 from facespec.spec import CHECKPOINT_SUFFIXES, SPEC_KEY, DecodeSpec, ModelSpec
 from trt_runtime.gpu.flavor import FLAVORS, gpu_capability
 from trt_runtime.gpu.sidecar import RTX_HEADER_BYTES, Sidecar, check_engine, read_header, read_sidecar
@@ -257,10 +258,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "says.",
     )
     parser.add_argument("file", type=Path, help="engine, or ONNX file")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", metavar="FILE", help="write what was found; '-' prints it instead of a table")
     args = parser.parse_args(argv)
+    if args.json not in (None, "-"):
+        check_outputs([("--json", args.json)], [args.file])
     found = inspect(args.file)
-    print(found.to_json() if args.json else found)
+    print(found.to_json() if args.json == "-" else found)
+    if args.json not in (None, "-"):
+        write_text(args.json, found.to_json() + "\n")
+        print(f"wrote {args.json}")
     return 0 if found.valid else 1
 
 

@@ -1,19 +1,55 @@
-"""What INT8 is made from; apart from `export.calibration`, so that a command line is read without its packages."""
+"""What all exports are told: precision, calibration, thresholds and limits, images to compare on.
+
+Reading a command line needs none of the packages that exporting does.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from argparse import Namespace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from facespec.errors import SpecError
+import numpy as np
+
+from facespec.cli import ArgumentParser
+from facespec.errors import DataError, SpecError
+from facespec.files import write_text
+from facespec.images import find_images, read_image
+from facespec.letterbox import Frame
+from facespec.samples import sample_photographs
+from facespec.spec import DecodeSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+    from export.calibration import Calibration
 
 WIDERFACE = {"widerface_val": "val", "widerface_train": "train"}
 """Sets of WIDER FACE that have a name, and their folders."""
 
 DEMO = "demo"
+PRECISIONS = ("fp32", "fp16", "int8")
 MIN_IMAGES = 8
 MAX_IMAGES = 2048
 """They are held in memory, and a hundred do as well as a thousand."""
+
+MIN_INT8_SHARE = 0.5
+"""Share of the convolutions' multiply-accumulates below which a graph is not called INT8."""
+
+MAX_RECIPE_BYTES = 1 << 20
+
+MAX_PARITY_IMAGES = 8
+
+
+DECODE_OPTIONS = {
+    "--score": "score_threshold",
+    "--iou": "iou_threshold",
+    "--top-k": "top_k",
+    "--max-detections": "max_detections",
+}
+"""Options of every export, and the fields of `DecodeSpec` they set."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +62,7 @@ class CalibrationOptions:
         data: WIDER FACE folder; None looks at $WIDERFACE_ROOT, then at data/widerface.
         images: Images used at most.
         seed: Of the choice of images.
-        recipe: File of an `export.int8_recipe.Int8Recipe`; None for its defaults.
+        recipe: File of an `export.options.Int8Recipe`; None for its defaults.
     """
 
     source: str
@@ -41,7 +77,7 @@ class CalibrationOptions:
         if self.seed < 0:
             raise SpecError(f"--seed {self.seed}: give a number from 0 on")
         if not MIN_IMAGES <= self.images <= MAX_IMAGES:
-            raise SpecError(f"--calib-images {self.images}: give a number from {MIN_IMAGES} to {MAX_IMAGES}")
+            raise SpecError(f"--images {self.images}: give a number from {MIN_IMAGES} to {MAX_IMAGES}")
 
 
 def check_calibration(precision: str, calibration: CalibrationOptions | None) -> None:
@@ -50,3 +86,167 @@ def check_calibration(precision: str, calibration: CalibrationOptions | None) ->
         raise SpecError("--int8 needs images to calibrate on: --calib widerface_val, or --calib FOLDER")
     if precision != "int8" and calibration is not None:
         raise SpecError(f"--calib is for --int8, not for --{precision}")
+
+
+@dataclass(frozen=True)
+class Int8Recipe:
+    """How a graph becomes INT8: symmetric, weights per channel, Q/DQ on the inputs of convolutions, biases in float.
+
+    The defaults hold the accuracy budgets of `export.verify` for the published mobilenet0.25, with 88 % of the
+    multiply-accumulates in INT8; `export.sensitivity` finds others.
+
+    Attributes:
+        equalize: Even out the ranges of channels between convolutions beforehand; exact in float.
+        float_depthwise: Leave depthwise convolutions in float: they are sensitive, and have few multiply-accumulates.
+        float_layers: Parts of the names of others that stay in float: the earliest pointwise ones, whose few channels
+            have the widest ranges, and the heads.
+    """
+
+    equalize: bool = True
+    float_depthwise: bool = True
+    float_layers: tuple[str, ...] = ("/stage1.1.3/", "/stage1.2.3/", "/stage1.3.3/", "/stage1.4.3/", "/heads.")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.equalize, bool) or not isinstance(self.float_depthwise, bool):
+            raise SpecError("equalize and float_depthwise are true or false")
+        names = self.float_layers
+        if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
+            raise SpecError("float_layers is a list of parts of names")
+
+    def keeps_float(self, node: onnx.NodeProto) -> bool:
+        """Whether a convolution stays in float."""
+        return (self.float_depthwise and is_depthwise(node)) or any(part in node.name for part in self.float_layers)
+
+    def to_json(self) -> str:
+        """Return the form of a recipe file."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def is_depthwise(node: onnx.NodeProto) -> bool:
+    """Whether a convolution has groups."""
+    return any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
+
+
+def load_recipe(path: Path) -> Int8Recipe:
+    """Return the recipe of a file: JSON with any of the fields of `Int8Recipe`.
+
+    Raises:
+        SpecError: Missing, not JSON, or with other fields or values.
+    """
+    names = [item.name for item in fields(Int8Recipe)]
+    try:
+        with path.open("rb") as file:
+            data = json.loads(file.read(MAX_RECIPE_BYTES))
+    except OSError as error:
+        raise SpecError(f"{path}: the recipe cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"{path}: not a recipe in JSON ({error})") from None
+    if not isinstance(data, dict) or not set(data) <= set(names):
+        raise SpecError(f"{path}: not a recipe: expected an object with {', '.join(names)}")
+    layers = data.get("float_layers")
+    try:
+        return Int8Recipe(**{**data, "float_layers": tuple(layers)} if isinstance(layers, list) else data)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
+
+
+def add_precision_arguments(parser: ArgumentParser) -> None:
+    """Add what every export takes about precision."""
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network")
+    for name, text in (
+        ("fp32", "short for --precision fp32: single precision"),
+        ("fp16", "short for --precision fp16: half precision; decoding and NMS stay in single"),
+        ("int8", "short for --precision int8: 8-bit integers, calibrated on images, the rest in half precision"),
+    ):
+        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=text)
+    parser.add_argument(
+        "--calib",
+        metavar="NAME|PATH",
+        help="images to calibrate --int8 on: widerface_val, widerface_train, a folder, or demo (a last resort)",
+    )
+    calibration = CalibrationOptions("demo")
+    parser.add_argument("--images", type=int, default=calibration.images, help="how many of them at most")
+    parser.add_argument("--seed", type=int, default=calibration.seed, help="of their choice")
+    parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
+    parser.add_argument(
+        "--int8-recipe",
+        type=Path,
+        metavar="FILE",
+        help="which layers --int8 leaves in half precision, as export.sensitivity --out writes it (default: what "
+        "suits the published weights)",
+    )
+
+
+def calibration_options(args: Namespace) -> CalibrationOptions | None:
+    """Return what INT8 is calibrated on from parsed arguments; see `add_precision_arguments`."""
+    if args.calib is None:
+        default = CalibrationOptions(DEMO)
+        for option, value, usual in (
+            ("--int8-recipe", args.int8_recipe, None),
+            ("--data", args.data, None),
+            ("--images", args.images, default.images),
+            ("--seed", args.seed, default.seed),
+        ):
+            if value != usual:
+                raise SpecError(f"{option} goes with --int8 --calib")
+        return None
+    if args.int8_recipe:
+        load_recipe(args.int8_recipe)  # refused now, not after the calibration
+    return CalibrationOptions(args.calib, args.data, args.images, args.seed, args.int8_recipe)
+
+
+def report_calibration(used: Calibration, path: Path) -> None:
+    """Say what was calibrated on, and write the names of the images, one a line."""
+    skipped = f", {len(used.skipped)} could not be read" if used.skipped else ""
+    cached = " (as before, from the cache)" if used.cached else ""
+    print(f"calibrated on {len(used.images)} images{skipped}{cached}; their names are in {path}")
+    if used.options.source == DEMO:
+        print("note: crops of a few photographs are a last resort: calibrate on images like those to come")
+    elif used.with_faces < len(used.images) / 4:
+        print(f"note: the model finds faces on {used.with_faces} of them only: calibrate on images like those to come")
+    write_text(path, "\n".join(used.images) + "\n")
+
+
+def add_decode_arguments(parser: ArgumentParser) -> None:
+    """Add what every export takes: thresholds and limits, and images to compare on."""
+    default = DecodeSpec()
+    texts = {
+        "--score": "floor: lower scores are never seen",
+        "--iou": "NMS drops boxes that overlap more",
+        "--top-k": "candidates that enter NMS",
+        "--max-detections": "faces per image at most",
+    }
+    for option, name in DECODE_OPTIONS.items():
+        value = getattr(default, name)
+        parser.add_argument(option, dest=name, type=type(value), default=value, help=texts[option])
+    parser.add_argument(
+        "--parity",
+        type=Path,
+        help=f"image, or folder of which {MAX_PARITY_IMAGES} are taken, to compare on (default: sample photographs "
+        "that packages ship)",
+    )
+
+
+def decode_spec(args: Namespace) -> DecodeSpec:
+    """Return the thresholds and limits of parsed arguments; see `add_decode_arguments`."""
+    return DecodeSpec(**{name: getattr(args, name) for name in DECODE_OPTIONS.values()})
+
+
+def parity_frames(source: Path | None) -> dict[str, Frame]:
+    """Return the images of a parity report by name.
+
+    Raises:
+        DataError: None given, and no installed package ships photographs.
+    """
+    if source is None:
+        paths = list(sample_photographs())
+        if not paths:
+            raise DataError("no photographs to compare the export on: pip install -e '.[export]', or --parity DIR")
+    else:
+        paths = find_images(source) if source.is_dir() else [source]
+        if not paths:
+            raise DataError(f"{source}: no images in this folder")
+        paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, MAX_PARITY_IMAGES).astype(int))]
+    root = source if source is not None and source.is_dir() else None
+    return {str(path.relative_to(root)) if root else path.name: read_image(path) for path in paths}

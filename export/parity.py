@@ -129,10 +129,10 @@ class ParityReport:
                 f"{bad[0].tolerance.heads:g}), boxes {bad[0].boxes_px:.2g} px, landmarks {bad[0].landmarks_px:.2g} px "
                 f"(at most {bad[0].tolerance.pixels:g}), scores {bad[0].scores:.2g} (at most "
                 f"{bad[0].tolerance.scores:g}), unmatched faces {bad[0].unmatched}; nothing was written. "
-                "Other images: --parity-images"
+                "Other images: --parity"
             )
         if not any(row.faces for row in self.rows):
-            raise ParityError("nothing was compared: the model finds no face on any of the images; try --parity-images")
+            raise ParityError("nothing was compared: the model finds no face on any of the images; try --parity")
 
 
 def _portable_runner(graph: onnx.ModelProto) -> Runner:

@@ -7,9 +7,8 @@ import dataclasses
 import onnx
 
 from export.calibration import Calibration, calibrate
-from export.int8_recipe import MIN_INT8_SHARE, Int8Recipe, load_recipe
-from export.options import CalibrationOptions, check_calibration
-from export.quantize import PRECISIONS, lint_qdq, mac_shares, to_fp16, to_int8
+from export.options import MIN_INT8_SHARE, PRECISIONS, CalibrationOptions, Int8Recipe, check_calibration, load_recipe
+from export.quantize import lint_qdq, mac_shares, to_fp16, to_int8
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import ModelSpec
 

@@ -9,11 +9,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.int8_recipe import Int8Recipe, is_depthwise
+from export.options import Int8Recipe, is_depthwise
 from facespec.errors import ModelFileError
 from trt_runtime.gpu.sidecar import Convolutions, precision_shares
 
-PRECISIONS = ("fp32", "fp16", "int8")
 """Precisions a graph can be given; what INT8 leaves in float computes in float16."""
 
 QUIET_CHANNEL = 1e-3

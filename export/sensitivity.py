@@ -1,6 +1,6 @@
 """Which layers cost accuracy in INT8, and what share of the arithmetic stays in INT8 for a given budget.
 
-python -m export.sensitivity --weights mobilenet0.25 --calib widerface_train --budget 98.5 --plot sensitivity.png
+python -m export.sensitivity --weights mobilenet0.25 --calib widerface_train --recall 98.5 --plot sensitivity.png
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from export.graph import HEAD_NAMES
-from export.int8_recipe import MIN_INT8_SHARE, Int8Recipe
-from export.options import DEMO, MAX_IMAGES, MIN_IMAGES, WIDERFACE, CalibrationOptions
+from export.options import DEMO, MAX_IMAGES, MIN_IMAGES, MIN_INT8_SHARE, WIDERFACE, CalibrationOptions, Int8Recipe
 from facespec.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, landmark_errors, match_faces
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
@@ -68,9 +68,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not 0 <= self.recall <= 100:
-            raise SpecError(f"--budget {self.recall:g}: recall is a percentage from 0 to 100")
+            raise SpecError(f"--recall {self.recall:g}: recall is a percentage from 0 to 100")
         if not 0 <= self.landmark_error < math.inf:
-            raise SpecError(f"--landmark-budget {self.landmark_error:g}: give a percentage of the face size from 0 on")
+            raise SpecError(f"--landmark-error {self.landmark_error:g}: give a percentage of the face size from 0 on")
 
     def __str__(self) -> str:
         return f"recall >= {self.recall:g} %, landmark error <= {self.landmark_error:g} %"
@@ -340,7 +340,7 @@ def _held_out(options: SensitivityOptions, calibration: Calibration, spec: Model
     if len(names) < MIN_IMAGES:
         raise DataError(
             f"--calib {source.source}: {len(calibration.images)} images to calibrate on leave {len(names)} to measure "
-            f"on, at least {MIN_IMAGES} are needed: add images, or give a smaller --calib-images"
+            f"on, at least {MIN_IMAGES} are needed: add images, or give a smaller --images"
         )
     return names, pixels
 
@@ -445,7 +445,7 @@ class OutputFiles:
 
     json: Path | None = None
     plot: Path | None = None
-    recipe: Path | None = None
+    out: Path | None = None
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Budget, OutputFiles]:
@@ -463,37 +463,40 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Bud
     parser.add_argument("--calib", required=True, metavar="NAME|PATH", help=f"{names}, or a folder of images")
     parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT or data/widerface)")
     images = CalibrationOptions(DEMO).images
-    parser.add_argument("--calib-images", type=int, default=images, metavar="N", help="images to calibrate on, at most")
+    parser.add_argument("--images", type=int, default=images, metavar="N", help="images to calibrate on, at most")
     parser.add_argument("--held-out", type=int, default=96, metavar="N", help="other images to measure on, at most")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice of images")
     parser.add_argument("--size", default="640x640", help="HEIGHTxWIDTH, multiples of 32")
     parser.add_argument(
-        "--budget",
+        "--recall",
         type=float,
         default=budget.recall,
         metavar="RECALL",
         help="percent of the faces of FP32 that must be found again",
     )
     parser.add_argument(
-        "--landmark-budget",
+        "--landmark-error",
         type=float,
         default=budget.landmark_error,
         metavar="PERCENT",
         help="mean landmark error at most, of the face size",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured; '-' prints it")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw it ({', '.join(PLOT_SUFFIXES)})")
     parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="write what holds the budget, for export.to_trt --int8-recipe FILE"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the recipe that holds the budget, for --int8-recipe",
     )
     args = parser.parse_args(argv)
     options = SensitivityOptions(
         weights=args.weights,
-        calibration=CalibrationOptions(args.calib, args.data, args.calib_images, args.seed),
+        calibration=CalibrationOptions(args.calib, args.data, args.images, args.seed),
         held_out=args.held_out,
         size_hw=parse_size(args.size),
     )
-    return options, Budget(args.budget, args.landmark_budget), OutputFiles(args.json, args.plot, args.recipe)
+    return options, Budget(args.recall, args.landmark_error), OutputFiles(args.json, args.plot, args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -507,27 +510,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     from export.calibration import calibration_files
 
     read = [options.weights, *calibration_files(options.calibration)]
-    check_outputs([("--json", files.json), ("--plot", files.plot), ("--recipe", files.recipe)], read)
+    printed = files.json == Path("-")
+    say = partial(print, file=sys.stderr if printed else sys.stdout)
+    check_outputs([("--json", None if printed else files.json), ("--plot", files.plot), ("--out", files.out)], read)
     start = time.perf_counter()
     result = sensitivity(options, progress=sys.stderr.isatty())
-    print(result)
-    if files.json:
+    say(result)
+    if printed:
+        print(result.to_json())
+    elif files.json:
         write_text(files.json, result.to_json())
+        say(f"wrote {files.json}")
     if files.plot:
         plot(result, budget, files.plot)
+        say(f"wrote {files.plot}")
     chosen, recipe = result.step(budget), result.recipe(budget)
-    print(f"{100 * chosen.int8_share:.1f} % of multiply-accumulates in INT8 hold {budget}; in float:")
-    print("".join(f"  {name}\n" for name in recipe.float_layers) or "  nothing\n", end="")
-    if files.recipe:
-        write_text(files.recipe, recipe.to_json())
-        print(f"wrote {files.recipe}: python -m export.to_trt {_flags(options.calibration, files.recipe)}")
-    print(f"{time.perf_counter() - start:.1f} s")
+    say(f"{100 * chosen.int8_share:.1f} % of multiply-accumulates in INT8 hold {budget}; in float:")
+    say("".join(f"  {name}\n" for name in recipe.float_layers) or "  nothing\n", end="")
+    if files.out:
+        write_text(files.out, recipe.to_json())
+        say(f"wrote {files.out}: python -m export.to_trt {_flags(options.calibration, files.out)}")
+    say(f"{time.perf_counter() - start:.1f} s")
     return 0
 
 
 def _flags(calibration: CalibrationOptions, recipe: Path) -> str:
     """Return the options of an export that does what was measured."""
-    words = ["--int8", "--calib", calibration.source, "--calib-images", str(calibration.images)]
+    words = ["--int8", "--calib", calibration.source, "--images", str(calibration.images)]
     words += ["--seed", str(calibration.seed), *(["--data", str(calibration.data)] if calibration.data else [])]
     return shlex.join([*words, "--int8-recipe", str(recipe)])
 

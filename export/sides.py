@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.emulation import computes_in_fp16, emulate_fp16
-from export.int8_recipe import MIN_INT8_SHARE
+from export.options import MIN_INT8_SHARE
 from facespec.cli import require
 from facespec.detections import Detections
 from facespec.letterbox import Frame

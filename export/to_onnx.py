@@ -9,40 +9,31 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from export.int8_recipe import load_recipe
-from export.options import DEMO, CalibrationOptions, check_calibration
+from export.options import (
+    CalibrationOptions,
+    add_decode_arguments,
+    add_precision_arguments,
+    calibration_options,
+    check_calibration,
+    decode_spec,
+    parity_frames,
+    report_calibration,
+)
 from facespec.cli import ArgumentParser, require, run
-from facespec.errors import DataError, OutputError, SpecError
-from facespec.files import atomic_path, check_outputs, write_text
-from facespec.images import find_images, read_image
-from facespec.letterbox import Frame
-from facespec.samples import sample_photographs
+from facespec.errors import OutputError
+from facespec.files import atomic_path, check_outputs
 from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec, parse_size
 
 if TYPE_CHECKING:
-    from export.calibration import Calibration
     from export.parity import ParityReport
 
-MAX_PARITY_IMAGES = 8
 CALIBRATION_HW = (640, 640)
 """Size a graph of dynamic size is calibrated at."""
-
-
-DECODE_OPTIONS = {
-    "--score": "score_threshold",
-    "--iou": "iou_threshold",
-    "--top-k": "top_k",
-    "--max-detections": "max_detections",
-}
-"""Options of every export, and the fields of `DecodeSpec` they set."""
 
 
 @dataclass(frozen=True)
@@ -74,27 +65,6 @@ class ExportOptions:
     def calibration_list(self) -> Path:
         """The names of the images INT8 was calibrated on, one a line."""
         return Path(f"{self.out}.calibration.txt")
-
-
-def parity_frames(source: Path | None) -> dict[str, Frame]:
-    """Return the images of a parity report by name.
-
-    Raises:
-        DataError: None given, and no installed package ships photographs.
-    """
-    if source is None:
-        paths = list(sample_photographs())
-        if not paths:
-            raise DataError(
-                "no photographs to compare the export on: pip install -e '.[export]', or --parity-images DIR"
-            )
-    else:
-        paths = find_images(source) if source.is_dir() else [source]
-        if not paths:
-            raise DataError(f"{source}: no images in this folder")
-        paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, MAX_PARITY_IMAGES).astype(int))]
-    root = source if source is not None and source.is_dir() else None
-    return {str(path.relative_to(root)) if root else path.name: read_image(path) for path in paths}
 
 
 def export_onnx(options: ExportOptions) -> ParityReport:
@@ -144,88 +114,6 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     return report
 
 
-def add_precision_arguments(parser: ArgumentParser) -> None:
-    """Add what every export takes about precision."""
-    precision = parser.add_mutually_exclusive_group()
-    for name, text in (
-        ("fp32", "single precision (default)"),
-        ("fp16", "half precision; decoding and NMS stay in single"),
-        ("int8", "8-bit integers, calibrated on images, the rest in half precision"),
-    ):
-        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=text)
-    parser.add_argument(
-        "--calib",
-        metavar="NAME|PATH",
-        help="images to calibrate --int8 on: widerface_val, widerface_train, a folder, or demo (a last resort)",
-    )
-    calibration = CalibrationOptions("demo")
-    parser.add_argument("--calib-images", type=int, default=calibration.images, help="how many of them at most")
-    parser.add_argument("--seed", type=int, default=calibration.seed, help="of their choice")
-    parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
-    parser.add_argument(
-        "--int8-recipe",
-        type=Path,
-        metavar="FILE",
-        help="which layers --int8 leaves in half precision, as export.sensitivity --recipe writes it (default: what "
-        "suits the published weights)",
-    )
-
-
-def calibration_options(args: Namespace) -> CalibrationOptions | None:
-    """Return what INT8 is calibrated on from parsed arguments; see `add_precision_arguments`."""
-    if args.calib is None:
-        default = CalibrationOptions(DEMO)
-        for option, value, usual in (
-            ("--int8-recipe", args.int8_recipe, None),
-            ("--data", args.data, None),
-            ("--calib-images", args.calib_images, default.images),
-            ("--seed", args.seed, default.seed),
-        ):
-            if value != usual:
-                raise SpecError(f"{option} goes with --int8 --calib")
-        return None
-    if args.int8_recipe:
-        load_recipe(args.int8_recipe)  # refused now, not after the calibration
-    return CalibrationOptions(args.calib, args.data, args.calib_images, args.seed, args.int8_recipe)
-
-
-def report_calibration(used: Calibration, path: Path) -> None:
-    """Say what was calibrated on, and write the names of the images, one a line."""
-    skipped = f", {len(used.skipped)} could not be read" if used.skipped else ""
-    cached = " (as before, from the cache)" if used.cached else ""
-    print(f"calibrated on {len(used.images)} images{skipped}{cached}; their names are in {path}")
-    if used.options.source == DEMO:
-        print("note: crops of a few photographs are a last resort: calibrate on images like those to come")
-    elif used.with_faces < len(used.images) / 4:
-        print(f"note: the model finds faces on {used.with_faces} of them only: calibrate on images like those to come")
-    write_text(path, "\n".join(used.images) + "\n")
-
-
-def add_decode_arguments(parser: ArgumentParser) -> None:
-    """Add what every export takes: thresholds and limits, and images to compare on."""
-    default = DecodeSpec()
-    texts = {
-        "--score": "floor: lower scores are never seen",
-        "--iou": "NMS drops boxes that overlap more",
-        "--top-k": "candidates that enter NMS",
-        "--max-detections": "faces per image at most",
-    }
-    for option, name in DECODE_OPTIONS.items():
-        value = getattr(default, name)
-        parser.add_argument(option, dest=name, type=type(value), default=value, help=texts[option])
-    parser.add_argument(
-        "--parity-images",
-        type=Path,
-        help=f"image, or folder of which {MAX_PARITY_IMAGES} are taken, to compare on (default: sample photographs "
-        "that packages ship)",
-    )
-
-
-def decode_spec(args: Namespace) -> DecodeSpec:
-    """Return the thresholds and limits of parsed arguments; see `add_decode_arguments`."""
-    return DecodeSpec(**{name: getattr(args, name) for name in DECODE_OPTIONS.values()})
-
-
 def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
     """Return the options of a command line."""
     parser = ArgumentParser(
@@ -248,9 +136,9 @@ def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
         out=args.out,
         size_hw=None if args.size == "dynamic" else parse_size(args.size),
         decode=decode_spec(args),
-        precision=args.precision or "fp32",
+        precision=args.precision,
         calibration=calibration_options(args),
-        parity_images=args.parity_images,
+        parity_images=args.parity,
     )
 
 

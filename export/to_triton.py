@@ -119,13 +119,13 @@ def _plan_onnx(options: TritonOptions) -> Layout:
             f"{options.model}: a plugin form, which ONNX Runtime in Triton cannot run: write a portable file with "
             "python -m export.to_onnx, or an engine with python -m export.to_trt --flavor tensorrt"
         )
-    detector = load_detector(options.model, backend="onnxruntime")  # it checks inputs and outputs
-    fixed = detector.size_hw if isinstance(detector.size_hw, tuple) else None
+    with load_detector(options.model, backend="onnxruntime") as detector:  # it checks inputs and outputs
+        spec, fixed = detector.spec, detector.size_hw if isinstance(detector.size_hw, tuple) else None
     max_batch = options.max_batch or ONNX_BATCH
     model = TritonModel(
         name=options.name,
         is_engine=False,
-        spec=detector.spec,
+        spec=spec,
         fixed_hw=fixed,
         size_hw=fixed,
         best_batch=max_batch,

@@ -26,12 +26,13 @@ from typing import Any
 from tqdm import tqdm
 
 from export.engine_layers import UNKNOWN, engine_shares, is_readable
-from export.options import CalibrationOptions, check_calibration
-from export.to_onnx import (
+from export.options import (
     DECODE_OPTIONS,
+    CalibrationOptions,
     add_decode_arguments,
     add_precision_arguments,
     calibration_options,
+    check_calibration,
     decode_spec,
     parity_frames,
     report_calibration,
@@ -170,7 +171,7 @@ class EngineOptions:
         batch = [str(number) for number in self.profile.batch]
         words = ["python", "-m", "export.to_trt", "--weights", self.weights, f"--{self.precision}"]
         if self.calibration:
-            words += ["--calib", self.calibration.source, "--calib-images", str(self.calibration.images)]
+            words += ["--calib", self.calibration.source, "--images", str(self.calibration.images)]
             words += ["--seed", str(self.calibration.seed)]
             words += ["--data", str(self.calibration.data)] if self.calibration.data else []
             words += ["--int8-recipe", str(self.calibration.recipe)] if self.calibration.recipe else []
@@ -534,13 +535,13 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
         weights=args.weights,
         out=args.out,
         profile=Profile(parse_batch(args.batch), parse_sizes(args.size)),
-        precision=args.precision or "fp32",
+        precision=args.precision,
         calibration=calibration_options(args),
         decode=decode_spec(args),
         flavor=args.flavor,
         capabilities=tuple(int(number) for number in (args.compute_capability or "").split(",") if number),
         onnx_only=args.onnx_only,
-        parity_images=args.parity_images,
+        parity_images=args.parity,
         timing_cache=args.timing_cache,
         progress=sys.stderr.isatty(),
     )

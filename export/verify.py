@@ -1,13 +1,14 @@
 """What a model costs against its reference, stage by stage; exit code 1 where that is more than the budget.
 
 python -m export.verify --reference mobilenet0.25 --candidate retinaface.plugin.onnx --data widerface
-python -m export.verify --reference a.onnx --candidate b.onnx --picture worst.png --json verify.json
+python -m export.verify --reference a.onnx --candidate b.onnx --plot worst.png --json verify.json
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from facespec.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, Agreement
 from facespec.cli import ArgumentParser, quiet_libraries, run
 from facespec.detections import Detections
 from facespec.errors import DataError, OutputError, SpecError
-from facespec.files import check_outputs, write_text
+from facespec.files import check_outputs, widerface_root, write_text
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
@@ -96,7 +97,7 @@ class VerifyOptions:
         images: Images at most, evenly chosen; None takes all of `data`, or `DEMO_FRAMES` sample crops.
         budget: Key of `BUDGETS`, "none", or None to go by the candidate's precision.
         json_file: Result file.
-        picture: Image file of the worst disagreements.
+        plot: Image file of the worst disagreements.
         progress: Whether to draw progress bars on a terminal.
     """
 
@@ -109,7 +110,7 @@ class VerifyOptions:
     images: int | None = None
     budget: str | None = None
     json_file: Path | None = None
-    picture: Path | None = None
+    plot: Path | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -432,9 +433,9 @@ def verify(options: VerifyOptions) -> Verification:
     start = time.perf_counter()
     if options.backend and Path(options.candidate).suffix.lower() not in DEPLOYED_SUFFIXES:
         raise SpecError(f"--backend is for exported models, the candidate {options.candidate} is none")
-    if options.picture and options.picture.suffix.lower() not in PICTURE_SUFFIXES:
-        raise OutputError(f"--picture {options.picture}: give a name that ends in {', '.join(PICTURE_SUFFIXES)}")
-    outputs = [("--json", options.json_file), ("--picture", options.picture)]
+    if options.plot and options.plot.suffix.lower() not in PICTURE_SUFFIXES:
+        raise OutputError(f"--plot {options.plot}: give a name that ends in {', '.join(PICTURE_SUFFIXES)}")
+    outputs = [("--json", options.json_file), ("--plot", options.plot)]
     read = [name for name in (options.reference, options.candidate) if Path(name).exists()]
     if options.data:
         read += [str(path) for path in (options.data / "gt").glob("*.mat")]
@@ -500,8 +501,8 @@ def verify(options: VerifyOptions) -> Verification:
     )
     if options.json_file:
         write_text(options.json_file, result.to_json() + "\n")
-    if options.picture:
-        write_image(options.picture, draw_disagreements(picture.disagreements, samples, shown))
+    if options.plot:
+        write_image(options.plot, draw_disagreements(picture.disagreements, samples, shown))
     return result
 
 
@@ -538,7 +539,7 @@ def parse_arguments(argv: Sequence[str] | None) -> VerifyOptions:
     one = "checkpoint, name of published weights, portable ONNX or plugin form"
     parser.add_argument("--reference", required=True, help=one)
     parser.add_argument("--candidate", required=True, help="the same; what is judged")
-    parser.add_argument("--data", type=Path, help="WIDER FACE folder with val/images and gt (default: photographs)")
+    parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or photographs)")
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -556,19 +557,19 @@ def parse_arguments(argv: Sequence[str] | None) -> VerifyOptions:
         "--budget", choices=[*BUDGETS, "none"], help="what is allowed (default: by the candidate's precision)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result; '-' prints it")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the worst disagreements (.png, .jpg)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the worst disagreements (.png, .jpg)")
     args = parser.parse_args(argv)
     return VerifyOptions(
         reference=args.reference,
         candidate=args.candidate,
-        data=args.data,
+        data=args.data or (widerface_root() if "WIDERFACE_ROOT" in os.environ else None),
         backend=args.backend,
         protocol=args.protocol,
         size_hw=parse_size(args.size) if args.size else None,
         images=args.images,
         budget=args.budget,
         json_file=args.json,
-        picture=args.picture,
+        plot=args.plot,
     )
 
 
@@ -580,6 +581,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = replace(options, json_file=None)
     result = verify(options)
     print(result.to_json() if to_stdout else result)
+    if not to_stdout:
+        for path in filter(None, (options.json_file, options.plot)):
+            print(f"wrote {path}")
     return 0 if result.passed else 1
 
 

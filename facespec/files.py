@@ -104,6 +104,11 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
                 raise OutputError(f"{option} {path}: cannot be written ({error.strerror})") from None
 
 
+def widerface_root() -> Path:
+    """Return where WIDER FACE lies unless a command is told: $WIDERFACE_ROOT, or data/widerface."""
+    return Path(os.environ.get("WIDERFACE_ROOT") or "data/widerface")
+
+
 def cache_folder() -> Path:
     """Return where what can be made again is kept: $XDG_CACHE_HOME/retinaface-trt, or ~/.cache/retinaface-trt."""
     home = os.environ.get("XDG_CACHE_HOME")

@@ -291,14 +291,15 @@ def parse_network_size(text: str) -> tuple[int, int] | int:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Return (height, width) in pixels from "640x640" (height first).
+    """Return (height, width) in pixels from "480x640" (height first), or from "640", a square.
 
     Raises:
         SpecError: Not two numbers, not multiples of 32, or more than `MAX_NETWORK_PIXELS`.
     """
     parts = text.lower().split("x")
+    parts = 2 * parts if len(parts) == 1 else parts
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise SpecError(f"size {text!r} is not HEIGHTxWIDTH, for instance 640x640")
+        raise SpecError(f"size {text!r} is not HEIGHTxWIDTH, for instance 480x640, or one side of a square")
     height, width = (_side(part) for part in parts)
     check_size((height, width))
     return height, width

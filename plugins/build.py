@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("target", nargs="?", default="plugin", choices=list(TARGETS), help="what to build")
     parser.add_argument(
-        "--arch",
+        "--compute-capability",
         metavar="LIST",
         help=f"compute capabilities that get machine code (default: {','.join(map(str, ARCHITECTURES))}, those of them "
         "that nvcc knows)",
@@ -383,13 +383,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=LIBRARY_FOLDER, help="folder to write to")
     args = parser.parse_args(argv)
     architectures: tuple[int, ...] = ARCHITECTURES
-    if args.arch is not None and args.target != "host":
-        if not re.fullmatch(r"\d{2,3}(,\d{2,3})*", args.arch, re.ASCII):
-            raise BuildError(f"--arch {args.arch}: give numbers like 75,86,89")
-        architectures = tuple(sorted({int(number) for number in args.arch.split(",")}))
+    if args.compute_capability is not None and args.target != "host":
+        if not re.fullmatch(r"\d{2,3}(,\d{2,3})*", args.compute_capability, re.ASCII):
+            raise BuildError(f"--compute-capability {args.compute_capability}: give numbers like 75,86,89")
+        architectures = tuple(sorted({int(number) for number in args.compute_capability.split(",")}))
         unknown = sorted(set(architectures) - set(_supported(find_nvcc(), architectures)))
         if unknown:
-            raise BuildError(f"--arch {args.arch}: {find_nvcc()} does not know {','.join(map(str, unknown))}")
+            names = ",".join(map(str, unknown))
+            raise BuildError(f"--compute-capability {args.compute_capability}: {find_nvcc()} does not know {names}")
     start = time.perf_counter()
     print(f"compiling {', '.join(TARGETS[args.target])}", flush=True)
     report = build(args.target, architectures, args.out)

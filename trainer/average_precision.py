@@ -70,7 +70,7 @@ def load_ground_truth(folder: str | Path) -> dict[ImageKey, ImageTruth]:
     for name in ("face", *LEVELS):
         path = Path(folder) / f"wider_{name}_val.mat"
         if not path.is_file():
-            raise DataError(f"{path}: missing; the four wider_*_val.mat files of WIDER FACE's eval_tools are needed")
+            raise DataError(f"{path}: missing; WIDER FACE's eval_tools have the four wider_*_val.mat files; see --data")
         try:
             files[name] = scipy_io.loadmat(path)
         except PermissionError as error:

@@ -1,7 +1,7 @@
 """WIDER FACE average precision of predictions on disk, or of a detector.
 
 python -m trainer.evaluate --predictions widerface_txt --ground-truth widerface/gt
-python -m trainer.evaluate --detector mobilenet0.25 --data widerface --json ap.json --plot ap.png
+python -m trainer.evaluate --weights mobilenet0.25 --data widerface --json ap.json --plot ap.png
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from facespec.cli import ArgumentParser, quiet_libraries, require, run
 from facespec.detections import Detections, Detector
 from facespec.errors import DataError, OutputError
-from facespec.files import atomic_path, check_outputs, write_text
+from facespec.files import atomic_path, check_outputs, widerface_root, write_text
 from facespec.images import read_image
 from facespec.spec import parse_size
 from trainer.average_precision import LEVELS, Array, Curve, ImageKey, ImageTruth, average_precision, load_ground_truth
@@ -210,9 +210,11 @@ def open_detector(
 
         deployed = load_detector(name, size_hw=size_hw, backend=backend)
         if protocol == "letterbox" and deployed.size_hw is None:
+            deployed.close()
             deployed = load_detector(name, size_hw=LETTERBOX_HW, backend=backend)
         deployed.score_threshold = deployed.spec.decode.score_threshold
         if protocol == "original" and isinstance(deployed.size_hw, tuple):
+            deployed.close()
             raise DataError(
                 f"{name} takes {deployed.size_hw[0]}x{deployed.size_hw[1]} only: evaluate it with "
                 "--protocol letterbox, or export it with --size dynamic"
@@ -254,7 +256,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         if options.detector is None or options.data is None:
             raise DataError("nothing to evaluate: give predictions, or a detector and a WIDER FACE folder")
         detector, size_hw = open_detector(options.detector, options.protocol, options.size_hw, options.backend)
-        predictions, truth = predict(detector, options.data / "val" / "images", truth)
+        try:
+            predictions, truth = predict(detector, options.data / "val" / "images", truth)
+        finally:
+            getattr(detector, "close", lambda: None)()  # PyTorch's has nothing to close
     collected = time.perf_counter()
     if options.save_predictions:
         write_predictions(options.save_predictions, predictions)
@@ -307,10 +312,14 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--predictions", type=Path, help="folder of event/name.txt files")
-    source.add_argument("--detector", help="checkpoint, name of published weights, or exported model")
+    source.add_argument("--weights", help="checkpoint, or name of published weights")
+    source.add_argument("--model", help="exported model: .onnx, .engine")
     parser.add_argument("--ground-truth", type=Path, help="folder of the wider_*_val.mat files (default: DATA/gt)")
-    parser.add_argument("--data", type=Path, help="WIDER FACE folder with val/images and gt, for --detector")
-    parser.add_argument("--split", choices=["val"], default="val", help="the split that has official ground truth")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)",
+    )
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="images at their own size, or letterboxed to --size"
     )
@@ -321,19 +330,16 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result; '-' prints it")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the precision-recall curves (.png, .svg, .pdf)")
     args = parser.parse_args(argv)
-    if args.detector and not args.data:
-        parser.error("--detector needs --data, the WIDER FACE folder")
-    if args.predictions and not (args.ground_truth or args.data):
-        parser.error("--predictions needs --ground-truth, the folder of the wider_*_val.mat files")
+    data = args.data or widerface_root()
     if args.predictions and (args.save_predictions or args.size or args.protocol != PROTOCOLS[0]):
-        parser.error("--save-predictions, --protocol and --size go with --detector")
+        parser.error("--save-predictions, --protocol and --size go with --weights and --model")
     if args.size and args.protocol == "original":
         parser.error("--size goes with --protocol letterbox")
     return EvaluateOptions(
-        ground_truth=args.ground_truth or args.data / "gt",
+        ground_truth=args.ground_truth or data / "gt",
         predictions=args.predictions,
-        detector=args.detector,
-        data=args.data,
+        detector=args.weights or args.model,
+        data=data,
         protocol=args.protocol,
         size_hw=parse_size(args.size) if args.size else None,
         backend=args.backend,
@@ -366,6 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result[key]:
             print(f"; {result[key]} {text}", end="")
     print()
+    for path in filter(None, (options.json_file, options.plot, options.save_predictions)):
+        print(f"wrote {path}")
     return 0
 
 

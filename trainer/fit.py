@@ -1,6 +1,6 @@
 """Train a RetinaFace.
 
-python -m trainer.fit --data widerface --data-root data/widerface --pretrained mobilenetV1X0.25_pretrain.tar
+python -m trainer.fit --data data/widerface --pretrained mobilenetV1X0.25_pretrain.tar
 python -m trainer.fit --data synthetic --size 128 --epochs 2
 python -m trainer.fit --resume auto
 torchrun --nproc-per-node 4 -m trainer.fit --data widerface
@@ -23,8 +23,11 @@ AUTO = "auto"
 
 FLAGS: dict[str, tuple[str, type, str]] = {
     "--recipe": ("recipe", str, "default, original (as the published weights were trained), or finetune"),
-    "--data": ("data.source", str, "widerface, synthetic, a folder, or a label file"),
-    "--data-root": ("data.root", str, "folder of WIDER FACE (default: $WIDERFACE_ROOT, or data/widerface)"),
+    "--data": (
+        "data.source",
+        str,
+        "folder, label file, synthetic, or widerface ($WIDERFACE_ROOT, or data/widerface)",
+    ),
     "--val": ("data.val", str, "what is evaluated on (default: the val split of --data)"),
     "--size": ("data.size", int, "side of the square network input in pixels"),
     "--batch": ("data.batch", int, "images of a step, over all processes together"),
@@ -35,7 +38,7 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "--lr": ("optimizer.lr", float, "highest learning rate"),
     "--precision": ("precision", str, "fp32, bf16, or auto: bf16 where the processor computes in it"),
     "--seed": ("seed", int, "of weights, order and augmentation"),
-    "--output": ("run.output", str, "folder of checkpoints and logs"),
+    "--out": ("run.output", str, "folder of checkpoints and logs"),
     "--device": ("run.device", str, "cpu, cuda or auto"),
     "--workers": ("run.workers", int, "processes that read images, for each training process"),
     "--checkpoint-every": ("run.checkpoint_every", int, "steps between checkpoints"),

@@ -76,7 +76,7 @@ def fit(config: TrainConfig, *, pixel_term: PixelTerm | None = None, resume: Pat
         last = Path(config.run.output) / LAST
         if last.exists() and (resume is None or not resume.exists() or not resume.samefile(last)):
             raise OutputError(
-                f"{config.run.output} holds a run already: --resume auto goes on with it, or choose another --output"
+                f"{config.run.output} holds a run already: --resume auto goes on with it, or choose another --out"
             )
         if config.model.sync_batch_norm and world.device.type != "cuda":
             raise ConfigError("model.sync_batch_norm needs CUDA")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from facespec.errors import DataError
+from facespec.files import widerface_root
 from facespec.letterbox import Letterbox
 from trainer.average_precision import LEVELS, Array, ImageKey, ImageTruth, average_precision, load_ground_truth
 from trainer.config import DataConfig
@@ -141,7 +141,7 @@ def find_validation(config: DataConfig, trained: Dataset) -> Validation | None:
     if config.overfit:
         return LabelledValidation(trained, config.size)
     name = config.val or config.source
-    folder = config.root or os.environ.get("WIDERFACE_ROOT") or "data/widerface" if name == WIDERFACE else name
+    folder = config.root or widerface_root() if name == WIDERFACE else name
     if found := _find_wider(Path(folder)):
         return found
     try:

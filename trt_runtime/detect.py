@@ -1,7 +1,7 @@
 """Find faces in images, folders, videos, webcams and network streams, and draw or write them.
 
-python -m trt_runtime.detect photo.jpg --model retinaface.onnx --output faces.jpg --json faces.json
-python -m trt_runtime.detect 0 rtsp://camera/stream --model retinaface.onnx --output folder --json -
+python -m trt_runtime.detect photo.jpg --model retinaface.onnx --out faces.jpg --json faces.json
+python -m trt_runtime.detect 0 rtsp://camera/stream --model retinaface.onnx --out folder --json -
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class DetectOptions:
     Attributes:
         source: One or several: images, folders and glob patterns; or video files, webcams' indices and addresses.
         model: Model file for `load_detector`.
-        output: Annotated image or video, or a folder of them for several; None draws nothing.
+        out: Annotated image or video, or a folder of them for several; None draws nothing.
         json: File of JSON lines, one for each frame the network ran on; "-" is standard output.
         score: Lowest score reported; None is 0.5.
         size_hw: Network size for models of dynamic size.
@@ -60,7 +60,7 @@ class DetectOptions:
 
     source: str | tuple[str, ...]
     model: Path
-    output: Path | None = None
+    out: Path | None = None
     json: str | None = None
     score: float | None = None
     size_hw: NetworkSize = None
@@ -208,7 +208,7 @@ class _Sink:
 
     def __init__(self, options: DetectOptions, lines: TextIO | None, single: bool) -> None:
         self.options, self.lines, self.single = options, lines, single
-        self.draws = options.output is not None or options.show
+        self.draws = options.out is not None or options.show
         self.lock = threading.Lock()
         self.shown: dict[str, Frame] = {}  # the newest of each window
 
@@ -369,7 +369,7 @@ def _distinct(targets: dict[str, Path], folder: Path) -> dict[str, Path]:
     names = Counter(targets.values())
     twice = [_label(source) for source, target in targets.items() if names[target] > 1]
     if twice:
-        raise OutputError(f"--output {folder}: {twice[0]} and {twice[1]} would get the same name; run them apart")
+        raise OutputError(f"--out {folder}: {twice[0]} and {twice[1]} would get the same name; run them apart")
     return targets
 
 
@@ -434,31 +434,29 @@ def _check_outputs(
     options: DetectOptions, model_files: Sequence[Path], images: list[Path] | None, single: bool
 ) -> dict[str, Path]:
     """Refuse before any work what could not be written or would destroy a file; return where what is drawn goes."""
-    output, sources = options.output, options.sources
-    suffix = output.suffix.lower() if output else ""
+    out, sources = options.out, options.sources
+    suffix = out.suffix.lower() if out else ""
     targets: dict[str, Path] = {}
-    if output is None:
+    if out is None:
         pass
     elif single and images is None:
         if suffix not in VIDEO_SUFFIXES:
-            raise OutputError(f"--output {output}: video is written as {', '.join(VIDEO_SUFFIXES)}")
-        targets = {sources[0]: output}
+            raise OutputError(f"--out {out}: video is written as {', '.join(VIDEO_SUFFIXES)}")
+        targets = {sources[0]: out}
     elif single and images:
         if suffix not in IMAGE_SUFFIXES:
-            raise OutputError(f"--output {output}: for one image give a name that ends in .jpg or .png")
-        targets = {str(images[0]): output}
+            raise OutputError(f"--out {out}: for one image give a name that ends in .jpg or .png")
+        targets = {str(images[0]): out}
     else:
-        if output.is_file() or suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
-            raise OutputError(
-                f"--output {output}: for several {'videos' if images is None else 'images'} give a folder"
-            )
+        if out.is_file() or suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+            raise OutputError(f"--out {out}: for several {'videos' if images is None else 'images'} give a folder")
         for folder in filter(Path.is_dir, map(Path, sources)):
-            if output.resolve().is_relative_to(folder.resolve()):
-                raise OutputError(f"--output {output} lies in the source folder: choose one outside")
-        targets = _video_targets(sources, output) if images is None else _targets(sources, images, output)
+            if out.resolve().is_relative_to(folder.resolve()):
+                raise OutputError(f"--out {out} lies in the source folder: choose one outside")
+        targets = _video_targets(sources, out) if images is None else _targets(sources, images, out)
     report = None if options.json == "-" else options.json
     files = images if images is not None else [Path(source) for source in sources if "://" not in source]
-    check_outputs([*(("--output", path) for path in targets.values()), ("--json", report)], [*model_files, *files])
+    check_outputs([*(("--out", path) for path in targets.values()), ("--json", report)], [*model_files, *files])
     return targets
 
 
@@ -487,7 +485,7 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     )
     parser.add_argument("--model", type=Path, required=True, help="detector written by export.to_onnx or export.to_trt")
     parser.add_argument(
-        "--output", type=Path, help="annotated image or H.264 video (.mp4); for several, the folder they go to"
+        "--out", type=Path, help="annotated image or H.264 video (.mp4); for several, the folder they go to"
     )
     parser.add_argument("--json", help="write one JSON line a frame, in pixels of the original frame; '-' prints them")
     parser.add_argument("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
@@ -514,7 +512,7 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     return DetectOptions(
         source=tuple(args.source),
         model=args.model,
-        output=args.output,
+        out=args.out,
         json=args.json,
         score=args.score,
         size_hw=parse_network_size(args.size) if args.size else None,
@@ -531,7 +529,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parse_arguments(argv)
     summary = detect(options)
-    print(summary, file=sys.stderr if options.json == "-" else sys.stdout)
+    say = partial(print, file=sys.stderr if options.json == "-" else sys.stdout)
+    say(summary)
+    written = [str(path) for path in (options.out, options.json) if path not in (None, "-")]
+    if written and summary.frames:
+        say(f"wrote {', '.join(written)}")
     if summary.interrupted:
         return 130
     return 1 if summary.failures else 0

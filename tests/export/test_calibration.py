@@ -213,7 +213,7 @@ def test_options_have_bounds() -> None:
     for images in (8, 2048):
         assert CalibrationOptions("demo", images=images).images == images
     for images in (7, 2049):
-        with pytest.raises(SpecError, match=f"--calib-images {images}: give a number from 8 to 2048"):
+        with pytest.raises(SpecError, match=f"--images {images}: give a number from 8 to 2048"):
             CalibrationOptions("demo", images=images)
     with pytest.raises(SpecError, match="--seed -1"):
         CalibrationOptions("demo", seed=-1)

@@ -241,8 +241,8 @@ def test_the_command_fails_where_something_speaks_against_the_file(
     engine = write_engine(tmp_path, spec=ModelSpec(decode=DecodeSpec(top_k=9)))
     assert main([str(engine)]) == 0
     assert "top_k 9" in capsys.readouterr().out
-    assert main([str(engine), "--json"]) == 0
+    assert main([str(engine), "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["spec"]["decode"]["top_k"] == 9
     engine.write_bytes(b"ftrt")
-    assert main([str(engine), "--json"]) == 1
+    assert main([str(engine), "--json", "-"]) == 1
     assert json.loads(capsys.readouterr().out)["valid"] is False

@@ -80,7 +80,7 @@ def test_what_a_report_says() -> None:
     }  # fmt: skip
     nobody = dataclasses.replace(EQUAL, faces=0)
     ParityReport(SPEC, (nobody, EQUAL)).require_equal()
-    with pytest.raises(ParityError, match="finds no face on any of the images; try --parity-images"):
+    with pytest.raises(ParityError, match="finds no face on any of the images; try --parity"):
         ParityReport(SPEC, (nobody, nobody)).require_equal()
 
 

@@ -17,8 +17,7 @@ from export import calibration as calibration_module
 from export import to_onnx, to_trt
 from export.calibration import Calibration, calibrate, demo_frames, find_calibration_images, load_inputs
 from export.inspect import inspect
-from export.int8_recipe import Int8Recipe, load_recipe
-from export.options import CalibrationOptions
+from export.options import CalibrationOptions, Int8Recipe, load_recipe
 from export.portable import build_heads
 from export.precision import with_precision
 from export.quantize import (
@@ -416,7 +415,7 @@ def test_wrong_calibration_data_is_named(
     assert "no images in" in message(tmp_path / "empty")
     assert "neither a folder" in message("widerface_vall")
     assert "--data or WIDERFACE_ROOT" in message("widerface_val")
-    assert "--calib-images 3" in message("demo", "--calib-images", 3)
+    assert "--images 3" in message("demo", "--images", 3)
     few = _folder(tmp_path / "few", frames[:7])
     assert "7 images are too few" in message(few, "--size", "64x64")  # found with the network exported
     assert "copies" in data_error(_folder(tmp_path / "copies", frames[:1] * 12))

@@ -10,8 +10,7 @@ import onnx
 import pytest
 
 from export.calibration import Calibration, calibrate, demo_frames
-from export.int8_recipe import Int8Recipe, load_recipe
-from export.options import DEMO, CalibrationOptions
+from export.options import DEMO, CalibrationOptions, Int8Recipe, load_recipe
 from export.parity import rows_from_maps
 from export.portable import build_heads
 from export.quantize import mac_shares, to_int8
@@ -137,9 +136,9 @@ def test_budgets(measured: Sensitivity) -> None:
     assert measured.recipe(Budget(0, 100)).float_layers == ()
     with pytest.raises(ModelFileError, match=r"no graph with at least 50 % .* landmark error <= 0 %: use --fp16"):
         measured.step(Budget(100, 0))
-    with pytest.raises(SpecError, match="--budget 101"):
+    with pytest.raises(SpecError, match="--recall 101"):
         Budget(101)
-    with pytest.raises(SpecError, match="--landmark-budget nan"):
+    with pytest.raises(SpecError, match="--landmark-error nan"):
         Budget(98, float("nan"))
 
 
@@ -166,9 +165,9 @@ def test_command(
 
     monkeypatch.setattr("export.sensitivity.sensitivity", remembered)
     files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
-    files += ["--recipe", str(tmp_path / "recipe.json")]
-    arguments = ["--calib", "demo", "--size", "160x192", "--calib-images", "16", "--held-out", "16", *files]
-    assert main([*arguments, "--budget", "50", "--landmark-budget", "50"]) == 0
+    files += ["--out", str(tmp_path / "recipe.json")]
+    arguments = ["--calib", "demo", "--size", "160x192", "--images", "16", "--held-out", "16", *files]
+    assert main([*arguments, "--recall", "50", "--landmark-error", "50"]) == 0
     assert calls == [_options()]
     assert json.loads((tmp_path / "a.json").read_text())["faces"] == measured.faces
     assert (tmp_path / "a.svg").is_file()
@@ -179,17 +178,17 @@ def test_command(
     # what was measured is written even where no recipe holds the budget
     (tmp_path / "a.json").unlink()
     with pytest.raises(ModelFileError, match="no graph"):
-        main([*arguments, "--budget", "100", "--landmark-budget", "0"])
+        main([*arguments, "--recall", "100", "--landmark-error", "0"])
     assert (tmp_path / "a.json").is_file()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--calib", "demo", "--budget", "-1"], "--budget -1: recall is a percentage"),
+        (["--calib", "demo", "--recall", "-1"], "--recall -1: recall is a percentage"),
         (["--calib", "demo", "--size", "100x100"], "100 is not a multiple of 32"),
         (["--calib", "demo", "--held-out", "3"], "--held-out 3: give a number from 8"),
-        (["--calib", "demo", "--calib-images", "1"], "--calib-images 1: give a number from 8"),
+        (["--calib", "demo", "--images", "1"], "--images 1: give a number from 8"),
         (["--calib", "demo", "--plot", "p.txt"], "--plot p.txt: give a name that ends in .png"),
         (["--calib", "nowhere"], "--calib nowhere: neither a folder"),
         (["--calib", "widerface_train", "--data", "nowhere"], "no train/images in nowhere"),
@@ -353,26 +352,26 @@ def test_what_is_measured_by_default() -> None:
     options, budget, files = parse_arguments(["--calib", "demo"])
     assert options == SensitivityOptions("mobilenet0.25", CalibrationOptions(DEMO))
     assert (budget, files) == (Budget(), OutputFiles())
-    line = ["--calib", "c", "--weights", "w", "--data", "d", "--calib-images", "9", "--held-out", "10", "--seed", "3"]
+    line = ["--calib", "c", "--weights", "w", "--data", "d", "--images", "9", "--held-out", "10", "--seed", "3"]
     line += [
         "--size",
         "32x64",
-        "--budget",
+        "--recall",
         "90",
-        "--landmark-budget",
+        "--landmark-error",
         "2",
         "--json",
         "j",
         "--plot",
         "p",
-        "--recipe",
+        "--out",
         "r",
     ]
     options, budget, files = parse_arguments(line)
     assert options == SensitivityOptions("w", CalibrationOptions("c", Path("d"), 9, 3), 10, (32, 64))
     assert (budget, files) == (Budget(90, 2), OutputFiles(Path("j"), Path("p"), Path("r")))
     said = _flags(options.calibration, Path("r s"))
-    assert said == "--int8 --calib c --calib-images 9 --seed 3 --data d --int8-recipe 'r s'"
+    assert said == "--int8 --calib c --images 9 --seed 3 --data d --int8-recipe 'r s'"
     assert "--data" not in _flags(CalibrationOptions("c"), Path("r"))
 
 
@@ -417,5 +416,5 @@ def test_a_budget_that_everything_holds(monkeypatch: pytest.MonkeyPatch, capsys:
         printed[-3] == "100.0 % of multiply-accumulates in INT8 hold recall >= 98.5 %, landmark error <= 1 %; in float:"
     )
     assert printed[-2] == "  nothing"
-    assert main(["--calib", "demo", "--budget", "99.5"]) == 0
+    assert main(["--calib", "demo", "--recall", "99.5"]) == 0
     assert capsys.readouterr().out.splitlines()[-3:-1] == ["  a", "  b"]

@@ -16,18 +16,10 @@ from onnx import numpy_helper
 import export.precision
 from export.calibration import Calibration
 from export.graph import HEAD_NAMES
-from export.options import CalibrationOptions
+from export.options import CalibrationOptions, parity_frames, report_calibration
 from export.parity import check_parity
 from export.portable import build_portable
-from export.to_onnx import (
-    CALIBRATION_HW,
-    ExportOptions,
-    export_onnx,
-    main,
-    parity_frames,
-    parse_arguments,
-    report_calibration,
-)
+from export.to_onnx import CALIBRATION_HW, ExportOptions, export_onnx, main, parse_arguments
 from facespec.errors import DataError, ParityError, SpecError
 from facespec.images import write_image
 from facespec.letterbox import Frame
@@ -222,7 +214,7 @@ def test_missing_packages_are_named_in_one_line(
         "export.to_trt": [],
         "export.inspect": [static_onnx],
         "export.demo": [],
-        "trainer.evaluate": ["--detector", "mobilenet0.25", "--data", tmp_path],
+        "trainer.evaluate": ["--weights", "mobilenet0.25", "--data", tmp_path],
         "trt_runtime.detect": ["a.png", "--model", static_onnx],
     }[module]
     root = Path(__file__).parents[2]
@@ -232,8 +224,8 @@ def test_missing_packages_are_named_in_one_line(
 
 def test_what_is_exported_by_default() -> None:
     assert parse_arguments([]) == ExportOptions("mobilenet0.25", Path("retinaface.onnx"), (640, 640), DecodeSpec())
-    line = ["--weights", "w.pth", "--out", "o.onnx", "--size", "32x64", "--int8", "--calib", "c", "--calib-images", "9"]
-    line += ["--seed", "4", "--data", "d", "--parity-images", "p", "--iou", "0.5", "--top-k", "6"]
+    line = ["--weights", "w.pth", "--out", "o.onnx", "--size", "32x64", "--int8", "--calib", "c", "--images", "9"]
+    line += ["--seed", "4", "--data", "d", "--parity", "p", "--iou", "0.5", "--top-k", "6"]
     decode = DecodeSpec(iou_threshold=0.5, top_k=6)
     calibration = CalibrationOptions("c", Path("d"), 9, 4)
     expected = ExportOptions("w.pth", Path("o.onnx"), (32, 64), decode, Path("p"), "int8", calibration)
@@ -242,9 +234,7 @@ def test_what_is_exported_by_default() -> None:
     assert parse_arguments(["--fp16"]).precision == "fp16"
 
 
-@pytest.mark.parametrize(
-    "option", [("--data", "d"), ("--calib-images", "9"), ("--seed", "1"), ("--int8-recipe", "r.json")]
-)
+@pytest.mark.parametrize("option", [("--data", "d"), ("--images", "9"), ("--seed", "1"), ("--int8-recipe", "r.json")])
 def test_what_goes_with_calibration_alone(option: tuple[str, str]) -> None:
     for precision in ([], ["--fp16"], ["--int8"]):
         with pytest.raises(SpecError, match=f"^{option[0]} goes with --int8 --calib$"):
@@ -312,8 +302,8 @@ def test_an_int8_export_as_a_command(
 
         patch.setattr("export.precision.with_precision", noted)
         patch.setattr("export.to_onnx.CALIBRATION_HW", (160, 128))
-        line = ["--int8", "--calib", "demo", "--calib-images", "8", "--out", str(out)]
-        line += ["--parity-images", str(tmp_path / "face.png")]
+        line = ["--int8", "--calib", "demo", "--images", "8", "--out", str(out)]
+        line += ["--parity", str(tmp_path / "face.png")]
         assert main([*line, "--size", "dynamic"]) == 0
         assert main([*line, "--size", "64x96"]) == 0
     assert sizes == [(160, 128), (64, 96)]
@@ -332,7 +322,7 @@ def test_nothing_that_is_read_is_written_over(tmp_path: Path, error_line: Callab
     frame = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     write_image(tmp_path / "a.png", frame)
     (tmp_path / "a.png").rename(tmp_path / "a.onnx")
-    assert "is a file that is read" in error_line(main, "--parity-images", "a.onnx", "--out", "a.onnx")
+    assert "is a file that is read" in error_line(main, "--parity", "a.onnx", "--out", "a.onnx")
     (tmp_path / "b.onnx").write_text("{}")
     line = ("--int8", "--calib", "demo", "--int8-recipe", "b.onnx")
     assert "is a file that is read" in error_line(main, *line, "--out", "b.onnx")

@@ -244,7 +244,7 @@ def test_inspect_in_table_and_json(engine: Path, tmp_path: Path, capsys: pytest.
         assert inspect_main([str(argument) for argument in arguments]) == code
         return capsys.readouterr().out
 
-    data = json.loads(printed(engine, "--json"))
+    data = json.loads(printed(engine, "--json", "-"))
     assert data["valid"] is True
     assert data["spec"]["decode"]["top_k"] == 77
     table = printed(engine)
@@ -309,7 +309,7 @@ def _touch(path: Path) -> Path:
         ("--int8 --calib widerface_val", "WIDERFACE_ROOT"),
         ("--int8", "--calib widerface_val"),
         ("--calib demo", "is for --int8"),
-        ("--int8 --calib demo --calib-images 1", "from 8"),
+        ("--int8 --calib demo --images 1", "from 8"),
         ("--size 640", "HEIGHTxWIDTH"),
         ("--size 640x640:320x320", "three of them"),
         ("--size 640x640:320x320:640x640", "do not ascend"),
@@ -539,9 +539,9 @@ def test_what_is_built_by_default() -> None:
         (),
         DecodeSpec(),
     )
-    line = ["--weights", "w.pth", "--int8", "--calib", "c", "--calib-images", "9", "--seed", "4", "--data", "d"]
+    line = ["--weights", "w.pth", "--int8", "--calib", "c", "--images", "9", "--seed", "4", "--data", "d"]
     line += ["--flavor", "rtx", "--compute-capability", "89", "--out", "o.engine", "--onnx-only"]
-    line += ["--parity-images", "p", "--timing-cache", "t", "--score", "0.3", "--max-detections", "9"]
+    line += ["--parity", "p", "--timing-cache", "t", "--score", "0.3", "--max-detections", "9"]
     assert parse_arguments(line) == EngineOptions(
         weights="w.pth",
         out=Path("o.engine"),
@@ -563,7 +563,7 @@ def test_the_command_that_builds_it_again() -> None:
         "w.pth", Path("-o.engine"), precision="int8", calibration=calibration, capabilities=(89, 86)
     )
     assert options.command("rtx") == (
-        "python -m export.to_trt --weights w.pth --int8 --calib 'a b' --calib-images 9 --seed 4 --data d "
+        "python -m export.to_trt --weights w.pth --int8 --calib 'a b' --images 9 --seed 4 --data d "
         "--int8-recipe r.json --size 640x640 --batch 1:1:8 --flavor rtx --compute-capability 89,86 --out ./-o.engine"
     )
     assert " --flavor auto " in options.command()

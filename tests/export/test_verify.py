@@ -430,7 +430,7 @@ def test_identical_models_have_no_differences(dynamic_onnx: Path, tmp_path: Path
     json_file, picture = tmp_path / "verify.json", tmp_path / "worst.png"
     result = verify(
         VerifyOptions(
-            str(dynamic_onnx), str(dynamic_onnx), size_hw=(320, 320), images=4, json_file=json_file, picture=picture
+            str(dynamic_onnx), str(dynamic_onnx), size_hw=(320, 320), images=4, json_file=json_file, plot=picture
         )
     )
     assert result.passed
@@ -549,7 +549,7 @@ def test_without_a_budget_nothing_fails(
 ) -> None:
     """And '-' prints JSON alone."""
     line = ["--reference", "mobilenet0.25", "--candidate", str(perturbed), "--images", "2", "--size", "320x320"]
-    assert main([*line, "--budget", "none", "--json", "-", "--picture", str(tmp_path / "p.jpg")]) == 0
+    assert main([*line, "--budget", "none", "--json", "-", "--plot", str(tmp_path / "p.jpg")]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["passed"], data["budget"], data["images"]) == (True, "none", 3)
     assert all(row["limit"] is None for row in data["rows"])
@@ -610,7 +610,7 @@ def test_an_engine_takes_one_line(error_line: Callable[..., str], tmp_path: Path
     [
         ({"size_hw": (640, 640)}, SpecError, "320x320 only"),
         ({"protocol": "original"}, SpecError, "fixed size"),
-        ({"picture": Path("worst.txt")}, OutputError, "--picture worst.txt"),
+        ({"picture": Path("worst.txt")}, OutputError, "--plot worst.txt"),
         ({"data": Path("nowhere")}, DataError, "wider_face_val.mat"),
         ({"candidate": "a.plan"}, ModelFileError, "no such model file"),
     ],
@@ -664,7 +664,7 @@ def _flow(monkeypatch: pytest.MonkeyPatch, reference: _Counting, candidate: _Cou
 def test_what_is_compared_on_what(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Raw heads on eight images, the fullest eight as crowds, thirty-two at each other size, four in a batch."""
     sides = _Counting(), _Counting()
-    found = _flow(monkeypatch, *sides, picture=tmp_path / "p.PNG")
+    found = _flow(monkeypatch, *sides, plot=tmp_path / "p.PNG")
     assert found.passed
     assert (found.size_hw, found.images, found.average_precision) == ((640, 640), 40, {})
     notes = {row.case: row.note for row in found.rows if row.quantity == "recall %"}
@@ -779,7 +779,7 @@ def test_arguments() -> None:
         parse_arguments(["--reference", "a", "--candidate", "b.onnx", "--backend", "abacus"])
     line = ["--reference", "a", "--candidate", "b.onnx"]
     assert parse_arguments(line) == VerifyOptions("a", "b.onnx", protocol="letterbox")
-    more = ["--data", "d", "--protocol", "both", "--images", "7", "--json", "j.json", "--picture", "p.png"]
+    more = ["--data", "d", "--protocol", "both", "--images", "7", "--json", "j.json", "--plot", "p.png"]
     expected = VerifyOptions("a", "b.onnx", Path("d"), None, "both", None, 7, None, Path("j.json"), Path("p.png"))
     assert parse_arguments([*line, *more]) == expected
 

@@ -192,7 +192,7 @@ def test_fewer_architectures_are_as_good(
     except MissingToolError as error:
         pytest.skip(str(error))
     monkeypatch.setitem(plugins.build.TARGETS, "kernels", ("letterbox.cu",))
-    assert main(["kernels", "--arch", "86,86", "--out", str(tmp_path)]) == 0
+    assert main(["kernels", "--compute-capability", "86,86", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     path = library_path("kernels", tmp_path)
     assert is_current("kernels", tmp_path)
@@ -292,11 +292,11 @@ def test_what_an_older_nvcc_is_asked_for(
     assert f"TensorRT   headers 10.3.1 in {tmp_path / 'include'}" in said
     with pytest.raises(BuildError, match=r"knows none of the architectures \[100, 120\]"):
         build("kernels", (100, 120), tmp_path / "out")
-    with pytest.raises(BuildError, match=r"--arch 75,100,120: .* does not know 100,120"):
-        main(["kernels", "--arch", "75,100,120"])
+    with pytest.raises(BuildError, match=r"--compute-capability 75,100,120: .* does not know 100,120"):
+        main(["kernels", "--compute-capability", "75,100,120"])
     for text in ("", "sm_86", "86,", "7", "1000", "86 89", "८६"):
-        with pytest.raises(BuildError, match=r"--arch .*: give numbers like 75,86,89"):
-            main(["kernels", "--arch", text])
+        with pytest.raises(BuildError, match=r"--compute-capability .*: give numbers like 75,86,89"):
+            main(["kernels", "--compute-capability", text])
 
 
 def test_headers_that_are_too_old_or_incomplete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,8 +420,8 @@ def test_what_is_missing_is_named(
         (tmp_path / "NvInferRuntime.h").touch()
         (tmp_path / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 6\n")
         assert "are 8.6.0, IPluginV3 needs 10.0" in fails(env={"TENSORRT_INCLUDE_DIR": str(tmp_path)})
-        assert "does not know 13" in fails("kernels", "--arch", "13,86")
-    assert "give numbers" in fails("--arch", "sm_86")
+        assert "does not know 13" in fails("kernels", "--compute-capability", "13,86")
+    assert "give numbers" in fails("--compute-capability", "sm_86")
     assert "is it a C++ compiler" in fails("host", "--out", tmp_path / "o", env={"CXX": "true"})
     with pytest.raises(SystemExit) as caught:
         main(["everything"])
@@ -437,7 +437,7 @@ def test_what_is_built_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such")
     assert library_path() == ROOT / "trt_runtime" / "lib" / "libretinaface_plugin.so"
-    for arguments in ([], ["plugin"], ["host", "--arch", "nonsense"]):  # the host has no architecture
+    for arguments in ([], ["plugin"], ["host", "--compute-capability", "nonsense"]):  # the host has no architecture
         with pytest.raises(MissingToolError, match=r"no C\+\+ compiler"):
             main(arguments)
     assert ARCHITECTURES == (75, 80, 86, 87, 89, 90, 100, 120)

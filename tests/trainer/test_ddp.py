@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # two processes and t
 
 ROOT = Path(__file__).parents[2]
 CPU = World(torch.device("cpu"))
-ARGUMENTS = "--data set --size 96 --batch 2 --epochs 2 --workers 0 --precision fp32 --output"
+ARGUMENTS = "--data set --size 96 --batch 2 --epochs 2 --workers 0 --precision fp32 --out"
 
 
 def save_gradients(path: Path, world: World) -> None:

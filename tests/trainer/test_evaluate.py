@@ -112,11 +112,11 @@ def test_wrong_use_is_named(
         evaluate(_options(root, detector=str(static_onnx)))
     with pytest.raises(DataError, match="none of the 3 WIDER FACE images"):
         evaluate(_options(root, detector="mobilenet0.25", data=root / "gt"))
-    assert "--data" in refused_here(main, "--detector", "mobilenet0.25")
+    assert "--data" in refused_here(main, "--weights", "mobilenet0.25")
     assert "--ground-truth" in refused_here(main, "--predictions", root)
     assert "required" in refused("trainer.evaluate")
-    assert "letterbox" in refused_here(main, "--detector", "x", "--data", root, "--size", "640x640")
-    assert "no such weights" in refused_here(main, "--detector", "x.pth", "--data", root)
+    assert "letterbox" in refused_here(main, "--weights", "x", "--data", root, "--size", "640x640")
+    assert "no such weights" in refused_here(main, "--weights", "x.pth", "--data", root)
     assert "missing" in refused_here(main, "--predictions", root, "--ground-truth", root / "val")
     assert "no such folder" in refused_here(main, "--predictions", "none", "--data", root)
     assert "no predictions" in refused_here(main, "--predictions", root / "gt", "--data", root)
@@ -168,7 +168,7 @@ def test_missing_unsorted_and_unknown_files_are_counted(tiny_widerface: Path) ->
 
 
 def test_defaults_are_the_original_protocol() -> None:
-    options = parse_arguments(["--detector", "m", "--data", "d"])
+    options = parse_arguments(["--model", "m", "--data", "d"])
     assert (options.protocol, options.ground_truth) == ("original", Path("d/gt"))
 
 
@@ -232,14 +232,14 @@ def test_impossible_ground_truth_is_refused(index: int, box: float, tiny_widerfa
 
 
 def test_outputs_are_checked_before_the_work(tiny_widerface: Path, refused_here: Callable[..., str]) -> None:
-    common = (main, "--detector", "mobilenet0.25", "--data", tiny_widerface)
+    common = (main, "--weights", "mobilenet0.25", "--data", tiny_widerface)
     truth = tiny_widerface / "gt" / "wider_hard_val.mat"
     assert "is a file that is read" in refused_here(*common, "--json", truth)
     assert "it is a folder" in refused_here(*common, "--json", tiny_widerface)
     assert "ends in .png" in refused_here(*common, "--plot", "curve.jpg")
     assert "--json /proc/x.json: cannot be written" in refused_here(*common, "--json", "/proc/x.json")
     assert "--save-predictions" in refused_here(*common, "--save-predictions", "/proc/x")
-    assert "go with --detector" in refused_here(main, "--predictions", "x", "--data", "y", "--size", "32x32")
+    assert "go with --weights and --model" in refused_here(main, "--predictions", "x", "--data", "y", "--size", "32x32")
 
 
 @pytest.fixture
@@ -382,7 +382,7 @@ def test_detectors_report_down_to_the_floor_at_the_size_that_is_asked_for(
 
 
 def test_options_are_what_the_line_says() -> None:
-    line = "--detector m.onnx --data d --protocol letterbox --size 320x640 --backend openvino --json j --plot p.png"
+    line = "--model m.onnx --data d --protocol letterbox --size 320x640 --backend openvino --json j --plot p.png"
     assert parse_arguments([*line.split(), "--save-predictions", "s", "--ground-truth", "g"]) == EvaluateOptions(
         ground_truth=Path("g"), detector="m.onnx", data=Path("d"), protocol="letterbox", size_hw=(320, 640),
         backend="openvino", json_file=Path("j"), plot=Path("p.png"), save_predictions=Path("s"),
@@ -390,7 +390,7 @@ def test_options_are_what_the_line_says() -> None:
     assert parse_arguments(["--predictions", "p", "--data", "d", "--subset"]) == EvaluateOptions(
         ground_truth=Path("d/gt"), predictions=Path("p"), data=Path("d"), subset=True
     )
-    assert parse_arguments(["--detector", "m", "--data", "d"]) == EvaluateOptions(
+    assert parse_arguments(["--model", "m", "--data", "d"]) == EvaluateOptions(
         ground_truth=Path("d/gt"), detector="m", data=Path("d"), protocol="original", backend="auto", subset=False
     )
 
@@ -398,18 +398,20 @@ def test_options_are_what_the_line_says() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--detector x", "--detector needs --data, the WIDER FACE folder"),
-        ("--predictions x", "--predictions needs --ground-truth, the folder of the wider_*_val.mat files"),
-        ("--predictions x --data y --size 32x32", "--save-predictions, --protocol and --size go with --detector"),
-        ("--predictions x --data y --protocol letterbox", "go with --detector"),
-        ("--predictions x --data y --save-predictions z", "go with --detector"),
-        ("--detector x --data y --size 32x32", "--size goes with --protocol letterbox"),
-        ("--detector x --data y --predictions z", "not allowed with"),
-        ("--detector x --data y --split train", "--split"),
-        ("--detector x --data y --protocol other", "--protocol"),
-        ("--detector x.pth --data none --json none/ap.json", "none/gt/wider_face_val.mat: missing"),
+        ("--weights x", "data/widerface/gt/wider_face_val.mat: missing"),
+        ("--predictions x", "data/widerface/gt/wider_face_val.mat: missing"),
+        (
+            "--predictions x --data y --size 32x32",
+            "--save-predictions, --protocol and --size go with --weights and --model",
+        ),
+        ("--predictions x --data y --protocol letterbox", "go with --weights and --model"),
+        ("--predictions x --data y --save-predictions z", "go with --weights and --model"),
+        ("--weights x --data y --size 32x32", "--size goes with --protocol letterbox"),
+        ("--weights x --data y --predictions z", "not allowed with"),
+        ("--weights x --data y --protocol other", "--protocol"),
+        ("--weights x.pth --data none --json none/ap.json", "none/gt/wider_face_val.mat: missing"),
         ("--predictions none --data none --plot p.gif", "give a name that ends in .png, .svg, .pdf"),
-        ("--detector x --data y --protocol letterbox --size 33x32", "try 32"),
+        ("--weights x --data y --protocol letterbox --size 33x32", "try 32"),
     ],
 )
 def test_wrong_lines_name_the_mend(

@@ -141,7 +141,7 @@ def test_training_that_is_killed_resumes_to_the_bit(
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def start(*more: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "trainer.fit", *line, "--output", "killed", *more]
+        command = [sys.executable, "-m", "trainer.fit", *line, "--out", "killed", *more]
         return subprocess.Popen(
             command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             preexec_fn=ignore_hangups,
@@ -174,9 +174,9 @@ def test_training_that_is_killed_resumes_to_the_bit(
     stopped = read_training(tmp_path / "killed" / "last.pth")[1]["step"]
     assert f"stopped after step {stopped}:" in output
     assert rows() == stopped
-    assert main([*line, "--output", "killed", "--resume", "auto"]) == 0
+    assert main([*line, "--out", "killed", "--resume", "auto"]) == 0
     assert f"resumed after step {stopped} of 15" in capsys.readouterr().out
-    assert main([*line, "--output", "whole", "--workers", "0"]) == 0
+    assert main([*line, "--out", "whole", "--workers", "0"]) == 0
     assert (tmp_path / "killed" / "steps.csv").read_bytes() == (tmp_path / "whole" / "steps.csv").read_bytes()
     assert len(_rows(tmp_path / "whole" / "steps.csv")) == 15
     for name in ("last.pth", "best.pth"):
@@ -206,7 +206,7 @@ def test_a_run_that_is_over_is_over(
     """Resumed, it takes no step and says what there was; what is not said again holds on."""
     shutil.copytree(trained[1], tmp_path / "run")
     before = (tmp_path / "run" / "steps.csv").read_bytes()
-    assert main(["--resume", str(tmp_path / "run" / "last.pth"), "--output", str(tmp_path / "run")]) == 0
+    assert main(["--resume", str(tmp_path / "run" / "last.pth"), "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "resumed after step 6 of 6" in said
     assert "2 epochs of 3 steps of 4 images of 160x160" in said
@@ -287,7 +287,7 @@ def test_a_missing_image_ends_in_one_line(workers: int, config: Callable[..., Tr
 
 
 WRONG = [
-    (["--data-root", "."], "--data synthetic"),
+    (["--data", "."], "--data synthetic"),
     (["--data", "nowhere"], "nowhere"),
     (["--data", "synthetic", "--pretrained", "none.pth"], "none.pth: no such weights file"),
     (["--data", "synthetic", "--backbone", "resnet18", "--pretrained", "mobilenet0.25"], "--backbone mobilenet0.25"),
@@ -323,7 +323,6 @@ def test_flags_are_settings() -> None:
     given = {
         "--recipe": ("recipe", "original", "original"),
         "--data": ("data.source", "synthetic", "synthetic"),
-        "--data-root": ("data.root", "r", "r"),
         "--val": ("data.val", "v", "v"),
         "--size": ("data.size", "96", 96),
         "--batch": ("data.batch", "3", 3),
@@ -334,7 +333,7 @@ def test_flags_are_settings() -> None:
         "--lr": ("optimizer.lr", "1e-3", 1e-3),
         "--precision": ("precision", "bf16", "bf16"),
         "--seed": ("seed", "11", 11),
-        "--output": ("run.output", "o", "o"),
+        "--out": ("run.output", "o", "o"),
         "--device": ("run.device", "cpu", "cpu"),
         "--workers": ("run.workers", "0", 0),
         "--checkpoint-every": ("run.checkpoint_every", "9", 9),
@@ -558,7 +557,7 @@ def test_check_data_draws_a_picture(
     own = tmp_path / "own"
     shutil.copytree(images, own)
     line = ["--data", str(own), "--check-data", "--size", "64"]
-    assert main([*line, "--output", "seen"]) == 0
+    assert main([*line, "--out", "seen"]) == 0
     said = capsys.readouterr()
     assert "12 images (" in said.out
     assert said.out.splitlines()[0].startswith(f"{own}: 12 images")
@@ -566,13 +565,13 @@ def test_check_data_draws_a_picture(
     assert not said.err
     picture = read_image(tmp_path / "seen" / "data.png")
     # size, seed and augmentation are those of the training
-    main([*line, "--output", "again"])
+    main([*line, "--out", "again"])
     assert (read_image(tmp_path / "again" / "data.png") == picture).all()
     for index, other in enumerate((["--seed", "4"], ["--size", "32"], ["--set", "augment.flip=1"])):
-        main([*line, *other, "--output", str(index)])
+        main([*line, *other, "--out", str(index)])
         assert (read_image(tmp_path / str(index) / "data.png") != picture).any(), other
     # training would stop at an image that cannot be read
     (own / "train" / "images" / "2.png").write_bytes(b"damaged")
     capsys.readouterr()
-    assert main([*line, "--output", "seen"]) == 1
+    assert main([*line, "--out", "seen"]) == 1
     assert "2.png" in capsys.readouterr().out.splitlines()[0]

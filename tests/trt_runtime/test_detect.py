@@ -95,11 +95,11 @@ def test_what_happens_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(("streams", "depth"), [(1, 2), (2, 2), (3, 3)])
 def test_every_option_reaches_its_place(streams: int, depth: int) -> None:
     line = (
-        f"a b --model m.onnx --output o --json j --score 0.7 --size 320x640 --threads 3 --streams {streams} "
+        f"a b --model m.onnx --out o --json j --score 0.7 --size 320x640 --threads 3 --streams {streams} "
         "--backend openvino --device 2 --show --batch 5 --stride 4"
     )
     assert parse_arguments(line.split()) == DetectOptions(
-        source=("a", "b"), model=MODEL, output=Path("o"), json="j", score=0.7, size_hw=(320, 640), threads=3,
+        source=("a", "b"), model=MODEL, out=Path("o"), json="j", score=0.7, size_hw=(320, 640), threads=3,
         streams=streams, backend="openvino", device=2, show=True, flow=PipelineOptions(5, depth, 4),
     )  # fmt: skip
     assert parse_arguments(["a", "--model", "m", "--size", "640"]).size_hw == 640
@@ -194,7 +194,7 @@ def test_the_closing_lines_make_way_for_json(
 
 
 def test_what_is_written_of_images(detector: HandmadeDetector, photos: Path) -> None:
-    summary = detect(DetectOptions("photos", MODEL, output=Path("out"), json="new/j.json"))
+    summary = detect(DetectOptions("photos", MODEL, out=Path("out"), json="new/j.json"))
     assert (summary.frames, summary.detected, summary.faces, summary.truncated) == (3, 3, 11, 1)
     assert (summary.failures, summary.sources, summary.interrupted) == ([], [], False)
     assert summary.seconds > 0
@@ -244,7 +244,7 @@ def test_one_bad_image_of_several_is_told_and_passed_over(
             raise error
 
     detector.on_run = fail
-    assert main([str(photos), "--model", "m.onnx", "--json", "j.json", "--output", "out"]) == 1
+    assert main([str(photos), "--model", "m.onnx", "--json", "j.json", "--out", "out"]) == 1
     out, err = capsys.readouterr()
     assert err.splitlines() == [f"error: {error}"]
     assert "1 image could not be read or written" in out
@@ -284,7 +284,7 @@ def test_an_interrupt_keeps_the_images_before(
             raise KeyboardInterrupt
 
     detector.on_run = interrupt
-    assert main([str(photos), "--model", "m.onnx", "--json", "j.json", "--output", "out"]) == 130
+    assert main([str(photos), "--model", "m.onnx", "--json", "j.json", "--out", "out"]) == 130
     assert "interrupted: everything up to here was written" in capsys.readouterr().out
     assert [len(record["faces"]) for record in _lines("j.json")] == [1]
     assert [path.name for path in Path("out").iterdir()] == ["a.png"]
@@ -295,7 +295,7 @@ def test_an_interrupt_keeps_the_images_before(
 
 def test_what_is_written_of_videos(detector: HandmadeDetector, clip: Path) -> None:
     detector.change = lambda outputs: [np.full_like(outputs[0], 8), *outputs[1:]]
-    summary = detect(DetectOptions(str(clip), MODEL, output=Path("out.mkv"), json="j.json"))
+    summary = detect(DetectOptions(str(clip), MODEL, out=Path("out.mkv"), json="j.json"))
     assert (summary.frames, summary.detected, summary.faces, summary.truncated) == (6, 6, 48, 6)
     (report,) = summary.sources
     assert (report.name, report.decoded, report.complete) == (str(clip), 6, True)
@@ -360,7 +360,7 @@ def test_a_video_that_breaks_keeps_what_came_before(
 ) -> None:
     monkeypatch.setattr(module, "open_source", lambda source: _Breaks(frames))
     with pytest.raises(VideoError, match="the disk is gone"):
-        detect(DetectOptions(str(clip), MODEL, output=Path("out.mp4"), json="j.json"))
+        detect(DetectOptions(str(clip), MODEL, out=Path("out.mp4"), json="j.json"))
     assert Path("j.json").exists() == Path("out.mp4").exists() == bool(frames)
     if frames:
         assert [record["frame"] for record in _lines("j.json")] == [0, 1, 2]
@@ -586,7 +586,7 @@ def test_where_annotated_images_go(here: Path) -> None:
     assert [str(module._as_written(Path(name))) for name in ("a.JPG", "a.jpeg", "a.png", "a.webp", "b/a.tif")] == [
         "a.JPG", "a.jpeg", "a.png", "a.webp", "b/a.tif.png",
     ]  # fmt: skip
-    with pytest.raises(OutputError, match=r"--output out: f/a.bmp and f/a.bmp.png would get the same name; run them"):
+    with pytest.raises(OutputError, match=r"--out out: f/a.bmp and f/a.bmp.png would get the same name; run them"):
         targets(["f"], "f/a.bmp", "f/b.png", "f/a.bmp.png")
 
 
@@ -617,31 +617,31 @@ def test_outputs_that_are_refused_before_any_work(here: Path) -> None:
         return module._check_outputs(DetectOptions(source, MODEL, **wanted), [MODEL], images, single)
 
     assert check("x.jpg", one, True) == {}
-    assert check("x.jpg", one, True, output="o.JPG") == {"x.jpg": Path("o.JPG")}
-    assert check("v.mp4", None, True, output="o.MKV") == {"v.mp4": Path("o.MKV")}
-    assert check("f", two, False, output="out") == {"f/a.png": Path("out/a.png"), "f/b.png": Path("out/b.png")}
-    assert check(("v.mp4", "w.mp4"), None, False, output="out") == {
+    assert check("x.jpg", one, True, out="o.JPG") == {"x.jpg": Path("o.JPG")}
+    assert check("v.mp4", None, True, out="o.MKV") == {"v.mp4": Path("o.MKV")}
+    assert check("f", two, False, out="out") == {"f/a.png": Path("out/a.png"), "f/b.png": Path("out/b.png")}
+    assert check(("v.mp4", "w.mp4"), None, False, out="out") == {
         "v.mp4": Path("out/v.mp4"), "w.mp4": Path("out/w.mp4"),
     }  # fmt: skip
-    assert check("rtsp://h/x", None, True, output="o.mp4", json="-") == {"rtsp://h/x": Path("o.mp4")}
+    assert check("rtsp://h/x", None, True, out="o.mp4", json="-") == {"rtsp://h/x": Path("o.mp4")}
     refused: list[tuple[str | tuple[str, ...], list[Path] | None, bool, dict[str, str], str]] = [
-        ("v.mp4", None, True, {"output": "o.jpg"}, "--output o.jpg: video is written as .mp4, .mkv, .mov, .m4v"),
+        ("v.mp4", None, True, {"output": "o.jpg"}, "--out o.jpg: video is written as .mp4, .mkv, .mov, .m4v"),
         ("x.jpg", one, True, {"output": "o.mp4"}, "for one image give a name that ends in .jpg or .png"),
         ("x.jpg", one, True, {"output": "o"}, "for one image give a name that ends in .jpg or .png"),
-        ("f", two, False, {"output": "o.png"}, "--output o.png: for several images give a folder"),
-        ("f", two, False, {"output": "o.mp4"}, "--output o.mp4: for several images give a folder"),
-        ("f", two, False, {"output": "file"}, "--output file: for several images give a folder"),
-        (("v.mp4", "w.mp4"), None, False, {"output": "o.mp4"}, "--output o.mp4: for several videos give a folder"),
-        ("f", two, False, {"output": "f"}, "--output f lies in the source folder: choose one outside"),
+        ("f", two, False, {"output": "o.png"}, "--out o.png: for several images give a folder"),
+        ("f", two, False, {"output": "o.mp4"}, "--out o.mp4: for several images give a folder"),
+        ("f", two, False, {"output": "file"}, "--out file: for several images give a folder"),
+        (("v.mp4", "w.mp4"), None, False, {"output": "o.mp4"}, "--out o.mp4: for several videos give a folder"),
+        ("f", two, False, {"output": "f"}, "--out f lies in the source folder: choose one outside"),
         ("f", two, False, {"output": "f/new/out"}, "lies in the source folder: choose one outside"),
         ("x.jpg", one, True, {"json": "x.jpg"}, "--json x.jpg is a file that is read"),
         ("x.jpg", one, True, {"json": "m.onnx"}, "--json m.onnx is a file that is read"),
-        ("x.jpg", one, True, {"output": "x.jpg"}, "--output x.jpg is a file that is read"),
-        ("v.mp4", None, True, {"output": "v.mp4"}, "--output v.mp4 is a file that is read"),
+        ("x.jpg", one, True, {"output": "x.jpg"}, "--out x.jpg is a file that is read"),
+        ("v.mp4", None, True, {"output": "v.mp4"}, "--out v.mp4 is a file that is read"),
         ("v.mp4", None, True, {"json": "v.mp4"}, "--json v.mp4 is a file that is read"),
-        ("x.jpg", one, True, {"output": "o.png", "json": "o.png"}, "--json o.png is the file of --output, too"),
-        ("f", two, False, {"output": "g", "json": "g/b.png"}, "--json g/b.png is the file of --output, too"),
-        (("v.mp4", "w.mp4"), None, False, {"output": "."}, "--output v.mp4 is a file that is read"),
+        ("x.jpg", one, True, {"output": "o.png", "json": "o.png"}, "--json o.png is the file of --out, too"),
+        ("f", two, False, {"output": "g", "json": "g/b.png"}, "--json g/b.png is the file of --out, too"),
+        (("v.mp4", "w.mp4"), None, False, {"output": "."}, "--out v.mp4 is a file that is read"),
     ]  # fmt: skip
     for source, images, single, options, words in refused:
         with pytest.raises(OutputError, match=re.escape(words)):
@@ -670,7 +670,7 @@ def test_lines_are_not_kept_of_a_run_that_fails(detector: HandmadeDetector, phot
 
     detector.on_run = fail
     with pytest.raises(SpecError, match="mine"):
-        detect(DetectOptions(str(photos), MODEL, output=Path("out"), json="j.json"))
+        detect(DetectOptions(str(photos), MODEL, out=Path("out"), json="j.json"))
     assert not Path("j.json").exists()
     assert not list(Path().glob(".j.*"))
     assert detector.lanes[0].closed

@@ -136,7 +136,7 @@ def _wait_for_lines(process: subprocess.Popen[str], folder: Path, count: int, wo
 
 def test_one_image(command: Run, photos: Path, static_onnx: Path, tmp_path: Path, astronaut: Frame) -> None:
     result = command(
-        "trt_runtime.detect", photos / "astronaut.png", "--model", static_onnx, "--output", "out/faces.png",
+        "trt_runtime.detect", photos / "astronaut.png", "--model", static_onnx, "--out", "out/faces.png",
         "--json", "out/faces.json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -165,7 +165,7 @@ def test_folders_and_patterns(
     source: str, photos: Path, static_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    summary = detect(DetectOptions(source, static_onnx, output=Path("out"), json="faces.json"))
+    summary = detect(DetectOptions(source, static_onnx, out=Path("out"), json="faces.json"))
     assert (summary.frames, summary.faces, summary.failures) == (2, 2, [])
     assert {str(path.relative_to("out")) for path in Path("out").rglob("*.*")} == {"astronaut.png", "more/hopper.jpg"}
     assert [Path(record["source"]).name for record in _lines(tmp_path / "faces.json")] == [
@@ -178,7 +178,7 @@ def test_a_bad_image_among_good_ones_is_named_and_passed_over(
     inside: Run, photos: Path, static_onnx: Path, tmp_path: Path
 ) -> None:
     (photos / "bad.jpg").write_bytes((photos / "more" / "hopper.jpg").read_bytes()[:5000])
-    result = inside("trt_runtime.detect", photos, "--model", static_onnx, "--json", "f.json", "--output", "out")
+    result = inside("trt_runtime.detect", photos, "--model", static_onnx, "--json", "f.json", "--out", "out")
     assert result.returncode == 1
     assert f"error: {photos / 'bad.jpg'}: the JPEG file is truncated" in result.stderr
     assert "Traceback" not in result.stderr
@@ -190,7 +190,7 @@ def test_a_bad_image_among_good_ones_is_named_and_passed_over(
 
 
 def test_a_video(inside: Run, video: Path, static_onnx: Path, tmp_path: Path) -> None:
-    result = inside("trt_runtime.detect", video, "--model", static_onnx, "--output", "out.mp4", "--json", "out.json")
+    result = inside("trt_runtime.detect", video, "--model", static_onnx, "--out", "out.mp4", "--json", "out.json")
     assert result.returncode == 0, result.stderr
     records = _lines(tmp_path / "out.json")
     assert [record["frame"] for record in records] == list(range(12))
@@ -225,7 +225,7 @@ def test_several_videos_at_once_though_one_is_damaged(
 ) -> None:
     (tmp_path / "text.mp4").write_text("this is text")
     sources = ["text.mp4", "clip.mp4", "other.mkv"]
-    result = command("trt_runtime.detect", *sources, "--model", static_onnx, "--output", "out", "--json", "out.json")
+    result = command("trt_runtime.detect", *sources, "--model", static_onnx, "--out", "out", "--json", "out.json")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: text.mp4: not a video")
     assert "Traceback" not in result.stderr
@@ -275,7 +275,7 @@ def test_stride_draws_every_frame_and_writes_a_line_for_those_the_network_saw(
     inside: Run, video: Path, static_onnx: Path, tmp_path: Path
 ) -> None:
     line = ("trt_runtime.detect", video, "--model", static_onnx)
-    result = inside(*line, "--stride", "5", "--output", "out.mp4", "--json", "out.json")
+    result = inside(*line, "--stride", "5", "--out", "out.mp4", "--json", "out.json")
     assert result.returncode == 0, result.stderr
     assert "12 frames (3 through the network), 3 faces" in result.stdout
     records = _lines(tmp_path / "out.json")
@@ -290,7 +290,7 @@ def test_stride_draws_every_frame_and_writes_a_line_for_those_the_network_saw(
 def test_images_of_several_sources(photos: Path, static_onnx: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "one.png", read_image(photos / "astronaut.png"))
     sources = (str(tmp_path / "one.png"), str(photos), str(photos / "astronaut.png"))
-    summary = detect(DetectOptions(sources, static_onnx, output=tmp_path / "out", json=str(tmp_path / "f.json")))
+    summary = detect(DetectOptions(sources, static_onnx, out=tmp_path / "out", json=str(tmp_path / "f.json")))
     assert (summary.frames, summary.faces) == (3, 3)  # one of them is named twice
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     assert found == {"one.png", "photos/astronaut.png", "photos/more/hopper.jpg"}
@@ -299,7 +299,7 @@ def test_images_of_several_sources(photos: Path, static_onnx: Path, tmp_path: Pa
 def test_interrupted_videos_are_playable(long_video: Path, dynamic_onnx: Path, tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         shutil.copy(long_video, tmp_path / name)
-    line = ("a.mp4", "b.mp4", "--model", dynamic_onnx, *SMALL, "--output", "out")
+    line = ("a.mp4", "b.mp4", "--model", dynamic_onnx, *SMALL, "--out", "out")
     with _started(tmp_path, *line) as process:
         for name in ("a.mp4", "b.mp4"):
             _wait_for_lines(process, tmp_path, 5, f'"{name}", "frame"')
@@ -322,7 +322,7 @@ def test_a_camera_that_is_lost_for_a_while_beside_a_file(
     units = encode_h264([np.roll(small, index, axis=1) for index in range(30)], rate=25, key_every=10)
     with RtspServer(units, 25, [Visit(20), Visit()], login="user:geheim") as server:
         sources = [server.url("user:geheim"), "clip.mp4"]
-        with _started(tmp_path, *sources, "--model", static_onnx, "--output", "out") as process:
+        with _started(tmp_path, *sources, "--model", static_onnx, "--out", "out") as process:
             while process.poll() is None and server.played < 2:
                 time.sleep(0.02)
             _wait_for_lines(process, tmp_path, 26, "rtsp:")
@@ -352,7 +352,7 @@ def test_passwords_are_not_shown(refused: Callable[..., str], static_onnx: Path)
 
 
 def test_an_interrupted_video_is_playable(long_video: Path, dynamic_onnx: Path, tmp_path: Path) -> None:
-    with _started(tmp_path, long_video, "--model", dynamic_onnx, *SMALL, "--output", "o.mp4") as process:
+    with _started(tmp_path, long_video, "--model", dynamic_onnx, *SMALL, "--out", "o.mp4") as process:
         _wait_for_lines(process, tmp_path, 20)
         assert not (tmp_path / "o.mp4").exists()
         process.send_signal(signal.SIGINT)
@@ -379,17 +379,17 @@ def test_an_interrupted_video_is_playable(long_video: Path, dynamic_onnx: Path, 
         (["photos/astronaut.png", "--size", "640x640"], "takes 320x320 only"),
         (["photos/astronaut.png", "--size", "big"], "HEIGHTxWIDTH"),
         (["photos/astronaut.png", "--threads", "0"], "threads"),
-        (["photos/astronaut.png", "--output", "photos/astronaut.png"], "is a file that is read"),
-        (["photos/astronaut.png", "--output", "out.mp4"], "for one image"),
-        (["photos", "--output", "out.jpg"], "give a folder"),
-        (["photos", "--output", "photos"], "lies in the source folder"),
-        (["clip.mp4", "--output", "out.jpg"], "video is written as"),
-        (["clip.mp4", "--output", "clip.mp4"], "is a file that is read"),
+        (["photos/astronaut.png", "--out", "photos/astronaut.png"], "is a file that is read"),
+        (["photos/astronaut.png", "--out", "out.mp4"], "for one image"),
+        (["photos", "--out", "out.jpg"], "give a folder"),
+        (["photos", "--out", "photos"], "lies in the source folder"),
+        (["clip.mp4", "--out", "out.jpg"], "video is written as"),
+        (["clip.mp4", "--out", "clip.mp4"], "is a file that is read"),
         (["clip.mp4", "photos"], "run images and videos apart"),
         (["clip.mp4", "clip.mp4"], "clip.mp4 is given more than once"),
-        (["clip.mp4", "text.mp4", "--output", "out.mp4"], "for several videos give a folder"),
-        (["clip.mp4", "text.mp4", "--output", "."], "is a file that is read"),
-        (["clip.mp4", "empty/../clip.mp4", "--output", "out"], "would get the same name"),
+        (["clip.mp4", "text.mp4", "--out", "out.mp4"], "for several videos give a folder"),
+        (["clip.mp4", "text.mp4", "--out", "."], "is a file that is read"),
+        (["clip.mp4", "empty/../clip.mp4", "--out", "out"], "would get the same name"),
         (["clip.mp4", "--stride", "0"], "stride must be"),
         (["clip.mp4", "--batch", "0"], "batch must be"),
         (["photos/astronaut.png", "--show"], "needs a display"),
@@ -437,7 +437,7 @@ def test_every_kind_of_image_gives_the_face(static_onnx: Path, tmp_path: Path, a
     "spelling", ["./photos/astronaut.png", "photos//astronaut.png", "photos/../photos/astronaut.png"]
 )
 def test_one_image_however_it_is_spelled(spelling: str, inside: Run, photos: Path, static_onnx: Path) -> None:
-    result = inside("trt_runtime.detect", spelling, "--model", static_onnx, "--output", "faces.jpg")
+    result = inside("trt_runtime.detect", spelling, "--model", static_onnx, "--out", "faces.jpg")
     assert result.returncode == 0, result.stderr
     assert (photos.parent / "faces.jpg").is_file()
 
@@ -452,13 +452,13 @@ def test_outputs_never_destroy_what_is_read(
     for arguments, words in (
         ([image, "--json", image], "is a file that is read"),
         ([image, "--json", "m.onnx"], "is a file that is read"),
-        ([image, "--output", "same.png", "--json", "same.png"], "is the file of --output, too"),
+        ([image, "--out", "same.png", "--json", "same.png"], "is the file of --out, too"),
         (["clip.mp4", "--json", "linked.json"], "is a file that is read"),
         (["photos", "--json", "photos/more/hopper.jpg"], "is a file that is read"),
         ([image, "--json", "/dev/null"], "it is a device"),
         ([image, "--json", "photos"], "it is a folder"),
-        ([image, "--output", "/proc/x.png"], "/proc/x.png: cannot be written"),
-        ([image, "--output", "grey.pgm"], "cannot be written as '.pgm'"),
+        ([image, "--out", "/proc/x.png"], "/proc/x.png: cannot be written"),
+        ([image, "--out", "grey.pgm"], "cannot be written as '.pgm'"),
     ):
         assert words in refused("trt_runtime.detect", *arguments, "--model", "m.onnx")
     assert Path("/dev/null").is_char_device()
@@ -468,7 +468,7 @@ def test_outputs_never_destroy_what_is_read(
 def test_names_that_would_collide_are_refused(refused: Callable[..., str], photos: Path, static_onnx: Path) -> None:
     for name in ("a.bmp", "a.bmp.png"):
         write_image(photos / name, np.zeros((8, 8, 3), np.uint8))
-    assert "would get the same name" in refused("trt_runtime.detect", photos, "--model", static_onnx, "--output", "out")
+    assert "would get the same name" in refused("trt_runtime.detect", photos, "--model", static_onnx, "--out", "out")
 
 
 def test_the_output_of_a_folder_lies_outside_of_it(
@@ -478,7 +478,7 @@ def test_the_output_of_a_folder_lies_outside_of_it(
     before = {path: path.read_bytes() for path in photos.rglob("*.*")}
     for output in ("photos", "photos/more", "photos/new", "./photos/../photos/new"):
         assert "lies in the source folder" in refused(
-            "trt_runtime.detect", "photos", "--model", static_onnx, "--output", output
+            "trt_runtime.detect", "photos", "--model", static_onnx, "--out", output
         )
     assert {path: path.read_bytes() for path in photos.rglob("*.*")} == before
 
@@ -499,7 +499,7 @@ def test_loops_of_links_end_in_one_line(
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     line = ("trt_runtime.detect", photos / "astronaut.png", "--model")
-    for arguments in ((static_onnx, "--json", "a"), (static_onnx, "--output", "a/x.png"), ("a",)):
+    for arguments in ((static_onnx, "--json", "a"), (static_onnx, "--out", "a/x.png"), ("a",)):
         refused(*line, *arguments)
 
 
@@ -524,7 +524,7 @@ def test_damaged_images_end_in_one_line(
 def test_the_end_of_a_container_leaves_nothing_half_written(
     long_video: Path, dynamic_onnx: Path, tmp_path: Path
 ) -> None:
-    with _started(tmp_path, long_video, "--model", dynamic_onnx, *SMALL, "--output", "o.mp4") as process:
+    with _started(tmp_path, long_video, "--model", dynamic_onnx, *SMALL, "--out", "o.mp4") as process:
         _wait_for_lines(process, tmp_path, 20)
         process.terminate()
         process.communicate(timeout=60)
@@ -535,7 +535,7 @@ def test_the_end_of_a_container_leaves_nothing_half_written(
 
 
 def test_a_video_ends_with_the_reader_of_its_lines(video: Path, static_onnx: Path, tmp_path: Path) -> None:
-    line = f"{sys.executable} -m trt_runtime.detect clip.mp4 --model {static_onnx} --json - --output o.mp4 | head -c 10"
+    line = f"{sys.executable} -m trt_runtime.detect clip.mp4 --model {static_onnx} --json - --out o.mp4 | head -c 10"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert len(result.stdout) == 10

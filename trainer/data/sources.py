@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from facespec.errors import DataError
+from facespec.files import widerface_root
 from trainer.data.coco import read_coco
 from trainer.data.dataset import Dataset
 from trainer.data.synthetic import synthetic
@@ -17,7 +17,7 @@ WIDERFACE, SYNTHETIC = "widerface", "synthetic"
 
 HELP = (
     "unpack WIDER FACE there (images and wider_face_split from its project page, shuoyang1213.me/WIDERFACE; label.txt "
-    "with landmarks from the RetinaFace annotations), name its folder with --data-root or WIDERFACE_ROOT, or try "
+    "with landmarks from the RetinaFace annotations), name its folder with --data or WIDERFACE_ROOT, or try "
     f"--data {SYNTHETIC}, which needs no download"
 )
 
@@ -42,7 +42,7 @@ def open_dataset(name_or_path: str, split: Split = "train", root: Path | None = 
     if name_or_path == SYNTHETIC:
         return synthetic(split)
     if name_or_path == WIDERFACE:
-        place = root or Path(os.environ.get("WIDERFACE_ROOT") or "data/widerface")
+        place = root or widerface_root()
         found = _find_widerface(place, split)
         if found is None:
             raise DataError(f"--data {WIDERFACE}: no labelled {split} images in {place}: {HELP}")

@@ -299,4 +299,4 @@ class VideoWriter:
 def require_display() -> None:
     """Raise VideoError where no window can be shown: OpenCV would end the process."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise VideoError("--show needs a display, and there is none: use --output instead")
+        raise VideoError("--show needs a display, and there is none: use --out instead")

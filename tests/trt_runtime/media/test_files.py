@@ -522,13 +522,13 @@ def test_a_window_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     monkeypatch.setattr("sys.platform", "linux")
-    with pytest.raises(VideoError, match="--output"):
+    with pytest.raises(VideoError, match="--out"):
         require_display()
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.setenv(name, ":0")
         require_display()
         monkeypatch.setenv(name, "")
-    with pytest.raises(VideoError, match="--output"):
+    with pytest.raises(VideoError, match="--out"):
         require_display()
     for platform in ("darwin", "win32"):
         monkeypatch.setattr("sys.platform", platform)

@@ -22,7 +22,7 @@ from export.options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions, Int8
 from export.quantize import Ranges, conv_inputs
 from facespec.cli import require
 from facespec.errors import DataError, ImageError, OutputError
-from facespec.files import atomic_path, cache_folder, widerface_root
+from facespec.files import atomic_path, cache_folder, widerface_root, write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
@@ -235,3 +235,15 @@ def _measure(
                 raise DataError("the network gives numbers that are not finite on a calibration image")
             ranges[name] = np.maximum(ranges[name], largest) if name in ranges else largest
     return ranges, with_faces
+
+
+def report_calibration(used: Calibration, path: Path) -> None:
+    """Say what was calibrated on, and write the names of the images, one a line."""
+    skipped = f", {len(used.skipped)} could not be read" if used.skipped else ""
+    cached = " (as before, from the cache)" if used.cached else ""
+    print(f"calibrated on {len(used.images)} images{skipped}{cached}; their names are in {path}")
+    if used.options.source == DEMO:
+        print("note: crops of a few photographs are a last resort: calibrate on images like those to come")
+    elif used.with_faces < len(used.images) / 4:
+        print(f"note: the model finds faces on {used.with_faces} of them only: calibrate on images like those to come")
+    write_text(path, "\n".join(used.images) + "\n")

@@ -15,7 +15,6 @@ import numpy as np
 
 from facespec.cli import ArgumentParser
 from facespec.errors import DataError, SpecError
-from facespec.files import write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
@@ -23,8 +22,6 @@ from facespec.spec import DecodeSpec
 
 if TYPE_CHECKING:
     import onnx
-
-    from export.calibration import Calibration
 
 WIDERFACE = {"widerface_val": "val", "widerface_train": "train"}
 """Sets of WIDER FACE that have a name, and their folders."""
@@ -194,18 +191,6 @@ def calibration_options(args: Namespace) -> CalibrationOptions | None:
     if args.int8_recipe:
         load_recipe(args.int8_recipe)  # refused now, not after the calibration
     return CalibrationOptions(args.calib, args.data, args.images, args.seed, args.int8_recipe)
-
-
-def report_calibration(used: Calibration, path: Path) -> None:
-    """Say what was calibrated on, and write the names of the images, one a line."""
-    skipped = f", {len(used.skipped)} could not be read" if used.skipped else ""
-    cached = " (as before, from the cache)" if used.cached else ""
-    print(f"calibrated on {len(used.images)} images{skipped}{cached}; their names are in {path}")
-    if used.options.source == DEMO:
-        print("note: crops of a few photographs are a last resort: calibrate on images like those to come")
-    elif used.with_faces < len(used.images) / 4:
-        print(f"note: the model finds faces on {used.with_faces} of them only: calibrate on images like those to come")
-    write_text(path, "\n".join(used.images) + "\n")
 
 
 def add_decode_arguments(parser: ArgumentParser) -> None:

@@ -22,7 +22,6 @@ from export.options import (
     check_calibration,
     decode_spec,
     parity_frames,
-    report_calibration,
 )
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import OutputError
@@ -80,7 +79,7 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     names = options.calibration_list if options.calibration else None
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "export.to_onnx")
-    from export.calibration import calibration_files
+    from export.calibration import calibration_files, report_calibration
 
     read = [options.weights, *calibration_files(options.calibration)]
     read += [options.parity_images] if options.parity_images else []

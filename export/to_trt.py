@@ -35,7 +35,6 @@ from export.options import (
     check_calibration,
     decode_spec,
     parity_frames,
-    report_calibration,
 )
 from facespec.cli import ArgumentParser, require, run
 from facespec.errors import (
@@ -218,6 +217,7 @@ def export_plugin_form(options: EngineOptions) -> ExportedGraph:
     """
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "export.to_trt")
+    from export.calibration import report_calibration
     from export.parity import check_parity
     from export.plugin_form import build_plugin_form
     from export.portable import build_heads

@@ -14,9 +14,9 @@ import torch
 from onnx import numpy_helper
 
 import export.precision
-from export.calibration import Calibration
+from export.calibration import Calibration, report_calibration
 from export.graph import HEAD_NAMES
-from export.options import CalibrationOptions, parity_frames, report_calibration
+from export.options import CalibrationOptions, parity_frames
 from export.parity import check_parity
 from export.portable import build_portable
 from export.to_onnx import CALIBRATION_HW, ExportOptions, export_onnx, main, parse_arguments

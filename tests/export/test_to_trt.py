@@ -310,7 +310,7 @@ def _touch(path: Path) -> Path:
         ("--int8", "--calib widerface_val"),
         ("--calib demo", "is for --int8"),
         ("--int8 --calib demo --images 1", "from 8"),
-        ("--size 640", "HEIGHTxWIDTH"),
+        ("--size 640xx", "HEIGHTxWIDTH"),
         ("--size 640x640:320x320", "three of them"),
         ("--size 640x640:320x320:640x640", "do not ascend"),
         ("--size 100x100", "not a multiple of 32"),

@@ -610,7 +610,7 @@ def test_an_engine_takes_one_line(error_line: Callable[..., str], tmp_path: Path
     [
         ({"size_hw": (640, 640)}, SpecError, "320x320 only"),
         ({"protocol": "original"}, SpecError, "fixed size"),
-        ({"picture": Path("worst.txt")}, OutputError, "--plot worst.txt"),
+        ({"plot": Path("worst.txt")}, OutputError, "--plot worst.txt"),
         ({"data": Path("nowhere")}, DataError, "wider_face_val.mat"),
         ({"candidate": "a.plan"}, ModelFileError, "no such model file"),
     ],

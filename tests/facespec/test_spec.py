@@ -243,7 +243,8 @@ def test_run_threshold_rises_but_never_falls_below_the_floor() -> None:
 
 def test_parse_size() -> None:
     assert parse_size("640x320") == (640, 320)
-    for wrong in ("640", "640x", "x640", "640x100", "0x0", "-32x32", "640x640x3", "99999x32", "²x32"):
+    assert parse_size("640") == (640, 640)
+    for wrong in ("", "640x", "x640", "640x100", "0x0", "-32x32", "640x640x3", "99999x32", "²x32"):
         with pytest.raises(SpecError):
             parse_size(wrong)
     with pytest.raises(SpecError, match="try 608"):

@@ -113,7 +113,7 @@ def test_wrong_use_is_named(
     with pytest.raises(DataError, match="none of the 3 WIDER FACE images"):
         evaluate(_options(root, detector="mobilenet0.25", data=root / "gt"))
     assert "--data" in refused_here(main, "--weights", "mobilenet0.25")
-    assert "--ground-truth" in refused_here(main, "--predictions", root)
+    assert "--data" in refused_here(main, "--predictions", root)
     assert "required" in refused("trainer.evaluate")
     assert "letterbox" in refused_here(main, "--weights", "x", "--data", root, "--size", "640x640")
     assert "no such weights" in refused_here(main, "--weights", "x.pth", "--data", root)

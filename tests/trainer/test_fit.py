@@ -287,7 +287,7 @@ def test_a_missing_image_ends_in_one_line(workers: int, config: Callable[..., Tr
 
 
 WRONG = [
-    (["--data", "."], "--data synthetic"),
+    (["--data", "widerface"], "--data synthetic"),
     (["--data", "nowhere"], "nowhere"),
     (["--data", "synthetic", "--pretrained", "none.pth"], "none.pth: no such weights file"),
     (["--data", "synthetic", "--backbone", "resnet18", "--pretrained", "mobilenet0.25"], "--backbone mobilenet0.25"),

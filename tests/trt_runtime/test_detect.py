@@ -78,7 +78,7 @@ def _lines(path: str | Path) -> list[dict[str, Any]]:
 def test_what_happens_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
     options = parse_arguments(["a.jpg", "--model", "m.onnx"])
     assert options == DetectOptions(("a.jpg",), MODEL)
-    assert (options.output, options.json, options.score, options.size_hw, options.threads) == (None,) * 5
+    assert (options.out, options.json, options.score, options.size_hw, options.threads) == (None,) * 5
     assert (options.streams, options.backend, options.device, options.show) == (1, "auto", 0, False)
     assert options.flow == PipelineOptions(batch=None, depth=2, stride=1)
     assert (options.sources, DetectOptions("a", MODEL).sources) == (("a.jpg",), ("a",))
@@ -613,7 +613,7 @@ def test_outputs_that_are_refused_before_any_work(here: Path) -> None:
     def check(
         source: str | tuple[str, ...], images: list[Path] | None, single: bool, **options: Any
     ) -> dict[str, Path]:
-        wanted = {name: Path(value) if name == "output" else value for name, value in options.items()}
+        wanted = {name: Path(value) if name == "out" else value for name, value in options.items()}
         return module._check_outputs(DetectOptions(source, MODEL, **wanted), [MODEL], images, single)
 
     assert check("x.jpg", one, True) == {}
@@ -625,23 +625,23 @@ def test_outputs_that_are_refused_before_any_work(here: Path) -> None:
     }  # fmt: skip
     assert check("rtsp://h/x", None, True, out="o.mp4", json="-") == {"rtsp://h/x": Path("o.mp4")}
     refused: list[tuple[str | tuple[str, ...], list[Path] | None, bool, dict[str, str], str]] = [
-        ("v.mp4", None, True, {"output": "o.jpg"}, "--out o.jpg: video is written as .mp4, .mkv, .mov, .m4v"),
-        ("x.jpg", one, True, {"output": "o.mp4"}, "for one image give a name that ends in .jpg or .png"),
-        ("x.jpg", one, True, {"output": "o"}, "for one image give a name that ends in .jpg or .png"),
-        ("f", two, False, {"output": "o.png"}, "--out o.png: for several images give a folder"),
-        ("f", two, False, {"output": "o.mp4"}, "--out o.mp4: for several images give a folder"),
-        ("f", two, False, {"output": "file"}, "--out file: for several images give a folder"),
-        (("v.mp4", "w.mp4"), None, False, {"output": "o.mp4"}, "--out o.mp4: for several videos give a folder"),
-        ("f", two, False, {"output": "f"}, "--out f lies in the source folder: choose one outside"),
-        ("f", two, False, {"output": "f/new/out"}, "lies in the source folder: choose one outside"),
+        ("v.mp4", None, True, {"out": "o.jpg"}, "--out o.jpg: video is written as .mp4, .mkv, .mov, .m4v"),
+        ("x.jpg", one, True, {"out": "o.mp4"}, "for one image give a name that ends in .jpg or .png"),
+        ("x.jpg", one, True, {"out": "o"}, "for one image give a name that ends in .jpg or .png"),
+        ("f", two, False, {"out": "o.png"}, "--out o.png: for several images give a folder"),
+        ("f", two, False, {"out": "o.mp4"}, "--out o.mp4: for several images give a folder"),
+        ("f", two, False, {"out": "file"}, "--out file: for several images give a folder"),
+        (("v.mp4", "w.mp4"), None, False, {"out": "o.mp4"}, "--out o.mp4: for several videos give a folder"),
+        ("f", two, False, {"out": "f"}, "--out f lies in the source folder: choose one outside"),
+        ("f", two, False, {"out": "f/new/out"}, "lies in the source folder: choose one outside"),
         ("x.jpg", one, True, {"json": "x.jpg"}, "--json x.jpg is a file that is read"),
         ("x.jpg", one, True, {"json": "m.onnx"}, "--json m.onnx is a file that is read"),
-        ("x.jpg", one, True, {"output": "x.jpg"}, "--out x.jpg is a file that is read"),
-        ("v.mp4", None, True, {"output": "v.mp4"}, "--out v.mp4 is a file that is read"),
+        ("x.jpg", one, True, {"out": "x.jpg"}, "--out x.jpg is a file that is read"),
+        ("v.mp4", None, True, {"out": "v.mp4"}, "--out v.mp4 is a file that is read"),
         ("v.mp4", None, True, {"json": "v.mp4"}, "--json v.mp4 is a file that is read"),
-        ("x.jpg", one, True, {"output": "o.png", "json": "o.png"}, "--json o.png is the file of --out, too"),
-        ("f", two, False, {"output": "g", "json": "g/b.png"}, "--json g/b.png is the file of --out, too"),
-        (("v.mp4", "w.mp4"), None, False, {"output": "."}, "--out v.mp4 is a file that is read"),
+        ("x.jpg", one, True, {"out": "o.png", "json": "o.png"}, "--json o.png is the file of --out, too"),
+        ("f", two, False, {"out": "g", "json": "g/b.png"}, "--json g/b.png is the file of --out, too"),
+        (("v.mp4", "w.mp4"), None, False, {"out": "."}, "--out v.mp4 is a file that is read"),
     ]  # fmt: skip
     for source, images, single, options, words in refused:
         with pytest.raises(OutputError, match=re.escape(words)):

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from facespec.cli import require
 from facespec.errors import FrameError, GpuError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
 from trt_runtime.detector import Lane, RetinaFaceDetector, network_size
+from trt_runtime.gpu.cuda import CudaDevice
 from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, PinnedArray, Stream
 from trt_runtime.gpu.engine import Engine, Shape, TrtEngine
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
@@ -450,13 +452,10 @@ def open_device(place: str = "cuda") -> Device:
         MissingPackageError: cuda-bindings or PyCUDA is not installed.
     """
     if place == "cuda" or re.fullmatch("cuda:[0-9]{1,4}", place):
-        from trt_runtime.gpu.cuda import CudaDevice
-
         return CudaDevice(int(place.removeprefix("cuda").removeprefix(":") or 0))
     if place == "pycuda":
-        from trt_runtime.gpu.pycuda import PyCudaDevice
-
-        return PyCudaDevice()
+        require("pycuda.driver", "pycuda", "device pycuda")
+        return CudaDevice(None)
     if place == "cpu":
         return HostDevice()
     raise GpuError(f"device must be cuda, cuda:1 (or another number), pycuda or cpu, not {place!r}")

@@ -214,18 +214,14 @@ class PyCudaDeviceTest(unittest.TestCase):
         self.addCleanup(cuda.Context.pop)
 
     def test_it_does_what_a_device_does(self) -> None:
-        from trt_runtime.gpu.pycuda import PyCudaDevice
-
-        check_device(PyCudaDevice())
+        check_device(CudaDevice(None))
         self.assertEqual(self.cuda.Context.get_current(), self.context)
 
     def test_the_callers_stream_and_arrays(self) -> None:
         from pycuda import gpuarray
 
-        from trt_runtime.gpu.pycuda import PyCudaDevice
-
         own = self.cuda.Stream()
-        device = PyCudaDevice(own)
+        device = CudaDevice(None, own)
         pixels = np.random.default_rng(1).integers(0, 256, (40, 50, 3)).astype(np.uint8)
         with device.activate():
             stream = device.stream()
@@ -242,12 +238,9 @@ class PyCudaDeviceTest(unittest.TestCase):
         own.synchronize()  # it is its caller's still
 
     def test_a_context_of_its_own(self) -> None:
-        from trt_runtime.gpu.pycuda import PyCudaDevice
-
         context = self.cuda.Device(0).make_context()
         try:
-            device = PyCudaDevice()
-            check_device(device)
+            check_device(CudaDevice(None))
         finally:
             context.pop()
 

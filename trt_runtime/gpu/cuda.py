@@ -1,14 +1,15 @@
 """A GPU through CUDA's driver interface, as cuda-bindings gives it to Python.
 
 It works in the device's primary context, which PyTorch, CuPy, TensorRT and everything built on CUDA's runtime library
-share. Nothing but cuda.bindings.driver is used: its functions are CUDA's own, and stay.
+share, or in the context that its caller has made current, as PyCUDA does. Nothing but cuda.bindings.driver is used: its
+functions are CUDA's own, and stay.
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -90,26 +91,27 @@ class Cuda:
 
 
 class CudaDevice:
-    """A GPU as a `Device`, in its primary context.
+    """A GPU as a `Device`, in its primary context or in one of the caller's.
 
     Args:
-        index: As CUDA counts the visible ones.
+        index: As CUDA counts the visible ones; None takes the context that is current on this thread, and its GPU. The
+            caller must keep that context until the device is closed.
+        stream: The caller's stream of that context, which everything is put on: any object that has the CUstream as
+            `handle`, such as a `pycuda.driver.Stream`. None makes new streams.
 
     Attributes:
         name: "NVIDIA H200, device 0".
         compute_capability: 90 for 9.0.
-        can_capture: True.
+        can_capture: Whether no stream was given: a capture of a shared stream would record what others put on it.
         index: Its number.
         cuda: What calls CUDA.
 
     Raises:
-        GpuError: No driver, one that is too old, or no such GPU.
+        GpuError: No driver, one that is too old, no such GPU, or no current context.
         MissingPackageError: cuda-bindings is not installed.
     """
 
-    can_capture = True
-
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int | None = 0, stream: Any = None) -> None:
         self.cuda = cuda = Cuda()
         attributes = cuda.driver.CUdevice_attribute
         cuda("cuInit", 0)
@@ -120,16 +122,28 @@ class CudaDevice:
                 f"{OLDEST_DRIVER // 1000}.0 or newer is needed: update it{CPU_INSTEAD}"
             )
         count = cuda("cuDeviceGetCount")
-        if not 0 <= index < count:
+        if index is not None and not 0 <= index < count:
             raise GpuError(f"there is no GPU {index}: {count} visible, counted from 0; see CUDA_VISIBLE_DEVICES")
-        device = cuda("cuDeviceGet", index)
-        self.index = index
-        self.name = f"{cuda('cuDeviceGetName', 256, device).split(bytes(1))[0].decode()}, device {index}"
+        self._release = lambda: None
+        if index is None:
+            self._context = cuda("cuCtxGetCurrent")
+            if not int(self._context):
+                raise GpuError(
+                    "there is no current PyCUDA context on this thread: make one first, by `import "
+                    "pycuda.autoprimaryctx` for instance"
+                )
+            device = cuda("cuCtxGetDevice")
+        else:
+            device = cuda("cuDeviceGet", index)
+            self._context = cuda("cuDevicePrimaryCtxRetain", device)
+            self._release = weakref.finalize(self, _quietly, cuda, "cuDevicePrimaryCtxRelease", device)
+        self.index = int(device)
+        self.name = f"{cuda('cuDeviceGetName', 256, device).split(bytes(1))[0].decode()}, device {self.index}"
         major = cuda("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         minor = cuda("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self.compute_capability = 10 * major + minor
-        self._context = cuda("cuDevicePrimaryCtxRetain", device)
-        self._release = weakref.finalize(self, _quietly, cuda, "cuDevicePrimaryCtxRelease", device)
+        self._stream = stream
+        self.can_capture = stream is None
 
     @contextmanager
     def activate(self) -> Iterator[None]:
@@ -142,8 +156,10 @@ class CudaDevice:
 
     def stream(self) -> CudaStream:
         """As `Device.stream`."""
+        if self._stream is not None:
+            return CudaStream(self, int(self._stream.handle), owned=False)
         stream = self.cuda("cuStreamCreate", self.cuda.driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        return CudaStream(self, int(stream))
+        return CudaStream(self, int(stream), owned=True)
 
     def allocate(self, nbytes: int, what: str) -> CudaMemory:
         """As `Device.allocate`."""
@@ -151,7 +167,7 @@ class CudaDevice:
             address = self.cuda("cuMemAlloc", check_nbytes(nbytes))
         except DeviceMemoryError:
             raise out_of_memory(what, nbytes, *self.free_and_total()) from None
-        return CudaMemory(int(address), nbytes, self.free, "cuMemFree", address)
+        return CudaMemory(self, int(address), nbytes)
 
     def pinned(self, nbytes: int) -> CudaPinned:
         """As `Device.pinned`.
@@ -163,7 +179,7 @@ class CudaDevice:
             address = self.cuda("cuMemHostAlloc", check_nbytes(nbytes), self.cuda.driver.CU_MEMHOSTALLOC_PORTABLE)
         except DeviceMemoryError:
             raise DeviceMemoryError(f"the host has no {nbytes} bytes that can be page-locked") from None
-        return CudaPinned(int(address), nbytes, self.free, "cuMemFreeHost", address)
+        return CudaPinned(self, int(address), nbytes)
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
         """As `Device.copy_in`."""
@@ -197,31 +213,27 @@ class CudaDevice:
             self.cuda(name, handle)
 
     def _locate(self, address: int) -> int:
-        return locate(self.cuda, address)
+        """Return the GPU that an address belongs to.
 
-
-def locate(cuda: Cuda, address: int) -> int:
-    """Return the GPU that an address belongs to.
-
-    Raises:
-        FrameError: It is none of CUDA's.
-    """
-    ordinal = cuda.driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    try:
-        return int(cuda("cuPointerGetAttribute", ordinal, address))
-    except DeviceLostError:
-        raise
-    except GpuError as error:
-        raise FrameError(f"the frame's address {address:#x} is not in CUDA's memory ({error})") from None
+        Raises:
+            FrameError: It is none of CUDA's.
+        """
+        ordinal = self.cuda.driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        try:
+            return int(self.cuda("cuPointerGetAttribute", ordinal, address))
+        except DeviceLostError:
+            raise
+        except GpuError as error:
+            raise FrameError(f"the frame's address {address:#x} is not in CUDA's memory ({error})") from None
 
 
 class CudaMemory:
     """Memory of a GPU, with the call that frees it."""
 
-    def __init__(self, address: int, nbytes: int, free: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
         self.nbytes = nbytes
         self._address = address
-        self._free = weakref.finalize(self, free, *arguments)
+        self._free = weakref.finalize(self, device.free, "cuMemFree", address)
 
     @property
     def address(self) -> int:
@@ -238,19 +250,31 @@ class CudaMemory:
 class CudaPinned(PinnedArray):
     """Page-locked memory, with the call that frees it."""
 
-    def __init__(self, address: int, nbytes: int, free: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
         buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-        weakref.finalize(buffer, free, *arguments)  # every view holds the buffer
+        weakref.finalize(buffer, device.free, "cuMemFreeHost", address)  # every view holds the buffer
         super().__init__(np.ctypeslib.as_array(buffer))
 
 
 class CudaStream:
-    """A stream of a `CudaDevice`."""
+    """A stream of a `CudaDevice`; one of the caller's is not destroyed."""
 
-    def __init__(self, device: CudaDevice, handle: int) -> None:
-        self.handle = handle
+    def __init__(self, device: CudaDevice, handle: int, owned: bool) -> None:
         self._device = device
-        self._destroy = weakref.finalize(self, device.free, "cuStreamDestroy", handle)
+        self._handle = handle
+        destroy = [device.free, "cuStreamDestroy", handle] if owned else [lambda: None]
+        self._destroy = weakref.finalize(self, *destroy)
+
+    @property
+    def handle(self) -> int:
+        """As `Stream.handle`.
+
+        Raises:
+            GpuError: It has been closed.
+        """
+        if not self._destroy.alive:
+            raise GpuError("this stream has been closed")
+        return self._handle
 
     def synchronize(self) -> None:
         """As `Stream.synchronize`."""
@@ -259,14 +283,29 @@ class CudaStream:
     @contextmanager
     def capture(self) -> Iterator[Capture]:
         """As `Stream.capture`."""
-        capture = Capture()
-        with record(self._device.cuda, self.handle) as executables:
+        cuda, capture = self._device.cuda, Capture()
+        cuda("cuStreamBeginCapture", self.handle, cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        try:
             yield capture
-        capture.end(CudaGraph(self._device, executables[0]))
+        except BaseException:
+            with suppress(GpuError):  # it is invalid, as a rule; what the block raised says why
+                cuda("cuGraphDestroy", cuda("cuStreamEndCapture", self._handle))
+            raise
+        graph = cuda("cuStreamEndCapture", self._handle)
+        try:
+            capture.end(CudaGraph(self._device, cuda("cuGraphInstantiate", graph, 0)))
+        finally:
+            cuda("cuGraphDestroy", graph)
 
     def wait_for(self, handle: int) -> None:
         """As `Stream.wait_for`."""
-        order(self._device.cuda, self.handle, handle)
+        cuda = self._device.cuda
+        event = cuda("cuEventCreate", cuda.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        try:
+            cuda("cuEventRecord", event, handle)
+            cuda("cuStreamWaitEvent", self.handle, event, 0)
+        finally:
+            cuda("cuEventDestroy", event)  # once it is reached
 
     def close(self) -> None:
         """As `Stream.close`."""
@@ -284,38 +323,10 @@ def relaxed(cuda: Cuda) -> Iterator[None]:
         cuda("cuThreadExchangeStreamCaptureMode", before)
 
 
-@contextmanager
-def record(cuda: Cuda, handle: int) -> Iterator[list[Any]]:
-    """Capture a stream in a block; the list that it yields holds the CUgraphExec afterwards."""
-    executables: list[Any] = []
-    cuda("cuStreamBeginCapture", handle, cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-    try:
-        yield executables
-    except BaseException:
-        with suppress(GpuError):  # it is invalid, as a rule; what the block raised says why
-            cuda("cuGraphDestroy", cuda("cuStreamEndCapture", handle))
-        raise
-    graph = cuda("cuStreamEndCapture", handle)
-    try:
-        executables.append(cuda("cuGraphInstantiate", graph, 0))
-    finally:
-        cuda("cuGraphDestroy", graph)
-
-
-def order(cuda: Cuda, handle: int, before: int) -> None:
-    """Let a stream wait for what another has been given so far."""
-    event = cuda("cuEventCreate", cuda.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
-    try:
-        cuda("cuEventRecord", event, before)
-        cuda("cuStreamWaitEvent", handle, event, 0)
-    finally:
-        cuda("cuEventDestroy", event)  # once it is reached
-
-
 class CudaGraph:
     """Captured work of a `CudaDevice`."""
 
-    def __init__(self, device: Any, executable: Any) -> None:
+    def __init__(self, device: CudaDevice, executable: Any) -> None:
         self._device = device
         self._executable = executable
         self._destroy = weakref.finalize(self, device.free, "cuGraphExecDestroy", executable)

@@ -1,8 +1,8 @@
 """What the runtime asks of a GPU: memory, copies, streams, graphs, events and frames that are there already.
 
-Three classes have this interface: `CudaDevice` (cuda.bindings), `PyCudaDevice`, which lives in its caller's PyCUDA
-context, and `HostDevice`, which does the same on the CPU. Work is put on streams and done later, in order: what a
-stream reads and writes must be left alone, and alive, until the stream or an event after the work is synchronised.
+Two classes have this interface: `CudaDevice` (cuda.bindings), and `HostDevice`, which does the same on the CPU. Work is
+put on streams and done later, in order: what a stream reads and writes must be left alone, and alive, until the stream
+or an event after the work is synchronised.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Device(Protocol):
         """Make its context current on the calling thread in a block; what was current before is so again afterwards."""
 
     def stream(self) -> Stream:
-        """Return a new stream that does not wait for the default one; of PyCUDA, the caller's own if one was given."""
+        """Return a new stream that does not wait for the default one; or the caller's if the device was given one."""
 
     def allocate(self, nbytes: int, what: str) -> Memory:
         """Return new memory on the device, its content undefined.

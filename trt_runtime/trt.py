@@ -87,7 +87,7 @@ class TRTRetinaFace(RetinaFaceDetector):
             try:
                 self.backend = self.engine.backend
                 profile = self.engine.profile
-                self.max_batch = profile.largest[0]
+                self.max_batch = profile.batch[2]
                 size = network_size(profile.fixed_hw, size_hw, engine)
                 super().__init__(self.engine.spec, self.engine.files, score_threshold, size)
                 if isinstance(size, tuple) and not profile.takes(size):
@@ -130,14 +130,13 @@ class TRTRetinaFace(RetinaFaceDetector):
             self.engine.close()
 
     def _warm_up(self) -> None:
-        batch, height, width = self.engine.profile.best
-        if isinstance(self.size_hw, tuple):
-            height, width = self.size_hw
-        frames = [np.zeros((height, width, 3), np.uint8)] * batch
+        profile = self.engine.profile
+        height, width = self.size_hw if isinstance(self.size_hw, tuple) else profile.sizes_hw[1]
+        frames = [np.zeros((height, width, 3), np.uint8)] * profile.batch[1]
         box = Letterbox.pad((height, width))
         with self._lane() as lane:
             for _ in range(2):  # the second time it is captured
-                lane.run(frames, [box] * batch, nullcontext)
+                lane.run(frames, [box] * len(frames), nullcontext)
 
     def _frame_hw(self, frame: Any) -> tuple[int, int]:
         if isinstance(frame, np.ndarray):
@@ -157,7 +156,7 @@ class TRTRetinaFace(RetinaFaceDetector):
                 f"a network input of {size_hw[0]}x{size_hw[1]} is not among the sizes of the engine, {profile}: "
                 "give size_hw (--size), or build an engine for it (python -m export.to_trt --size)"
             )
-        return profile.largest[0]
+        return profile.batch[2]
 
     def _new_lane(self) -> Lane:
         with self.device.activate():
@@ -212,7 +211,7 @@ class _GpuLane:
 
     def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[NDArray[Any]]:
         """As `Lane.run`."""
-        batch = max(len(frames), self._engine.profile.smallest[0])
+        batch = max(len(frames), self._engine.profile.batch[0])
         shape = (batch, *boxes[0].size_hw)
         with self._device.activate():
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,41 +13,11 @@ from facespec.spec import ModelSpec
 from trt_runtime.gpu import tensorrt_api as api
 from trt_runtime.gpu.device import Device, Stream, out_of_memory
 from trt_runtime.gpu.flavor import FLAVORS
-from trt_runtime.gpu.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
+from trt_runtime.gpu.sidecar import Profile, Sidecar, check_engine, read_sidecar, sidecar_path
 from trt_runtime.kernels import PLUGIN, ensure_library, load_letterbox
 
 Shape = tuple[int, int, int]
 """(B, H, W) of the input."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Which inputs an engine takes.
-
-    Attributes:
-        smallest: Smallest (B, H, W).
-        best: What it is tuned for.
-        largest: Largest.
-    """
-
-    smallest: Shape
-    best: Shape
-    largest: Shape
-
-    @property
-    def fixed_hw(self) -> tuple[int, int] | None:
-        """The one network size, or None if there are several."""
-        return self.best[1:] if self.smallest[1:] == self.largest[1:] else None
-
-    def takes(self, size_hw: tuple[int, int]) -> bool:
-        """Whether a network size is within it."""
-        return all(
-            low <= side <= high for low, side, high in zip(self.smallest[1:], size_hw, self.largest[1:], strict=True)
-        )
-
-    def __str__(self) -> str:
-        sizes = [f"{shape[1]}x{shape[2]}" for shape in (self.smallest, self.largest)]
-        return sizes[0] if self.fixed_hw else f"{sizes[0]} to {sizes[1]}"
 
 
 class Context(Protocol):
@@ -133,8 +102,9 @@ class TrtEngine:
         self.backend = flavor.name
         self.spec = sidecar.spec
         self.files = [Path(path), sidecar_path(path)]
-        shapes = [sidecar.profile[name] for name in ("min", "opt", "max")]
-        self.profile = Profile(*((shape[0], shape[1], shape[2]) for shape in shapes))
+        least, best, most = (sidecar.profile[name] for name in ("min", "opt", "max"))
+        sizes_hw = (least[1], least[2]), (best[1], best[2]), (most[1], most[2])
+        self.profile = Profile((least[0], best[0], most[0]), sizes_hw)
         self._device = device
         self._making = threading.Lock()
         self._trt = trt = require(flavor.module, flavor.extra, f"running {path}")
@@ -196,7 +166,7 @@ class TrtEngine:
 
     def _check_contract(self, path: str | Path) -> None:
         found = api.tensors(self._trt, self._engine)
-        expected: dict[str, tuple[bool, str, api.Shape]] = {
+        expected: dict[str, tuple[bool, str, tuple[int, ...]]] = {
             name: (False, kind, shape) for name, (kind, shape) in self.spec.decode.outputs.items()
         }
         expected["images"] = (True, "uint8", (3,))

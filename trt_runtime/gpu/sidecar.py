@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from facespec.errors import ModelFileError, SpecError
-from facespec.spec import ModelSpec
+from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, check_size
 from trt_runtime.kernels import PLUGIN
 
 FORMAT_VERSION = 1
@@ -22,9 +22,10 @@ RTX_MAGIC = b"vtrt"
 RTX_HEADER_BYTES = 64
 RTX_CAPABILITY_BITS = {75: 1, 80: 2, 86: 4, 89: 8, 120: 16, 121: 32}
 
-_SELF_HASH = "sidecar_sha256"
+MAX_BATCH = 65535
+"""What the plugin's grid of thread blocks takes."""
 
-Shape = tuple[int, ...]
+_SELF_HASH = "sidecar_sha256"
 
 Convolutions = dict[str, tuple[int, str]]
 """Multiply-accumulates for one image, and precision, of each convolution, by the name of its node in the ONNX graph."""
@@ -36,6 +37,54 @@ def precision_shares(convolutions: Convolutions) -> dict[str, float]:
     for count, kind in convolutions.values():
         macs[kind] += count
     return {kind: count / macs.total() for kind, count in macs.most_common()}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes an engine takes.
+
+    Attributes:
+        batch: Smallest, best and largest number of frames.
+        sizes_hw: Smallest, best and largest (height, width), multiples of 32.
+    """
+
+    batch: tuple[int, int, int] = (1, 1, 8)
+    sizes_hw: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] = ((640, 640), (640, 640), (640, 640))
+
+    def __post_init__(self) -> None:
+        for size in self.sizes_hw:
+            check_size(size)
+        if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2] <= MAX_BATCH:
+            raise SpecError(
+                f"--batch {':'.join(map(str, self.batch))}: give MIN:OPT:MAX, ascending, from 1 to {MAX_BATCH}"
+            )
+        for side in (0, 1):
+            low, best, high = (size[side] for size in self.sizes_hw)
+            if not low <= best <= high:
+                raise SpecError(f"--size: the {('heights', 'widths')[side]} {low}, {best}, {high} do not ascend")
+        pixels = self.batch[2] * self.sizes_hw[2][0] * self.sizes_hw[2][1]
+        if pixels > MAX_NETWORK_PIXELS * 8:
+            raise SpecError(f"--batch times --size is up to {pixels} pixels, an engine takes {MAX_NETWORK_PIXELS * 8}")
+
+    @property
+    def fixed_hw(self) -> tuple[int, int] | None:
+        """The one network size there is, or None."""
+        return self.sizes_hw[0] if len(set(self.sizes_hw)) == 1 else None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the input `images`."""
+        names = ("min", "opt", "max")
+        return {name: (b, *hw, 3) for name, b, hw in zip(names, self.batch, self.sizes_hw, strict=True)}
+
+    def takes(self, size_hw: tuple[int, int]) -> bool:
+        """Whether a network size is within it."""
+        smallest, _, largest = self.sizes_hw
+        return all(low <= side <= high for low, side, high in zip(smallest, size_hw, largest, strict=True))
+
+    def __str__(self) -> str:
+        sizes = [f"{height}x{width}" for height, width in (self.sizes_hw[0], self.sizes_hw[2])]
+        return sizes[0] if self.fixed_hw else f"{sizes[0]} to {sizes[1]}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +119,7 @@ class Sidecar:
     plugin: dict[str, str]
     precision: str
     convolutions: Convolutions
-    profile: dict[str, Shape]
+    profile: dict[str, tuple[int, ...]]
     calibration: dict[str, Any]
     parity: dict[str, float]
     onnx_sha256: str

@@ -14,7 +14,8 @@ from facespec.cli import require
 from facespec.errors import ModelFileError
 from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
 from trt_runtime.cpu import open_session, read_detector
-from trt_runtime.gpu.engine import Profile, Shape
+from trt_runtime.gpu.engine import Shape
+from trt_runtime.gpu.sidecar import Profile
 from trt_runtime.gpu.simulated import HostDevice, HostStream
 from trt_runtime.kernels import PLUGIN, decode_nms, library, load_letterbox
 from trt_runtime.plugin_form import cut_heads
@@ -58,7 +59,7 @@ class HostEngine:
         best = graph.fixed_hw or BEST_HW
         smallest = graph.fixed_hw or (SIZE_MULTIPLE, SIZE_MULTIPLE)
         largest = graph.fixed_hw or (LARGEST_SIDE, LARGEST_SIDE)
-        self.profile = Profile((1, *smallest), (1, *best), (MAX_BATCH, *largest))
+        self.profile = Profile((1, 1, MAX_BATCH), (smallest, best, largest))
 
     def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> HostContext:
         """As `Engine.context`."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-Shape = tuple[int, ...]
-
 
 def make_logger(trt: Any) -> Any:
     """Return a logger that keeps the last errors in `.errors`."""
@@ -46,7 +44,7 @@ def deserialize(runtime: Any, content: bytes) -> Any:
     return runtime.deserialize_cuda_engine(content)
 
 
-def tensors(trt: Any, engine: Any) -> dict[str, tuple[bool, str, Shape]]:
+def tensors(trt: Any, engine: Any) -> dict[str, tuple[bool, str, tuple[int, ...]]]:
     """Return name, whether it is an input, type as numpy names it, and shape of every input and output."""
     kinds = {trt.DataType.UINT8: "uint8", trt.DataType.INT32: "int32", trt.DataType.FLOAT: "float32"}
     found = {}
@@ -94,7 +92,7 @@ def make_context(trt: Any, engine: Any, cache: Any) -> Any:
     return context
 
 
-def bind(context: Any, shape: Shape, addresses: dict[str, int], workspace: int, nbytes: int) -> bool:
+def bind(context: Any, shape: tuple[int, ...], addresses: dict[str, int], workspace: int, nbytes: int) -> bool:
     """Give a context the shape of `images`, the addresses of all tensors, and its memory; return whether it took them.
 
     Args:

@@ -24,7 +24,7 @@ from trt_runtime.gpu.engine import Engine, Shape, TrtEngine
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
 from trt_runtime.gpu.simulated import HostDevice
 from trt_runtime.gpu.simulated_engine import HostEngine
-from trt_runtime.kernels import LetterboxFrame, PixelFormat, describe_frame
+from trt_runtime.kernels import LetterboxFrame, describe_frame
 from trt_runtime.shape_cache import ShapeCache
 
 GRAPHS = 32
@@ -355,7 +355,7 @@ class _Plan:
                 place.pitch,
                 place.frame_hw,
                 box.scaled_hw,
-                PixelFormat[place.pixel_format.upper()],
+                place.pixel_format,
                 place.chroma_address,
                 place.chroma_pitch,
             )

@@ -20,7 +20,7 @@ from facespec.errors import FrameError, RetinaFaceError
 from tests.gpu.kernel import ROOT, gpu_problem
 from tests.trt_runtime.device_contract import check_device
 from trt_runtime.gpu.cuda import CudaDevice
-from trt_runtime.gpu.frame import Nv12Frame
+from trt_runtime.gpu.frame import Nv12Frame, PixelFormat
 
 REQUIRED = bool(os.environ.get("RETINAFACE_REQUIRE_GPU"))
 MANY_CYCLES = 200_000_000  # a good tenth of a second
@@ -177,7 +177,7 @@ class CudaDeviceTest(unittest.TestCase):
             found = self.device.frame(Nv12Frame(luma, chroma), self.device.stream())
             assert found is not None
             self.assertEqual((found.address, found.chroma_address), (luma.data_ptr(), chroma.data_ptr()))
-            self.assertEqual((found.pitch, found.chroma_pitch, found.pixel_format), (64, 64, "nv12_bt709"))
+            self.assertEqual((found.pitch, found.chroma_pitch, found.pixel_format), (64, 64, PixelFormat.NV12_BT709))
 
     def test_a_broken_context_is_said_to_be_so(self) -> None:
         """In a process of its own, for its context is gone afterwards."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from facespec.errors import FrameError
+from trt_runtime.kernels import PixelFormat
 
-PixelFormat = Literal["bgr", "nv12_bt601", "nv12_bt601_full", "nv12_bt709", "nv12_bt709_full"]
 Nv12Matrix = Literal["bt601", "bt601_full", "bt709", "bt709_full"]
-MATRICES = ("bt601", "bt601_full", "bt709", "bt709_full")
+MATRICES = get_args(Nv12Matrix)
 
 UINT8 = np.dtype(np.uint8)
 
@@ -32,8 +32,8 @@ class DeviceFrame:
         frame_hw: Height and width in pixels.
         device_index: The GPU as CUDA counts the visible ones; None where nobody knows, or there is none.
         owner: Keeps the memory alive; hold the frame until the stream that reads it is synchronised.
-        pixel_format: "bgr" is uint8 (H, W, 3); "nv12_..." is luma (H, W) and interleaved chroma (H/2, W/2, 2), and
-            names the matrix that turns it into BGR.
+        pixel_format: BGR is uint8 (H, W, 3); NV12_... is luma (H, W) and interleaved chroma (H/2, W/2, 2), and names
+            the matrix that turns it into BGR.
         chroma_address: Of the first row of chroma, 0 for BGR.
         chroma_pitch: Bytes from row to row of chroma, 0 for BGR.
     """
@@ -43,7 +43,7 @@ class DeviceFrame:
     frame_hw: tuple[int, int]
     device_index: int | None
     owner: object = field(repr=False, compare=False)
-    pixel_format: PixelFormat = "bgr"
+    pixel_format: PixelFormat = PixelFormat.BGR
     chroma_address: int = 0
     chroma_pitch: int = 0
 
@@ -156,7 +156,7 @@ def _nv12_frame(luma: _Array, chroma: _Array, matrix: Nv12Matrix) -> DeviceFrame
         (height, width),
         None,
         (luma.owner, chroma.owner),
-        f"nv12_{matrix}",  # type: ignore[arg-type]
+        PixelFormat[f"NV12_{matrix.upper()}"],
         chroma.address,
         _pitch(chroma, "chroma", width),
     )

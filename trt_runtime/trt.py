@@ -210,7 +210,6 @@ class _GpuLane:
         self._plans: ShapeCache[Shape, _Plan] = ShapeCache(GRAPHS, self._make_plan, _Plan.close)
 
     def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[NDArray[Any]]:
-        """As `Lane.run`."""
         batch = max(len(frames), self._engine.profile.batch[0])
         shape = (batch, *boxes[0].size_hw)
         with self._device.activate():
@@ -233,7 +232,6 @@ class _GpuLane:
         return [values[: len(frames)] for values in plan.outputs]
 
     def close(self) -> None:
-        """As `Lane.close`."""
         with self._device.activate():  # TensorRT frees in whatever context is current
             self._plans.clear()
             _close(self._block, self._results, self._descriptions, self._frames, self._uploads)

@@ -147,7 +147,6 @@ class CudaDevice:
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """As `Device.activate`."""
         self.cuda("cuCtxPushCurrent", self._context)
         try:
             yield
@@ -155,14 +154,12 @@ class CudaDevice:
             self.cuda("cuCtxPopCurrent")
 
     def stream(self) -> CudaStream:
-        """As `Device.stream`."""
         if self._stream is not None:
             return CudaStream(self, int(self._stream.handle), owned=False)
         stream = self.cuda("cuStreamCreate", self.cuda.driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         return CudaStream(self, int(stream), owned=True)
 
     def allocate(self, nbytes: int, what: str) -> CudaMemory:
-        """As `Device.allocate`."""
         try:
             address = self.cuda("cuMemAlloc", check_nbytes(nbytes))
         except DeviceMemoryError:
@@ -182,29 +179,23 @@ class CudaDevice:
         return CudaPinned(self, int(address), nbytes)
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
-        """As `Device.copy_in`."""
         self.cuda("cuMemcpyHtoDAsync", address, check_bytes(source).ctypes.data, source.nbytes, stream.handle)
 
     def copy_out(self, target: Bytes, address: int, stream: Any) -> None:
-        """As `Device.copy_out`."""
         target_address = check_bytes(target, writeable=True).ctypes.data
         self.cuda("cuMemcpyDtoHAsync", target_address, address, target.nbytes, stream.handle)
 
     def free_and_total(self) -> tuple[int, int]:
-        """As `Device.free_and_total`."""
         free, total = self.cuda("cuMemGetInfo")
         return int(free), int(total)
 
     def event(self) -> CudaEvent:
-        """As `Device.event`."""
         return CudaEvent(self)
 
     def frame(self, frame: object, stream: Any) -> DeviceFrame | None:
-        """As `Device.frame`."""
         return read_frame(frame, stream, self.index, self._locate)
 
     def close(self) -> None:
-        """As `Device.close`."""
         self._release()
 
     def free(self, name: str, handle: Any) -> None:
@@ -237,13 +228,11 @@ class CudaMemory:
 
     @property
     def address(self) -> int:
-        """As `Memory.address`."""
         if not self._free.alive:
             raise GpuError("this memory has been closed")
         return self._address
 
     def close(self) -> None:
-        """As `Memory.close`."""
         self._free()
 
 
@@ -277,12 +266,10 @@ class CudaStream:
         return self._handle
 
     def synchronize(self) -> None:
-        """As `Stream.synchronize`."""
         self._device.cuda("cuStreamSynchronize", self.handle)
 
     @contextmanager
     def capture(self) -> Iterator[Capture]:
-        """As `Stream.capture`."""
         cuda, capture = self._device.cuda, Capture()
         cuda("cuStreamBeginCapture", self.handle, cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
@@ -298,7 +285,6 @@ class CudaStream:
             cuda("cuGraphDestroy", graph)
 
     def wait_for(self, handle: int) -> None:
-        """As `Stream.wait_for`."""
         cuda = self._device.cuda
         event = cuda("cuEventCreate", cuda.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
         try:
@@ -308,7 +294,6 @@ class CudaStream:
             cuda("cuEventDestroy", event)  # once it is reached
 
     def close(self) -> None:
-        """As `Stream.close`."""
         self._destroy()
 
 
@@ -332,13 +317,11 @@ class CudaGraph:
         self._destroy = weakref.finalize(self, device.free, "cuGraphExecDestroy", executable)
 
     def launch(self, stream: Any) -> None:
-        """As `Graph.launch`."""
         if not self._destroy.alive:
             raise GpuError("this graph has been closed")
         self._device.cuda("cuGraphLaunch", self._executable, stream.handle)
 
     def close(self) -> None:
-        """As `Graph.close`."""
         self._destroy()
 
 
@@ -351,15 +334,12 @@ class CudaEvent:
         weakref.finalize(self, device.free, "cuEventDestroy", self._event)
 
     def record(self, stream: Any) -> None:
-        """As `Event.record`."""
         self._cuda("cuEventRecord", self._event, stream.handle)
 
     def synchronize(self) -> None:
-        """As `Event.synchronize`."""
         self._cuda("cuEventSynchronize", self._event)
 
     def elapsed_ms(self, since: CudaEvent) -> float:
-        """As `Event.elapsed_ms`."""
         return float(self._cuda("cuEventElapsedTime", since._event, self._event))
 
 

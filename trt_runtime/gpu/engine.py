@@ -148,12 +148,10 @@ class TrtEngine:
         return TrtContext(self, context)
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Stream) -> None:
-        """As `Engine.letterbox`."""
         pad = self.spec.preprocess.mean_bgr
         self._launch_letterbox(frames, shape[0], (shape[1], shape[2]), pad, images, stream.handle)
 
     def environment(self) -> dict[str, Any]:
-        """As `Engine.environment`."""
         return {"backend": self.backend, FLAVORS[self.backend].title: self._trt.__version__}
 
     def close(self) -> None:
@@ -186,7 +184,6 @@ class TrtContext:
         self._context = context
 
     def enqueue(self, stream: Stream) -> None:
-        """As `Context.enqueue`."""
         if not api.enqueue(self._context, stream.handle):
             raise GpuError(f"TensorRT cannot run the network{self._owner._reason()}")
 
@@ -201,7 +198,6 @@ class TrtContext:
         return sum(ms for name, ms in times.ms.items() if PLUGIN.node in name) / total if total else 0.0
 
     def close(self) -> None:
-        """As `Context.close`."""
         self._context = None
 
 

@@ -66,7 +66,6 @@ class HostDevice:
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """As `Device.activate`."""
         self._thread.depth = getattr(self._thread, "depth", 0) + 1
         try:
             yield
@@ -74,7 +73,6 @@ class HostDevice:
             self._thread.depth -= 1
 
     def stream(self) -> HostStream:
-        """As `Device.stream`."""
         self.check()
         stream = HostStream(self, next(self._handles))
         self._streams[stream.handle] = stream
@@ -102,7 +100,6 @@ class HostDevice:
         return memory
 
     def pinned(self, nbytes: int) -> PinnedArray:
-        """As `Device.pinned`."""
         self.check(may_capture=False)
         array = _aligned(check_nbytes(nbytes))
         array[:] = POISON
@@ -121,11 +118,9 @@ class HostDevice:
         raise GpuError(f"{nbytes} bytes at {address:#x} are in no live allocation of this device")
 
     def copy_in(self, address: int, source: Bytes, stream: HostStream) -> None:
-        """As `Device.copy_in`."""
         self._copy(address, check_bytes(source), stream, inwards=True)
 
     def copy_out(self, target: Bytes, address: int, stream: HostStream) -> None:
-        """As `Device.copy_out`."""
         self._copy(address, check_bytes(target, writeable=True), stream, inwards=False)
 
     def _copy(self, address: int, array: Bytes, stream: HostStream, inwards: bool) -> None:
@@ -156,7 +151,6 @@ class HostDevice:
         return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
 
     def event(self) -> HostEvent:
-        """As `Device.event`."""
         self.check()
         return HostEvent(self)
 
@@ -251,7 +245,6 @@ class HostMemory:
 
     @property
     def address(self) -> int:
-        """As `Memory.address`."""
         if not self._release.alive:
             raise GpuError("this memory has been closed")
         return self._address
@@ -332,7 +325,6 @@ class HostStream:
 
     @contextmanager
     def capture(self) -> Iterator[Capture]:
-        """As `Stream.capture`."""
         self._device.check(may_capture=False)
         if self.capturing:
             raise GpuError(f"stream {self.handle:#x} is being captured already")
@@ -358,7 +350,6 @@ class HostStream:
         raise GpuError(f"{what} while stream {self.handle:#x} is being captured")
 
     def wait_for(self, handle: int) -> None:
-        """As `Stream.wait_for`."""
         self._device.check()
         if self.capturing:
             self.spoil("waiting for another stream")
@@ -370,7 +361,6 @@ class HostStream:
         self._put(reached.wait)
 
     def close(self) -> None:
-        """As `Stream.close`."""
         self._stop()
 
     def mark(self, function: Work) -> None:
@@ -400,13 +390,11 @@ class HostGraph:
             self._work.append(work)
 
     def launch(self, stream: HostStream) -> None:
-        """As `Graph.launch`."""
         if self._work is None:
             raise GpuError("this graph has been closed")
         stream.submit(self._replay, tuple(self._work))
 
     def close(self) -> None:
-        """As `Graph.close`."""
         self._work = None
 
     def _replay(self, works: tuple[Work, ...]) -> None:
@@ -424,7 +412,6 @@ class HostEvent:
         self._seconds = 0.0
 
     def record(self, stream: HostStream) -> None:
-        """As `Event.record`."""
         passed = threading.Event()
 
         def note() -> None:
@@ -435,14 +422,12 @@ class HostEvent:
         self._passed = passed
 
     def synchronize(self) -> None:
-        """As `Event.synchronize`."""
         self._device.check(may_capture=False)
         if self._passed is not None:
             self._passed.wait()
         self._device.check()
 
     def elapsed_ms(self, since: HostEvent) -> float:
-        """As `Event.elapsed_ms`."""
         if not all(event._passed is not None and event._passed.is_set() for event in (since, self)):
             raise GpuError("an event was not recorded, or its stream has not passed it: synchronise it first")
         return (self._seconds - since._seconds) * 1e3

@@ -62,11 +62,9 @@ class HostEngine:
         self.profile = Profile((1, 1, MAX_BATCH), (smallest, best, largest))
 
     def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> HostContext:
-        """As `Engine.context`."""
         return HostContext(self, self._device, shape, addresses)
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: HostStream) -> None:
-        """As `Engine.letterbox`."""
         pad = self.spec.preprocess.mean_bgr
         stream.submit(self._launch_letterbox, frames, shape[0], (shape[1], shape[2]), pad, images, 0)
 
@@ -80,11 +78,9 @@ class HostEngine:
         return found, (end - middle) / (end - start)
 
     def environment(self) -> dict[str, Any]:
-        """As `Engine.environment`."""
         return {"backend": self.backend, "onnxruntime": require("onnxruntime", "cpu", "device cpu").__version__}
 
     def close(self) -> None:
-        """As `Engine.close`."""
         self._session = None
 
 
@@ -106,15 +102,12 @@ class HostContext:
         self._work: Callable[[], None] = work
 
     def enqueue(self, stream: HostStream) -> None:
-        """As `Context.enqueue`."""
         stream.submit(self._work)
 
     def plugin_share(self, stream: HostStream) -> float:
-        """As `Context.plugin_share`."""
         self.enqueue(stream)
         stream.synchronize()
         return self._share
 
     def close(self) -> None:
-        """As `Context.close`."""
         del self._work

@@ -1,7 +1,6 @@
 """Every call of TensorRT's Python API that running an engine takes; the same for TensorRT 10, 11 and TensorRT-RTX.
 
-`tests/export/test_api_surface.py` checks every name used here against their real bindings, found by the variables they
-are used on: trt, runtime, registry, engine, context and so on keep their meaning throughout this file.
+`tests/export/test_api_surface.py` checks every name used here against their real bindings.
 """
 
 from __future__ import annotations

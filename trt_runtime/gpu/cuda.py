@@ -1,8 +1,8 @@
 """A GPU through CUDA's driver interface, as cuda-bindings gives it to Python.
 
 It works in the device's primary context, which PyTorch, CuPy, TensorRT and everything built on CUDA's runtime library
-share, or in the context that its caller has made current, as PyCUDA does. Nothing but cuda.bindings.driver is used: its
-functions are CUDA's own, and stay.
+share, or in the context that its caller has made current, as PyCUDA does. Only cuda.bindings.driver is used: its
+functions are those of CUDA, which stay compatible.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trt_runtime.gpu.device import Bytes, Capture, PinnedArray, check_bytes, che
 from trt_runtime.gpu.frame import DeviceFrame, read_frame
 
 OLDEST_DRIVER = 12000
-"""CUDA 12.0, as cuDriverGetVersion counts: the TensorRT versions that are supported want it."""
+"""CUDA 12.0, in the form of cuDriverGetVersion: the oldest that the supported TensorRT versions run on."""
 
 STICKY = {
     "CUDA_ERROR_ECC_UNCORRECTABLE",
@@ -36,7 +36,7 @@ STICKY = {
     "CUDA_ERROR_INVALID_PC",
     "CUDA_ERROR_LAUNCH_FAILED",
 }
-"""Errors that a context never recovers from."""
+"""Errors after which a context cannot be used any more."""
 
 NO_GPU = {
     "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES",
@@ -59,17 +59,17 @@ class Cuda:
         self.driver = require("cuda.bindings.driver", "gpu", "running engines on a GPU")
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        """Call a function; return what it gives: None, a value, or a tuple.
+        """Call a function; return its results: None, a value, or a tuple.
 
         Raises:
-            DeviceMemoryError: There is not enough memory.
-            DeviceLostError: The context is beyond repair.
-            GpuError: Anything else went wrong, or there is no driver.
+            DeviceMemoryError: Not enough memory is free.
+            DeviceLostError: The context cannot be used any more.
+            GpuError: Any other error, or the driver is missing.
         """
         try:
             status, *values = getattr(self.driver, name)(*arguments)
-        except RuntimeError as error:  # what cuda.bindings itself cannot find
-            if "function" in str(error).lower():  # with a capital or not, as its version has it
+        except RuntimeError as error:  # cuda.bindings does not find libcuda, or the function in it
+            if "function" in str(error).lower():  # versions of cuda.bindings differ in the capital
                 mend = f"the NVIDIA driver is too old for the cuda-bindings here, it has no {name}: update it"
             else:
                 mend = "there is no NVIDIA driver here (libcuda.so.1 was not found)"
@@ -103,11 +103,11 @@ class CudaDevice:
         name: "NVIDIA H200, device 0".
         compute_capability: 90 for 9.0.
         can_capture: Whether no stream was given: a capture of a shared stream would record what others put on it.
-        index: Its number.
-        cuda: What calls CUDA.
+        index: Number of the GPU.
+        cuda: Calls functions of CUDA.
 
     Raises:
-        GpuError: No driver, one that is too old, no such GPU, or no current context.
+        GpuError: The driver is missing or too old, there is no such GPU, or no context is current.
         MissingPackageError: cuda-bindings is not installed.
     """
 
@@ -170,7 +170,7 @@ class CudaDevice:
         """As `Device.pinned`.
 
         Raises:
-            DeviceMemoryError: The host does not let so much be page-locked.
+            DeviceMemoryError: The host cannot page-lock so much memory.
         """
         try:
             address = self.cuda("cuMemHostAlloc", check_nbytes(nbytes), self.cuda.driver.CU_MEMHOSTALLOC_PORTABLE)
@@ -199,7 +199,7 @@ class CudaDevice:
         self._release()
 
     def free(self, name: str, handle: Any) -> None:
-        """Call a function that frees something; on any thread, even one that is capturing, and at exit."""
+        """Call a function that frees something; works on any thread, also during a capture and at exit."""
         with suppress(GpuError), self.activate(), relaxed(self.cuda):
             self.cuda(name, handle)
 
@@ -207,7 +207,7 @@ class CudaDevice:
         """Return the GPU that an address belongs to.
 
         Raises:
-            FrameError: It is none of CUDA's.
+            FrameError: The address is not in CUDA's memory.
         """
         ordinal = self.cuda.driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         try:
@@ -219,7 +219,7 @@ class CudaDevice:
 
 
 class CudaMemory:
-    """Memory of a GPU, with the call that frees it."""
+    """Memory of a GPU."""
 
     def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -237,16 +237,16 @@ class CudaMemory:
 
 
 class CudaPinned(PinnedArray):
-    """Page-locked memory, with the call that frees it."""
+    """Page-locked memory of the host."""
 
     def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
         buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-        weakref.finalize(buffer, device.free, "cuMemFreeHost", address)  # every view holds the buffer
+        weakref.finalize(buffer, device.free, "cuMemFreeHost", address)  # the buffer lives as long as any view
         super().__init__(np.ctypeslib.as_array(buffer))
 
 
 class CudaStream:
-    """A stream of a `CudaDevice`; one of the caller's is not destroyed."""
+    """A stream of a `CudaDevice`; `close` destroys it only if the device owns it."""
 
     def __init__(self, device: CudaDevice, handle: int, owned: bool) -> None:
         self._device = device
@@ -275,7 +275,7 @@ class CudaStream:
         try:
             yield capture
         except BaseException:
-            with suppress(GpuError):  # it is invalid, as a rule; what the block raised says why
+            with suppress(GpuError):  # the capture is usually invalid; the error of the block says why
                 cuda("cuGraphDestroy", cuda("cuStreamEndCapture", self._handle))
             raise
         graph = cuda("cuStreamEndCapture", self._handle)
@@ -291,7 +291,7 @@ class CudaStream:
             cuda("cuEventRecord", event, handle)
             cuda("cuStreamWaitEvent", self.handle, event, 0)
         finally:
-            cuda("cuEventDestroy", event)  # once it is reached
+            cuda("cuEventDestroy", event)  # CUDA keeps it until the stream has reached it
 
     def close(self) -> None:
         self._destroy()
@@ -299,7 +299,7 @@ class CudaStream:
 
 @contextmanager
 def relaxed(cuda: Cuda) -> Iterator[None]:
-    """Allow the calling thread in a block what a capture of its own would forbid, and be spoilt by: freeing."""
+    """Let the calling thread free things in a block although it captures; else that would spoil the capture."""
     mode = cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     before = cuda("cuThreadExchangeStreamCaptureMode", mode)
     try:
@@ -344,5 +344,5 @@ class CudaEvent:
 
 
 def _quietly(cuda: Cuda, name: str, *arguments: Any) -> None:
-    with suppress(GpuError):  # CUDA may have gone before us
+    with suppress(GpuError):  # at exit CUDA may be gone already
         cuda(name, *arguments)

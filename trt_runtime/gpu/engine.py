@@ -21,22 +21,22 @@ Shape = tuple[int, int, int]
 
 
 class Context(Protocol):
-    """A network made ready for one shape, at fixed addresses."""
+    """A network that is prepared for one shape and fixed addresses."""
 
     def enqueue(self, stream: Any) -> None:
         """Put the network, decoding and NMS on a stream.
 
         Raises:
-            GpuError: It was refused.
+            GpuError: The engine refused the run.
         """
         ...
 
     def plugin_share(self, stream: Any) -> float:
-        """Return the share of its time that decoding and NMS take, measured; 0 where it cannot be told."""
+        """Measure and return the share of its time that decoding and NMS take, 0 to 1; 0 if it cannot be measured."""
         ...
 
     def close(self) -> None:
-        """Let go of it."""
+        """Free it."""
         ...
 
 
@@ -44,10 +44,10 @@ class Engine(Protocol):
     """A detector graph on a device.
 
     Attributes:
-        backend: What runs it.
+        backend: Name of the library that runs it: "tensorrt", "rtx", "host".
         spec: The model.
         files: Its files.
-        profile: Which inputs it takes.
+        profile: Sizes that it takes.
         workspace_bytes: Device memory that a context needs while it runs.
     """
 
@@ -62,13 +62,20 @@ class Engine(Protocol):
 
         Args:
             shape: (B, H, W).
-            addresses: Of `images` and of every output.
+            addresses: Addresses of `images` and of every output.
             workspace: Address of `workspace_bytes` of memory; contexts that never run at the same time may share it.
         """
         ...
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Any) -> None:
-        """Put on a stream: fill `images` with the frames described at an address; see `trt_runtime.kernels`."""
+        """Put the letterbox kernel on a stream; see `trt_runtime.kernels`.
+
+        Args:
+            frames: Address of the descriptions of the frames, one `LetterboxFrame` for each image.
+            shape: (B, H, W) of `images`.
+            images: Address of the letterboxed frames, uint8 (B, H, W, 3), which are written.
+            stream: A stream of the device.
+        """
         ...
 
     def environment(self) -> dict[str, Any]:
@@ -81,17 +88,17 @@ class Engine(Protocol):
 
 
 class TrtEngine:
-    """An engine file of TensorRT or TensorRT-RTX. Its sidecar is checked before anything loads the file.
+    """An engine file of TensorRT or TensorRT-RTX. Its sidecar is checked before the file is loaded.
 
     Args:
         path: Engine, written by `python -m export.to_trt`, with its sidecar beside it.
-        device: Where it is to run, active on this thread.
+        device: The device to run on, active on this thread.
 
     Raises:
-        ModelFileError: Missing, not what its sidecar says, or built for another GPU, plugin or TensorRT; the message
-            names the command that builds it again.
-        MissingPackageError: That TensorRT is not installed.
-        BuildError: The plugin library must be compiled, and cannot be.
+        ModelFileError: The engine is missing, differs from its sidecar, or was built for another GPU, plugin or
+            TensorRT; the message names the command that builds it again.
+        MissingPackageError: The TensorRT that built it is not installed.
+        BuildError: The plugin library is not compiled yet and cannot be compiled.
         GpuError: The engine cannot be loaded.
     """
 
@@ -132,7 +139,7 @@ class TrtEngine:
         """As `Engine.context`.
 
         Raises:
-            DeviceMemoryError: There is no memory for it.
+            DeviceMemoryError: The device has no memory for it.
             GpuError: TensorRT refuses the shape or an address.
         """
         with self._making:
@@ -155,11 +162,11 @@ class TrtEngine:
         return {"backend": self.backend, FLAVORS[self.backend].title: self._trt.__version__}
 
     def close(self) -> None:
-        """As `Engine.close`; contexts must be gone."""
+        """As `Engine.close`; close its contexts before."""
         self._cache = self._engine = self._runtime = None
 
     def _reason(self) -> str:
-        """Return the last error of the logger, to be put into a message."""
+        """Return the last error of the logger in brackets, for an error message; "" if there is none."""
         return f" ({' '.join(self._logger.errors[-1].split())[:300]})" if self._logger.errors else ""
 
     def _check_contract(self, path: str | Path) -> None:
@@ -188,7 +195,7 @@ class TrtContext:
             raise GpuError(f"TensorRT cannot run the network{self._owner._reason()}")
 
     def plugin_share(self, stream: Stream) -> float:
-        """As `Context.plugin_share`; the context must not be captured afterwards."""
+        """As `Context.plugin_share`; this context must not be captured afterwards."""
         times = api.start_profile(self._owner._trt, self._context)
         for _ in range(10):
             self.enqueue(stream)
@@ -202,10 +209,10 @@ class TrtContext:
 
 
 def check_runs_here(path: str | Path, sidecar: Sidecar, capability: int, device: str) -> None:
-    """Refuse an engine that is not what its sidecar says, or not for this GPU.
+    """Check that an engine is the one its sidecar describes, and built for this GPU.
 
     Raises:
-        ModelFileError: The message names the command that builds the right one.
+        ModelFileError: It is not; the message names the command that builds the right one.
     """
     problems = check_engine(path, sidecar)
     if problems:
@@ -219,7 +226,7 @@ def check_runs_here(path: str | Path, sidecar: Sidecar, capability: int, device:
 
 
 def _check_version(path: str | Path, sidecar: Sidecar, installed: str) -> None:
-    """Refuse an engine of another version: TensorRT's run in the version that built them, RTX's in its minor."""
+    """Raise ModelFileError if another version built it: TensorRT must match in three numbers, TensorRT-RTX in two."""
     digits = 2 if sidecar.flavor == "rtx" else 3
     if sidecar.version.split(".")[:digits] != installed.split(".")[:digits]:
         raise ModelFileError(

@@ -1,4 +1,4 @@
-"""A plugin form as an engine on the CPU: what `TRTRetinaFace(..., device="cpu")` runs, for developing without a GPU."""
+"""`HostEngine` runs a plugin form on the CPU for `TRTRetinaFace(..., device="cpu")`, to develop without a GPU."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ LARGEST_SIDE = MAX_NETWORK_PIXELS // MAX_BATCH // BEST_HW[0] // SIZE_MULTIPLE * 
 
 
 class HostEngine:
-    """A plugin form: its network in ONNX Runtime, the plugin's kernels on the host, on streams of a `HostDevice`.
+    """A plugin form on streams of a `HostDevice`: ONNX Runtime runs its network, host kernels letterbox and decode.
 
     Args:
         path: Plugin form, written by `python -m export.to_trt` beside its engine, or with --onnx-only.
-        device: Where it runs.
+        device: The device that it runs on.
 
     Raises:
-        ModelFileError: Missing, unsafe, or not a plugin form.
+        ModelFileError: The file is missing, unsafe, or not a plugin form.
         MissingPackageError: onnxruntime or onnx is not installed.
-        BuildError: The host kernels must be compiled, and there is no C++ compiler.
+        BuildError: The host kernels are not compiled yet, and there is no C++ compiler.
     """
 
     backend = "host"
@@ -85,7 +85,7 @@ class HostEngine:
 
 
 class HostContext:
-    """A context of a `HostEngine`: reads and writes the device's memory where it was told to, and nowhere else."""
+    """A context of a `HostEngine`: it reads and writes the device's memory only at the addresses that it was given."""
 
     def __init__(self, engine: HostEngine, device: HostDevice, shape: Shape, addresses: dict[str, int]) -> None:
         self._shape = shape

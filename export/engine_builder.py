@@ -4,8 +4,7 @@ It reads one JSON request on stdin, writes the engine to a file, and tells on st
 is and how it ended. `export.to_trt` starts it; it imports nothing but TensorRT.
 
 The same code serves TensorRT 10, TensorRT 11 and TensorRT-RTX. `tests/export/test_api_surface.py` checks every name of
-their API that is used here, found by the variables they are used on: trt, builder, network, parser, config, profile,
-registry, cache and so on keep their meaning throughout this file.
+their API that is used here.
 """
 
 from __future__ import annotations

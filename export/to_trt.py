@@ -46,57 +46,14 @@ from facespec.errors import (
     SpecError,
 )
 from facespec.files import atomic_path, cache_folder, check_outputs, write_text
-from facespec.spec import DEFAULT_WEIGHTS, MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, check_size, parse_size
+from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec, ModelSpec, parse_size
 from plugins.build import ARCHITECTURES, PTX_ARCHITECTURE, read_report
 from trt_runtime.gpu.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
-from trt_runtime.gpu.sidecar import Convolutions, Sidecar, check_engine, precision_shares, sidecar_path
+from trt_runtime.gpu.sidecar import Convolutions, Profile, Sidecar, check_engine, precision_shares, sidecar_path
 from trt_runtime.kernels import PLUGIN, ensure_library, find_library
 
 AHEAD_OF_TIME = (75, 80, 86, 89, 120)
 """Compute capabilities a TensorRT-RTX engine is built for where no GPU tells."""
-
-
-MAX_BATCH = 65535
-"""What the plugin's grid of thread blocks takes."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Sizes an engine takes.
-
-    Attributes:
-        batch: Smallest, best and largest number of frames.
-        sizes_hw: Smallest, best and largest (height, width), multiples of 32.
-    """
-
-    batch: tuple[int, int, int] = (1, 1, 8)
-    sizes_hw: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] = ((640, 640), (640, 640), (640, 640))
-
-    def __post_init__(self) -> None:
-        for size in self.sizes_hw:
-            check_size(size)
-        if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2] <= MAX_BATCH:
-            raise SpecError(
-                f"--batch {':'.join(map(str, self.batch))}: give MIN:OPT:MAX, ascending, from 1 to {MAX_BATCH}"
-            )
-        for side in (0, 1):
-            low, best, high = (size[side] for size in self.sizes_hw)
-            if not low <= best <= high:
-                raise SpecError(f"--size: the {('heights', 'widths')[side]} {low}, {best}, {high} do not ascend")
-        pixels = self.batch[2] * self.sizes_hw[2][0] * self.sizes_hw[2][1]
-        if pixels > MAX_NETWORK_PIXELS * 8:
-            raise SpecError(f"--batch times --size is up to {pixels} pixels, an engine takes {MAX_NETWORK_PIXELS * 8}")
-
-    @property
-    def fixed_hw(self) -> tuple[int, int] | None:
-        """The one network size there is, or None."""
-        return self.sizes_hw[0] if len(set(self.sizes_hw)) == 1 else None
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the input `images`."""
-        names = ("min", "opt", "max")
-        return {name: (b, *hw, 3) for name, b, hw in zip(names, self.batch, self.sizes_hw, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -120,7 +77,7 @@ class EngineOptions:
 
     weights: str
     out: Path
-    profile: Profile = Profile()
+    profile: Profile = field(default_factory=Profile)
     precision: str = "fp32"
     calibration: CalibrationOptions | None = None
     decode: DecodeSpec = field(default_factory=DecodeSpec)

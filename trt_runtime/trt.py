@@ -1,4 +1,4 @@
-"""`TRTRetinaFace`: an engine on a GPU, from frames wherever they are to faces."""
+"""`TRTRetinaFace`: finds faces with an engine on a GPU, in frames of the host and of the GPU."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from facespec.cli import require
 from facespec.errors import FrameError, GpuError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
 from trt_runtime.detector import Lane, RetinaFaceDetector, network_size
+from trt_runtime.gpu.cuda import CudaDevice
 from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, PinnedArray, Stream
 from trt_runtime.gpu.engine import Engine, Shape, TrtEngine
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
 from trt_runtime.gpu.simulated import HostDevice
 from trt_runtime.gpu.simulated_engine import HostEngine
-from trt_runtime.kernels import LetterboxFrame, PixelFormat, describe_frame
+from trt_runtime.kernels import LetterboxFrame, describe_frame
 from trt_runtime.shape_cache import ShapeCache
 
 GRAPHS = 32
@@ -34,27 +36,29 @@ _FRAME_BYTES = ctypes.sizeof(LetterboxFrame)
 class TRTRetinaFace(RetinaFaceDetector):
     """An engine of TensorRT 10, 11 or TensorRT-RTX: letterbox, network, decoding and NMS on the GPU.
 
-    Frames are numpy arrays, which are uploaded as they are, or lie on the GPU already: anything with DLPack or the CUDA
-    array interface (PyTorch, CuPy, Numba, PyCUDA), uint8 (H, W, 3) BGR, is read where it is; an `Nv12Frame` is what a
-    hardware decoder gives. Any number of threads may call it: they share the engine, each call has a context, a stream
-    and buffers of its own. What is put on the stream for a shape is captured in a CUDA graph when it comes up again.
+    Frames are numpy arrays, which are uploaded as they are, or lie on the GPU already: an array with DLPack or the CUDA
+    array interface (PyTorch, CuPy, Numba, PyCUDA), uint8 (H, W, 3) BGR, is read in place, and so is an `Nv12Frame`, the
+    output of a hardware decoder. Any number of threads may call one object: they share the engine, and each call has a
+    context, a stream and buffers of its own. The second call with a shape captures its work in a CUDA graph, which
+    later calls launch.
 
     Args:
         engine: Engine, written by `python -m export.to_trt`, with its sidecar beside it; with device "cpu" a plugin
             form (.plugin.onnx), which then goes through the same code on the CPU, slowly: for developing without a GPU.
         score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
-        size_hw: What frames are letterboxed to, for engines of several sizes; see `facespec.spec.NetworkSize`.
+        size_hw: Network size that frames are letterboxed to, for engines of several; see `facespec.spec.NetworkSize`.
         device: Index of the GPU; "pycuda", the caller's current PyCUDA context; "cpu"; or a `Device`, which the caller
             closes.
         graphs: Whether to use CUDA graphs.
         warm_up: Run the engine's best shape now, so that the first frame finds everything in place.
 
     Attributes:
-        engine: What runs.
-        device: Where.
+        engine: The engine, loaded.
+        device: The device that it runs on.
 
     Raises:
-        ModelFileError: Missing, not what its sidecar says, or built for another GPU, plugin or TensorRT.
+        ModelFileError: The engine is missing, differs from its sidecar, or was built for another GPU, plugin or
+            TensorRT.
         SpecError: `score_threshold` or `size_hw` does not fit the engine.
         GpuError: There is no such GPU, or the engine cannot be loaded.
         MissingPackageError: TensorRT or cuda-bindings is not installed.
@@ -85,7 +89,7 @@ class TRTRetinaFace(RetinaFaceDetector):
             try:
                 self.backend = self.engine.backend
                 profile = self.engine.profile
-                self.max_batch = profile.largest[0]
+                self.max_batch = profile.batch[2]
                 size = network_size(profile.fixed_hw, size_hw, engine)
                 super().__init__(self.engine.spec, self.engine.files, score_threshold, size)
                 if isinstance(size, tuple) and not profile.takes(size):
@@ -97,18 +101,18 @@ class TRTRetinaFace(RetinaFaceDetector):
                 raise
 
     def environment(self) -> dict[str, Any]:
-        """Return backend, versions, GPU, and whether there are CUDA graphs."""
+        """Return backend, versions, GPU, and whether CUDA graphs are used."""
         return {**self.engine.environment(), "device": self.device.name, "cuda_graphs": self._graphs}
 
     def to_device(self, frame: Frame) -> DeviceArray:
-        """Return a copy of a frame on the device, for frames that are used again.
+        """Return a copy of a frame on the device, to be detected in several times without another upload.
 
         Args:
             frame: uint8 (H, W, 3) BGR.
 
         Raises:
-            FrameError: Not such a frame.
-            DeviceMemoryError: There is no memory for it.
+            FrameError: `frame` is something else.
+            DeviceMemoryError: The device has no memory for it.
         """
         pixels = np.ascontiguousarray(check_frame(frame))
         height, width = pixels.shape[:2]
@@ -122,28 +126,26 @@ class TRTRetinaFace(RetinaFaceDetector):
         return DeviceArray(memory, (height, width, 3), getattr(self.device, "index", None))
 
     def _free(self) -> None:
-        """Free contexts, buffers and the engine. The device goes with the last that holds memory on it."""
+        """Free contexts, buffers and the engine. The device stays: arrays of `to_device` may still lie on it."""
         super()._free()
         with suppress(GpuError), self.device.activate():
             self.engine.close()
 
     def _warm_up(self) -> None:
-        batch, height, width = self.engine.profile.best
-        if isinstance(self.size_hw, tuple):
-            height, width = self.size_hw
-        frames = [np.zeros((height, width, 3), np.uint8)] * batch
+        profile = self.engine.profile
+        height, width = self.size_hw if isinstance(self.size_hw, tuple) else profile.sizes_hw[1]
+        frames = [np.zeros((height, width, 3), np.uint8)] * profile.batch[1]
         box = Letterbox.pad((height, width))
         with self._lane() as lane:
-            for _ in range(2):  # the second time it is captured
-                lane.run(frames, [box] * batch, nullcontext)
+            for _ in range(2):  # the second run is captured
+                lane.run(frames, [box] * len(frames), nullcontext)
 
     def _frame_hw(self, frame: Any) -> tuple[int, int]:
-        if isinstance(frame, np.ndarray):
-            return super()._frame_hw(frame)
-        shape = _shape(frame.luma if isinstance(frame, Nv12Frame) else frame)
+        shape = None
+        if not isinstance(frame, np.ndarray):
+            shape = _shape(frame.luma if isinstance(frame, Nv12Frame) else frame)
         if shape is None:
-            check_frame(frame)
-            raise AssertionError  # for the type checker: it is none, and that was said
+            return super()._frame_hw(frame)
         if len(shape) < 2 or min(shape) < 1:
             raise FrameError(f"frame must be uint8 HxWx3 BGR, got shape {tuple(shape)}")
         return int(shape[0]), int(shape[1])
@@ -155,7 +157,7 @@ class TRTRetinaFace(RetinaFaceDetector):
                 f"a network input of {size_hw[0]}x{size_hw[1]} is not among the sizes of the engine, {profile}: "
                 "give size_hw (--size), or build an engine for it (python -m export.to_trt --size)"
             )
-        return profile.largest[0]
+        return profile.batch[2]
 
     def _new_lane(self) -> Lane:
         with self.device.activate():
@@ -165,11 +167,11 @@ class TRTRetinaFace(RetinaFaceDetector):
 class DeviceArray:
     """A frame in the memory of a device, from `TRTRetinaFace.to_device`.
 
-    Anything that reads the CUDA array interface can use it, too.
+    Other libraries can read it, too, through the CUDA array interface.
 
     Attributes:
         shape: (H, W, 3).
-        device_index: Of its GPU, where that is known.
+        device_index: Index of its GPU; None on the CPU.
     """
 
     def __init__(self, memory: Memory, shape: tuple[int, int, int], device_index: int | None) -> None:
@@ -179,7 +181,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Version 3; its content is complete."""
+        """Version 3; without a stream, because the copy is complete."""
         return {
             "shape": self.shape,
             "typestr": "|u1",
@@ -191,10 +193,10 @@ class DeviceArray:
 
 
 class _GpuLane:
-    """A stream, and the memory and contexts of what runs on it, one batch after the other.
+    """A stream with its memory and contexts; it runs one batch after the other.
 
-    Memory is one block for all shapes, as large as the largest that came up; when it grows, the contexts and graphs,
-    which hold its addresses, are made anew.
+    All shapes share one block of memory, as large as the largest shape so far needs. When the block grows, the contexts
+    and graphs are made anew, because they hold its addresses.
     """
 
     def __init__(self, device: Device, engine: Engine, graphs: bool) -> None:
@@ -209,8 +211,7 @@ class _GpuLane:
         self._plans: ShapeCache[Shape, _Plan] = ShapeCache(GRAPHS, self._make_plan, _Plan.close)
 
     def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[NDArray[Any]]:
-        """As `Lane.run`."""
-        batch = max(len(frames), self._engine.profile.smallest[0])
+        batch = max(len(frames), self._engine.profile.batch[0])
         shape = (batch, *boxes[0].size_hw)
         with self._device.activate():
             try:
@@ -226,20 +227,19 @@ class _GpuLane:
                     with stage("graph" if self._graphs else "network"):
                         plan.run(self._stream, self._graphs)
             except BaseException:
-                with suppress(GpuError):  # nothing may run on in memory that is given up
+                with suppress(GpuError):  # the caller may free its frames now: no work may still read them
                     self._stream.synchronize()
                 raise
         return [values[: len(frames)] for values in plan.outputs]
 
     def close(self) -> None:
-        """As `Lane.close`."""
         with self._device.activate():  # TensorRT frees in whatever context is current
             self._plans.clear()
             _close(self._block, self._results, self._descriptions, self._frames, self._uploads)
             _close(self._workspace, self._stream)
 
     def _upload(self, frames: Sequence[Any]) -> list[DeviceFrame]:
-        """Return where the frames lie on the device; those of the host are put there first."""
+        """Return where the frames lie on the device, after copying those of the host to it."""
         places = [None if isinstance(item, np.ndarray) else self._device.frame(item, self._stream) for item in frames]
         hosts = [check_frame(item) for item, place in zip(frames, places, strict=True) if place is None]
         if not hosts:
@@ -299,7 +299,7 @@ class _GpuLane:
 
 
 class _Layout:
-    """Where everything lies in a lane's block for a shape: descriptions of the frames, images, outputs."""
+    """Offsets in a lane's block for one shape: descriptions of the frames, then images, then each output."""
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         batch, height, width = shape
@@ -343,7 +343,7 @@ class _Plan:
         self._share: float | None = None
 
     def describe(self, places: Sequence[DeviceFrame], boxes: Sequence[Letterbox]) -> None:
-        """Note the frames of the next run; slots beyond them stay empty."""
+        """Write the descriptions of the frames of the next run; slots beyond them stay empty."""
         table = (LetterboxFrame * self._shape[0]).from_buffer(self._descriptions)  # type: ignore[arg-type]
         ctypes.memset(table, 0, ctypes.sizeof(table))
         for slot, (place, box) in enumerate(zip(places, boxes, strict=True)):
@@ -354,13 +354,13 @@ class _Plan:
                 place.pitch,
                 place.frame_hw,
                 box.scaled_hw,
-                PixelFormat[place.pixel_format.upper()],
+                place.pixel_format,
                 place.chroma_address,
                 place.chroma_pitch,
             )
 
     def run(self, stream: Stream, graphs: bool) -> None:
-        """Run the frames that were described, and wait."""
+        """Run the network on the described frames, and wait for the results."""
         if graphs and self._graph is None and self._has_run:
             with stream.capture() as capture:
                 self._enqueue(stream)
@@ -373,7 +373,7 @@ class _Plan:
         self._has_run = True
 
     def run_timed(self, stream: Stream, add: Callable[[str, float], None]) -> None:
-        """Run them part by part, and tell what each takes."""
+        """Run the network on the described frames, and report the milliseconds of each stage to `add`."""
         if self._share is None:
             probe = self._engine.context(*self._arguments)
             try:
@@ -396,7 +396,7 @@ class _Plan:
         add("download", download)
 
     def close(self) -> None:
-        """Let go of context and graph."""
+        """Free context and graph."""
         if self._graph is not None:
             self._graph.close()
         self._context.close()
@@ -412,7 +412,7 @@ class _Plan:
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
-    """Return where parts of these sizes begin, each at a multiple of ALIGNMENT, and where the last one ends."""
+    """Return the offsets of parts of these sizes, multiples of ALIGNMENT, and the end of the last part."""
     starts = [0]
     for size in sizes:
         starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
@@ -426,7 +426,7 @@ def _close(*items: Any) -> None:
 
 
 def _shape(array: Any) -> tuple[int, ...] | None:
-    """Return the shape of an array that may be on a device, or None of what is no array."""
+    """Return the shape of an array that may be on a device, or None if the object is no array."""
     shape = getattr(array, "shape", None)
     if shape is None:
         shape = (getattr(array, "__cuda_array_interface__", None) or {}).get("shape")
@@ -443,20 +443,17 @@ def open_device(place: str = "cuda") -> Device:
     """Return a device by its name.
 
     Args:
-        place: "cuda" or "cuda:1", as CUDA counts the visible ones; "pycuda", the caller's current context; "cpu".
+        place: "cuda" or "cuda:1", as CUDA counts the visible GPUs; "pycuda", the caller's current context; "cpu".
 
     Raises:
-        GpuError: There is no such device, or it cannot be used.
+        GpuError: The device does not exist or cannot be used.
         MissingPackageError: cuda-bindings or PyCUDA is not installed.
     """
     if place == "cuda" or re.fullmatch("cuda:[0-9]{1,4}", place):
-        from trt_runtime.gpu.cuda import CudaDevice
-
         return CudaDevice(int(place.removeprefix("cuda").removeprefix(":") or 0))
     if place == "pycuda":
-        from trt_runtime.gpu.pycuda import PyCudaDevice
-
-        return PyCudaDevice()
+        require("pycuda.driver", "pycuda", "device pycuda")
+        return CudaDevice(None)
     if place == "cpu":
         return HostDevice()
     raise GpuError(f"device must be cuda, cuda:1 (or another number), pycuda or cpu, not {place!r}")

@@ -1,6 +1,6 @@
 """Every name of TensorRT's API that the code uses, checked against the real bindings of each flavour.
 
-The names are read off the sources, so a new one cannot be forgotten. TensorRT 10.16 and 11.4 are their real Python
+No name that the sources use can be missing from what is looked up. TensorRT 10.16 and 11.4 are their real Python
 bindings over stub libraries (`make test` installs them side by side), TensorRT-RTX is the real thing.
 """
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import deque
+from io import TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -24,28 +27,29 @@ SOURCES = (
     ROOT / "trt_runtime" / "gpu" / "tensorrt_api.py",
 )
 
-# what a variable of this name is, in these files
-CLASSES = {
-    "trt": "",
-    "builder": "Builder",
-    "network": "INetworkDefinition",
-    "parser": "OnnxParser",
-    "problem": "ParserError",
-    "config": "IBuilderConfig",
-    "profile": "IOptimizationProfile",
-    "registry": "IPluginRegistry",
-    "cache": "ITimingCache",
-    "runtime": "Runtime",
-    "engine": "ICudaEngine",
-    "context": "IExecutionContext",
-    "inspector": "EngineInspector",
-    "runtime_config": "IRuntimeConfig",
+# what the code uses of TensorRT's functions and objects; classes and enums are found by their capitals
+MEMBERS = {
+    "": "get_plugin_registry __version__",
+    "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
+    "INetworkDefinition": "num_outputs",
+    "OnnxParser": "parse num_errors get_error",
+    "ParserError": "desc",
+    "IBuilderConfig": "clear_flag profiling_verbosity progress_monitor num_compute_capabilities set_compute_capability "
+    "add_optimization_profile create_timing_cache set_timing_cache get_timing_cache",
+    "IOptimizationProfile": "set_shape",
+    "ITimingCache": "serialize",
+    "IPluginRegistry": "load_library get_creator",
+    "Runtime": "get_plugin_registry deserialize_cuda_engine",
+    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_dtype get_tensor_mode get_tensor_shape "
+    "device_memory_size_v2 create_runtime_config create_execution_context create_engine_inspector",
+    "IExecutionContext": "set_device_memory set_input_shape set_tensor_address execute_async_v3 nvtx_verbosity "
+    "profiler enqueue_emits_profile report_to_profiler",
+    "EngineInspector": "execution_context get_engine_information",
+    "IRuntimeConfig": "create_runtime_cache set_runtime_cache set_execution_context_allocation_strategy "
+    "cuda_graph_strategy dynamic_shapes_kernel_specialization_strategy",
 }
-# variables, and attributes they may have, that are none of TensorRT's
-PLAIN = {
-    *("json", "os", "sys", "time", "importlib"),
-    *("log", "errors", "self", "message", "path", "start", "times", "addresses"),
-}
+# attributes that these have are not looked up
+PLAIN = (str, list, dict, deque, Path, TextIOWrapper)
 RTX_ONLY = {
     "ComputeCapability",
     "IBuilderConfig.num_compute_capabilities",
@@ -62,25 +66,35 @@ RTX_ONLY = {
 
 
 def _used() -> tuple[dict[str, int | None], list[tuple[str, str]]]:
-    """Return the dotted names with the number of arguments of a call, and (base, method) pairs that are overridden."""
+    """Return the dotted names with the most arguments of a call, and (base, method) pairs that are overridden."""
+    trees = [ast.parse(path.read_text()) for path in SOURCES]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    given: dict[str, int] = {}
+    for node in nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            given[node.func.attr] = max(len(node.args), given.get(node.func.attr, 0))
+    members = {name for listed in MEMBERS.values() for name in listed.split()}
+    modules = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    own |= {node.attr for node in attributes if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"}
     names: dict[str, int | None] = {}
+    for node in attributes:
+        start, *path = ast.unparse(node).split(".")
+        if re.fullmatch("[A-Z]\\w*", path[0]):
+            names[".".join(path)] = None
+        elif start not in modules and node.attr not in own and not any(hasattr(kind, node.attr) for kind in PLAIN):
+            assert node.attr in members, f"{ast.unparse(node)}: whose is it?"
+    unused = members - {node.attr for node in attributes}
+    assert not unused, unused
+    for kind, listed in MEMBERS.items():
+        names |= {f"{kind}.{name}".strip("."): given.get(name) for name in listed.split()}
     overridden = []
-    for path in SOURCES:
-        tree = ast.parse(path.read_text())
-        calls = {id(node.func): len(node.args) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                variable = node.value.id
-                assert variable in CLASSES or variable in PLAIN, f"{path.name}:{node.lineno}: what is {variable}?"
-                if variable in CLASSES:
-                    names[f"{CLASSES[variable]}.{node.attr}".strip(".")] = calls.get(id(node))
-            elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("trt."):
-                names[ast.unparse(node).removeprefix("trt.")] = None
-            elif isinstance(node, ast.ClassDef):
-                for base in (ast.unparse(base) for base in node.bases if ast.unparse(base).startswith("trt.")):
-                    methods = [item.name for item in node.body if isinstance(item, ast.FunctionDef)]
-                    known = [method for method in methods if not method.startswith("__") and method != "share"]
-                    overridden += [(base.removeprefix("trt."), method) for method in known]
+    for node in nodes:
+        for base in [item.attr for item in getattr(node, "bases", []) if isinstance(item, ast.Attribute)]:
+            assert isinstance(node, ast.ClassDef)
+            methods = [item.name for item in node.body if isinstance(item, ast.FunctionDef)]
+            overridden += [(base, name) for name in methods if not name.startswith("__") and name != "share"]
     return names, overridden
 
 

@@ -20,7 +20,7 @@ from facespec.errors import FrameError, RetinaFaceError
 from tests.gpu.kernel import ROOT, gpu_problem
 from tests.trt_runtime.device_contract import check_device
 from trt_runtime.gpu.cuda import CudaDevice
-from trt_runtime.gpu.frame import Nv12Frame
+from trt_runtime.gpu.frame import Nv12Frame, PixelFormat
 
 REQUIRED = bool(os.environ.get("RETINAFACE_REQUIRE_GPU"))
 MANY_CYCLES = 200_000_000  # a good tenth of a second
@@ -177,7 +177,7 @@ class CudaDeviceTest(unittest.TestCase):
             found = self.device.frame(Nv12Frame(luma, chroma), self.device.stream())
             assert found is not None
             self.assertEqual((found.address, found.chroma_address), (luma.data_ptr(), chroma.data_ptr()))
-            self.assertEqual((found.pitch, found.chroma_pitch, found.pixel_format), (64, 64, "nv12_bt709"))
+            self.assertEqual((found.pitch, found.chroma_pitch, found.pixel_format), (64, 64, PixelFormat.NV12_BT709))
 
     def test_a_broken_context_is_said_to_be_so(self) -> None:
         """In a process of its own, for its context is gone afterwards."""
@@ -214,18 +214,14 @@ class PyCudaDeviceTest(unittest.TestCase):
         self.addCleanup(cuda.Context.pop)
 
     def test_it_does_what_a_device_does(self) -> None:
-        from trt_runtime.gpu.pycuda import PyCudaDevice
-
-        check_device(PyCudaDevice())
+        check_device(CudaDevice(None))
         self.assertEqual(self.cuda.Context.get_current(), self.context)
 
     def test_the_callers_stream_and_arrays(self) -> None:
         from pycuda import gpuarray
 
-        from trt_runtime.gpu.pycuda import PyCudaDevice
-
         own = self.cuda.Stream()
-        device = PyCudaDevice(own)
+        device = CudaDevice(None, own)
         pixels = np.random.default_rng(1).integers(0, 256, (40, 50, 3)).astype(np.uint8)
         with device.activate():
             stream = device.stream()
@@ -242,12 +238,9 @@ class PyCudaDeviceTest(unittest.TestCase):
         own.synchronize()  # it is its caller's still
 
     def test_a_context_of_its_own(self) -> None:
-        from trt_runtime.gpu.pycuda import PyCudaDevice
-
         context = self.cuda.Device(0).make_context()
         try:
-            device = PyCudaDevice()
-            check_device(device)
+            check_device(CudaDevice(None))
         finally:
             context.pop()
 

@@ -1,4 +1,4 @@
-"""What every `Device` does, in plain asserts: the CPU's, CUDA's and PyCUDA's, on a fake driver and on a GPU."""
+"""What every `Device` does, in plain asserts: the CPU's and CUDA's, in any context, on a fake driver and on a GPU."""
 
 from __future__ import annotations
 

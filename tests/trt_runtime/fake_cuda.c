@@ -1,4 +1,4 @@
-/* A libcuda.so.1 for machines without a GPU: the driver calls of trt_runtime/device_*.py over the host's memory.
+/* A libcuda.so.1 for machines without a GPU: the driver calls of trt_runtime/gpu/cuda.py over the host's memory.
  *
  * The real cuda.bindings (and PyCUDA) run on it, so that what they are given is converted and checked for real. Work is
  * done as late as can be, when something waits for it: what does not wait sees nothing done. Where a stream is captured

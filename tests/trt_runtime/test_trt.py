@@ -37,7 +37,6 @@ from tests.engines import write_engine
 from tests.faces import assert_identical
 from tests.trt_runtime.fake_tensorrt import FakeGpu
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
-from trt_runtime.gpu.engine import Profile as EngineProfile
 from trt_runtime.gpu.engine import check_runs_here
 from trt_runtime.gpu.sidecar import read_sidecar
 from trt_runtime.gpu.simulated import HostArray, HostDevice
@@ -573,7 +572,7 @@ def test_an_engine_for_larger_batches_gets_empty_slots(
 ) -> None:
     with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device, warm_up=False) as detector:
         expected = [detector.detect(frame) for frame in frames]
-        detector.engine.profile = dataclasses.replace(detector.engine.profile, smallest=(4, 32, 32))
+        detector.engine.profile = dataclasses.replace(detector.engine.profile, batch=(4, 4, 8))
         for frame, want in zip(frames, expected, strict=True):
             _assert_same(detector.detect(frame), want)
         assert {plan._shape[0] for plan in _plans(detector)} == {4}
@@ -594,7 +593,7 @@ def test_sizes_an_engine_does_not_take(device: HostDevice, tmp_path: Path, astro
     build_engine(EngineOptions("mobilenet0.25", path, Profile(sizes_hw=((64, 96),) * 3), onnx_only=True))
     with TRTRetinaFace(path, device=device) as detector:
         assert detector.size_hw == (64, 96)
-        assert detector.engine.profile == EngineProfile((1, 64, 96), (1, 64, 96), (8, 64, 96))
+        assert detector.engine.profile == Profile((1, 1, 8), ((64, 96),) * 3)
         detector.size_hw = (64, 64)
         with pytest.raises(FrameError, match="64x64 is not among the sizes of the engine, 64x96"):
             detector.detect(astronaut)

@@ -17,6 +17,7 @@ from facespec.errors import MissingPackageError, ModelFileError
 from facespec.letterbox import Frame
 from tests.faces import assert_identical
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace
+from trt_runtime.gpu.cuda import CudaDevice
 from trt_runtime.gpu.flavor import RTX, find_flavor, gpu_capability
 from trt_runtime.gpu.sidecar import Sidecar, read_sidecar, sidecar_path
 from trt_runtime.timing import StageTimer
@@ -151,14 +152,12 @@ def test_frames_and_contexts_of_pycuda(options: EngineOptions, frames: list[Fram
     import pycuda.driver as cuda
     from pycuda.gpuarray import to_gpu
 
-    from trt_runtime.gpu.pycuda import PyCudaDevice
-
     expected = [detector.detect(frame) for frame in frames]
     cuda.init()
     context = cuda.Device(0).make_context()
     try:
         stream = cuda.Stream()
-        device = PyCudaDevice(stream)
+        device = CudaDevice(None, stream)
         with TRTRetinaFace(options.out, size_hw=SIZE, device=device) as inside:
             for frame, want in zip(frames, expected, strict=True):
                 for given in (frame, to_gpu(np.ascontiguousarray(frame))):

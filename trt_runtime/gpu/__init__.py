@@ -1,1 +1,1 @@
-"""Engines on a GPU: devices and their frames, TensorRT, what is checked before an engine is loaded."""
+"""Engines on a GPU: devices, frames that lie on them, TensorRT, and the checks before an engine is loaded."""

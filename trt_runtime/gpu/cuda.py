@@ -1,14 +1,15 @@
 """A GPU through CUDA's driver interface, as cuda-bindings gives it to Python.
 
 It works in the device's primary context, which PyTorch, CuPy, TensorRT and everything built on CUDA's runtime library
-share. Nothing but cuda.bindings.driver is used: its functions are CUDA's own, and stay.
+share, or in the context that its caller has made current, as PyCUDA does. Only cuda.bindings.driver is used: its
+functions are those of CUDA, which stay compatible.
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,7 +21,7 @@ from trt_runtime.gpu.device import Bytes, Capture, PinnedArray, check_bytes, che
 from trt_runtime.gpu.frame import DeviceFrame, read_frame
 
 OLDEST_DRIVER = 12000
-"""CUDA 12.0, as cuDriverGetVersion counts: the TensorRT versions that are supported want it."""
+"""CUDA 12.0, in the form of cuDriverGetVersion: the oldest that the supported TensorRT versions run on."""
 
 STICKY = {
     "CUDA_ERROR_ECC_UNCORRECTABLE",
@@ -35,7 +36,7 @@ STICKY = {
     "CUDA_ERROR_INVALID_PC",
     "CUDA_ERROR_LAUNCH_FAILED",
 }
-"""Errors that a context never recovers from."""
+"""Errors after which a context cannot be used any more."""
 
 NO_GPU = {
     "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES",
@@ -58,17 +59,17 @@ class Cuda:
         self.driver = require("cuda.bindings.driver", "gpu", "running engines on a GPU")
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        """Call a function; return what it gives: None, a value, or a tuple.
+        """Call a function; return its results: None, a value, or a tuple.
 
         Raises:
-            DeviceMemoryError: There is not enough memory.
-            DeviceLostError: The context is beyond repair.
-            GpuError: Anything else went wrong, or there is no driver.
+            DeviceMemoryError: Not enough memory is free.
+            DeviceLostError: The context cannot be used any more.
+            GpuError: Any other error, or the driver is missing.
         """
         try:
             status, *values = getattr(self.driver, name)(*arguments)
-        except RuntimeError as error:  # what cuda.bindings itself cannot find
-            if "function" in str(error).lower():  # with a capital or not, as its version has it
+        except RuntimeError as error:  # cuda.bindings does not find libcuda, or the function in it
+            if "function" in str(error).lower():  # versions of cuda.bindings differ in the capital
                 mend = f"the NVIDIA driver is too old for the cuda-bindings here, it has no {name}: update it"
             else:
                 mend = "there is no NVIDIA driver here (libcuda.so.1 was not found)"
@@ -90,26 +91,27 @@ class Cuda:
 
 
 class CudaDevice:
-    """A GPU as a `Device`, in its primary context.
+    """A GPU as a `Device`, in its primary context or in one of the caller's.
 
     Args:
-        index: As CUDA counts the visible ones.
+        index: As CUDA counts the visible ones; None takes the context that is current on this thread, and its GPU. The
+            caller must keep that context until the device is closed.
+        stream: The caller's stream of that context, which everything is put on: any object that has the CUstream as
+            `handle`, such as a `pycuda.driver.Stream`. None makes new streams.
 
     Attributes:
         name: "NVIDIA H200, device 0".
         compute_capability: 90 for 9.0.
-        can_capture: True.
-        index: Its number.
-        cuda: What calls CUDA.
+        can_capture: Whether no stream was given: a capture of a shared stream would record what others put on it.
+        index: Number of the GPU.
+        cuda: Calls functions of CUDA.
 
     Raises:
-        GpuError: No driver, one that is too old, or no such GPU.
+        GpuError: The driver is missing or too old, there is no such GPU, or no context is current.
         MissingPackageError: cuda-bindings is not installed.
     """
 
-    can_capture = True
-
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int | None = 0, stream: Any = None) -> None:
         self.cuda = cuda = Cuda()
         attributes = cuda.driver.CUdevice_attribute
         cuda("cuInit", 0)
@@ -120,20 +122,31 @@ class CudaDevice:
                 f"{OLDEST_DRIVER // 1000}.0 or newer is needed: update it{CPU_INSTEAD}"
             )
         count = cuda("cuDeviceGetCount")
-        if not 0 <= index < count:
+        if index is not None and not 0 <= index < count:
             raise GpuError(f"there is no GPU {index}: {count} visible, counted from 0; see CUDA_VISIBLE_DEVICES")
-        device = cuda("cuDeviceGet", index)
-        self.index = index
-        self.name = f"{cuda('cuDeviceGetName', 256, device).split(bytes(1))[0].decode()}, device {index}"
+        self._release = lambda: None
+        if index is None:
+            self._context = cuda("cuCtxGetCurrent")
+            if not int(self._context):
+                raise GpuError(
+                    "there is no current PyCUDA context on this thread: make one first, by `import "
+                    "pycuda.autoprimaryctx` for instance"
+                )
+            device = cuda("cuCtxGetDevice")
+        else:
+            device = cuda("cuDeviceGet", index)
+            self._context = cuda("cuDevicePrimaryCtxRetain", device)
+            self._release = weakref.finalize(self, _quietly, cuda, "cuDevicePrimaryCtxRelease", device)
+        self.index = int(device)
+        self.name = f"{cuda('cuDeviceGetName', 256, device).split(bytes(1))[0].decode()}, device {self.index}"
         major = cuda("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         minor = cuda("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self.compute_capability = 10 * major + minor
-        self._context = cuda("cuDevicePrimaryCtxRetain", device)
-        self._release = weakref.finalize(self, _quietly, cuda, "cuDevicePrimaryCtxRelease", device)
+        self._stream = stream
+        self.can_capture = stream is None
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """As `Device.activate`."""
         self.cuda("cuCtxPushCurrent", self._context)
         try:
             yield
@@ -141,141 +154,152 @@ class CudaDevice:
             self.cuda("cuCtxPopCurrent")
 
     def stream(self) -> CudaStream:
-        """As `Device.stream`."""
+        if self._stream is not None:
+            return CudaStream(self, int(self._stream.handle), owned=False)
         stream = self.cuda("cuStreamCreate", self.cuda.driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        return CudaStream(self, int(stream))
+        return CudaStream(self, int(stream), owned=True)
 
     def allocate(self, nbytes: int, what: str) -> CudaMemory:
-        """As `Device.allocate`."""
         try:
             address = self.cuda("cuMemAlloc", check_nbytes(nbytes))
         except DeviceMemoryError:
             raise out_of_memory(what, nbytes, *self.free_and_total()) from None
-        return CudaMemory(int(address), nbytes, self.free, "cuMemFree", address)
+        return CudaMemory(self, int(address), nbytes)
 
     def pinned(self, nbytes: int) -> CudaPinned:
         """As `Device.pinned`.
 
         Raises:
-            DeviceMemoryError: The host does not let so much be page-locked.
+            DeviceMemoryError: The host cannot page-lock so much memory.
         """
         try:
             address = self.cuda("cuMemHostAlloc", check_nbytes(nbytes), self.cuda.driver.CU_MEMHOSTALLOC_PORTABLE)
         except DeviceMemoryError:
             raise DeviceMemoryError(f"the host has no {nbytes} bytes that can be page-locked") from None
-        return CudaPinned(int(address), nbytes, self.free, "cuMemFreeHost", address)
+        return CudaPinned(self, int(address), nbytes)
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
-        """As `Device.copy_in`."""
         self.cuda("cuMemcpyHtoDAsync", address, check_bytes(source).ctypes.data, source.nbytes, stream.handle)
 
     def copy_out(self, target: Bytes, address: int, stream: Any) -> None:
-        """As `Device.copy_out`."""
         target_address = check_bytes(target, writeable=True).ctypes.data
         self.cuda("cuMemcpyDtoHAsync", target_address, address, target.nbytes, stream.handle)
 
     def free_and_total(self) -> tuple[int, int]:
-        """As `Device.free_and_total`."""
         free, total = self.cuda("cuMemGetInfo")
         return int(free), int(total)
 
     def event(self) -> CudaEvent:
-        """As `Device.event`."""
         return CudaEvent(self)
 
     def frame(self, frame: object, stream: Any) -> DeviceFrame | None:
-        """As `Device.frame`."""
         return read_frame(frame, stream, self.index, self._locate)
 
     def close(self) -> None:
-        """As `Device.close`."""
         self._release()
 
     def free(self, name: str, handle: Any) -> None:
-        """Call a function that frees something; on any thread, even one that is capturing, and at exit."""
+        """Call a function that frees something; works on any thread, also during a capture and at exit."""
         with suppress(GpuError), self.activate(), relaxed(self.cuda):
             self.cuda(name, handle)
 
     def _locate(self, address: int) -> int:
-        return locate(self.cuda, address)
+        """Return the GPU that an address belongs to.
 
-
-def locate(cuda: Cuda, address: int) -> int:
-    """Return the GPU that an address belongs to.
-
-    Raises:
-        FrameError: It is none of CUDA's.
-    """
-    ordinal = cuda.driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    try:
-        return int(cuda("cuPointerGetAttribute", ordinal, address))
-    except DeviceLostError:
-        raise
-    except GpuError as error:
-        raise FrameError(f"the frame's address {address:#x} is not in CUDA's memory ({error})") from None
+        Raises:
+            FrameError: The address is not in CUDA's memory.
+        """
+        ordinal = self.cuda.driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        try:
+            return int(self.cuda("cuPointerGetAttribute", ordinal, address))
+        except DeviceLostError:
+            raise
+        except GpuError as error:
+            raise FrameError(f"the frame's address {address:#x} is not in CUDA's memory ({error})") from None
 
 
 class CudaMemory:
-    """Memory of a GPU, with the call that frees it."""
+    """Memory of a GPU."""
 
-    def __init__(self, address: int, nbytes: int, free: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
         self.nbytes = nbytes
         self._address = address
-        self._free = weakref.finalize(self, free, *arguments)
+        self._free = weakref.finalize(self, device.free, "cuMemFree", address)
 
     @property
     def address(self) -> int:
-        """As `Memory.address`."""
         if not self._free.alive:
             raise GpuError("this memory has been closed")
         return self._address
 
     def close(self) -> None:
-        """As `Memory.close`."""
         self._free()
 
 
 class CudaPinned(PinnedArray):
-    """Page-locked memory, with the call that frees it."""
+    """Page-locked memory of the host."""
 
-    def __init__(self, address: int, nbytes: int, free: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
         buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-        weakref.finalize(buffer, free, *arguments)  # every view holds the buffer
+        weakref.finalize(buffer, device.free, "cuMemFreeHost", address)  # the buffer lives as long as any view
         super().__init__(np.ctypeslib.as_array(buffer))
 
 
 class CudaStream:
-    """A stream of a `CudaDevice`."""
+    """A stream of a `CudaDevice`; `close` destroys it only if the device owns it."""
 
-    def __init__(self, device: CudaDevice, handle: int) -> None:
-        self.handle = handle
+    def __init__(self, device: CudaDevice, handle: int, owned: bool) -> None:
         self._device = device
-        self._destroy = weakref.finalize(self, device.free, "cuStreamDestroy", handle)
+        self._handle = handle
+        destroy = [device.free, "cuStreamDestroy", handle] if owned else [lambda: None]
+        self._destroy = weakref.finalize(self, *destroy)
+
+    @property
+    def handle(self) -> int:
+        """As `Stream.handle`.
+
+        Raises:
+            GpuError: It has been closed.
+        """
+        if not self._destroy.alive:
+            raise GpuError("this stream has been closed")
+        return self._handle
 
     def synchronize(self) -> None:
-        """As `Stream.synchronize`."""
         self._device.cuda("cuStreamSynchronize", self.handle)
 
     @contextmanager
     def capture(self) -> Iterator[Capture]:
-        """As `Stream.capture`."""
-        capture = Capture()
-        with record(self._device.cuda, self.handle) as executables:
+        cuda, capture = self._device.cuda, Capture()
+        cuda("cuStreamBeginCapture", self.handle, cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        try:
             yield capture
-        capture.end(CudaGraph(self._device, executables[0]))
+        except BaseException:
+            with suppress(GpuError):  # the capture is usually invalid; the error of the block says why
+                cuda("cuGraphDestroy", cuda("cuStreamEndCapture", self._handle))
+            raise
+        graph = cuda("cuStreamEndCapture", self._handle)
+        try:
+            capture.end(CudaGraph(self._device, cuda("cuGraphInstantiate", graph, 0)))
+        finally:
+            cuda("cuGraphDestroy", graph)
 
     def wait_for(self, handle: int) -> None:
-        """As `Stream.wait_for`."""
-        order(self._device.cuda, self.handle, handle)
+        cuda = self._device.cuda
+        event = cuda("cuEventCreate", cuda.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        try:
+            cuda("cuEventRecord", event, handle)
+            cuda("cuStreamWaitEvent", self.handle, event, 0)
+        finally:
+            cuda("cuEventDestroy", event)  # CUDA keeps it until the stream has reached it
 
     def close(self) -> None:
-        """As `Stream.close`."""
         self._destroy()
 
 
 @contextmanager
 def relaxed(cuda: Cuda) -> Iterator[None]:
-    """Allow the calling thread in a block what a capture of its own would forbid, and be spoilt by: freeing."""
+    """Let the calling thread free things in a block although it captures; else that would spoil the capture."""
     mode = cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     before = cuda("cuThreadExchangeStreamCaptureMode", mode)
     try:
@@ -284,50 +308,20 @@ def relaxed(cuda: Cuda) -> Iterator[None]:
         cuda("cuThreadExchangeStreamCaptureMode", before)
 
 
-@contextmanager
-def record(cuda: Cuda, handle: int) -> Iterator[list[Any]]:
-    """Capture a stream in a block; the list that it yields holds the CUgraphExec afterwards."""
-    executables: list[Any] = []
-    cuda("cuStreamBeginCapture", handle, cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-    try:
-        yield executables
-    except BaseException:
-        with suppress(GpuError):  # it is invalid, as a rule; what the block raised says why
-            cuda("cuGraphDestroy", cuda("cuStreamEndCapture", handle))
-        raise
-    graph = cuda("cuStreamEndCapture", handle)
-    try:
-        executables.append(cuda("cuGraphInstantiate", graph, 0))
-    finally:
-        cuda("cuGraphDestroy", graph)
-
-
-def order(cuda: Cuda, handle: int, before: int) -> None:
-    """Let a stream wait for what another has been given so far."""
-    event = cuda("cuEventCreate", cuda.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
-    try:
-        cuda("cuEventRecord", event, before)
-        cuda("cuStreamWaitEvent", handle, event, 0)
-    finally:
-        cuda("cuEventDestroy", event)  # once it is reached
-
-
 class CudaGraph:
     """Captured work of a `CudaDevice`."""
 
-    def __init__(self, device: Any, executable: Any) -> None:
+    def __init__(self, device: CudaDevice, executable: Any) -> None:
         self._device = device
         self._executable = executable
         self._destroy = weakref.finalize(self, device.free, "cuGraphExecDestroy", executable)
 
     def launch(self, stream: Any) -> None:
-        """As `Graph.launch`."""
         if not self._destroy.alive:
             raise GpuError("this graph has been closed")
         self._device.cuda("cuGraphLaunch", self._executable, stream.handle)
 
     def close(self) -> None:
-        """As `Graph.close`."""
         self._destroy()
 
 
@@ -340,18 +334,15 @@ class CudaEvent:
         weakref.finalize(self, device.free, "cuEventDestroy", self._event)
 
     def record(self, stream: Any) -> None:
-        """As `Event.record`."""
         self._cuda("cuEventRecord", self._event, stream.handle)
 
     def synchronize(self) -> None:
-        """As `Event.synchronize`."""
         self._cuda("cuEventSynchronize", self._event)
 
     def elapsed_ms(self, since: CudaEvent) -> float:
-        """As `Event.elapsed_ms`."""
         return float(self._cuda("cuEventElapsedTime", since._event, self._event))
 
 
 def _quietly(cuda: Cuda, name: str, *arguments: Any) -> None:
-    with suppress(GpuError):  # CUDA may have gone before us
+    with suppress(GpuError):  # at exit CUDA may be gone already
         cuda(name, *arguments)

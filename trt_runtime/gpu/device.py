@@ -1,8 +1,8 @@
-"""What the runtime asks of a GPU: memory, copies, streams, graphs, events and frames that are there already.
+"""What the runtime needs of a GPU: memory, copies, streams, graphs, events, and frames that lie on it already.
 
-Three classes have this interface: `CudaDevice` (cuda.bindings), `PyCudaDevice`, which lives in its caller's PyCUDA
-context, and `HostDevice`, which does the same on the CPU. Work is put on streams and done later, in order: what a
-stream reads and writes must be left alone, and alive, until the stream or an event after the work is synchronised.
+Two classes have this interface: `CudaDevice` (cuda.bindings), and `HostDevice`, which does the same on the CPU. A
+stream does its work later, in order: memory that the work reads or writes must be kept and left unchanged until the
+stream, or an event after the work, is synchronised.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from trt_runtime.gpu.frame import DeviceFrame
 Bytes = NDArray[np.uint8]
 
 ALIGNMENT = 256
-"""Every allocation on a device starts at a multiple of so many bytes."""
+"""Bytes: every allocation on a device starts at a multiple of this."""
 
 
 class Memory(Protocol):
-    """Memory on a device. It goes with its last reference, at the latest; `close` is for letting go sooner."""
+    """Memory on a device. It is freed with its last reference, or before that by `close`."""
 
     @property
     def address(self) -> int:
-        """Where it starts, a multiple of ALIGNMENT.
+        """Address of its first byte, a multiple of ALIGNMENT.
 
         Raises:
             GpuError: It has been closed.
@@ -35,17 +35,17 @@ class Memory(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Size as asked for."""
+        """The size that was asked for."""
 
     def close(self) -> None:
-        """Free it, after everything that is on the device's streams. May be called again, and on any thread."""
+        """Free it once all streams of the device have done their work. May be called again, and on any thread."""
 
 
 class PinnedArray:
-    """Page-locked memory of the host, which copies from and to a device need to run beside other work.
+    """Page-locked memory of the host: only copies from and to such memory run beside other work.
 
     Args:
-        array: The memory, uint8 (N,); it is freed when no view of it is left.
+        array: The memory, uint8 (N,); it is freed with its last view.
     """
 
     def __init__(self, array: Bytes) -> None:
@@ -53,7 +53,7 @@ class PinnedArray:
 
     @property
     def array(self) -> Bytes:
-        """The memory, uint8 (N,), its content undefined at first.
+        """The memory, uint8 (N,), undefined until it is written.
 
         Raises:
             GpuError: It has been closed.
@@ -63,12 +63,12 @@ class PinnedArray:
         return self._array
 
     def close(self) -> None:
-        """Let go of it; it is freed when no view of `array` is left. May be called again."""
+        """Drop this reference; the memory is freed with the last view of `array`. May be called again."""
         self._array = None
 
 
 class Graph(Protocol):
-    """Captured work, to be put on a stream again and again: the same addresses, with what they hold by then."""
+    """Captured work that can be repeated: it uses the same addresses each time, with their content at that time."""
 
     def launch(self, stream: Any) -> None:
         """Put the work on a stream of the device that captured it."""
@@ -85,7 +85,7 @@ class Capture:
 
     @property
     def graph(self) -> Graph:
-        """The work that was captured; there is none before the end of the block.
+        """The captured work.
 
         Raises:
             GpuError: The block has not ended.
@@ -95,141 +95,154 @@ class Capture:
         return self._graph
 
     def end(self, graph: Graph) -> None:
-        """Note what was captured."""
+        """Set the captured work, at the end of the block."""
         self._graph = graph
 
 
 class Stream(Protocol):
-    """A queue of work on a device; streams run beside each other."""
+    """A queue of work on a device; several streams run at the same time."""
 
     @property
     def handle(self) -> int:
-        """The CUstream, for TensorRT and launchers."""
+        """The CUstream, for TensorRT and for functions that launch kernels."""
 
     def synchronize(self) -> None:
-        """Wait until everything on it is done.
+        """Wait until all of its work is done.
 
         Raises:
-            GpuError: Some of it failed.
+            GpuError: Some of the work failed.
         """
 
     def capture(self) -> AbstractContextManager[Capture]:
-        """Record what is put on it in a block instead of running it, in thread-local mode.
+        """Record the work that a block puts on the stream, in thread-local mode, instead of running it.
 
         In the block the calling thread must not allocate, synchronise or copy from or to memory that is not pinned.
 
         Raises:
-            GpuError: The device cannot capture (`Device.can_capture`), or not what was done in the block.
+            GpuError: The device cannot capture (`Device.can_capture`), or the block did what cannot be captured.
         """
 
     def wait_for(self, handle: int) -> None:
-        """Let what comes next wait for everything that another stream has been given so far.
+        """Let all further work of this stream wait for the work that another stream has now.
 
         Args:
             handle: A CUstream of the same context; 1 and 2 are the legacy and the per-thread default stream.
         """
 
     def close(self) -> None:
-        """Destroy it once it has run dry, unless it is its caller's own. May be called again."""
+        """Destroy it once its work is done; a stream of the caller stays. May be called again."""
 
 
 class Event(Protocol):
-    """A mark in a stream, for timing."""
+    """A mark in the work of a stream, for timing."""
 
     def record(self, stream: Any) -> None:
         """Put the mark on a stream of the same device."""
 
     def synchronize(self) -> None:
-        """Wait until the stream has passed the mark."""
+        """Wait until the stream has reached the mark."""
 
     def elapsed_ms(self, since: Any) -> float:
         """Return the milliseconds between another event of the device and this one.
 
         Raises:
-            GpuError: One of them was not recorded, or its stream has not passed it.
+            GpuError: One of the two was not recorded, or its stream has not reached it.
         """
 
 
 class Device(Protocol):
     """A device, in one context.
 
-    All but `activate`, `close` and the attributes want to be called with the device active on the calling thread, and
-    so do the methods of streams, graphs and events; `close` of anything does not. Threads may share a device.
+    The device must be active on the calling thread for every method of it and of its streams, graphs and events, except
+    `activate` and every `close`. Threads may share a device.
     """
 
     @property
     def name(self) -> str:
-        """For messages and records: "NVIDIA H200, device 0"."""
+        """Name for messages and records: "NVIDIA H200, device 0"."""
 
     @property
     def compute_capability(self) -> int:
-        """90 for 9.0; 0 is a CPU."""
+        """Compute capability: 90 for 9.0; 0 for a CPU."""
 
     @property
     def can_capture(self) -> bool:
         """Whether `Stream.capture` works."""
 
     def activate(self) -> AbstractContextManager[None]:
-        """Make its context current on the calling thread in a block; what was current before is so again afterwards."""
+        """Make its context current on the calling thread in a block; afterwards the one of before is current again."""
 
     def stream(self) -> Stream:
-        """Return a new stream that does not wait for the default one; of PyCUDA, the caller's own if one was given."""
+        """Return a new stream that does not wait for the default one; or the caller's if the device was given one."""
 
     def allocate(self, nbytes: int, what: str) -> Memory:
-        """Return new memory on the device, its content undefined.
+        """Return new memory on the device, with undefined content.
 
         Args:
             nbytes: At least 1.
-            what: What it is for, as the error names it: "the network's workspace".
+            what: Its purpose, for the error: "the network's workspace".
 
         Raises:
-            DeviceMemoryError: There is not enough.
+            DeviceMemoryError: Not enough memory is free.
         """
 
     def pinned(self, nbytes: int) -> PinnedArray:
-        """Return new page-locked memory of the host, of at least 1 byte."""
-
-    def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
-        """Put on a stream: copy an array to the device.
+        """Return new page-locked memory of the host, with undefined content.
 
         Args:
-            address: Where to.
+            nbytes: At least 1.
+        """
+
+    def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
+        """Put a copy from an array to the device on a stream.
+
+        Args:
+            address: Destination on the device.
             source: uint8, C-contiguous.
             stream: A stream of this device.
 
         Raises:
-            ValueError: `source` is not so.
+            ValueError: `source` has another type or layout.
         """
 
     def copy_out(self, target: Bytes, address: int, stream: Any) -> None:
-        """Put on a stream: fill an array, uint8 and C-contiguous, from an address on the device; as `copy_in`."""
+        """Put a copy from the device to an array on a stream.
+
+        Args:
+            target: uint8, C-contiguous, writeable; it is filled.
+            address: Source on the device.
+            stream: A stream of this device.
+
+        Raises:
+            ValueError: `target` has another type or layout, or is read-only.
+        """
 
     def free_and_total(self) -> tuple[int, int]:
-        """Return the bytes of its memory that are free, and all there are."""
+        """Return the free bytes of its memory, and all bytes."""
 
     def event(self) -> Event:
         """Return a new event."""
 
     def frame(self, frame: object, stream: Any) -> DeviceFrame | None:
-        """Return where a frame lies on this device, or None if it is in the host's memory, or no frame at all.
+        """Return where a frame lies on this device; None if it lies in the host's memory or is no frame.
 
-        Nothing is copied. What is put on `stream` from now on comes after what makes the frame.
+        Nothing is copied. Further work of `stream` waits for the work that produces the frame.
 
         Args:
             frame: uint8 (H, W, 3) BGR of anything with `__dlpack__` or `__cuda_array_interface__` (PyTorch, CuPy,
                 Numba, PyCUDA), or an `Nv12Frame` of two such arrays.
-            stream: The stream that is to read it.
+            stream: The stream that will read it.
 
         Raises:
-            FrameError: On a device, but another one, or not such a frame.
+            FrameError: It lies on another device, or has another type, shape or layout.
         """
 
     def close(self) -> None:
-        """Let go of the device; memory, streams and graphs should be closed before. May be called again."""
+        """Release the device; close memory, streams and graphs before. May be called again."""
 
 
 def out_of_memory(what: str, nbytes: int, free: int, total: int) -> DeviceMemoryError:
-    """Return the error of an allocation that failed."""
+    """Return the error for an allocation that failed."""
     return DeviceMemoryError(
         f"no memory on the device for {what}: {_size(nbytes)} asked for, {_size(free)} of {_size(total)} free: "
         "use smaller batches or fewer streams, or stop what else uses the device"
@@ -237,14 +250,14 @@ def out_of_memory(what: str, nbytes: int, free: int, total: int) -> DeviceMemory
 
 
 def check_nbytes(nbytes: int) -> int:
-    """Return a size of memory, or raise ValueError if it is not at least one byte."""
+    """Return a size of memory, or raise ValueError if it is less than one byte."""
     if nbytes < 1:
         raise ValueError(f"{nbytes} bytes cannot be allocated")
     return nbytes
 
 
 def check_bytes(array: Bytes, writeable: bool = False) -> Bytes:
-    """Return an array that can be copied from, or also to, as it lies in memory, or raise ValueError."""
+    """Return an array if it is uint8, C-contiguous and, where asked for, writeable; else raise ValueError."""
     if writeable and not array.flags.writeable:
         raise ValueError("a read-only array cannot be copied to")
     if array.dtype != np.uint8 or not array.flags.c_contiguous:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,60 +13,30 @@ from facespec.spec import ModelSpec
 from trt_runtime.gpu import tensorrt_api as api
 from trt_runtime.gpu.device import Device, Stream, out_of_memory
 from trt_runtime.gpu.flavor import FLAVORS
-from trt_runtime.gpu.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
+from trt_runtime.gpu.sidecar import Profile, Sidecar, check_engine, read_sidecar, sidecar_path
 from trt_runtime.kernels import PLUGIN, ensure_library, load_letterbox
 
 Shape = tuple[int, int, int]
 """(B, H, W) of the input."""
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Which inputs an engine takes.
-
-    Attributes:
-        smallest: Smallest (B, H, W).
-        best: What it is tuned for.
-        largest: Largest.
-    """
-
-    smallest: Shape
-    best: Shape
-    largest: Shape
-
-    @property
-    def fixed_hw(self) -> tuple[int, int] | None:
-        """The one network size, or None if there are several."""
-        return self.best[1:] if self.smallest[1:] == self.largest[1:] else None
-
-    def takes(self, size_hw: tuple[int, int]) -> bool:
-        """Whether a network size is within it."""
-        return all(
-            low <= side <= high for low, side, high in zip(self.smallest[1:], size_hw, self.largest[1:], strict=True)
-        )
-
-    def __str__(self) -> str:
-        sizes = [f"{shape[1]}x{shape[2]}" for shape in (self.smallest, self.largest)]
-        return sizes[0] if self.fixed_hw else f"{sizes[0]} to {sizes[1]}"
-
-
 class Context(Protocol):
-    """A network made ready for one shape, at fixed addresses."""
+    """A network that is prepared for one shape and fixed addresses."""
 
     def enqueue(self, stream: Any) -> None:
         """Put the network, decoding and NMS on a stream.
 
         Raises:
-            GpuError: It was refused.
+            GpuError: The engine refused the run.
         """
         ...
 
     def plugin_share(self, stream: Any) -> float:
-        """Return the share of its time that decoding and NMS take, measured; 0 where it cannot be told."""
+        """Measure and return the share of its time that decoding and NMS take, 0 to 1; 0 if it cannot be measured."""
         ...
 
     def close(self) -> None:
-        """Let go of it."""
+        """Free it."""
         ...
 
 
@@ -75,10 +44,10 @@ class Engine(Protocol):
     """A detector graph on a device.
 
     Attributes:
-        backend: What runs it.
+        backend: Name of the library that runs it: "tensorrt", "rtx", "host".
         spec: The model.
         files: Its files.
-        profile: Which inputs it takes.
+        profile: Sizes that it takes.
         workspace_bytes: Device memory that a context needs while it runs.
     """
 
@@ -93,13 +62,20 @@ class Engine(Protocol):
 
         Args:
             shape: (B, H, W).
-            addresses: Of `images` and of every output.
+            addresses: Addresses of `images` and of every output.
             workspace: Address of `workspace_bytes` of memory; contexts that never run at the same time may share it.
         """
         ...
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Any) -> None:
-        """Put on a stream: fill `images` with the frames described at an address; see `trt_runtime.kernels`."""
+        """Put the letterbox kernel on a stream; see `trt_runtime.kernels`.
+
+        Args:
+            frames: Address of the descriptions of the frames, one `LetterboxFrame` for each image.
+            shape: (B, H, W) of `images`.
+            images: Address of the letterboxed frames, uint8 (B, H, W, 3), which are written.
+            stream: A stream of the device.
+        """
         ...
 
     def environment(self) -> dict[str, Any]:
@@ -112,17 +88,17 @@ class Engine(Protocol):
 
 
 class TrtEngine:
-    """An engine file of TensorRT or TensorRT-RTX. Its sidecar is checked before anything loads the file.
+    """An engine file of TensorRT or TensorRT-RTX. Its sidecar is checked before the file is loaded.
 
     Args:
         path: Engine, written by `python -m export.to_trt`, with its sidecar beside it.
-        device: Where it is to run, active on this thread.
+        device: The device to run on, active on this thread.
 
     Raises:
-        ModelFileError: Missing, not what its sidecar says, or built for another GPU, plugin or TensorRT; the message
-            names the command that builds it again.
-        MissingPackageError: That TensorRT is not installed.
-        BuildError: The plugin library must be compiled, and cannot be.
+        ModelFileError: The engine is missing, differs from its sidecar, or was built for another GPU, plugin or
+            TensorRT; the message names the command that builds it again.
+        MissingPackageError: The TensorRT that built it is not installed.
+        BuildError: The plugin library is not compiled yet and cannot be compiled.
         GpuError: The engine cannot be loaded.
     """
 
@@ -133,8 +109,9 @@ class TrtEngine:
         self.backend = flavor.name
         self.spec = sidecar.spec
         self.files = [Path(path), sidecar_path(path)]
-        shapes = [sidecar.profile[name] for name in ("min", "opt", "max")]
-        self.profile = Profile(*((shape[0], shape[1], shape[2]) for shape in shapes))
+        least, best, most = (sidecar.profile[name] for name in ("min", "opt", "max"))
+        sizes_hw = (least[1], least[2]), (best[1], best[2]), (most[1], most[2])
+        self.profile = Profile((least[0], best[0], most[0]), sizes_hw)
         self._device = device
         self._making = threading.Lock()
         self._trt = trt = require(flavor.module, flavor.extra, f"running {path}")
@@ -162,7 +139,7 @@ class TrtEngine:
         """As `Engine.context`.
 
         Raises:
-            DeviceMemoryError: There is no memory for it.
+            DeviceMemoryError: The device has no memory for it.
             GpuError: TensorRT refuses the shape or an address.
         """
         with self._making:
@@ -178,25 +155,23 @@ class TrtEngine:
         return TrtContext(self, context)
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Stream) -> None:
-        """As `Engine.letterbox`."""
         pad = self.spec.preprocess.mean_bgr
         self._launch_letterbox(frames, shape[0], (shape[1], shape[2]), pad, images, stream.handle)
 
     def environment(self) -> dict[str, Any]:
-        """As `Engine.environment`."""
         return {"backend": self.backend, FLAVORS[self.backend].title: self._trt.__version__}
 
     def close(self) -> None:
-        """As `Engine.close`; contexts must be gone."""
+        """As `Engine.close`; close its contexts before."""
         self._cache = self._engine = self._runtime = None
 
     def _reason(self) -> str:
-        """Return the last error of the logger, to be put into a message."""
+        """Return the last error of the logger in brackets, for an error message; "" if there is none."""
         return f" ({' '.join(self._logger.errors[-1].split())[:300]})" if self._logger.errors else ""
 
     def _check_contract(self, path: str | Path) -> None:
         found = api.tensors(self._trt, self._engine)
-        expected: dict[str, tuple[bool, str, api.Shape]] = {
+        expected: dict[str, tuple[bool, str, tuple[int, ...]]] = {
             name: (False, kind, shape) for name, (kind, shape) in self.spec.decode.outputs.items()
         }
         expected["images"] = (True, "uint8", (3,))
@@ -216,12 +191,11 @@ class TrtContext:
         self._context = context
 
     def enqueue(self, stream: Stream) -> None:
-        """As `Context.enqueue`."""
         if not api.enqueue(self._context, stream.handle):
             raise GpuError(f"TensorRT cannot run the network{self._owner._reason()}")
 
     def plugin_share(self, stream: Stream) -> float:
-        """As `Context.plugin_share`; the context must not be captured afterwards."""
+        """As `Context.plugin_share`; this context must not be captured afterwards."""
         times = api.start_profile(self._owner._trt, self._context)
         for _ in range(10):
             self.enqueue(stream)
@@ -231,15 +205,14 @@ class TrtContext:
         return sum(ms for name, ms in times.ms.items() if PLUGIN.node in name) / total if total else 0.0
 
     def close(self) -> None:
-        """As `Context.close`."""
         self._context = None
 
 
 def check_runs_here(path: str | Path, sidecar: Sidecar, capability: int, device: str) -> None:
-    """Refuse an engine that is not what its sidecar says, or not for this GPU.
+    """Check that an engine is the one its sidecar describes, and built for this GPU.
 
     Raises:
-        ModelFileError: The message names the command that builds the right one.
+        ModelFileError: It is not; the message names the command that builds the right one.
     """
     problems = check_engine(path, sidecar)
     if problems:
@@ -253,7 +226,7 @@ def check_runs_here(path: str | Path, sidecar: Sidecar, capability: int, device:
 
 
 def _check_version(path: str | Path, sidecar: Sidecar, installed: str) -> None:
-    """Refuse an engine of another version: TensorRT's run in the version that built them, RTX's in its minor."""
+    """Raise ModelFileError if another version built it: TensorRT must match in three numbers, TensorRT-RTX in two."""
     digits = 2 if sidecar.flavor == "rtx" else 3
     if sidecar.version.split(".")[:digits] != installed.split(".")[:digits]:
         raise ModelFileError(

@@ -1,4 +1,4 @@
-"""Which TensorRT is at hand: TensorRT 10 or 11, or TensorRT-RTX."""
+"""The kinds of TensorRT, and which is installed: TensorRT 10 or 11, or TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Flavor:
-    """A TensorRT.
+    """A kind of TensorRT.
 
     Attributes:
         name: "tensorrt" or "rtx".
-        title: What people call it.
+        title: Name for messages.
         module: Python module.
         extra: The extra of this project that installs it.
-        capabilities: Compute capabilities an engine can be built for without their GPU.
+        capabilities: Compute capabilities that it builds engines for on any machine, without such a GPU.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Flavor:
     capabilities: tuple[int, ...] = ()
 
     def installed(self) -> bool:
-        """Whether its Python package can be found; nothing is imported."""
+        """Whether its Python package is installed; the package is not imported."""
         return importlib.util.find_spec(self.module) is not None
 
     def require(self) -> None:
@@ -63,10 +63,10 @@ FLAVORS = {flavor.name: flavor for flavor in (TENSORRT, RTX)}
 
 
 def find_flavor(name: str = AUTO) -> Flavor:
-    """Return a flavour by its name; "auto" takes TensorRT where it and a GPU are at hand, else TensorRT-RTX.
+    """Return a flavour by its name; "auto" takes TensorRT if it is installed and there is a GPU, else TensorRT-RTX.
 
     Raises:
-        MissingPackageError: It is not installed, or with "auto" none is.
+        MissingPackageError: It is not installed, or with "auto" neither can be used.
     """
     if name != AUTO:
         flavor = FLAVORS[name]
@@ -83,7 +83,7 @@ def find_flavor(name: str = AUTO) -> Flavor:
 
 
 def gpu_capability() -> int | None:
-    """Return the compute capability of the first GPU, 86 for 8.6, or None without a GPU or its driver."""
+    """Return the compute capability of the first GPU, 86 for 8.6; None without a GPU or without a driver."""
     major_attribute, minor_attribute = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -103,8 +103,8 @@ def child_environment(flavor: Flavor) -> Iterator[dict[str, str]]:
     """Yield the environment in which a child process can use a flavour.
 
     TensorRT-RTX's ONNX parser opens its core library by a bare name, `libtensorrt_rtx.so`, when it meets a plugin, and
-    aborts if that is not found. The pip package has `libtensorrt_rtx.so.1` only, so a link to it goes on the search
-    path of the dynamic loader, which reads that when a process starts.
+    aborts if that is not found. The pip package has `libtensorrt_rtx.so.1` only, so a folder with a link to it is added
+    to LD_LIBRARY_PATH, which the dynamic loader reads when a process starts.
     """
     environment = dict(os.environ)
     package = importlib.util.find_spec("tensorrt_rtx_libs") if flavor is RTX else None

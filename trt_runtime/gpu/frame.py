@@ -1,19 +1,19 @@
-"""Frames that are on a device already: where they lie, read off DLPack or the CUDA array interface without a copy."""
+"""Frames that lie on a device already: DLPack and the CUDA array interface tell their address, without a copy."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from facespec.errors import FrameError
+from trt_runtime.kernels import PixelFormat
 
-PixelFormat = Literal["bgr", "nv12_bt601", "nv12_bt601_full", "nv12_bt709", "nv12_bt709_full"]
 Nv12Matrix = Literal["bt601", "bt601_full", "bt709", "bt709_full"]
-MATRICES = ("bt601", "bt601_full", "bt709", "bt709_full")
+MATRICES = get_args(Nv12Matrix)
 
 UINT8 = np.dtype(np.uint8)
 
@@ -27,14 +27,14 @@ class DeviceFrame:
     """Where a frame lies on a device.
 
     Attributes:
-        address: Of the first row: BGR pixels, or luma.
+        address: Address of the first row: BGR pixels, or luma.
         pitch: Bytes from row to row, at least those of a row.
         frame_hw: Height and width in pixels.
-        device_index: The GPU as CUDA counts the visible ones; None where nobody knows, or there is none.
+        device_index: Number of the GPU as CUDA counts the visible ones; None if unknown, or on the CPU.
         owner: Keeps the memory alive; hold the frame until the stream that reads it is synchronised.
-        pixel_format: "bgr" is uint8 (H, W, 3); "nv12_..." is luma (H, W) and interleaved chroma (H/2, W/2, 2), and
-            names the matrix that turns it into BGR.
-        chroma_address: Of the first row of chroma, 0 for BGR.
+        pixel_format: BGR is uint8 (H, W, 3); NV12_... is luma (H, W) and interleaved chroma (H/2, W/2, 2), and names
+            the matrix that turns it into BGR.
+        chroma_address: Address of the first row of chroma, 0 for BGR.
         chroma_pitch: Bytes from row to row of chroma, 0 for BGR.
     """
 
@@ -43,19 +43,19 @@ class DeviceFrame:
     frame_hw: tuple[int, int]
     device_index: int | None
     owner: object = field(repr=False, compare=False)
-    pixel_format: PixelFormat = "bgr"
+    pixel_format: PixelFormat = PixelFormat.BGR
     chroma_address: int = 0
     chroma_pitch: int = 0
 
 
 @dataclass(frozen=True)
 class Nv12Frame:
-    """A frame as hardware decoders give it: two arrays on the device.
+    """A frame from a hardware decoder: two arrays on the device.
 
     Attributes:
         luma: uint8 (H, W), H and W even; rows may be padded.
         chroma: uint8 (H/2, W) or (H/2, W/2, 2), U and V interleaved.
-        matrix: How it becomes BGR: "bt709" for HD video, "bt601" for SD, "..._full" where values go from 0 to 255.
+        matrix: Conversion to BGR: "bt709" for HD video, "bt601" for SD, "..._full" if luma goes from 0 to 255.
     """
 
     luma: object
@@ -72,13 +72,13 @@ class _Array:
     """An array on a device.
 
     Attributes:
-        address: Of its first element.
-        shape: Elements.
-        strides: Bytes.
-        kind: "uint8", for instance.
-        device_index: Of its GPU, if it says so.
+        address: Address of its first element.
+        shape: Number of elements in each dimension.
+        strides: Bytes from element to element in each dimension.
+        kind: Type of the elements, such as "uint8".
+        device_index: Number of its GPU; None if the array does not say.
         stream: Handle of the stream that the reader must wait for, or None.
-        owner: Keeps it alive.
+        owner: Keeps the memory alive.
     """
 
     address: int
@@ -99,13 +99,13 @@ def read_frame(
     """Return where a frame lies on a device, or None if it lies on none; see `Device.frame`.
 
     Args:
-        frame: A DLPack or CUDA array interface object, an `Nv12Frame`, or anything else.
-        stream: The `Stream` that is to read it, active on this thread.
-        device_index: Of the GPU that it must be on; None does not check.
-        locate: Returns the GPU an address belongs to, or None; asked about arrays that do not say.
+        frame: An object with DLPack or the CUDA array interface, an `Nv12Frame`, or any other object.
+        stream: The `Stream` that will read it; its device is active on this thread.
+        device_index: Number of the GPU that the frame must lie on; None does not check.
+        locate: Returns the number of the GPU that an address belongs to, or None; called for arrays that do not say.
 
     Raises:
-        FrameError: On a device, but another one, or not such a frame.
+        FrameError: It lies on another device, or has another type, shape or layout.
     """
     if isinstance(frame, Nv12Frame):
         luma, chroma = (_read_array(plane, stream.handle, device_index) for plane in (frame.luma, frame.chroma))
@@ -156,21 +156,21 @@ def _nv12_frame(luma: _Array, chroma: _Array, matrix: Nv12Matrix) -> DeviceFrame
         (height, width),
         None,
         (luma.owner, chroma.owner),
-        f"nv12_{matrix}",  # type: ignore[arg-type]
+        PixelFormat[f"NV12_{matrix.upper()}"],
         chroma.address,
         _pitch(chroma, "chroma", width),
     )
 
 
 def _pitch(array: _Array, what: str, row_bytes: int) -> int:
-    """Return the bytes from row to row of an array whose rows are each in one piece."""
+    """Return the bytes from row to row of an array; raise FrameError unless each row is contiguous."""
     if array.kind != "uint8":
         raise FrameError(f"{what} must be uint8 with values 0..255, got {array}")
     if 0 in array.shape:
         raise FrameError(f"{what} is empty: {array}")
     inner = 1
     for side, stride in zip(reversed(array.shape[1:]), reversed(array.strides[1:]), strict=True):
-        if side > 1 and stride != inner:  # where there is one, its stride says nothing
+        if side > 1 and stride != inner:  # the stride of a single element has no meaning
             raise FrameError(f"rows of {what} must be in one piece, got strides of {array.strides} bytes: {_MEND}")
         inner *= side
     if array.shape[0] == 1:
@@ -181,7 +181,7 @@ def _pitch(array: _Array, what: str, row_bytes: int) -> int:
 
 
 def _read_array(array: Any, stream_handle: int, device_index: int | None) -> _Array | None:
-    """Return where an array lies on a device; None if it is in the host's memory or no array."""
+    """Return where an array lies on a device; None if it lies in the host's memory or is no array."""
     if isinstance(array, type):
         return None
     if hasattr(array, "__dlpack_device__") and hasattr(array, "__dlpack__"):
@@ -192,7 +192,7 @@ def _read_array(array: Any, stream_handle: int, device_index: int | None) -> _Ar
             raise FrameError(
                 f"the frame is on a device that is not CUDA's (DLPack calls it {int(kind)}): copy it first"
             )
-        _check_index(int(index), device_index)  # before torch says it in its own way
+        _check_index(int(index), device_index)  # else torch raises an error of its own below
         return _read_capsule(_capsule(array, stream_handle), int(index))
     try:
         interface = getattr(array, "__cuda_array_interface__", None)
@@ -202,11 +202,11 @@ def _read_array(array: Any, stream_handle: int, device_index: int | None) -> _Ar
 
 
 def _capsule(array: Any, stream_handle: int) -> object:
-    """Return a DLPack capsule; its producer makes our stream wait for the content."""
+    """Return a DLPack capsule; the producer lets our stream wait for its content."""
     try:
         try:
             return array.__dlpack__(stream=stream_handle, max_version=(1, 0))
-        except TypeError:  # a producer of before DLPack 1.0
+        except TypeError:  # the producer is older than DLPack 1.0
             return array.__dlpack__(stream=stream_handle)
     except Exception as error:  # tensors that need gradients, for instance
         raise FrameError(f"a {type(array).__name__} cannot be read as a frame: {_line(error)}") from None
@@ -228,7 +228,7 @@ class _DLTensor(ctypes.Structure):
 
 
 class _VersionedTensor(ctypes.Structure):
-    """DLManagedTensorVersioned; the one of before DLPack 1.0 begins with the DLTensor."""
+    """DLManagedTensorVersioned; before DLPack 1.0 the structure begins with the DLTensor."""
 
     _fields_ = (
         ("major", ctypes.c_uint32),
@@ -247,7 +247,7 @@ _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_cha
 
 
 def _read_capsule(capsule: object, device_index: int | None) -> _Array:
-    """Return the array of a DLPack capsule, which becomes its owner: nobody consumes it, so it deletes the tensor."""
+    """Return the array of a DLPack capsule. The capsule is its owner: it is not consumed, so it frees the tensor."""
     if _is_valid(capsule, b"dltensor_versioned"):
         managed = _VersionedTensor.from_address(_get_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:
@@ -263,7 +263,7 @@ def _read_capsule(capsule: object, device_index: int | None) -> _Array:
     return _Array(
         (tensor.data or 0) + tensor.byte_offset,
         shape,
-        strides,  # elements, and those are bytes for the one type that goes through
+        strides,  # DLPack counts elements; only uint8 is accepted later, so they are bytes
         kind if tensor.type_lanes == 1 else f"{kind}x{tensor.type_lanes}",
         device_index,
         None,

@@ -1,4 +1,4 @@
-"""What travels beside an engine: `<engine>.json`, checked before anything loads the engine."""
+"""The sidecar of an engine, `<engine>.json`: it describes the engine, and is checked before the engine is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from facespec.errors import ModelFileError, SpecError
-from facespec.spec import ModelSpec
+from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, check_size
 from trt_runtime.kernels import PLUGIN
 
 FORMAT_VERSION = 1
@@ -22,12 +22,13 @@ RTX_MAGIC = b"vtrt"
 RTX_HEADER_BYTES = 64
 RTX_CAPABILITY_BITS = {75: 1, 80: 2, 86: 4, 89: 8, 120: 16, 121: 32}
 
+MAX_BATCH = 65535
+"""Frames in a batch: a limit of the plugin's grid of thread blocks."""
+
 _SELF_HASH = "sidecar_sha256"
 
-Shape = tuple[int, ...]
-
 Convolutions = dict[str, tuple[int, str]]
-"""Multiply-accumulates for one image, and precision, of each convolution, by the name of its node in the ONNX graph."""
+"""Each convolution's multiply-accumulates for one image, and precision, by the name of its node in the ONNX graph."""
 
 
 def precision_shares(convolutions: Convolutions) -> dict[str, float]:
@@ -39,27 +40,75 @@ def precision_shares(convolutions: Convolutions) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Sidecar:
-    """An engine, as its builder knew it.
+class Profile:
+    """The inputs that an engine takes.
 
     Attributes:
-        engine_sha256: Of the engine file.
-        engine_bytes: Its size.
+        batch: Smallest, best and largest number of frames.
+        sizes_hw: Smallest, best and largest (height, width), multiples of 32.
+    """
+
+    batch: tuple[int, int, int] = (1, 1, 8)
+    sizes_hw: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] = ((640, 640), (640, 640), (640, 640))
+
+    def __post_init__(self) -> None:
+        for size in self.sizes_hw:
+            check_size(size)
+        if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2] <= MAX_BATCH:
+            raise SpecError(
+                f"--batch {':'.join(map(str, self.batch))}: give MIN:OPT:MAX, ascending, from 1 to {MAX_BATCH}"
+            )
+        for side in (0, 1):
+            low, best, high = (size[side] for size in self.sizes_hw)
+            if not low <= best <= high:
+                raise SpecError(f"--size: the {('heights', 'widths')[side]} {low}, {best}, {high} do not ascend")
+        pixels = self.batch[2] * self.sizes_hw[2][0] * self.sizes_hw[2][1]
+        if pixels > MAX_NETWORK_PIXELS * 8:
+            raise SpecError(f"--batch times --size is up to {pixels} pixels, an engine takes {MAX_NETWORK_PIXELS * 8}")
+
+    @property
+    def fixed_hw(self) -> tuple[int, int] | None:
+        """The network size, if there is only one; else None."""
+        return self.sizes_hw[0] if len(set(self.sizes_hw)) == 1 else None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape (B, H, W, 3) of the input `images` for each of "min", "opt" and "max"."""
+        names = ("min", "opt", "max")
+        return {name: (b, *hw, 3) for name, b, hw in zip(names, self.batch, self.sizes_hw, strict=True)}
+
+    def takes(self, size_hw: tuple[int, int]) -> bool:
+        """Whether a network size lies between the smallest and the largest."""
+        smallest, _, largest = self.sizes_hw
+        return all(low <= side <= high for low, side, high in zip(smallest, size_hw, largest, strict=True))
+
+    def __str__(self) -> str:
+        sizes = [f"{height}x{width}" for height, width in (self.sizes_hw[0], self.sizes_hw[2])]
+        return sizes[0] if self.fixed_hw else f"{sizes[0]} to {sizes[1]}"
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What the builder recorded about an engine.
+
+    Attributes:
+        engine_sha256: SHA-256 of the engine file.
+        engine_bytes: Size of the engine file.
         flavor: "tensorrt" or "rtx".
         version: Version of that TensorRT.
-        compute_capabilities: GPUs it was built for, 86 for 8.6.
+        compute_capabilities: Compute capabilities that it was built for, 86 for 8.6.
         plugin: Name, version, namespace, and hash of the sources, of the decode + NMS plugin.
-        precision: What was asked for: "fp32", "fp16", "int8".
+        precision: The precision that was asked for: "fp32", "fp16", "int8".
         convolutions: Multiply-accumulates and precision of each convolution in the strongly typed graph.
         profile: Smallest, best and largest (B, H, W, 3) of the input `images`.
-        calibration: Source, number of images and seed that INT8 was calibrated with, and its recipe; {} for the others.
-        parity: How far its graph is from PyTorch on a few photographs: largest differences of raw heads, of boxes and
-            landmarks in pixels and of scores, and the numbers of images and of faces; export.verify says more.
-        onnx_sha256: Of the plugin form it was built from.
+        calibration: Source, number of images, seed and recipe of the INT8 calibration; {} for other precisions.
+        parity: Difference between its graph and PyTorch on a few photographs: the largest differences of raw heads, of
+            boxes and landmarks in pixels and of scores, and the numbers of images and of faces.
+        onnx_sha256: SHA-256 of the plugin form it was built from.
         spec: The model.
         built: Date, ISO 8601.
         toolkit: Version of this project.
-        command: What builds it again.
+        command: Command that builds it again.
     """
 
     engine_sha256: str
@@ -70,7 +119,7 @@ class Sidecar:
     plugin: dict[str, str]
     precision: str
     convolutions: Convolutions
-    profile: dict[str, Shape]
+    profile: dict[str, tuple[int, ...]]
     calibration: dict[str, Any]
     parity: dict[str, float]
     onnx_sha256: str
@@ -85,7 +134,7 @@ class Sidecar:
         return precision_shares(self.convolutions)
 
     def to_json(self) -> str:
-        """Return the JSON form: one field a line, and a hash of them all against slips of the hand."""
+        """Return the JSON form: one field a line, and a hash of all fields, which shows edits by hand."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         data = {"format": FORMAT_VERSION, **values, "spec": json.loads(self.spec.to_json())}
         data[_SELF_HASH] = _digest(data)
@@ -97,7 +146,7 @@ class Sidecar:
         """Read `to_json`'s form.
 
         Raises:
-            SpecError: Not that form, impossible values, edited, or written by another version.
+            SpecError: The text has another form, was edited or written by another version, or a value is impossible.
         """
         try:
             data = json.loads(text)
@@ -108,7 +157,7 @@ class Sidecar:
                 raise SpecError("it is not as it was written: its own hash differs")
         except SpecError:
             raise
-        except (ValueError, RecursionError) as error:  # to write it again may go deeper than to read it
+        except (ValueError, RecursionError) as error:  # the digest may recurse deeper than json.loads did
             raise SpecError(f"not JSON: {error}") from None
         del data["format"]
         names = {item.name for item in dataclasses.fields(cls)}
@@ -169,13 +218,13 @@ _CHECKS = {
 
 @dataclass(frozen=True)
 class EngineHeader:
-    """What an engine file says about itself without a GPU.
+    """The header of an engine file, which can be read without a GPU.
 
     Attributes:
         kind: "rtx", "tensorrt" or "unknown".
-        version: Of TensorRT-RTX; "" for the others.
-        compute_capabilities: Of a TensorRT-RTX engine.
-        size: Bytes it should have; 0 if it does not say.
+        version: Version of TensorRT-RTX; "" for other kinds.
+        compute_capabilities: Compute capabilities of a TensorRT-RTX engine; () for other kinds.
+        size: Size of the file in bytes according to the header; 0 for other kinds.
     """
 
     kind: str
@@ -185,15 +234,18 @@ class EngineHeader:
 
 
 def sidecar_path(engine: str | Path) -> Path:
-    """Return where the sidecar of an engine lies."""
+    """Return the path of an engine's sidecar."""
     return Path(f"{engine}.json")
 
 
 def read_header(data: bytes) -> EngineHeader:
-    """Return what the first bytes of an engine say.
+    """Return the header of an engine.
 
     The header of TensorRT-RTX has 64 bytes: magic `vtrt`, the size at byte 16, the version in bytes 24 to 27, a bit for
-    each compute capability at byte 32. TensorRT's own begins with `ftrt` and is not documented further.
+    each compute capability at byte 32. TensorRT's begins with `ftrt`; the rest of it is not documented.
+
+    Args:
+        data: The first `RTX_HEADER_BYTES` of the file, or more.
     """
     if data[:4] == RTX_MAGIC and len(data) >= RTX_HEADER_BYTES:
         (size,) = struct.unpack_from("<Q", data, 16)
@@ -207,7 +259,7 @@ def read_sidecar(engine: str | Path) -> Sidecar:
     """Return the sidecar of an engine.
 
     Raises:
-        ModelFileError: Missing, too large, or not a sidecar.
+        ModelFileError: It is missing, too large, or not a sidecar.
     """
     path = sidecar_path(engine)
     try:
@@ -223,7 +275,7 @@ def read_sidecar(engine: str | Path) -> Sidecar:
 
 
 def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
-    """Return what speaks against loading an engine, each as one line; empty if nothing does.
+    """Return the reasons not to load an engine, each as one line; empty if there are none.
 
     Raises:
         ModelFileError: The file is missing or cannot be read.
@@ -266,7 +318,7 @@ def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
 
 
 def _missing_from_rtx(content: mmap.mmap, sidecar: Sidecar) -> list[str]:
-    """Return what of the plugin is not in an engine; TensorRT-RTX stores its name and attributes as they are."""
+    """Return a line about the plugin or attribute that an engine lacks; TensorRT-RTX stores both in plain bytes."""
     start = content.find(PLUGIN.name.encode())
     if start < 0:
         return [f"there is no {PLUGIN.name} in it"]

@@ -1,8 +1,8 @@
-"""The interface of a GPU on the CPU: for developing and testing what runs on a GPU, where there is none.
+"""`HostDevice`: the CPU with the interface of a GPU, for developing and testing GPU code without a GPU.
 
-It keeps to CUDA's rules where they could be broken unnoticed: streams run on threads of their own, memory starts as
-rubbish, closed memory cannot be reached, a failed piece of work loses the device, and what must not be done in a
-capture is refused.
+It enforces those of CUDA's rules that are easily broken unnoticed: each stream runs on a thread of its own, new memory
+is filled with rubbish, closed memory cannot be reached, failed work loses the device, and calls that a capture forbids
+are refused.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from trt_runtime.gpu.device import ALIGNMENT, Bytes, Capture, PinnedArray, check
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame, read_frame
 
 POISON = 0xFF
-"""What memory holds before anything is written: NaN as float32 and float16, -1 as int32."""
+"""Byte that new memory is filled with: NaN as float32 and float16, -1 as int32."""
 
 GUARD = 0xA5
-"""What stands in the ALIGNMENT bytes before and after an allocation; `HostMemory.close` checks it."""
+"""Byte that the ALIGNMENT bytes before and after an allocation are filled with; `HostMemory.close` checks them."""
 
 Work = Callable[[], object]
 
 
 class HostDevice:
-    """The CPU as a `Device`; host kernels are put on its streams with `HostStream.submit`.
+    """The CPU as a `Device`; `HostStream.submit` puts host kernels on its streams.
 
     Args:
-        memory_limit: Bytes that may be allocated at once; None: what the machine has.
-        delay_s: Every piece of work starts so much later, so that reading a result too early is noticed.
+        memory_limit: Bytes that may be allocated at the same time; None is the memory of the machine.
+        delay_s: Seconds that every piece of work waits before it starts, so that a result read too early is noticed.
 
     Attributes:
         name: "CPU".
         compute_capability: 0.
         can_capture: True.
-        allocated_bytes: What is allocated now, pinned memory left out.
+        allocated_bytes: Bytes that are allocated now, without pinned memory.
     """
 
     name = "CPU"
@@ -55,9 +55,9 @@ class HostDevice:
         self.allocated_bytes = 0
         self.delay_s = delay_s
         self._limit = memory_limit
-        self._lock = threading.RLock()  # memory may be released in the middle of anything
+        self._lock = threading.RLock()  # the garbage collector may release memory while this thread holds it
         self._live: dict[int, Bytes] = {}
-        self._pinned: weakref.WeakValueDictionary[int, Bytes] = weakref.WeakValueDictionary()  # alive as views are
+        self._pinned: weakref.WeakValueDictionary[int, Bytes] = weakref.WeakValueDictionary()  # until the last view
         self._streams: weakref.WeakValueDictionary[int, HostStream] = weakref.WeakValueDictionary()
         self._workers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._handles = itertools.count(0x1000, 0x10)
@@ -66,7 +66,6 @@ class HostDevice:
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """As `Device.activate`."""
         self._thread.depth = getattr(self._thread, "depth", 0) + 1
         try:
             yield
@@ -74,7 +73,6 @@ class HostDevice:
             self._thread.depth -= 1
 
     def stream(self) -> HostStream:
-        """As `Device.stream`."""
         self.check()
         stream = HostStream(self, next(self._handles))
         self._streams[stream.handle] = stream
@@ -102,7 +100,6 @@ class HostDevice:
         return memory
 
     def pinned(self, nbytes: int) -> PinnedArray:
-        """As `Device.pinned`."""
         self.check(may_capture=False)
         array = _aligned(check_nbytes(nbytes))
         array[:] = POISON
@@ -113,7 +110,7 @@ class HostDevice:
         """Return the memory of an address as uint8 (nbytes,), for host kernels and tests.
 
         Raises:
-            GpuError: It is not all in one live allocation.
+            GpuError: The bytes do not lie in one live allocation.
         """
         for start, content in tuple(self._live.items()):
             if start <= address and address + nbytes <= start + len(content):
@@ -121,11 +118,9 @@ class HostDevice:
         raise GpuError(f"{nbytes} bytes at {address:#x} are in no live allocation of this device")
 
     def copy_in(self, address: int, source: Bytes, stream: HostStream) -> None:
-        """As `Device.copy_in`."""
         self._copy(address, check_bytes(source), stream, inwards=True)
 
     def copy_out(self, target: Bytes, address: int, stream: HostStream) -> None:
-        """As `Device.copy_out`."""
         self._copy(address, check_bytes(target, writeable=True), stream, inwards=False)
 
     def _copy(self, address: int, array: Bytes, stream: HostStream, inwards: bool) -> None:
@@ -149,19 +144,18 @@ class HostDevice:
         )
 
     def free_and_total(self) -> tuple[int, int]:
-        """As `Device.free_and_total`: of the limit, or else of the machine."""
+        """As `Device.free_and_total`; of the limit if there is one, else of the machine."""
         if self._limit is not None:
             return self._limit - self.allocated_bytes, self._limit
         page = os.sysconf("SC_PAGE_SIZE")
         return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
 
     def event(self) -> HostEvent:
-        """As `Device.event`."""
         self.check()
         return HostEvent(self)
 
     def frame(self, frame: object, stream: HostStream) -> DeviceFrame | None:
-        """As `Device.frame`: takes `HostArray`, its own memory and `Nv12Frame` of these; all else is the host's."""
+        """As `Device.frame`; a `HostArray` and this device's memory are on the device, all other arrays on the host."""
         self.check()
         planes = (frame.luma, frame.chroma) if isinstance(frame, Nv12Frame) else (frame,)
         if not all(map(self._holds, planes)):
@@ -171,7 +165,7 @@ class HostDevice:
         return read_frame(frame, stream, None, lambda address: None)
 
     def _holds(self, plane: object) -> bool:
-        """Whether an array may be read here: what says it is CUDA's may be a GPU's."""
+        """Whether an array lies on this device; an array with CUDA's interface may lie on a GPU instead."""
         if isinstance(plane, HostArray):
             return True
         address = (getattr(plane, "__cuda_array_interface__", None) or {"data": (0,)})["data"][0]
@@ -183,10 +177,10 @@ class HostDevice:
             stream.close()
 
     def find_stream(self, handle: int) -> HostStream | None:
-        """Return the stream of a handle, None for the default ones, which nothing is ever put on.
+        """Return the stream of a handle; None for the default streams, which never have work.
 
         Raises:
-            GpuError: It has none of this handle.
+            GpuError: There is no such stream.
         """
         if handle in (1, 2):
             return None
@@ -196,10 +190,10 @@ class HostDevice:
             raise GpuError(f"stream {handle:#x} is none of this device") from None
 
     def check(self, may_capture: bool = True) -> None:
-        """Refuse what CUDA would.
+        """Raise an error if CUDA would refuse a call now.
 
         Args:
-            may_capture: Whether the call is allowed on a thread that captures.
+            may_capture: Whether a capture allows the call.
 
         Raises:
             GpuError: The device is not active on this thread, or the thread captures.
@@ -216,8 +210,8 @@ class HostDevice:
             stream.spoil("an allocation or a wait")
 
     def release(self, address: int, room: Bytes, what: str) -> None:
-        """Free an allocation once the streams have run dry, as cuMemFree does."""
-        if threading.current_thread() not in self._workers:  # one that lets go of the last reference to it
+        """Free an allocation after the work of all streams, as cuMemFree does."""
+        if threading.current_thread() not in self._workers:  # a worker may drop the last reference: it cannot wait
             for stream in tuple(self._streams.values()):
                 stream.drain()
         with self._lock:
@@ -228,16 +222,16 @@ class HostDevice:
             raise GpuError(f"something was written beside the memory of {what}")
 
     def set_capturing(self, stream: HostStream | None) -> None:
-        """Note the stream that the calling thread captures."""
+        """Set the stream that the calling thread captures."""
         self._thread.capturing = stream
 
     def lose(self, error: BaseException) -> None:
-        """Note the first failure of any work."""
+        """Record a failure of some work; the first one counts."""
         self._failure = self._failure or error
 
     @property
     def lost(self) -> bool:
-        """Whether some work has failed; what is left is not run."""
+        """Whether some work has failed; later work is not run."""
         return self._failure is not None
 
 
@@ -251,7 +245,6 @@ class HostMemory:
 
     @property
     def address(self) -> int:
-        """As `Memory.address`."""
         if not self._release.alive:
             raise GpuError("this memory has been closed")
         return self._address
@@ -266,10 +259,10 @@ class HostMemory:
 
 
 class HostStream:
-    """A stream of a `HostDevice`: a thread that does what it is given, in order.
+    """A stream of a `HostDevice`: a thread that does its work in order.
 
     Attributes:
-        handle: A number as CUstreams are.
+        handle: A number in the place of a CUstream.
         worker: The thread.
     """
 
@@ -286,11 +279,11 @@ class HostStream:
 
     @property
     def capturing(self) -> bool:
-        """Whether what is put on it is recorded at present."""
+        """Whether its work is being captured now."""
         return self._captured is not None
 
     def submit(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Put a call on the stream: a host kernel, or anything else. An exception loses the device.
+        """Put a call of a function on the stream. If the function raises an exception, the device is lost.
 
         Raises:
             GpuError: The stream has been closed.
@@ -324,7 +317,7 @@ class HostStream:
         self._device.check()
 
     def drain(self) -> None:
-        """Wait until everything on it is done."""
+        """Wait until all of its work is done."""
         done = threading.Event()
         if self._stop.alive:
             self._put(done.set)
@@ -332,7 +325,6 @@ class HostStream:
 
     @contextmanager
     def capture(self) -> Iterator[Capture]:
-        """As `Stream.capture`."""
         self._device.check(may_capture=False)
         if self.capturing:
             raise GpuError(f"stream {self.handle:#x} is being captured already")
@@ -349,7 +341,7 @@ class HostStream:
         capture.end(graph)
 
     def spoil(self, what: str) -> None:
-        """Refuse what cannot be captured; the capture fails, whatever becomes of this error.
+        """Refuse a call that cannot be captured; the capture fails even if the caller catches this error.
 
         Raises:
             GpuError: Always.
@@ -358,7 +350,6 @@ class HostStream:
         raise GpuError(f"{what} while stream {self.handle:#x} is being captured")
 
     def wait_for(self, handle: int) -> None:
-        """As `Stream.wait_for`."""
         self._device.check()
         if self.capturing:
             self.spoil("waiting for another stream")
@@ -370,11 +361,10 @@ class HostStream:
         self._put(reached.wait)
 
     def close(self) -> None:
-        """As `Stream.close`."""
         self._stop()
 
     def mark(self, function: Work) -> None:
-        """Put on the stream what is done even on a lost device."""
+        """Put a function on the stream that is called even if the device is lost."""
         self._device.check()
         if self.capturing:
             self.spoil("an event for timing")
@@ -392,7 +382,7 @@ class HostGraph:
     def __init__(self, device: HostDevice) -> None:
         self._device = device
         self._work: list[Work] | None = []
-        self._lock = threading.Lock()  # a graph does not run beside itself
+        self._lock = threading.Lock()  # one launch at a time
 
     def add(self, work: Work) -> None:
         """Append a piece of work."""
@@ -400,13 +390,11 @@ class HostGraph:
             self._work.append(work)
 
     def launch(self, stream: HostStream) -> None:
-        """As `Graph.launch`."""
         if self._work is None:
             raise GpuError("this graph has been closed")
         stream.submit(self._replay, tuple(self._work))
 
     def close(self) -> None:
-        """As `Graph.close`."""
         self._work = None
 
     def _replay(self, works: tuple[Work, ...]) -> None:
@@ -424,7 +412,6 @@ class HostEvent:
         self._seconds = 0.0
 
     def record(self, stream: HostStream) -> None:
-        """As `Event.record`."""
         passed = threading.Event()
 
         def note() -> None:
@@ -435,25 +422,23 @@ class HostEvent:
         self._passed = passed
 
     def synchronize(self) -> None:
-        """As `Event.synchronize`."""
         self._device.check(may_capture=False)
         if self._passed is not None:
             self._passed.wait()
         self._device.check()
 
     def elapsed_ms(self, since: HostEvent) -> float:
-        """As `Event.elapsed_ms`."""
         if not all(event._passed is not None and event._passed.is_set() for event in (since, self)):
             raise GpuError("an event was not recorded, or its stream has not passed it: synchronise it first")
         return (self._seconds - since._seconds) * 1e3
 
 
 class HostArray:
-    """A numpy array in the part of a frame on the device.
+    """A numpy array that a `HostDevice` takes for a frame on the device.
 
     Args:
         array: The frame or plane; it is not copied.
-        stream: Handle of the stream its content is made on, which whoever reads it must wait for.
+        stream: Handle of the stream that produces its content, and that readers must wait for; None if it is complete.
     """
 
     def __init__(self, array: NDArray[Any], stream: int | None = None) -> None:
@@ -469,13 +454,13 @@ class HostArray:
 
 
 def _run(work: queue.SimpleQueue[Work | None]) -> None:
-    """Do what comes, until None does; holds no stream, so that one that is forgotten ends."""
+    """Do work until None comes. The thread holds no reference to its stream, so a stream without references ends."""
     while True:
         item = work.get()
         if item is None:
             return
         item()
-        del item  # and what it holds
+        del item  # it holds arrays and memory
 
 
 def _aligned(nbytes: int) -> Bytes:

@@ -1,4 +1,4 @@
-"""A plugin form as an engine on the CPU: what `TRTRetinaFace(..., device="cpu")` runs, for developing without a GPU."""
+"""`HostEngine` runs a plugin form on the CPU for `TRTRetinaFace(..., device="cpu")`, to develop without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from facespec.cli import require
 from facespec.errors import ModelFileError
 from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
 from trt_runtime.cpu import open_session, read_detector
-from trt_runtime.gpu.engine import Profile, Shape
+from trt_runtime.gpu.engine import Shape
+from trt_runtime.gpu.sidecar import Profile
 from trt_runtime.gpu.simulated import HostDevice, HostStream
 from trt_runtime.kernels import PLUGIN, decode_nms, library, load_letterbox
 from trt_runtime.plugin_form import cut_heads
@@ -25,16 +26,16 @@ LARGEST_SIDE = MAX_NETWORK_PIXELS // MAX_BATCH // BEST_HW[0] // SIZE_MULTIPLE * 
 
 
 class HostEngine:
-    """A plugin form: its network in ONNX Runtime, the plugin's kernels on the host, on streams of a `HostDevice`.
+    """A plugin form on streams of a `HostDevice`: ONNX Runtime runs its network, host kernels letterbox and decode.
 
     Args:
         path: Plugin form, written by `python -m export.to_trt` beside its engine, or with --onnx-only.
-        device: Where it runs.
+        device: The device that it runs on.
 
     Raises:
-        ModelFileError: Missing, unsafe, or not a plugin form.
+        ModelFileError: The file is missing, unsafe, or not a plugin form.
         MissingPackageError: onnxruntime or onnx is not installed.
-        BuildError: The host kernels must be compiled, and there is no C++ compiler.
+        BuildError: The host kernels are not compiled yet, and there is no C++ compiler.
     """
 
     backend = "host"
@@ -58,14 +59,12 @@ class HostEngine:
         best = graph.fixed_hw or BEST_HW
         smallest = graph.fixed_hw or (SIZE_MULTIPLE, SIZE_MULTIPLE)
         largest = graph.fixed_hw or (LARGEST_SIDE, LARGEST_SIDE)
-        self.profile = Profile((1, *smallest), (1, *best), (MAX_BATCH, *largest))
+        self.profile = Profile((1, 1, MAX_BATCH), (smallest, best, largest))
 
     def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> HostContext:
-        """As `Engine.context`."""
         return HostContext(self, self._device, shape, addresses)
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: HostStream) -> None:
-        """As `Engine.letterbox`."""
         pad = self.spec.preprocess.mean_bgr
         stream.submit(self._launch_letterbox, frames, shape[0], (shape[1], shape[2]), pad, images, 0)
 
@@ -79,16 +78,14 @@ class HostEngine:
         return found, (end - middle) / (end - start)
 
     def environment(self) -> dict[str, Any]:
-        """As `Engine.environment`."""
         return {"backend": self.backend, "onnxruntime": require("onnxruntime", "cpu", "device cpu").__version__}
 
     def close(self) -> None:
-        """As `Engine.close`."""
         self._session = None
 
 
 class HostContext:
-    """A context of a `HostEngine`: reads and writes the device's memory where it was told to, and nowhere else."""
+    """A context of a `HostEngine`: it reads and writes the device's memory only at the addresses that it was given."""
 
     def __init__(self, engine: HostEngine, device: HostDevice, shape: Shape, addresses: dict[str, int]) -> None:
         self._shape = shape
@@ -105,15 +102,12 @@ class HostContext:
         self._work: Callable[[], None] = work
 
     def enqueue(self, stream: HostStream) -> None:
-        """As `Context.enqueue`."""
         stream.submit(self._work)
 
     def plugin_share(self, stream: HostStream) -> float:
-        """As `Context.plugin_share`."""
         self.enqueue(stream)
         stream.synchronize()
         return self._share
 
     def close(self) -> None:
-        """As `Context.close`."""
         del self._work

@@ -1,15 +1,12 @@
-"""Every call of TensorRT's Python API that running an engine takes; the same for TensorRT 10, 11 and TensorRT-RTX.
+"""All calls of TensorRT's Python API that run an engine; they work with TensorRT 10, 11 and TensorRT-RTX.
 
-`tests/export/test_api_surface.py` checks every name used here against their real bindings, found by the variables they
-are used on: trt, runtime, registry, engine, context and so on keep their meaning throughout this file.
+`tests/export/test_api_surface.py` checks every name that is used here against the real bindings.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from typing import Any
-
-Shape = tuple[int, ...]
 
 
 def make_logger(trt: Any) -> Any:
@@ -28,26 +25,26 @@ def make_logger(trt: Any) -> Any:
 
 
 def make_runtime(trt: Any, logger: Any) -> Any:
-    """Return a Runtime, or None if there can be none; the logger knows why."""
+    """Return a Runtime; None if TensorRT does not start, and the logger has the reason."""
     try:
         return trt.Runtime(logger)
-    except TypeError:  # the bindings' word for a null pointer
+    except TypeError:  # the bindings raise it for a null pointer
         return None
 
 
 def load_plugin(runtime: Any, library: str) -> bool:
-    """Let a Runtime know the plugins of a library; return whether it could be loaded."""
+    """Load a plugin library into a Runtime; return whether that worked."""
     registry = runtime.get_plugin_registry()
     return registry.load_library(library) is not None
 
 
 def deserialize(runtime: Any, content: bytes) -> Any:
-    """Return the engine of a file, or None; the logger knows why."""
+    """Return the engine of a file's content; None if TensorRT refuses it, and the logger has the reason."""
     return runtime.deserialize_cuda_engine(content)
 
 
-def tensors(trt: Any, engine: Any) -> dict[str, tuple[bool, str, Shape]]:
-    """Return name, whether it is an input, type as numpy names it, and shape of every input and output."""
+def tensors(trt: Any, engine: Any) -> dict[str, tuple[bool, str, tuple[int, ...]]]:
+    """Return every input and output by its name: whether it is an input, its type as numpy names it, its shape."""
     kinds = {trt.DataType.UINT8: "uint8", trt.DataType.INT32: "int32", trt.DataType.FLOAT: "float32"}
     found = {}
     for index in range(engine.num_io_tensors):
@@ -64,7 +61,7 @@ def workspace_bytes(engine: Any) -> int:
 
 
 def make_runtime_cache(trt: Any, engine: Any) -> Any:
-    """Return what keeps the kernels that TensorRT-RTX compiles for a shape, for other contexts; None of TensorRT."""
+    """Return the cache through which contexts share kernels that TensorRT-RTX compiled; None for TensorRT."""
     if not hasattr(trt, "CudaGraphStrategy"):
         return None
     runtime_config = engine.create_runtime_config()
@@ -76,12 +73,12 @@ def make_context(trt: Any, engine: Any, cache: Any) -> Any:
 
     Args:
         trt: Module.
-        engine: What it runs.
+        engine: The engine that it runs.
         cache: From `make_runtime_cache`; must outlive the context.
     """
     runtime_config = engine.create_runtime_config()
     runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    if cache is not None:  # TensorRT-RTX compiles kernels at run time: all of them now, before a capture
+    if cache is not None:  # TensorRT-RTX compiles kernels at run time: compile all now, a capture forbids it later
         runtime_config.set_runtime_cache(cache)
         runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         runtime_config.dynamic_shapes_kernel_specialization_strategy = (
@@ -89,18 +86,18 @@ def make_context(trt: Any, engine: Any, cache: Any) -> Any:
         )
     context = engine.create_execution_context(runtime_config)
     if context is not None:
-        # engines are built with all names in them, which would cost time at each launch
+        # engines contain all names of layers; to annotate them would cost time at each launch
         context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
     return context
 
 
-def bind(context: Any, shape: Shape, addresses: dict[str, int], workspace: int, nbytes: int) -> bool:
-    """Give a context the shape of `images`, the addresses of all tensors, and its memory; return whether it took them.
+def bind(context: Any, shape: tuple[int, ...], addresses: dict[str, int], workspace: int, nbytes: int) -> bool:
+    """Set a context's input shape, the addresses of all tensors, and its memory; return whether it accepts them.
 
     Args:
         context: From `make_context`.
-        shape: (B, H, W, 3).
-        addresses: By the names of the tensors.
+        shape: Shape of `images`, (B, H, W, 3).
+        addresses: Address of each tensor, by its name.
         workspace: Address of its memory, 256-byte aligned.
         nbytes: Size of that memory.
     """
@@ -117,7 +114,7 @@ def enqueue(context: Any, stream: int) -> bool:
 
 
 def start_profile(trt: Any, context: Any) -> Any:
-    """Let a context time its layers; return what holds the times, `.ms` by layer, after `end_profile`."""
+    """Let a context time its layers; return an object whose `.ms` has the times by layer after `end_profile`."""
 
     class LayerTimes(trt.IProfiler):
         def __init__(self) -> None:
@@ -134,5 +131,5 @@ def start_profile(trt: Any, context: Any) -> Any:
 
 
 def end_profile(context: Any) -> bool:
-    """Collect the times of what was enqueued and is done; return whether that worked."""
+    """Collect the times of the run that has ended; return whether that worked."""
     return bool(context.report_to_profiler())

@@ -24,7 +24,7 @@ from trt_runtime.gpu.device import (
     check_nbytes,
     out_of_memory,
 )
-from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame, read_frame
+from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame, PixelFormat, read_frame
 from trt_runtime.gpu.simulated import HostArray, HostDevice, HostStream
 from trt_runtime.trt import open_device
 
@@ -538,7 +538,7 @@ def test_an_interface_is_read(stream: HostStream, version: int) -> None:
     assert found == DeviceFrame(4096, 15, (4, 5), 0, frame)
     assert found is not None
     assert found.owner is frame
-    assert found.pixel_format == "bgr"
+    assert found.pixel_format == PixelFormat.BGR
 
 
 @pytest.mark.parametrize(
@@ -874,7 +874,7 @@ def test_nv12(device: HostDevice, stream: HostStream, pairs: bool) -> None:
     found = device.frame(frame, stream)
     assert found is not None
     assert (found.address, found.pitch, found.frame_hw) == (luma.ctypes.data, 8, (4, 6))
-    assert found.pixel_format == "nv12_bt601"
+    assert found.pixel_format == PixelFormat.NV12_BT601
     if not pairs:
         assert (found.chroma_address, found.chroma_pitch) == (chroma.ctypes.data, 10)
 
@@ -902,7 +902,7 @@ def test_nv12_of_every_matrix(stream: HostStream) -> None:
     for matrix in ("bt601", "bt601_full", "bt709", "bt709_full"):
         found = read(Nv12Frame(*planes, matrix), stream)  # type: ignore[arg-type]
         assert found is not None
-        assert (found.pixel_format, found.pitch, found.chroma_pitch) == (f"nv12_{matrix}", 6, 6)
+        assert (found.pixel_format, found.pitch, found.chroma_pitch) == (PixelFormat[f"NV12_{matrix.upper()}"], 6, 6)
         assert found.owner == planes
         assert (found.address, found.chroma_address) == (4096, 8192)
     assert Nv12Frame(*planes).matrix == "bt709"

@@ -25,8 +25,8 @@ from tests.faces import assert_identical
 from tests.trt_runtime.fake_tensorrt import WORKSPACE, FakeGpu, FakeTensorRT
 from trt_runtime import TRTRetinaFace
 from trt_runtime.gpu import tensorrt_api
-from trt_runtime.gpu.engine import Profile, TrtEngine, check_runs_here
-from trt_runtime.gpu.sidecar import read_sidecar
+from trt_runtime.gpu.engine import TrtEngine, check_runs_here
+from trt_runtime.gpu.sidecar import Profile, read_sidecar
 from trt_runtime.gpu.simulated import HostArray, HostDevice
 from trt_runtime.gpu.simulated_engine import MAX_BATCH, HostEngine
 from trt_runtime.kernels import library
@@ -383,7 +383,7 @@ def test_an_engine_runs_in_the_version_that_built_it(
 
 def test_what_an_engine_knows(rig: Rig) -> None:
     engine = rig.engine()
-    assert engine.profile == Profile((1, 32, 32), (2, 64, 96), (4, 320, 640))
+    assert engine.profile == Profile((1, 2, 4), ((32, 32), (64, 96), (320, 640)))
     assert engine.workspace_bytes == WORKSPACE
     assert engine.spec == rig.network.spec
     engine._engine.device_memory_size_v2 = 0
@@ -481,24 +481,24 @@ def test_no_runtime_is_none() -> None:
 
 
 def test_profiles() -> None:
-    several = Profile((1, 32, 64), (1, 320, 320), (8, 640, 1280))
+    several = Profile((1, 1, 8), ((32, 64), (320, 320), (640, 1280)))
     assert several.fixed_hw is None
     assert str(several) == "32x64 to 640x1280"
     for size in ((32, 64), (640, 1280), (320, 320), (32, 1280)):
         assert several.takes(size)
     for size in ((31, 64), (32, 63), (641, 1280), (640, 1281), (640, 32), (1280, 640)):
         assert not several.takes(size)
-    one = Profile((1, 320, 640), (4, 320, 640), (8, 320, 640))
+    one = Profile((1, 4, 8), ((320, 640),) * 3)
     assert one.fixed_hw == (320, 640)
     assert str(one) == "320x640"
-    assert Profile((1, 320, 320), (1, 320, 320), (1, 320, 640)).fixed_hw is None
+    assert Profile((1, 1, 1), ((320, 320), (320, 320), (320, 640))).fixed_hw is None
 
 
 # the plugin form on the CPU
 
 
 def test_what_the_cpu_takes(network: HostEngine, plugin_form: Path) -> None:
-    assert network.profile == Profile((1, 32, 32), (1, 640, 640), (8, 3264, 3264))
+    assert network.profile == Profile((1, 1, 8), ((32, 32), (640, 640), (3264, 3264)))
     assert MAX_BATCH * 640 * 3264 <= MAX_NETWORK_PIXELS < MAX_BATCH * 640 * 3296
     assert network.files == [plugin_form]
     assert network.backend == "host"

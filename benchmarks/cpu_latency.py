@@ -17,6 +17,7 @@ against one frame at a time on both.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 from collections import deque
@@ -28,8 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.environment import write_result
+from benchmarks.gather import summary
 from benchmarks.latency import agreeing
-from benchmarks.precision import summary
 from benchmarks.tiny import SCORE, SIZE, boxes_of, load_frames, open_tiny, same_faces
 from export.options import CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
@@ -151,7 +152,7 @@ def accuracy(model: Path, backend: str, data: Path, images: int | None) -> dict[
     """Return AP and agreement with PyTorch in FP32, run by a backend, and what is over budget."""
     options = VerifyOptions("mobilenet0.25", str(model), data=data, backend=backend, size_hw=SIZE, images=images)
     found = verify(options)
-    (row,) = summary(found)
+    (row,) = summary({**dataclasses.asdict(found), "passed": found.passed})
     return {**row, "budget": found.budget, "over_budget": [str(item) for item in found.rows if not item.passed]}
 
 

@@ -1,6 +1,10 @@
 """Which layers cost accuracy in INT8, and what share of the arithmetic stays in INT8 for a given budget.
 
 python -m export.sensitivity --weights mobilenet0.25 --calib widerface_train --budget 98.5 --plot sensitivity.png
+
+The figures of the documentation come from
+python -m export.sensitivity --calib widerface_train --data WIDERFACE --held-out 512
+    --json benchmarks/results/int8_sensitivity.json --plot docs/int8_sensitivity.png
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +37,7 @@ from facespec.files import atomic_path, check_outputs, write_text
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, DEFAULT_WEIGHTS, ModelSpec, check_size, parse_size
+from trt_runtime import machine
 from trt_runtime.kernels import decode_nms, library
 
 if TYPE_CHECKING:
@@ -206,9 +211,19 @@ class Sensitivity:
         """
         return Int8Recipe(float_depthwise=False, float_layers=self.step(budget).float_layers)
 
-    def to_json(self) -> str:
-        """Return everything as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    def to_json(self, budget: Budget | None = None) -> str:
+        """Return everything as JSON: in `results` the step that holds a budget, and date, command and machine."""
+        budget = budget or Budget()
+        chosen: dict[str, Any] = {"budget": dataclasses.asdict(budget)}
+        with suppress(ModelFileError):
+            chosen |= dataclasses.asdict(self.step(budget))
+        what = (
+            f"{self.backbone} at {self.size_hw[0]}x{self.size_hw[1]}, measured on {len(self.held_out_images)} "
+            f"images with {self.faces} faces of FP32 over a score of 0.5; what is not INT8 computes in FP32; layers: "
+            "RMS error of the head outputs at faces with one convolution alone in INT8"
+        )
+        origin = machine.environment("torch", "onnx", "onnxruntime", "numpy")
+        return json.dumps({"what": what, **dataclasses.asdict(self), "results": [chosen], **origin}, indent=2) + "\n"
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers[:BARS])
@@ -512,7 +527,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = sensitivity(options, progress=sys.stderr.isatty())
     print(result)
     if files.json:
-        write_text(files.json, result.to_json())
+        write_text(files.json, result.to_json(budget))
     if files.plot:
         plot(result, budget, files.plot)
     chosen, recipe = result.step(budget), result.recipe(budget)

@@ -30,6 +30,7 @@ from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
+from trt_runtime import machine
 from trt_runtime.load import BACKENDS
 
 DEFAULT_HW = (640, 640)
@@ -195,9 +196,10 @@ class Verification:
         return all(row.passed for row in self.rows)
 
     def to_json(self) -> str:
-        """Return everything as one JSON object."""
+        """Return everything as one JSON object, with date, command, machine and versions."""
         rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
-        return json.dumps({**asdict(self), "rows": rows, "passed": self.passed}, indent=2, allow_nan=False)
+        origin = machine.environment("numpy", "opencv-python", "torch", "onnx", "onnxruntime", "openvino")
+        return json.dumps({**asdict(self), "rows": rows, "passed": self.passed, **origin}, indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         lines = [f"reference  {self.reference}", f"candidate  {self.candidate}"]

@@ -205,7 +205,7 @@ def open_detector(
         DataError: A model of fixed size, and the original protocol.
     """
     if Path(name).suffix.lower() in (".onnx", ".engine", ".plan"):
-        # The one place where the training side reaches for the runtime: what is deployed is what must be measured.
+        # the one thing that the training side asks the runtime for: what is deployed is what must be measured
         from trt_runtime.load import load_detector
 
         deployed = load_detector(name, size_hw=size_hw, backend=backend)
@@ -231,6 +231,8 @@ def open_detector(
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Return {"easy", "medium", "hard"} in percent, counts, and what was noticed; write the files asked for.
+
+    The result also holds date, command, machine and versions. `benchmarks.gather` makes result files of such.
 
     Raises:
         RetinaFaceError: Predictions, ground truth, images or the detector are not usable.
@@ -274,6 +276,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     }
     if options.detector:
         result |= {"detector": options.detector, "protocol": options.protocol, "size_hw": size_hw and list(size_hw)}
+    from trt_runtime.machine import environment
+
+    result |= environment("numpy", "scipy", "opencv-python", "torch", "onnxruntime", "openvino")
     if options.json_file:
         write_text(options.json_file, json.dumps(result, indent=2) + "\n")
     if options.plot:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import pytest
 
-from benchmarks import cpu_latency, peers
+from benchmarks import cpu_latency, gather, peers
 from benchmarks.environment import environment, write_result
 from benchmarks.gpu_kernel import cases, same_detections
 from facespec.detections import Detections
+from facespec.errors import DataError
 from facespec.letterbox import Frame, Letterbox
 from trt_runtime.measure import Latency
 
@@ -191,21 +191,19 @@ def test_times_against_tiny_and_their_table() -> None:
 
 def test_a_precision_is_summed_up_for_each_protocol() -> None:
     """Each case's own rows, AP of the candidate and of the reference, rounded."""
-    pytest.importorskip("torch")
-    from benchmarks.precision import summary
 
-    def rows(case: str, first: float) -> list[SimpleNamespace]:
+    def rows(case: str, first: float) -> list[dict[str, Any]]:
         quantities = ("recall %", "precision %", "mean IoU"), ("mean error, % of face",), ("mean drift",)
         names = [(s, q) for s, group in zip(("boxes", "landmarks", "scores"), quantities, strict=True) for q in group]
-        return [SimpleNamespace(case=case, stage=s, quantity=q, value=first + i) for i, (s, q) in enumerate(names)]
+        return [{"case": case, "stage": s, "quantity": q, "value": first + i} for i, (s, q) in enumerate(names)]
 
     ap = {"easy": {"candidate": 91.23456, "reference": 92.0}, "hard": {"candidate": 80.0, "reference": None}}
-    found: Any = SimpleNamespace(
-        average_precision={"original": ap, "letterbox": {"easy": {"candidate": 1.0, "reference": 2.0}}},
-        rows=[*rows("original size", 10.123456), *rows("letterbox 640x640", 20)],
-        candidate=SimpleNamespace(precision="int8", mac_shares={"int8": 0.876543}), passed=False, images=7,
-    )  # fmt: skip
-    original, letterbox = summary(found)
+    found = {
+        "average_precision": {"original": ap, "letterbox": {"easy": {"candidate": 1.0, "reference": 2.0}}},
+        "rows": [*rows("original size", 10.123456), *rows("letterbox 640x640", 20)],
+        "candidate": {"precision": "int8", "mac_shares": {"int8": 0.876543}}, "passed": False, "images": 7,
+    }  # fmt: skip
+    original, letterbox = gather.summary(found)
     assert original == {
         "precision": "int8", "protocol": "original", "mac_shares": {"int8": 0.8765}, "budget_held": False,
         "ap": {"easy": 91.235, "hard": 80.0}, "ap_fp32": {"easy": 92.0, "hard": None}, "recall_percent": 10.1235,
@@ -214,6 +212,28 @@ def test_a_precision_is_summed_up_for_each_protocol() -> None:
     }  # fmt: skip
     assert (letterbox["protocol"], letterbox["recall_percent"]) == ("letterbox", 20)
     assert (letterbox["ap"], letterbox["ap_fp32"]) == ({"easy": 1.0}, {"easy": 2.0})
+
+
+def test_files_of_commands_become_rows(tmp_path: Path) -> None:
+    """Each row as README's tables read it; files of two machines are not mixed."""
+    origin = {"command": "python -m trainer.evaluate ...", "machine": {"cpu": "a"}, "versions": {"numpy": "2"}}
+    found = {"easy": 92.36412, "medium": 89.0, "hard": None, "images": 3, "predictions": 5, "protocol": "letterbox"}
+    files = []
+    for detector in ("mobilenet0.25", "m.onnx", "m.plugin.onnx"):
+        files.append(tmp_path / f"{detector}.json")
+        files[-1].write_text(json.dumps({**found, "detector": detector, **origin, "seconds_scoring": 1}))
+    record = gather.gather("dev_ap", files)
+    assert [row["backend"] for row in record["results"]] == ["PyTorch", "ONNX", "plugin form"]
+    kept = {**found, "easy": 92.364, "backend": "PyTorch"}
+    assert record["results"][0] == kept
+    assert record["commands"] == [origin["command"]] * 3
+    assert (record["machine"], record["versions"]) == ({"cpu": "a"}, {"numpy": "2"})
+    assert {"what", "date", "command"} <= record.keys()
+    with pytest.raises(DataError, match=r"mobilenet0.25.json: not a file for ap_scoring \(KeyError: 'seconds_coll"):
+        gather.gather("ap_scoring", files)
+    files[1].write_text(json.dumps({**found, "detector": "m.onnx", **origin, "machine": {"cpu": "b"}}))
+    with pytest.raises(DataError, match=r"m.onnx.json: not from the same machine and versions as .*mobilenet0.25.json"):
+        gather.gather("dev_ap", files)
 
 
 def test_a_clip_is_as_long_and_as_large_as_asked(tmp_path: Path) -> None:

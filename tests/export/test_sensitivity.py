@@ -150,6 +150,10 @@ def test_table_json_and_plot(measured: Sensitivity, tmp_path: Path) -> None:
     read = json.loads(measured.to_json())
     assert read["layers"][0] == dataclasses.asdict(measured.layers[0])
     assert len(read["steps"]) == len(measured.steps)
+    assert {"what", "date", "command", "machine", "versions"} <= read.keys()
+    held = json.loads(measured.to_json(Budget(0, 100)))["results"]
+    assert held == [{"budget": {"recall": 0, "landmark_error": 100}, **read["steps"][0]}]
+    assert json.loads(measured.to_json(Budget(100, 0)))["results"] == [{"budget": {"recall": 100, "landmark_error": 0}}]
     for budget in (Budget(0, 100), Budget(100, 0)):  # one that is held, one that is not
         plot(measured, budget, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -32,8 +32,9 @@ from export.int8_recipe import MIN_INT8_SHARE, Int8Recipe
 from export.options import DEMO, MAX_IMAGES, MIN_IMAGES, WIDERFACE, CalibrationOptions
 from facespec.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, landmark_errors, match_faces
 from facespec.cli import ArgumentParser, require, run
-from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
-from facespec.files import atomic_path, check_outputs, write_text
+from facespec.errors import DataError, ImageError, ModelFileError, SpecError
+from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
+from facespec.files import check_outputs, write_text
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, DEFAULT_WEIGHTS, ModelSpec, check_size, parse_size
@@ -53,7 +54,6 @@ PROXY_LOGIT = -1.0
 
 MAX_STEPS = 20
 BARS = 16
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 Heads = list[NDArray[np.float32]]
 """Head maps of one image."""
@@ -409,42 +409,37 @@ def plot(result: Sensitivity, budget: Budget, path: Path) -> None:
         MissingPackageError: matplotlib is not installed.
         OutputError: The file cannot be written.
     """
-    figure_module = require("matplotlib.figure", "train", "--plot")
-    backend = require("matplotlib.backends.backend_agg", "train", "--plot")
-    figure = figure_module.Figure(figsize=(12, 5), layout="constrained")
-    backend.FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    shares = [100 * step.int8_share for step in result.steps]
-    lines = (
-        ("faces lost, %", "#c8373a", lambda found: 100 - found.recall, 100 - budget.recall),
-        ("landmark error, % of face size", "#2a6f9d", lambda found: found.landmark_error, budget.landmark_error),
-    )
-    for label, colour, value, limit in lines:
-        left.plot(shares, [value(step.agreement) for step in result.steps], "o-", ms=4, color=colour, label=label)
-        left.plot(100 * result.default.int8_share, value(result.default.agreement), "*", ms=13, color=colour)
-        left.axhline(limit, color=colour, ls="--", lw=1)
-    try:
-        chosen = result.step(budget)
-        share = 100 * chosen.int8_share
-        left.axvline(share, color="#2a9d4b", lw=1, label=f"{share:.1f} % INT8 holds the budget (dashed)")
-    except ModelFileError:
-        pass  # nothing to mark
-    left.plot([], [], "*", ms=13, color="grey", label="default recipe")
-    left.set(
-        xlabel="convolution multiply-accumulates in INT8, %",
-        ylabel="disagreement with FP32",
-        title=f"{result.backbone}, {result.size_hw[0]}x{result.size_hw[1]}, {result.faces} held-out faces",
-        ylim=(0, None),
-    )
-    left.grid(alpha=0.3)
-    left.legend(loc="upper left")
-    top = result.layers[:BARS][::-1]
-    bars = right.barh([_short(layer.name) for layer in top], [layer.cost for layer in top], color="#e09f1f")
-    right.bar_label(bars, [f"{100 * layer.mac_share:.2f} % of MACs" for layer in top], padding=3, fontsize=7)
-    right.set(xlabel="RMS error of head outputs at faces, this layer alone in INT8", title="most sensitive layers")
-    right.margins(x=0.25)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with figure_file(path, "train", (12, 5)) as figure:
+        left, right = figure.subplots(1, 2)
+        shares = [100 * step.int8_share for step in result.steps]
+        lines = (
+            ("faces lost, %", "#c8373a", lambda found: 100 - found.recall, 100 - budget.recall),
+            ("landmark error, % of face size", "#2a6f9d", lambda found: found.landmark_error, budget.landmark_error),
+        )
+        for label, colour, value, limit in lines:
+            left.plot(shares, [value(step.agreement) for step in result.steps], "o-", ms=4, color=colour, label=label)
+            left.plot(100 * result.default.int8_share, value(result.default.agreement), "*", ms=13, color=colour)
+            left.axhline(limit, color=colour, ls="--", lw=1)
+        try:
+            chosen = result.step(budget)
+            share = 100 * chosen.int8_share
+            left.axvline(share, color="#2a9d4b", lw=1, label=f"{share:.1f} % INT8 holds the budget (dashed)")
+        except ModelFileError:
+            pass  # nothing to mark
+        left.plot([], [], "*", ms=13, color="grey", label="default recipe")
+        left.set(
+            xlabel="convolution multiply-accumulates in INT8, %",
+            ylabel="disagreement with FP32",
+            title=f"{result.backbone}, {result.size_hw[0]}x{result.size_hw[1]}, {result.faces} held-out faces",
+            ylim=(0, None),
+        )
+        left.grid(alpha=0.3)
+        left.legend(loc="upper left")
+        top = result.layers[:BARS][::-1]
+        bars = right.barh([_short(layer.name) for layer in top], [layer.cost for layer in top], color="#e09f1f")
+        right.bar_label(bars, [f"{100 * layer.mac_share:.2f} % of MACs" for layer in top], padding=3, fontsize=7)
+        right.set(xlabel="RMS error of head outputs at faces, this layer alone in INT8", title="most sensitive layers")
+        right.margins(x=0.25)
 
 
 def _short(name: str) -> str:
@@ -514,10 +509,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Bud
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options, budget, files = parse_arguments(argv)
-    if files.plot:
-        require("matplotlib", "train", "--plot")
-        if files.plot.suffix.lower() not in PLOT_SUFFIXES:
-            raise OutputError(f"--plot {files.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
+    check_plot(files.plot, "train")
     require("onnx", "export", "export.sensitivity")
     from export.calibration import calibration_files
 

@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 from facespec.cli import ArgumentParser, quiet_libraries, require, run
 from facespec.detections import Detections, Detector
-from facespec.errors import DataError, OutputError
-from facespec.files import atomic_path, check_outputs, write_text
+from facespec.errors import DataError
+from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
+from facespec.files import check_outputs, write_text
 from facespec.images import read_image
 from facespec.spec import parse_size
 from trainer.average_precision import LEVELS, Array, Curve, ImageKey, ImageTruth, average_precision, load_ground_truth
 
 PROTOCOLS = ("original", "letterbox")
 LETTERBOX_HW = (640, 640)
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -237,10 +237,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         RetinaFaceError: Predictions, ground truth, images or the detector are not usable.
     """
-    if options.plot:
-        require("matplotlib", "train", "--plot")
-        if options.plot.suffix.lower() not in PLOT_SUFFIXES:
-            raise OutputError(f"--plot {options.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
+    check_plot(options.plot, "train")
     saved = options.save_predictions and options.save_predictions / "event" / "image.txt"
     outputs = [("--json", options.json_file), ("--plot", options.plot), ("--save-predictions", saved)]
     read = [options.ground_truth / f"wider_{name}_val.mat" for name in ("face", *LEVELS)]
@@ -287,21 +284,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _plot(curves: dict[str, Curve], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(
-        xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title="WIDER FACE, precision against recall"
-    )
-    for level, colour in zip(LEVELS, ("#2a9d4b", "#e09f1f", "#c8373a"), strict=True):
-        curve = curves[level]
-        axes.plot(curve.recall, curve.precision, color=colour, label=f"{level}: AP {100 * curve.ap:.2f} %")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with figure_file(path, "train", (6, 5)) as figure:
+        axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+        axes.set_title("WIDER FACE, precision against recall")
+        for level, colour in zip(LEVELS, ("#2a9d4b", "#e09f1f", "#c8373a"), strict=True):
+            curve = curves[level]
+            axes.plot(curve.recall, curve.precision, color=colour, label=f"{level}: AP {100 * curve.ap:.2f} %")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower left")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
@@ -324,7 +314,9 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write event/name.txt files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result; '-' prints it")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the precision-recall curves (.png, .svg, .pdf)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help=f"draw the precision-recall curves ({', '.join(PLOT_SUFFIXES)})"
+    )
     args = parser.parse_args(argv)
     if args.detector and not args.data:
         parser.error("--detector needs --data, the WIDER FACE folder")

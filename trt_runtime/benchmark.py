@@ -20,8 +20,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, quiet_libraries, require, run
-from facespec.errors import DataError, OutputError, SpecError
+from facespec.cli import ArgumentParser, quiet_libraries, run
+from facespec.errors import DataError, SpecError
+from facespec.figures import PLOT_SUFFIXES, check_plot
 from facespec.files import check_outputs, write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
@@ -29,7 +30,6 @@ from facespec.samples import sample_photographs
 from facespec.spec import NetworkSize, parse_network_size
 from trt_runtime import machine
 from trt_runtime.benchmark_report import (
-    PLOT_SUFFIXES,
     Measurement,
     Setting,
     heading,
@@ -101,8 +101,7 @@ class BenchmarkOptions:
         for option, values in (("--batch", self.batches), ("--size", self.sizes), ("--backend", self.backends)):
             if len(set(values)) < len(values) or not values:
                 raise SpecError(f"{option}: expected one value or several different ones, separated by commas")
-        if self.plot and self.plot.suffix.lower() not in PLOT_SUFFIXES:
-            raise OutputError(f"--plot {self.plot}: a plot is written as {', '.join(PLOT_SUFFIXES)}")
+        check_plot(self.plot, "bench")
 
     @property
     def stream_depth(self) -> int:
@@ -383,8 +382,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; an interrupted one reports what is complete."""
     options = parse_arguments(argv)
     outputs = [("--json", options.json), ("--plot", options.plot)]
-    if options.plot:
-        require("matplotlib", "bench", "--plot")
     load = machine.load_average()
     record = {
         **machine.environment("retinaface-trt", "numpy"),

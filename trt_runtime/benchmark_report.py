@@ -10,13 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from facespec.cli import require
-from facespec.files import atomic_path
+from facespec.figures import figure_file
 from facespec.spec import NetworkSize
 from trt_runtime.machine import busy
 from trt_runtime.measure import Latency, Ratio, Samples
-
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 WIDTH = 100
 """Columns of a terminal that everything fits in."""
@@ -202,26 +199,21 @@ def plot(settings: Sequence[Setting], record: dict[str, Any], path: Path) -> Non
         MissingPackageError: matplotlib is not installed.
         OutputError: The file cannot be written.
     """
-    figures = require("matplotlib.figure", "bench", "--plot")
-    backend = require("matplotlib.backends.backend_agg", "bench", "--plot")
     several = len(settings[0].measurements) > 1
     columns = min(len(settings), 3) if several else 1
     rows = -(-len(settings) // columns) if several else 1
     height = 4.6 * rows if several else 2.0 + 0.75 * len(settings)
-    figure = figures.Figure(figsize=(max(9.0, 5.0 * columns), height + 0.6), layout="constrained")
-    backend.FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    if several:
-        for axis, setting in zip(axes, settings, strict=False):
-            _spread(axis, setting)
-        for axis in axes[len(settings) :]:
-            axis.set_visible(False)
-    else:
-        _stages(axes[0], [setting.measurements[0] for setting in settings])
-    machine = record["machine"]
-    figure.supxlabel(f"{machine['cpu']}, {machine['cores']} cores; {record['date']}", fontsize=8, color="#666666")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with figure_file(path, "bench", (max(9.0, 5.0 * columns), height + 0.6)) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        if several:
+            for axis, setting in zip(axes, settings, strict=False):
+                _spread(axis, setting)
+            for axis in axes[len(settings) :]:
+                axis.set_visible(False)
+        else:
+            _stages(axes[0], [setting.measurements[0] for setting in settings])
+        machine = record["machine"]
+        figure.supxlabel(f"{machine['cpu']}, {machine['cores']} cores; {record['date']}", fontsize=8, color="#666666")
 
 
 def _stages(axis: Any, found: Sequence[Measurement]) -> None:

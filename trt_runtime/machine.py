@@ -30,7 +30,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return processor, cores that may be used, vector extensions and system; the GPU is for who uses one to tell."""
+    """Return processor, cores that may be used, vector extensions and system; a caller that uses a GPU sets `gpu`."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = re.search(r"model name\s*: (.*)", cpuinfo)
     return {

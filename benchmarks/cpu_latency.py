@@ -39,6 +39,7 @@ from facespec.cli import ArgumentParser, quiet_libraries, run
 from facespec.files import check_outputs
 from facespec.letterbox import Frame
 from facespec.spec import DecodeSpec
+from facespec.tables import text_table
 from trt_runtime import RetinaFaceDetector, load_detector, machine
 from trt_runtime.measure import Latency, Samples, speed_ratio, take_turns
 
@@ -158,17 +159,21 @@ def accuracy(model: Path, backend: str, data: Path, images: int | None) -> dict[
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results for a terminal."""
-    lines = [f"{'':17} threads  p50 ms    p95    p99  times as fast as tiny  faces  same  to the pixel  AP"]
+    header = ["", "threads", "p50 ms", "p95", "p99", "times as fast as tiny", "faces", "same", "to the pixel", "AP"]
+    lines = []
     for row in rows:
-        ratio = row["times_as_fast_as_tiny"]
-        line = f"{row['name']:17} {row['threads']:7d} " + " ".join(f"{row['ms'][f'p{q}']:6.2f}" for q in (50, 95, 99))
-        line += f"  {ratio['times']:8.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]".ljust(23) + f" {row['faces']:6d}"
-        if row["name"] != TINY:
-            line += f" {row['frames_with_the_same_faces']:5d} {row['frames_the_same_to_the_pixel']:13d}  "
-            line += " / ".join(f"{value:.2f}" for value in row["ap"].values())
-            line += "" if row["budget_held"] else f", over the {row['budget']} budget"
-        lines.append(line)
-    return "\n".join(lines)
+        times = (f"{row['ms'][f'p{q}']:.2f}" for q in (50, 95, 99))
+        ratio = "{times:.2f} [{low:.2f}, {high:.2f}]".format(**row["times_as_fast_as_tiny"])
+        line = [row["name"], f"{row['threads']}", *times, ratio, f"{row['faces']}"]
+        if row["name"] == TINY:
+            lines.append([*line, "", "", ""])
+            continue
+        ap = " / ".join(f"{value:.2f}" for value in row["ap"].values())
+        ap += "" if row["budget_held"] else f", over the {row['budget']} budget"
+        lines.append(
+            [*line, *(f"{row[f'frames_{same}']}" for same in ("with_the_same_faces", "the_same_to_the_pixel")), ap]
+        )
+    return text_table(header, lines)
 
 
 def main() -> int:

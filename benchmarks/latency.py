@@ -32,6 +32,7 @@ from facespec.cli import quiet_libraries, run
 from facespec.files import check_outputs
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import PreprocessSpec
+from facespec.tables import text_table
 from trt_runtime import machine
 from trt_runtime.benchmark import load_frames
 from trt_runtime.load import load_detector
@@ -133,19 +134,13 @@ def _row(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results for a terminal."""
-    width = max(len(row["name"]) for row in rows)
-    first = rows[0]["faces"]
-    lines = [
-        f"{'':{width}}  p50 ms  p95 ms  the first is times as fast  faces  agree with the {first} of the first",
-    ]
+    header = ["", "p50 ms", "p95 ms", "the first is times as fast", "faces"]
+    lines = []
     for row in rows:
-        ratio = row["first_is_times_as_fast"]
-        lines.append(
-            f"{row['name']:{width}} {row['ms']['p50']:7.2f} {row['ms']['p95']:7.2f}  "
-            f"{ratio['times']:8.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]".ljust(width + 44)
-            + f"{row['faces']:7d} {row['agree']:6d}"
-        )
-    return "\n".join(lines)
+        ratio = "{times:.2f} [{low:.2f}, {high:.2f}]".format(**row["first_is_times_as_fast"])
+        times = (f"{row['ms'][name]:.2f}" for name in ("p50", "p95"))
+        lines.append([row["name"], *times, ratio, f"{row['faces']}", f"{row['agree']}"])
+    return text_table([*header, f"agree with the {rows[0]['faces']} of the first"], lines)
 
 
 def main() -> int:

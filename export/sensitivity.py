@@ -38,6 +38,7 @@ from facespec.files import check_outputs, write_text
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, DEFAULT_WEIGHTS, ModelSpec, check_size, parse_size
+from facespec.tables import text_table
 from trt_runtime import machine
 from trt_runtime.kernels import decode_nms, library
 
@@ -226,21 +227,17 @@ class Sensitivity:
         return json.dumps({"what": what, **dataclasses.asdict(self), "results": [chosen], **origin}, indent=2) + "\n"
 
     def __str__(self) -> str:
-        width = max(len(layer.name) for layer in self.layers[:BARS])
-        lines = [f"{'alone in INT8':{width}}  RMS error  % of MACs"]
-        lines += [
-            f"{layer.name:{width}}  {layer.cost:9.4f}  {100 * layer.mac_share:9.2f}" for layer in self.layers[:BARS]
-        ]
+        layers = [[one.name, f"{one.cost:.4f}", f"{100 * one.mac_share:.2f}"] for one in self.layers[:BARS]]
+        lines = [text_table(["alone in INT8", "RMS error", "% of MACs"], layers)]
         if len(self.layers) > BARS:
             lines.append(f"and {len(self.layers) - BARS} convolutions that cost less")
-        lines += ["", "in float  % of MACs in INT8  recall %  precision %  mean IoU  landmark error, % of face"]
-        rows = [(str(len(step.float_layers)), step) for step in self.steps] + [("default", self.default)]
-        for name, step in rows:
+        rows = []
+        for name, step in [(str(len(step.float_layers)), step) for step in self.steps] + [("default", self.default)]:
             found = step.agreement
-            lines.append(
-                f"{name:>8}  {100 * step.int8_share:17.1f}  {found.recall:8.2f}  {found.precision:11.2f}  "
-                f"{found.mean_iou:8.3f}  {found.landmark_error:25.2f}"
-            )
+            row = [name, f"{100 * step.int8_share:.1f}", f"{found.recall:.2f}", f"{found.precision:.2f}"]
+            rows.append([*row, f"{found.mean_iou:.3f}", f"{found.landmark_error:.2f}"])
+        columns = ["in float", "% of MACs in INT8", "recall %", "precision %", "mean IoU", "landmark error, % of face"]
+        lines += ["", text_table(columns, rows)]
         lines.append(
             f"{self.faces} faces of FP32 on {len(self.held_out_images)} held-out images, calibrated on "
             f"{len(self.calibration_images)} others; 'default' is the recipe of --int8"

@@ -26,6 +26,7 @@ from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, write_text
 from facespec.images import read_image
 from facespec.spec import parse_size
+from facespec.tables import text_table
 from trainer.average_precision import LEVELS, Array, Curve, ImageKey, ImageTruth, average_precision, load_ground_truth
 
 PROTOCOLS = ("original", "letterbox")
@@ -349,10 +350,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if to_stdout:
         print(json.dumps(result))
         return 0
-    print(f"{'':8} {'AP %':>6} {'faces':>7}")
-    for level in LEVELS:
-        ap = result[level]
-        print(f"{level:8} {'none' if ap is None else format(ap, '6.2f'):>6} {result['faces'][level]:7d}")
+    figures = {level: "none" if result[level] is None else f"{result[level]:.2f}" for level in LEVELS}
+    print(text_table(["", "AP %", "faces"], [[level, figures[level], str(result["faces"][level])] for level in LEVELS]))
     print(f"{result['images']} images, {result['predictions']} predictions", end="")
     for key, text in (
         ("images_missing", "images left out"),

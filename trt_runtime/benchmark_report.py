@@ -12,6 +12,7 @@ import numpy as np
 
 from facespec.figures import figure_file
 from facespec.spec import NetworkSize
+from facespec.tables import text_table
 from trt_runtime.machine import busy
 from trt_runtime.measure import Latency, Ratio, Samples
 
@@ -142,15 +143,12 @@ def setting_table(setting: Setting) -> str:
 def summary_table(settings: Sequence[Setting]) -> str:
     """Return one line for each detector at each size and batch."""
     rows = [found for setting in settings for found in setting.measurements]
-    name, size = (max(map(len, texts)) for texts in zip(*((f.name, _size(f.size_hw)) for f in rows), strict=True))
-    lines = [f"{'':{name}}  {'size':{size}}  batch   p50, ms  ms a frame  frames/s  pipelined"]
+    lines = []
     for found in rows:
         p50 = float(np.median(found.total_ms))
-        lines.append(
-            f"{found.name:{name}}  {_size(found.size_hw):{size}}  {found.batch:5d} {p50:9.3f} {p50 / found.batch:11.3f}"
-            f" {found.fps:9.1f} {found.pipelined_fps:10.1f}"
-        )
-    return "\n".join(lines)
+        line = [found.name, _size(found.size_hw), f"{found.batch}", f"{p50:.3f}", f"{p50 / found.batch:.3f}"]
+        lines.append([*line, f"{found.fps:.1f}", f"{found.pipelined_fps:.1f}"])
+    return text_table(["", "size", "batch", "p50, ms", "ms a frame", "frames/s", "pipelined"], lines)
 
 
 def _measurement_lines(found: Measurement) -> list[str]:

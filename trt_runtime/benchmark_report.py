@@ -29,8 +29,8 @@ class Measurement:
     """What was measured of one detector at one size and batch.
 
     Attributes:
-        name: Tells it from the others.
-        environment: What the detector says of itself.
+        name: Name of the detector, unlike the others'.
+        environment: `environment()` of the detector.
         size_hw: What frames were letterboxed to; None where every frame ran at its own size.
         batch: Frames a call.
         total_ms: Whole calls, without a timer.

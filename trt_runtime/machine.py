@@ -49,7 +49,7 @@ def cores() -> int:
 
 
 def load_average() -> float | None:
-    """Return how many processes ran or waited to run, averaged over the last minute; None where no one counts them."""
+    """Return how many processes ran or waited to run, averaged over the last minute; None if unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 

@@ -58,43 +58,40 @@ def _ours(faces: list[Any], box_shift: float = 0, point_shift: float = 0) -> Det
 
 
 def test_the_same_faces_in_any_order_within_the_rounding() -> None:
-    tiny = pytest.importorskip("benchmarks.tiny")
     faces = _theirs((10, 20, 30, 40), (200, 100, 50, 60))
-    np.testing.assert_array_equal(tiny.boxes_of(faces), [[10, 20, 40, 60], [200, 100, 250, 160]])
-    assert tiny.boxes_of([]).shape == (0, 4)
-    assert tiny.same_faces(_ours(faces), faces[::-1])
-    assert tiny.same_faces(_ours(faces, 1.9, 1.0), faces)
-    assert tiny.same_faces(_ours([]), [])
-    assert not tiny.same_faces(_ours(faces, 2.1), faces)
-    assert not tiny.same_faces(_ours(faces, 0, 1.1), faces)
-    assert not tiny.same_faces(_ours(faces[:1]), faces)
-    assert not tiny.same_faces(_ours(faces), [faces[0], faces[0]])
-    assert not tiny.same_faces(_ours([faces[0], faces[0]]), faces)
+    np.testing.assert_array_equal(peers.boxes_of(faces), [[10, 20, 40, 60], [200, 100, 250, 160]])
+    assert peers.boxes_of([]).shape == (0, 4)
+    assert peers.same_faces(_ours(faces), faces[::-1])
+    assert peers.same_faces(_ours(faces, 1.9, 1.0), faces)
+    assert peers.same_faces(_ours([]), [])
+    assert not peers.same_faces(_ours(faces, 2.1), faces)
+    assert not peers.same_faces(_ours(faces, 0, 1.1), faces)
+    assert not peers.same_faces(_ours(faces[:1]), faces)
+    assert not peers.same_faces(_ours(faces), [faces[0], faces[0]])
+    assert not peers.same_faces(_ours([faces[0], faces[0]]), faces)
 
 
 def test_frames_of_a_folder_are_spread_over_it(tmp_path: Path) -> None:
-    tiny = pytest.importorskip("benchmarks.tiny")
     for index in range(9):
         cv2.imwrite(str(tmp_path / f"{index}.png"), np.full((20, 40, 3), 20 * index, np.uint8))
-    frames = tiny.load_frames(tmp_path, 3)
+    frames = peers.load_frames(tmp_path, 3)
     assert [frame[0, 0, 0] for frame in frames] == [0, 80, 160]  # the first, the middle, the last
     for frame in frames:
         assert frame.shape == (640, 640, 3)
         assert (frame[320:] == (104, 117, 123)).all()
-    frames = tiny.load_frames(None, 4)
+    frames = peers.load_frames(None, 4)
     assert [frame.shape for frame in frames] == [(640, 640, 3)] * 4
     assert len({frame.tobytes() for frame in frames}) == 4
 
 
 def test_tiny_has_the_constant_of_the_weights_and_the_threads_asked_for() -> None:
     pytest.importorskip("retinaface")
-    tiny = importlib.import_module("benchmarks.tiny")
     package: Any = importlib.import_module("retinaface")
     preprocess: Any = importlib.import_module("retinaface.preprocess")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocess, "MEAN", preprocess.MEAN)
         patch.setattr(package, "ONNX_SESSION", getattr(package, "ONNX_SESSION", None))
-        detect = tiny.open_tiny(1)
+        detect = peers.open_tiny(1)
         assert preprocess.MEAN.tolist() == [104, 117, 123]
         assert package.ONNX_SESSION.get_session_options().intra_op_num_threads == 1
         assert detect(np.zeros((64, 64, 3), np.uint8)) == []

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export.calibration import Calibration, calibrate, demo_frames
+from export.calibration import Calibration, calibrate
 from export.int8_recipe import Int8Recipe, load_recipe
 from export.options import DEMO, CalibrationOptions
 from export.parity import rows_from_maps
@@ -38,6 +38,7 @@ from export.sensitivity import (
 )
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.images import write_image
+from facespec.samples import sample_crops
 from facespec.spec import ModelSpec
 from trainer import load_model
 
@@ -217,7 +218,7 @@ def test_folders_that_do_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, noise = tmp_path / "crops", tmp_path / "noise"
     rng = np.random.default_rng(0)
-    for name, frame in demo_frames(20, 0):
+    for name, frame in sample_crops(20, 0):
         write_image(folder / f"{name}.png", frame)
         write_image(noise / f"{name}.png", rng.integers(0, 256, (64, 64, 3), np.uint8))
     with pytest.raises(DataError, match=r"16 images to calibrate on leave 4 to measure on, at least 8 are needed"):
@@ -401,7 +402,7 @@ def test_images_to_measure_on_are_others(tmp_path: Path) -> None:
     # of the photographs, the crops that come next
     demo = SensitivityOptions("w", CalibrationOptions(DEMO, images=8), held_out=9, size_hw=(32, 64))
     names, _ = _held_out(demo, Calibration(demo.calibration, {}, ("x",) * 8, (), 1, False), ModelSpec())
-    assert names == [name for name, _ in demo_frames(17, 0)][8:]
+    assert names == [name for name, _ in sample_crops(17, 0)][8:]
 
 
 def test_numbers_that_are_not_finite_are_no_faces() -> None:

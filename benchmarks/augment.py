@@ -31,6 +31,7 @@ from facespec.errors import DataError
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.spec import PreprocessSpec
+from facespec.tables import text_table
 from trainer.data import AugmentSettings, FileSample, open_dataset
 from trainer.data.augment import augment
 from trainer.data.targets import Faces
@@ -117,9 +118,9 @@ def main() -> int:
     ]
     what = f"ms per image of augmentation to {SIZE}x{SIZE} on one core, from decoded pixels or from the JPEG file"
     write_result(args.out, what, results, "opencv-python", "numpy", "torch", images=args.count)
-    print(f"{'ms per image':32s}   mean    p50    p95")
-    for row in results:
-        print(f"{row['run']:32s} {row['ms']['mean']:6.2f} {row['ms']['p50']:6.2f} {row['ms']['p95']:6.2f}")
+    columns = ["mean", "p50", "p95"]
+    lines = [[row["run"], *(f"{row['ms'][name]:.2f}" for name in columns)] for row in results]
+    print(text_table(["ms per image", *columns], lines))
     return 0
 
 

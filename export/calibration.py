@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -25,7 +24,7 @@ from facespec.errors import DataError, ImageError, OutputError
 from facespec.files import atomic_path, cache_folder, widerface_root, write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
-from facespec.samples import sample_photographs
+from facespec.samples import sample_crops
 from facespec.spec import ModelSpec
 
 UNREADABLE_SHARE = 0.1
@@ -95,28 +94,9 @@ def calibration_files(options: CalibrationOptions | None) -> list[str | Path]:
     return [*images, *([options.recipe] if options.recipe else [])]
 
 
-def demo_frames(count: int, seed: int) -> Iterator[tuple[str, Frame]]:
-    """Yield crops of the sample photographs at several scales, mirrored every other time, with their names.
-
-    Raises:
-        DataError: No installed package ships photographs.
-    """
-    photographs = [(path.name, read_image(path)) for path in sample_photographs()]
-    if not photographs:
-        raise DataError("--calib demo: no sample photographs: pip install -e '.[demo]'")
-    rng = np.random.default_rng(seed)
-    for index in range(count):
-        name, image = photographs[index % len(photographs)]
-        side = rng.uniform(0.35, 1.0) * min(image.shape[:2])
-        top, left = (rng.uniform(0, length - side) for length in image.shape[:2])
-        rows, columns = (slice(int(start), int(start + side)) for start in (top, left))
-        crop = cv2.convertScaleAbs(image[rows, columns], alpha=rng.uniform(0.6, 1.3), beta=rng.uniform(-30, 30))
-        yield f"{name} #{index}", np.ascontiguousarray(crop[:, ::-1] if index % 2 else crop)
-
-
 def _frames(options: CalibrationOptions, skipped: list[str]) -> Iterator[tuple[str, Frame]]:
     if options.source == DEMO:
-        yield from demo_frames(options.images, options.seed)
+        yield from sample_crops(options.images, options.seed)
         return
     paths = find_calibration_images(options)
     chosen = random.Random(options.seed).sample(paths, min(options.images, len(paths)))

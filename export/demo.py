@@ -79,8 +79,8 @@ def demo_engine(out: Path, photographs: Sequence[Frame]) -> str:
     """Build an engine ahead of time, run what it was built from on the CPU, and return what to do with it.
 
     Raises:
-        RetinaFaceError: The build fails, or what it builds from does not find the faces. Where TensorRT-RTX or a
-            compiler is missing it says so, and goes on.
+        RetinaFaceError: The build fails, or its plugin form does not find the faces. A missing TensorRT-RTX or compiler
+            is printed instead, and nothing is built.
     """
     path = out / "retinaface.engine"
     profile = Profile(batch=(1, 1, 4), sizes_hw=((320, 320), NETWORK_HW, (1088, 1920)))

@@ -17,7 +17,7 @@ from facespec.cli import ArgumentParser
 from facespec.errors import DataError, SpecError
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
-from facespec.samples import sample_photographs
+from facespec.samples import sample_frames
 from facespec.spec import DecodeSpec
 
 if TYPE_CHECKING:
@@ -225,13 +225,13 @@ def parity_frames(source: Path | None) -> dict[str, Frame]:
         DataError: None given, and no installed package ships photographs.
     """
     if source is None:
-        paths = list(sample_photographs())
-        if not paths:
+        frames = sample_frames()
+        if not frames:
             raise DataError("no photographs to compare the export on: pip install -e '.[export]', or --parity DIR")
-    else:
-        paths = find_images(source) if source.is_dir() else [source]
-        if not paths:
-            raise DataError(f"{source}: no images in this folder")
-        paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, MAX_PARITY_IMAGES).astype(int))]
-    root = source if source is not None and source.is_dir() else None
+        return frames
+    paths = find_images(source) if source.is_dir() else [source]
+    if not paths:
+        raise DataError(f"{source}: no images in this folder")
+    paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, MAX_PARITY_IMAGES).astype(int))]
+    root = source if source.is_dir() else None
     return {str(path.relative_to(root)) if root else path.name: read_image(path) for path in paths}

@@ -1,6 +1,10 @@
 """Which layers cost accuracy in INT8, and what share of the arithmetic stays in INT8 for a given budget.
 
 python -m export.sensitivity --weights mobilenet0.25 --calib widerface_train --recall 98.5 --plot sensitivity.png
+
+The figures of the documentation come from
+python -m export.sensitivity --calib widerface_train --data WIDERFACE --held-out 512
+    --json benchmarks/results/int8_sensitivity.json --plot docs/int8_sensitivity.png
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +32,15 @@ from export.graph import HEAD_NAMES
 from export.options import DEMO, MAX_IMAGES, MIN_IMAGES, MIN_INT8_SHARE, WIDERFACE, CalibrationOptions, Int8Recipe
 from facespec.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, landmark_errors, match_faces
 from facespec.cli import ArgumentParser, require, run
-from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
-from facespec.files import atomic_path, check_outputs, write_text
+from facespec.errors import DataError, ImageError, ModelFileError, SpecError
+from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
+from facespec.files import check_outputs, write_text
 from facespec.images import read_image
 from facespec.letterbox import Frame
+from facespec.samples import sample_crops
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, DEFAULT_WEIGHTS, ModelSpec, check_size, parse_size
+from facespec.tables import text_table
+from trt_runtime import machine
 from trt_runtime.kernels import decode_nms, library
 
 if TYPE_CHECKING:
@@ -48,7 +56,6 @@ PROXY_LOGIT = -1.0
 
 MAX_STEPS = 20
 BARS = 16
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 Heads = list[NDArray[np.float32]]
 """Head maps of one image."""
@@ -100,11 +107,13 @@ class SensitivityOptions:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far faces over a score of 0.5 are those of FP32. A face is found again if an own box overlaps it by half.
+    """How far the faces of a graph over a score of 0.5 are those of FP32.
+
+    A face of FP32 is found again if a box of the graph overlaps it with an IoU of at least 0.5.
 
     Attributes:
         recall: Percent of the faces of FP32 that are found again.
-        precision: Percent of the faces found that FP32 has, too.
+        precision: Percent of the faces of the graph that FP32 also finds.
         mean_iou: Of the faces found again; 0 if there are none.
         landmark_error: Their mean distance of landmarks in percent of the face size, which is the root of the area of
             its box; 100 if there are none.
@@ -136,7 +145,7 @@ class Layer:
 
     @property
     def priority(self) -> float:
-        """Squared error that its staying in float saves, per multiply-accumulate."""
+        """Squared error that is saved by keeping it in float, per multiply-accumulate."""
         return self.cost**2 / self.mac_share
 
 
@@ -184,10 +193,10 @@ class Sensitivity:
     def step(self, budget: Budget | None = None) -> Step:
         """Return the step with the largest share of INT8 that holds a budget.
 
-        It was chosen on the held-out images: what it loses on other images is for `export.verify` to say.
+        It was chosen on the held-out images; `export.verify` tells what it loses on other images.
 
         Raises:
-            ModelFileError: None does that can be called INT8.
+            ModelFileError: No step that counts as INT8 holds the budget.
         """
         budget = budget or Budget()
         for step in self.steps:
@@ -202,30 +211,36 @@ class Sensitivity:
         """Return the recipe of `step`.
 
         Raises:
-            ModelFileError: There is none.
+            ModelFileError: No step that counts as INT8 holds the budget.
         """
         return Int8Recipe(float_depthwise=False, float_layers=self.step(budget).float_layers)
 
-    def to_json(self) -> str:
-        """Return everything as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    def to_json(self, budget: Budget | None = None) -> str:
+        """Return everything as JSON: in `results` the step that holds a budget, and date, command and machine."""
+        budget = budget or Budget()
+        chosen: dict[str, Any] = {"budget": dataclasses.asdict(budget)}
+        with suppress(ModelFileError):
+            chosen |= dataclasses.asdict(self.step(budget))
+        what = (
+            f"{self.backbone} at {self.size_hw[0]}x{self.size_hw[1]}, measured on {len(self.held_out_images)} "
+            f"images with {self.faces} faces of FP32 over a score of 0.5; what is not INT8 computes in FP32; layers: "
+            "RMS error of the head outputs at faces with one convolution alone in INT8"
+        )
+        origin = machine.environment("torch", "onnx", "onnxruntime", "numpy")
+        return json.dumps({"what": what, **dataclasses.asdict(self), "results": [chosen], **origin}, indent=2) + "\n"
 
     def __str__(self) -> str:
-        width = max(len(layer.name) for layer in self.layers[:BARS])
-        lines = [f"{'alone in INT8':{width}}  RMS error  % of MACs"]
-        lines += [
-            f"{layer.name:{width}}  {layer.cost:9.4f}  {100 * layer.mac_share:9.2f}" for layer in self.layers[:BARS]
-        ]
+        layers = [[one.name, f"{one.cost:.4f}", f"{100 * one.mac_share:.2f}"] for one in self.layers[:BARS]]
+        lines = [text_table(["alone in INT8", "RMS error", "% of MACs"], layers)]
         if len(self.layers) > BARS:
             lines.append(f"and {len(self.layers) - BARS} convolutions that cost less")
-        lines += ["", "in float  % of MACs in INT8  recall %  precision %  mean IoU  landmark error, % of face"]
-        rows = [(str(len(step.float_layers)), step) for step in self.steps] + [("default", self.default)]
-        for name, step in rows:
+        rows = []
+        for name, step in [(str(len(step.float_layers)), step) for step in self.steps] + [("default", self.default)]:
             found = step.agreement
-            lines.append(
-                f"{name:>8}  {100 * step.int8_share:17.1f}  {found.recall:8.2f}  {found.precision:11.2f}  "
-                f"{found.mean_iou:8.3f}  {found.landmark_error:25.2f}"
-            )
+            row = [name, f"{100 * step.int8_share:.1f}", f"{found.recall:.2f}", f"{found.precision:.2f}"]
+            rows.append([*row, f"{found.mean_iou:.3f}", f"{found.landmark_error:.2f}"])
+        columns = ["in float", "% of MACs in INT8", "recall %", "precision %", "mean IoU", "landmark error, % of face"]
+        lines += ["", text_table(columns, rows)]
         lines.append(
             f"{self.faces} faces of FP32 on {len(self.held_out_images)} held-out images, calibrated on "
             f"{len(self.calibration_images)} others; 'default' is the recipe of --int8"
@@ -298,7 +313,7 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     steps: list[Step] = []
     for count in tqdm(counts, desc="steps", unit="step", disable=not progress):
         step = measured(Int8Recipe(float_depthwise=False, float_layers=tuple(order[:count])))
-        # a name that is part of another takes that one along: its own turn then changes nothing
+        # a recipe that names a layer also keeps those whose name contains it: their own turn then changes nothing
         if not steps or step.int8_share < steps[-1].int8_share:
             steps.append(step)
     return Sensitivity(
@@ -326,12 +341,12 @@ def _only(name: str) -> Int8Recipe:
 
 def _held_out(options: SensitivityOptions, calibration: Calibration, spec: ModelSpec) -> tuple[list[str], list[Frame]]:
     """Return names and letterboxed pixels of images of the source that were not calibrated on."""
-    from export.calibration import demo_frames, find_calibration_images, letterboxed
+    from export.calibration import find_calibration_images, letterboxed
 
     source = options.calibration
     if source.source == DEMO:  # further crops of the same photographs: there are no others
         count = len(calibration.images)
-        crops = itertools.islice(demo_frames(count + options.held_out, source.seed), count, None)
+        crops = itertools.islice(sample_crops(count + options.held_out, source.seed), count, None)
         return letterboxed(crops, options.size_hw, spec)
     taken = {*calibration.images, *calibration.skipped}
     left = [path for path in find_calibration_images(source) if str(path) not in taken]
@@ -394,42 +409,37 @@ def plot(result: Sensitivity, budget: Budget, path: Path) -> None:
         MissingPackageError: matplotlib is not installed.
         OutputError: The file cannot be written.
     """
-    figure_module = require("matplotlib.figure", "train", "--plot")
-    backend = require("matplotlib.backends.backend_agg", "train", "--plot")
-    figure = figure_module.Figure(figsize=(12, 5), layout="constrained")
-    backend.FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    shares = [100 * step.int8_share for step in result.steps]
-    lines = (
-        ("faces lost, %", "#c8373a", lambda found: 100 - found.recall, 100 - budget.recall),
-        ("landmark error, % of face size", "#2a6f9d", lambda found: found.landmark_error, budget.landmark_error),
-    )
-    for label, colour, value, limit in lines:
-        left.plot(shares, [value(step.agreement) for step in result.steps], "o-", ms=4, color=colour, label=label)
-        left.plot(100 * result.default.int8_share, value(result.default.agreement), "*", ms=13, color=colour)
-        left.axhline(limit, color=colour, ls="--", lw=1)
-    try:
-        chosen = result.step(budget)
-        share = 100 * chosen.int8_share
-        left.axvline(share, color="#2a9d4b", lw=1, label=f"{share:.1f} % INT8 holds the budget (dashed)")
-    except ModelFileError:
-        pass  # nothing to mark
-    left.plot([], [], "*", ms=13, color="grey", label="default recipe")
-    left.set(
-        xlabel="convolution multiply-accumulates in INT8, %",
-        ylabel="disagreement with FP32",
-        title=f"{result.backbone}, {result.size_hw[0]}x{result.size_hw[1]}, {result.faces} held-out faces",
-        ylim=(0, None),
-    )
-    left.grid(alpha=0.3)
-    left.legend(loc="upper left")
-    top = result.layers[:BARS][::-1]
-    bars = right.barh([_short(layer.name) for layer in top], [layer.cost for layer in top], color="#e09f1f")
-    right.bar_label(bars, [f"{100 * layer.mac_share:.2f} % of MACs" for layer in top], padding=3, fontsize=7)
-    right.set(xlabel="RMS error of head outputs at faces, this layer alone in INT8", title="most sensitive layers")
-    right.margins(x=0.25)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with figure_file(path, "train", (12, 5)) as figure:
+        left, right = figure.subplots(1, 2)
+        shares = [100 * step.int8_share for step in result.steps]
+        lines = (
+            ("faces lost, %", "#c8373a", lambda found: 100 - found.recall, 100 - budget.recall),
+            ("landmark error, % of face size", "#2a6f9d", lambda found: found.landmark_error, budget.landmark_error),
+        )
+        for label, colour, value, limit in lines:
+            left.plot(shares, [value(step.agreement) for step in result.steps], "o-", ms=4, color=colour, label=label)
+            left.plot(100 * result.default.int8_share, value(result.default.agreement), "*", ms=13, color=colour)
+            left.axhline(limit, color=colour, ls="--", lw=1)
+        try:
+            chosen = result.step(budget)
+            share = 100 * chosen.int8_share
+            left.axvline(share, color="#2a9d4b", lw=1, label=f"{share:.1f} % INT8 holds the budget (dashed)")
+        except ModelFileError:
+            pass  # nothing to mark
+        left.plot([], [], "*", ms=13, color="grey", label="default recipe")
+        left.set(
+            xlabel="convolution multiply-accumulates in INT8, %",
+            ylabel="disagreement with FP32",
+            title=f"{result.backbone}, {result.size_hw[0]}x{result.size_hw[1]}, {result.faces} held-out faces",
+            ylim=(0, None),
+        )
+        left.grid(alpha=0.3)
+        left.legend(loc="upper left")
+        top = result.layers[:BARS][::-1]
+        bars = right.barh([_short(layer.name) for layer in top], [layer.cost for layer in top], color="#e09f1f")
+        right.bar_label(bars, [f"{100 * layer.mac_share:.2f} % of MACs" for layer in top], padding=3, fontsize=7)
+        right.set(xlabel="RMS error of head outputs at faces, this layer alone in INT8", title="most sensitive layers")
+        right.margins(x=0.25)
 
 
 def _short(name: str) -> str:
@@ -502,10 +512,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Bud
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options, budget, files = parse_arguments(argv)
-    if files.plot:
-        require("matplotlib", "train", "--plot")
-        if files.plot.suffix.lower() not in PLOT_SUFFIXES:
-            raise OutputError(f"--plot {files.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
+    check_plot(files.plot, "train")
     require("onnx", "export", "export.sensitivity")
     from export.calibration import calibration_files
 
@@ -517,9 +524,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = sensitivity(options, progress=sys.stderr.isatty())
     say(result)
     if printed:
-        print(result.to_json())
+        print(result.to_json(budget))
     elif files.json:
-        write_text(files.json, result.to_json())
+        write_text(files.json, result.to_json(budget))
         say(f"wrote {files.json}")
     if files.plot:
         plot(result, budget, files.plot)

@@ -29,8 +29,9 @@ from facespec.errors import DataError, OutputError, SpecError
 from facespec.files import check_outputs, widerface_root, write_text
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
-from facespec.samples import sample_photographs
+from facespec.samples import sample_crops, sample_photographs, tiled
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
+from trt_runtime import machine
 from trt_runtime.load import BACKENDS
 
 DEFAULT_HW = (640, 640)
@@ -196,9 +197,10 @@ class Verification:
         return all(row.passed for row in self.rows)
 
     def to_json(self) -> str:
-        """Return everything as one JSON object."""
+        """Return everything as one JSON object, with date, command, machine and versions."""
         rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
-        return json.dumps({**asdict(self), "rows": rows, "passed": self.passed}, indent=2, allow_nan=False)
+        origin = machine.environment("numpy", "opencv-python", "torch", "onnx", "onnxruntime", "openvino")
+        return json.dumps({**asdict(self), "rows": rows, "passed": self.passed, **origin}, indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         lines = [f"reference  {self.reference}", f"candidate  {self.candidate}"]
@@ -252,14 +254,11 @@ def _of(function: Callable[[Any], Any], values: Sequence[float]) -> float | None
 
 
 def _demo_samples(count: int) -> list[Sample]:
-    from export.calibration import demo_frames
-
     if not sample_photographs():
         raise DataError("nothing to compare on: give --data WIDERFACE, or pip install -e '.[demo]'")
-    frames = list(demo_frames(count, seed=0))
+    frames = list(sample_crops(count, seed=0))
     tiles = [cv2.resize(frame, (240, 240), interpolation=cv2.INTER_AREA) for _, frame in frames]
-    rows = [np.hstack([tiles[(4 * row + column) % count] for column in range(4)]) for row in range(4)]
-    crowd = np.asarray(np.vstack(rows), np.uint8)
+    crowd = tiled([np.asarray(tiles[index % count], np.uint8) for index in range(16)], 4)
     return [Sample(name, functools.partial(_same, frame)) for name, frame in [*frames, ("crowd of sixteen", crowd)]]
 
 

@@ -21,15 +21,16 @@ from tqdm import tqdm
 
 from facespec.cli import ArgumentParser, quiet_libraries, require, run
 from facespec.detections import Detections, Detector
-from facespec.errors import DataError, OutputError
-from facespec.files import atomic_path, check_outputs, widerface_root, write_text
+from facespec.errors import DataError
+from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
+from facespec.files import check_outputs, widerface_root, write_text
 from facespec.images import read_image
 from facespec.spec import parse_size
+from facespec.tables import text_table
 from trainer.average_precision import LEVELS, Array, Curve, ImageKey, ImageTruth, average_precision, load_ground_truth
 
 PROTOCOLS = ("original", "letterbox")
 LETTERBOX_HW = (640, 640)
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def open_detector(
         DataError: A model of fixed size, and the original protocol.
     """
     if Path(name).suffix.lower() in (".onnx", ".engine", ".plan"):
-        # The one place where the training side reaches for the runtime: what is deployed is what must be measured.
+        # the one thing that the training side asks the runtime for: what is deployed is what must be measured
         from trt_runtime.load import load_detector
 
         deployed = load_detector(name, size_hw=size_hw, backend=backend)
@@ -234,13 +235,12 @@ def open_detector(
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Return {"easy", "medium", "hard"} in percent, counts, and what was noticed; write the files asked for.
 
+    The result also holds date, command, machine and versions. `benchmarks.gather` makes result files of such.
+
     Raises:
         RetinaFaceError: Predictions, ground truth, images or the detector are not usable.
     """
-    if options.plot:
-        require("matplotlib", "train", "--plot")
-        if options.plot.suffix.lower() not in PLOT_SUFFIXES:
-            raise OutputError(f"--plot {options.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
+    check_plot(options.plot, "train")
     saved = options.save_predictions and options.save_predictions / "event" / "image.txt"
     outputs = [("--json", options.json_file), ("--plot", options.plot), ("--save-predictions", saved)]
     read = [options.ground_truth / f"wider_{name}_val.mat" for name in ("face", *LEVELS)]
@@ -279,6 +279,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     }
     if options.detector:
         result |= {"detector": options.detector, "protocol": options.protocol, "size_hw": size_hw and list(size_hw)}
+    from trt_runtime.machine import environment
+
+    result |= environment("numpy", "scipy", "opencv-python", "torch", "onnxruntime", "openvino")
     if options.json_file:
         write_text(options.json_file, json.dumps(result, indent=2) + "\n")
     if options.plot:
@@ -287,21 +290,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _plot(curves: dict[str, Curve], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(
-        xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title="WIDER FACE, precision against recall"
-    )
-    for level, colour in zip(LEVELS, ("#2a9d4b", "#e09f1f", "#c8373a"), strict=True):
-        curve = curves[level]
-        axes.plot(curve.recall, curve.precision, color=colour, label=f"{level}: AP {100 * curve.ap:.2f} %")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with figure_file(path, "train", (6, 5)) as figure:
+        axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+        axes.set_title("WIDER FACE, precision against recall")
+        for level, colour in zip(LEVELS, ("#2a9d4b", "#e09f1f", "#c8373a"), strict=True):
+            curve = curves[level]
+            axes.plot(curve.recall, curve.precision, color=colour, label=f"{level}: AP {100 * curve.ap:.2f} %")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower left")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
@@ -328,7 +324,9 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write event/name.txt files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result; '-' prints it")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the precision-recall curves (.png, .svg, .pdf)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help=f"draw the precision-recall curves ({', '.join(PLOT_SUFFIXES)})"
+    )
     args = parser.parse_args(argv)
     data = args.data or widerface_root()
     if args.predictions and (args.save_predictions or args.size or args.protocol != PROTOCOLS[0]):
@@ -358,10 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if to_stdout:
         print(json.dumps(result))
         return 0
-    print(f"{'':8} {'AP %':>6} {'faces':>7}")
-    for level in LEVELS:
-        ap = result[level]
-        print(f"{level:8} {'none' if ap is None else format(ap, '6.2f'):>6} {result['faces'][level]:7d}")
+    figures = {level: "none" if result[level] is None else f"{result[level]:.2f}" for level in LEVELS}
+    print(text_table(["", "AP %", "faces"], [[level, figures[level], str(result["faces"][level])] for level in LEVELS]))
     print(f"{result['images']} images, {result['predictions']} predictions", end="")
     for key, text in (
         ("images_missing", "images left out"),

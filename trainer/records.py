@@ -34,7 +34,7 @@ class CsvLog:
         last: Rows whose first column is greater are removed.
 
     Raises:
-        OutputError: There is no room or no writing there.
+        OutputError: The disk is full, or the folder cannot be written.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], last: int) -> None:
@@ -79,7 +79,8 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 class _Board:
     """Scalars for TensorBoard, written at once.
 
-    tensorboardX's own writer has a thread, which dies of a full disk and leaves the training waiting for it.
+    tensorboardX's SummaryWriter is not used: it writes in a thread, which a full disk ends, and its queue of ten events
+    then blocks the training for ever.
 
     Args:
         folder: Folder of the event files.
@@ -87,7 +88,7 @@ class _Board:
 
     Raises:
         MissingPackageError: tensorboardX is not installed.
-        OutputError: There is no room or no writing there.
+        OutputError: The disk is full, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, step: int) -> None:

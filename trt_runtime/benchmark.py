@@ -20,16 +20,16 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, quiet_libraries, require, run
-from facespec.errors import DataError, OutputError, SpecError
+from facespec.cli import ArgumentParser, quiet_libraries, run
+from facespec.errors import DataError, SpecError
+from facespec.figures import PLOT_SUFFIXES, check_plot
 from facespec.files import check_outputs, write_text
-from facespec.images import find_images, read_image
+from facespec.images import find_images
 from facespec.letterbox import Frame, Letterbox
-from facespec.samples import sample_photographs
+from facespec.samples import sample_frames, spread_frames, tiled
 from facespec.spec import NetworkSize, parse_network_size
 from trt_runtime import machine
 from trt_runtime.benchmark_report import (
-    PLOT_SUFFIXES,
     Measurement,
     Setting,
     heading,
@@ -101,8 +101,7 @@ class BenchmarkOptions:
         for option, values in (("--batch", self.batches), ("--size", self.sizes), ("--backend", self.backends)):
             if len(set(values)) < len(values) or not values:
                 raise SpecError(f"{option}: expected one value or several different ones, separated by commas")
-        if self.plot and self.plot.suffix.lower() not in PLOT_SUFFIXES:
-            raise OutputError(f"--plot {self.plot}: a plot is written as {', '.join(PLOT_SUFFIXES)}")
+        check_plot(self.plot, "bench")
 
     @property
     def stream_depth(self) -> int:
@@ -144,14 +143,11 @@ def load_frames(folder: Path | None) -> Frames:
     if folder is not None:
         if not folder.is_dir():
             raise DataError(f"--frames {folder}: expected a folder of images, there is none of this name")
-        paths = find_images(folder)
-        if not paths:
-            raise DataError(f"--frames {folder}: no images in this folder")
-        chosen = np.linspace(0, len(paths) - 1, min(len(paths), MAX_FRAMES)).astype(int)
-        images = [read_image(paths[index]) for index in chosen]
-        return Frames(images, f"{len(images)} of {len(paths)} images in {folder}, each at its own size")
+        found = len(find_images(folder))
+        images = spread_frames(folder, min(found, MAX_FRAMES))
+        return Frames(images, f"{len(images)} of {found} images in {folder}, each at its own size")
     height, width = FRAME_HW
-    photographs = [read_image(path) for path in sample_photographs()]
+    photographs = list(sample_frames().values())
     if not photographs:
         random = np.random.default_rng(0)
         coarse = random.integers(0, 256, (8, height // 16, width // 16, 3), np.uint8)
@@ -164,12 +160,10 @@ def load_frames(folder: Path | None) -> Frames:
 
 def _mosaic(photographs: Sequence[Frame], rows: int, columns: int) -> Frame:
     cell = FRAME_HW[0] // rows, FRAME_HW[1] // columns
-    frame = np.zeros((*FRAME_HW, 3), np.uint8)
-    for index in range(rows * columns):
-        photograph = photographs[index % len(photographs)]
-        top, left = index // columns * cell[0], index % columns * cell[1]
-        box = Letterbox.fit((photograph.shape[0], photograph.shape[1]), cell)
-        frame[top : top + cell[0], left : left + cell[1]] = box.apply(photograph, (0, 0, 0))
+    frame = np.zeros((*FRAME_HW, 3), np.uint8)  # what the cells do not cover stays black
+    boxes = [Letterbox.fit((image.shape[0], image.shape[1]), cell).apply(image, (0, 0, 0)) for image in photographs]
+    cells = tiled([boxes[index % len(boxes)] for index in range(rows * columns)], columns)
+    frame[: len(cells), : cells.shape[1]] = cells
     return frame
 
 
@@ -205,8 +199,8 @@ def benchmark(
 ) -> Iterator[Setting]:
     """Yield what was measured at each size and batch.
 
-    Whole calls are timed without a `StageTimer`, and as many other calls, which take turns with them, by stage: the
-    total is not burdened with the timer. All detectors of a setting take turns, too.
+    Whole calls are timed without a `StageTimer`, so that the timer does not slow them. As many other calls, in turns with
+    them, are timed by stage. All detectors of a setting take turns.
 
     Args:
         opened: For each size the detectors by name.
@@ -227,14 +221,14 @@ def benchmark(
 def _check_batches(name: str, detector: RetinaFaceDetector, batches: Sequence[int]) -> None:
     """Refuse batches that an engine would split into several calls: their time would not be that of a batch.
 
-    A CPU takes any: its backends know best how many frames to compute at once.
+    Backends of a CPU take any batch, and choose themselves how many frames they compute at once.
     """
     if detector.backend not in CPU_BACKENDS and max(batches) > detector.max_batch:
         raise SpecError(f"--batch {max(batches)}: {name} was built for {detector.max_batch} frames at once at most")
 
 
 def _names(kinds: Sequence[tuple[Path, str]]) -> list[str]:
-    """Return a name for each model and backend, no longer than it takes to tell them apart."""
+    """Return a name for each model and backend, as short as distinct names can be."""
     short = [path.name for path, _ in kinds]
     if len(set(short)) < len({path for path, _ in kinds}):
         short = [str(path) for path, _ in kinds]
@@ -383,8 +377,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; an interrupted one reports what is complete."""
     options = parse_arguments(argv)
     outputs = [("--json", options.json), ("--plot", options.plot)]
-    if options.plot:
-        require("matplotlib", "bench", "--plot")
     load = machine.load_average()
     record = {
         **machine.environment("retinaface-trt", "numpy"),

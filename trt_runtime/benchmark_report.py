@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from facespec.cli import require
-from facespec.files import atomic_path
+from facespec.figures import figure_file
 from facespec.spec import NetworkSize
+from facespec.tables import text_table
 from trt_runtime.machine import busy
 from trt_runtime.measure import Latency, Ratio, Samples
-
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 WIDTH = 100
 """Columns of a terminal that everything fits in."""
@@ -31,8 +29,8 @@ class Measurement:
     """What was measured of one detector at one size and batch.
 
     Attributes:
-        name: Tells it from the others.
-        environment: What the detector says of itself.
+        name: Name of the detector, unlike the others'.
+        environment: `environment()` of the detector.
         size_hw: What frames were letterboxed to; None where every frame ran at its own size.
         batch: Frames a call.
         total_ms: Whole calls, without a timer.
@@ -145,15 +143,12 @@ def setting_table(setting: Setting) -> str:
 def summary_table(settings: Sequence[Setting]) -> str:
     """Return one line for each detector at each size and batch."""
     rows = [found for setting in settings for found in setting.measurements]
-    name, size = (max(map(len, texts)) for texts in zip(*((f.name, _size(f.size_hw)) for f in rows), strict=True))
-    lines = [f"{'':{name}}  {'size':{size}}  batch   p50, ms  ms a frame  frames/s  pipelined"]
+    lines = []
     for found in rows:
         p50 = float(np.median(found.total_ms))
-        lines.append(
-            f"{found.name:{name}}  {_size(found.size_hw):{size}}  {found.batch:5d} {p50:9.3f} {p50 / found.batch:11.3f}"
-            f" {found.fps:9.1f} {found.pipelined_fps:10.1f}"
-        )
-    return "\n".join(lines)
+        line = [found.name, _size(found.size_hw), f"{found.batch}", f"{p50:.3f}", f"{p50 / found.batch:.3f}"]
+        lines.append([*line, f"{found.fps:.1f}", f"{found.pipelined_fps:.1f}"])
+    return text_table(["", "size", "batch", "p50, ms", "ms a frame", "frames/s", "pipelined"], lines)
 
 
 def _measurement_lines(found: Measurement) -> list[str]:
@@ -202,26 +197,21 @@ def plot(settings: Sequence[Setting], record: dict[str, Any], path: Path) -> Non
         MissingPackageError: matplotlib is not installed.
         OutputError: The file cannot be written.
     """
-    figures = require("matplotlib.figure", "bench", "--plot")
-    backend = require("matplotlib.backends.backend_agg", "bench", "--plot")
     several = len(settings[0].measurements) > 1
     columns = min(len(settings), 3) if several else 1
     rows = -(-len(settings) // columns) if several else 1
     height = 4.6 * rows if several else 2.0 + 0.75 * len(settings)
-    figure = figures.Figure(figsize=(max(9.0, 5.0 * columns), height + 0.6), layout="constrained")
-    backend.FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    if several:
-        for axis, setting in zip(axes, settings, strict=False):
-            _spread(axis, setting)
-        for axis in axes[len(settings) :]:
-            axis.set_visible(False)
-    else:
-        _stages(axes[0], [setting.measurements[0] for setting in settings])
-    machine = record["machine"]
-    figure.supxlabel(f"{machine['cpu']}, {machine['cores']} cores; {record['date']}", fontsize=8, color="#666666")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with figure_file(path, "bench", (max(9.0, 5.0 * columns), height + 0.6)) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        if several:
+            for axis, setting in zip(axes, settings, strict=False):
+                _spread(axis, setting)
+            for axis in axes[len(settings) :]:
+                axis.set_visible(False)
+        else:
+            _stages(axes[0], [setting.measurements[0] for setting in settings])
+        machine = record["machine"]
+        figure.supxlabel(f"{machine['cpu']}, {machine['cores']} cores; {record['date']}", fontsize=8, color="#666666")
 
 
 def _stages(axis: Any, found: Sequence[Measurement]) -> None:

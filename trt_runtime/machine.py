@@ -30,7 +30,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return processor, cores that may be used, vector extensions and system; the GPU is for who uses one to tell."""
+    """Return processor, cores that may be used, vector extensions and system; a caller that uses a GPU sets `gpu`."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = re.search(r"model name\s*: (.*)", cpuinfo)
     return {
@@ -49,7 +49,7 @@ def cores() -> int:
 
 
 def load_average() -> float | None:
-    """Return how many processes ran or waited to run, averaged over the last minute; None where no one counts them."""
+    """Return how many processes ran or waited to run, averaged over the last minute; None if unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 

@@ -64,8 +64,8 @@ class Ratio(NamedTuple):
 def speed_ratio(base_ms: Samples, other_ms: Samples) -> Ratio:
     """Return how many times as fast `other` is as `base`.
 
-    The interval is a bootstrap over whole rounds, the same ones of both: calls of one round are alike because the
-    machine was in one state, and taken for independent they would promise more than they know.
+    The interval is a bootstrap over whole rounds, the same rounds for both: calls of one round are alike because the
+    machine was in one state, and treating them as independent would make the interval too narrow.
 
     Args:
         base_ms: (rounds, calls).

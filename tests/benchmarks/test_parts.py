@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import pytest
 
-from benchmarks import cpu_latency, peers
+from benchmarks import cpu_latency, gather, peers
 from benchmarks.environment import environment, write_result
 from benchmarks.gpu_kernel import cases, same_detections
 from facespec.detections import Detections
+from facespec.errors import DataError
 from facespec.letterbox import Frame, Letterbox
 from trt_runtime.measure import Latency
 
@@ -58,43 +58,40 @@ def _ours(faces: list[Any], box_shift: float = 0, point_shift: float = 0) -> Det
 
 
 def test_the_same_faces_in_any_order_within_the_rounding() -> None:
-    tiny = pytest.importorskip("benchmarks.tiny")
     faces = _theirs((10, 20, 30, 40), (200, 100, 50, 60))
-    np.testing.assert_array_equal(tiny.boxes_of(faces), [[10, 20, 40, 60], [200, 100, 250, 160]])
-    assert tiny.boxes_of([]).shape == (0, 4)
-    assert tiny.same_faces(_ours(faces), faces[::-1])
-    assert tiny.same_faces(_ours(faces, 1.9, 1.0), faces)
-    assert tiny.same_faces(_ours([]), [])
-    assert not tiny.same_faces(_ours(faces, 2.1), faces)
-    assert not tiny.same_faces(_ours(faces, 0, 1.1), faces)
-    assert not tiny.same_faces(_ours(faces[:1]), faces)
-    assert not tiny.same_faces(_ours(faces), [faces[0], faces[0]])
-    assert not tiny.same_faces(_ours([faces[0], faces[0]]), faces)
+    np.testing.assert_array_equal(peers.boxes_of(faces), [[10, 20, 40, 60], [200, 100, 250, 160]])
+    assert peers.boxes_of([]).shape == (0, 4)
+    assert peers.same_faces(_ours(faces), faces[::-1])
+    assert peers.same_faces(_ours(faces, 1.9, 1.0), faces)
+    assert peers.same_faces(_ours([]), [])
+    assert not peers.same_faces(_ours(faces, 2.1), faces)
+    assert not peers.same_faces(_ours(faces, 0, 1.1), faces)
+    assert not peers.same_faces(_ours(faces[:1]), faces)
+    assert not peers.same_faces(_ours(faces), [faces[0], faces[0]])
+    assert not peers.same_faces(_ours([faces[0], faces[0]]), faces)
 
 
 def test_frames_of_a_folder_are_spread_over_it(tmp_path: Path) -> None:
-    tiny = pytest.importorskip("benchmarks.tiny")
     for index in range(9):
         cv2.imwrite(str(tmp_path / f"{index}.png"), np.full((20, 40, 3), 20 * index, np.uint8))
-    frames = tiny.load_frames(tmp_path, 3)
+    frames = peers.load_frames(tmp_path, 3)
     assert [frame[0, 0, 0] for frame in frames] == [0, 80, 160]  # the first, the middle, the last
     for frame in frames:
         assert frame.shape == (640, 640, 3)
         assert (frame[320:] == (104, 117, 123)).all()
-    frames = tiny.load_frames(None, 4)
+    frames = peers.load_frames(None, 4)
     assert [frame.shape for frame in frames] == [(640, 640, 3)] * 4
     assert len({frame.tobytes() for frame in frames}) == 4
 
 
 def test_tiny_has_the_constant_of_the_weights_and_the_threads_asked_for() -> None:
     pytest.importorskip("retinaface")
-    tiny = importlib.import_module("benchmarks.tiny")
     package: Any = importlib.import_module("retinaface")
     preprocess: Any = importlib.import_module("retinaface.preprocess")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocess, "MEAN", preprocess.MEAN)
         patch.setattr(package, "ONNX_SESSION", getattr(package, "ONNX_SESSION", None))
-        detect = tiny.open_tiny(1)
+        detect = peers.open_tiny(1)
         assert preprocess.MEAN.tolist() == [104, 117, 123]
         assert package.ONNX_SESSION.get_session_options().intra_op_num_threads == 1
         assert detect(np.zeros((64, 64, 3), np.uint8)) == []
@@ -191,21 +188,19 @@ def test_times_against_tiny_and_their_table() -> None:
 
 def test_a_precision_is_summed_up_for_each_protocol() -> None:
     """Each case's own rows, AP of the candidate and of the reference, rounded."""
-    pytest.importorskip("torch")
-    from benchmarks.precision import summary
 
-    def rows(case: str, first: float) -> list[SimpleNamespace]:
+    def rows(case: str, first: float) -> list[dict[str, Any]]:
         quantities = ("recall %", "precision %", "mean IoU"), ("mean error, % of face",), ("mean drift",)
         names = [(s, q) for s, group in zip(("boxes", "landmarks", "scores"), quantities, strict=True) for q in group]
-        return [SimpleNamespace(case=case, stage=s, quantity=q, value=first + i) for i, (s, q) in enumerate(names)]
+        return [{"case": case, "stage": s, "quantity": q, "value": first + i} for i, (s, q) in enumerate(names)]
 
     ap = {"easy": {"candidate": 91.23456, "reference": 92.0}, "hard": {"candidate": 80.0, "reference": None}}
-    found: Any = SimpleNamespace(
-        average_precision={"original": ap, "letterbox": {"easy": {"candidate": 1.0, "reference": 2.0}}},
-        rows=[*rows("original size", 10.123456), *rows("letterbox 640x640", 20)],
-        candidate=SimpleNamespace(precision="int8", mac_shares={"int8": 0.876543}), passed=False, images=7,
-    )  # fmt: skip
-    original, letterbox = summary(found)
+    found = {
+        "average_precision": {"original": ap, "letterbox": {"easy": {"candidate": 1.0, "reference": 2.0}}},
+        "rows": [*rows("original size", 10.123456), *rows("letterbox 640x640", 20)],
+        "candidate": {"precision": "int8", "mac_shares": {"int8": 0.876543}}, "passed": False, "images": 7,
+    }  # fmt: skip
+    original, letterbox = gather.summary(found)
     assert original == {
         "precision": "int8", "protocol": "original", "mac_shares": {"int8": 0.8765}, "budget_held": False,
         "ap": {"easy": 91.235, "hard": 80.0}, "ap_fp32": {"easy": 92.0, "hard": None}, "recall_percent": 10.1235,
@@ -214,6 +209,28 @@ def test_a_precision_is_summed_up_for_each_protocol() -> None:
     }  # fmt: skip
     assert (letterbox["protocol"], letterbox["recall_percent"]) == ("letterbox", 20)
     assert (letterbox["ap"], letterbox["ap_fp32"]) == ({"easy": 1.0}, {"easy": 2.0})
+
+
+def test_files_of_commands_become_rows(tmp_path: Path) -> None:
+    """Each row as README's tables read it; files of two machines are not mixed."""
+    origin = {"command": "python -m trainer.evaluate ...", "machine": {"cpu": "a"}, "versions": {"numpy": "2"}}
+    found = {"easy": 92.36412, "medium": 89.0, "hard": None, "images": 3, "predictions": 5, "protocol": "letterbox"}
+    files = []
+    for detector in ("mobilenet0.25", "m.onnx", "m.plugin.onnx"):
+        files.append(tmp_path / f"{detector}.json")
+        files[-1].write_text(json.dumps({**found, "detector": detector, **origin, "seconds_scoring": 1}))
+    record = gather.gather("dev_ap", files)
+    assert [row["backend"] for row in record["results"]] == ["PyTorch", "ONNX", "plugin form"]
+    kept = {**found, "easy": 92.364, "backend": "PyTorch"}
+    assert record["results"][0] == kept
+    assert record["commands"] == [origin["command"]] * 3
+    assert (record["machine"], record["versions"]) == ({"cpu": "a"}, {"numpy": "2"})
+    assert {"what", "date", "command"} <= record.keys()
+    with pytest.raises(DataError, match=r"mobilenet0.25.json: not a file for ap_scoring \(KeyError: 'seconds_coll"):
+        gather.gather("ap_scoring", files)
+    files[1].write_text(json.dumps({**found, "detector": "m.onnx", **origin, "machine": {"cpu": "b"}}))
+    with pytest.raises(DataError, match=r"m.onnx.json: not from the same machine and versions as .*mobilenet0.25.json"):
+        gather.gather("dev_ap", files)
 
 
 def test_a_clip_is_as_long_and_as_large_as_asked(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from onnx import numpy_helper
 from export.calibration import (
     calibrate,
     calibration_files,
-    demo_frames,
     find_calibration_images,
     letterboxed,
     load_inputs,
@@ -24,6 +23,7 @@ from export.portable import build_heads
 from facespec.errors import DataError, SpecError
 from facespec.images import write_image
 from facespec.letterbox import Frame
+from facespec.samples import sample_crops
 from facespec.spec import ModelSpec, PreprocessSpec
 from trainer import load_model
 from trainer.detector import TorchRetinaFace
@@ -102,7 +102,7 @@ def test_what_is_read_is_known(pictures: Path, tmp_path: Path) -> None:
 
 def test_crops_of_photographs(photographs: dict[str, Frame]) -> None:
     """By turns of each photograph; square, from a third to all of its height, every other one mirrored."""
-    found = list(demo_frames(24, seed=0))
+    found = list(sample_crops(24, seed=0))
     assert [name.split(" #")[1] for name, _ in found] == [str(index) for index in range(24)]
     sources = {Path(name.split(" #")[0]).stem for name, _ in found}
     assert sources == set(photographs)
@@ -125,7 +125,7 @@ def test_crops_of_photographs(photographs: dict[str, Frame]) -> None:
     assert min(shares) < 0.5
     assert max(shares) > 0.85
     assert np.std(brightness) > 15
-    again, other = list(demo_frames(24, seed=0)), list(demo_frames(24, seed=1))
+    again, other = list(sample_crops(24, seed=0)), list(sample_crops(24, seed=1))
     assert all((a == b).all() for (_, a), (_, b) in zip(found, again, strict=True))
     assert not any(a.shape == b.shape and (a == b).all() for (_, a), (_, b) in zip(found, other, strict=True))
 
@@ -162,7 +162,7 @@ def test_how_many_may_be_damaged_or_alike(tmp_path: Path) -> None:
 
 def test_images_with_faces_are_counted(heads: onnx.ModelProto, tmp_path: Path, shared_cache: None) -> None:
     """Those on which PyTorch has a prior that is sooner a face than none."""
-    frames = [frame for _, frame in demo_frames(6, 0)]
+    frames = [frame for _, frame in sample_crops(6, 0)]
     frames += [np.full((64, 64, 3), 40 * level, np.uint8) for level in range(4)]
     options = CalibrationOptions(str(_write(tmp_path / "mixed", frames)))
     found = calibrate(heads, options, SIZE, ModelSpec())

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from export import calibration as calibration_module
 from export import to_onnx, to_trt
-from export.calibration import Calibration, calibrate, demo_frames, find_calibration_images, load_inputs
+from export.calibration import Calibration, calibrate, find_calibration_images, load_inputs
 from export.inspect import inspect
 from export.options import CalibrationOptions, Int8Recipe, load_recipe
 from export.portable import build_heads
@@ -35,6 +35,7 @@ from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.errors import DataError, ModelFileError, SpecError
 from facespec.images import write_image
 from facespec.letterbox import Frame
+from facespec.samples import sample_crops
 from facespec.spec import ModelSpec
 from trainer import load_model
 from trt_runtime.gpu.flavor import RTX
@@ -398,7 +399,7 @@ def test_wrong_calibration_data_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("WIDERFACE_ROOT", raising=False)
-    frames = [frame for _, frame in demo_frames(12, 0)]
+    frames = [frame for _, frame in sample_crops(12, 0)]
 
     def message(source: object, *more: object) -> str:
         """Return what both exports say."""
@@ -429,7 +430,7 @@ def test_wrong_calibration_data_is_named(
 
 
 def test_calibration_images_are_chosen_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = _folder(tmp_path / "data" / "train" / "images" / "0--Event", [frame for _, frame in demo_frames(30, 0)])
+    folder = _folder(tmp_path / "data" / "train" / "images" / "0--Event", [frame for _, frame in sample_crops(30, 0)])
     (folder / "05.png").write_bytes(b"no picture")
     monkeypatch.setenv("WIDERFACE_ROOT", str(tmp_path / "data"))
     options = CalibrationOptions("widerface_train", images=20, seed=4)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export.calibration import Calibration, calibrate, demo_frames
+from export.calibration import Calibration, calibrate
 from export.options import DEMO, CalibrationOptions, Int8Recipe, load_recipe
 from export.parity import rows_from_maps
 from export.portable import build_heads
@@ -37,6 +37,7 @@ from export.sensitivity import (
 )
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.images import write_image
+from facespec.samples import sample_crops
 from facespec.spec import ModelSpec
 from trainer import load_model
 
@@ -149,6 +150,10 @@ def test_table_json_and_plot(measured: Sensitivity, tmp_path: Path) -> None:
     read = json.loads(measured.to_json())
     assert read["layers"][0] == dataclasses.asdict(measured.layers[0])
     assert len(read["steps"]) == len(measured.steps)
+    assert {"what", "date", "command", "machine", "versions"} <= read.keys()
+    held = json.loads(measured.to_json(Budget(0, 100)))["results"]
+    assert held == [{"budget": {"recall": 0, "landmark_error": 100}, **read["steps"][0]}]
+    assert json.loads(measured.to_json(Budget(100, 0)))["results"] == [{"budget": {"recall": 100, "landmark_error": 0}}]
     for budget in (Budget(0, 100), Budget(100, 0)):  # one that is held, one that is not
         plot(measured, budget, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -212,7 +217,7 @@ def test_folders_that_do_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, noise = tmp_path / "crops", tmp_path / "noise"
     rng = np.random.default_rng(0)
-    for name, frame in demo_frames(20, 0):
+    for name, frame in sample_crops(20, 0):
         write_image(folder / f"{name}.png", frame)
         write_image(noise / f"{name}.png", rng.integers(0, 256, (64, 64, 3), np.uint8))
     with pytest.raises(DataError, match=r"16 images to calibrate on leave 4 to measure on, at least 8 are needed"):
@@ -396,7 +401,7 @@ def test_images_to_measure_on_are_others(tmp_path: Path) -> None:
     # of the photographs, the crops that come next
     demo = SensitivityOptions("w", CalibrationOptions(DEMO, images=8), held_out=9, size_hw=(32, 64))
     names, _ = _held_out(demo, Calibration(demo.calibration, {}, ("x",) * 8, (), 1, False), ModelSpec())
-    assert names == [name for name, _ in demo_frames(17, 0)][8:]
+    assert names == [name for name, _ in sample_crops(17, 0)][8:]
 
 
 def test_numbers_that_are_not_finite_are_no_faces() -> None:

@@ -286,6 +286,7 @@ def test_json_goes_to_stdout_or_into_a_file(scored: Path, capsys: pytest.Capture
     for result in (printed, written):
         assert result.pop("seconds_collecting") >= 0
         assert result.pop("seconds_scoring") >= 0
+        assert [bool(result.pop(key)) for key in ("date", "command", "machine", "versions")] == [True] * 4
         assert result == {
             **{"easy": 100.0, "medium": 50.0, "hard": 50.0, "images": 2, "images_missing": 1, "predictions": 3},
             "faces": {"easy": 1, "medium": 2, "hard": 2},

@@ -85,7 +85,7 @@ def test_frames_of_a_folder_are_bounded_and_spread(tmp_path: Path, monkeypatch: 
 def test_without_photographs_there_are_no_faces(monkeypatch: pytest.MonkeyPatch, static_onnx: Path) -> None:
     from trt_runtime import OrtRetinaFace
 
-    monkeypatch.setattr("trt_runtime.benchmark.sample_photographs", dict)
+    monkeypatch.setattr("trt_runtime.benchmark.sample_frames", dict)
     frames = load_frames(None)
     assert "no faces" in frames.what
     detector = OrtRetinaFace(static_onnx, threads=1)
@@ -566,7 +566,7 @@ def test_frames_of_a_small_folder_are_all_used(tmp_path: Path) -> None:
 
 
 def test_frames_of_noise_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trt_runtime.benchmark.sample_photographs", dict)
+    monkeypatch.setattr("trt_runtime.benchmark.sample_frames", dict)
     first, second = load_frames(None), load_frames(None)
     assert [image.shape for image in first.images] == [(720, 1280, 3)] * 8
     for one, two in zip(first.images, second.images, strict=True):

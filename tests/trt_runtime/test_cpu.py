@@ -17,13 +17,13 @@ import numpy as np
 import onnx
 import pytest
 
-from export.calibration import demo_frames
 from export.verify import BUDGETS
 from facespec.agreement import Agreement
 from facespec.detections import Detections
 from facespec.errors import BuildError, ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
+from facespec.samples import sample_crops
 from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec, NetworkSize, PreprocessSpec
 from tests.conftest import Exported
 from tests.faces import assert_identical
@@ -119,7 +119,7 @@ def test_reduced_precision_stays_within_its_budget(precision: str, form: str, ex
     budget = BUDGETS[precision]
     agreement = Agreement()
     with OpenVinoRetinaFace(exported(precision, form), threads=1) as detector:
-        for _, frame in demo_frames(16, seed=5):
+        for _, frame in sample_crops(16, seed=5):
             agreement.add(reference.detect(frame), detector.detect(frame))
     assert agreement.faces >= 10
     assert agreement.recall is not None

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from facespec.errors import DataError
 from facespec.images import write_image
 from facespec.letterbox import Frame
+from facespec.samples import tiled
 from trainer.data.augment import AugmentSettings, TrainingSet
 from trainer.data.dataset import Dataset, FileSample, Kind, Report, Sample
 from trainer.data.targets import Faces
@@ -103,7 +104,7 @@ def contact_sheet(samples: list[tuple[Frame, Faces]]) -> Frame:
     rows, columns = TILES
     tiles = [_tile(image, faces) for image, faces in samples]
     tiles += [np.full((TILE_PX, TILE_PX, 3), 40, np.uint8)] * (rows * columns - len(tiles))
-    sheet = np.vstack([np.hstack(tiles[row * columns : (row + 1) * columns]) for row in range(rows)])
+    sheet = tiled(tiles, columns)
     legend = np.full((32, sheet.shape[1], 3), 255, np.uint8)
     for index, (text, colour) in enumerate(_LEGEND):
         x = 12 + index * (sheet.shape[1] // len(_LEGEND))

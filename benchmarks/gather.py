@@ -1,0 +1,130 @@
+"""Gather files that commands wrote with --json into a result file, one row for each figure.
+
+    python -m benchmarks.gather dev_ap ap/*.json
+
+What writes the files, and for which models:
+
+dev_ap      python -m trainer.evaluate --detector MODEL --data WIDERFACE --protocol PROTOCOL --json FILE
+            mobilenet0.25, its portable and its plugin form, by both protocols
+ap_scoring  python -m trainer.evaluate --predictions FOLDER --ground-truth WIDERFACE/gt --json FILE
+            predictions on all 3226 images
+precision   python -m export.verify --reference mobilenet0.25 --candidate MODEL --data WIDERFACE --protocol both
+            --json FILE; the plugin forms in FP16 and INT8, the latter calibrated on widerface_train
+
+export.to_onnx writes portable forms, export.to_trt --onnx-only plugin forms. The other result files come from one
+command each: int8_sensitivity from export.sensitivity, the rest from the benchmark of the same name.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from facespec.cli import ArgumentParser, run
+from facespec.errors import DataError
+from facespec.files import check_outputs, write_text
+from trt_runtime import machine
+
+WHAT = {
+    "dev_ap": "WIDER FACE AP in percent of the published mobilenet0.25; score 0.02, NMS 0.4, top 5000, keep 750; "
+    "letterbox is 640x640; plugin form: the network in ONNX Runtime, the plugin's kernels on the host",
+    "ap_scoring": "WIDER FACE AP of predictions on all validation images: seconds to read the text files, and to score",
+    "precision": "the published mobilenet0.25 in FP32 (PyTorch) against its plugin form in FP16 and INT8 (network in "
+    "ONNX Runtime with the rounding of fp16 emulated, the plugin's kernels on the host): WIDER FACE AP in percent, and "
+    "agreement on faces of a score over 0.5",
+}
+SHOWN = {
+    "recall_percent": ("boxes", "recall %"),
+    "precision_percent": ("boxes", "precision %"),
+    "mean_iou": ("boxes", "mean IoU"),
+    "landmark_error_percent_of_face": ("landmarks", "mean error, % of face"),
+    "score_drift": ("scores", "mean drift"),
+}
+SIDES = (("ap", "candidate"), ("ap_fp32", "reference"))
+
+
+def summary(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a result for each protocol, AP and agreement with FP32, of what `export.verify` wrote."""
+    results = []
+    for protocol, levels in found["average_precision"].items():
+        case = "original size" if protocol == "original" else "letterbox 640x640"
+        values = {(row["stage"], row["quantity"]): row["value"] for row in found["rows"] if row["case"] == case}
+        shares = found["candidate"]["mac_shares"]
+        results.append(
+            {
+                "precision": found["candidate"]["precision"],
+                "protocol": protocol,
+                "mac_shares": {kind: round(share, 4) for kind, share in shares.items()},
+                "budget_held": found["passed"],
+                **{name: {level: _rounded(ap[side], 3) for level, ap in levels.items()} for name, side in SIDES},
+                **{name: _rounded(values[key], 4) for name, key in SHOWN.items()},
+                "images": found["images"],
+            }
+        )
+    return results
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _evaluated(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the row of what `trainer.evaluate` wrote about a detector."""
+    forms = {".plugin.onnx": "plugin form", ".onnx": "ONNX"}
+    form = next((form for suffix, form in forms.items() if found["detector"].endswith(suffix)), "PyTorch")
+    figures = {level: _rounded(found[level], 3) for level in ("easy", "medium", "hard")}
+    kept = {key: found[key] for key in ("images", "predictions")}
+    return [{"backend": form, "protocol": found["protocol"], **figures, **kept}]
+
+
+def _scored(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the row of what `trainer.evaluate` wrote about predictions."""
+    return [{key: found[key] for key in ("images", "predictions", "seconds_collecting", "seconds_scoring")}]
+
+
+ROWS = {"dev_ap": _evaluated, "ap_scoring": _scored, "precision": summary}
+
+
+def gather(name: str, files: list[Path]) -> dict[str, Any]:
+    """Return the content of a result file.
+
+    Args:
+        name: Of the result file.
+        files: What the commands wrote.
+
+    Raises:
+        DataError: A file does not hold what it should, or they come from different machines.
+    """
+    rows: list[dict[str, Any]] = []
+    found = []
+    for file in files:
+        try:
+            found.append(json.loads(file.read_text(encoding="utf-8")))
+            rows += ROWS[name](found[-1])
+            if (found[-1]["machine"], found[-1]["versions"]) != (found[0]["machine"], found[0]["versions"]):
+                raise DataError(f"{file}: not from the same machine and versions as {files[0]}")
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{file}: not a file for {name} ({type(error).__name__}: {error})") from None
+    origin = {key: found[0][key] for key in ("machine", "versions")}
+    commands = [each["command"] for each in found]
+    return {"what": WHAT[name], "commands": commands, "results": rows, **machine.environment(), **origin}
+
+
+def main() -> int:
+    """Gather the files and write the result."""
+    parser = ArgumentParser(prog="python -m benchmarks.gather", description="Gather what commands wrote with --json.")
+    parser.add_argument("name", choices=WHAT, help="result file")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="JSON files of the commands")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: benchmarks/results/NAME.json)")
+    args = parser.parse_args()
+    out = args.out or Path(f"benchmarks/results/{args.name}.json")
+    check_outputs([("--out", out)], args.files)
+    write_text(out, json.dumps(gather(args.name, args.files), indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

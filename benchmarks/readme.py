@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the result files; `--check` fails if they differ.
+"""Write the tables of README.md and docs/*.md from the result files; `--check` fails if they differ.
 
 python -m benchmarks.readme [--check]
 """
@@ -119,8 +119,19 @@ def _video(rows: list[dict]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Return each table by the name of its marker."""
+    """Return each table, and each figure that stands in a sentence, by the name of its marker."""
+    augment = next(row["ms"]["mean"] for row in _load("augment") if row["run"] == "ours, file")
     return {
+        "augment": f"{augment:.1f}",
+        "ap_scoring": f"{_load('ap_scoring')[0]['seconds_scoring']:.1f}",
+        "ap_full_val": _table(
+            "| images | precision | easy | medium | hard |",
+            [
+                f"| {row['size'] or 'at their own size'} | {row['model'].split(',')[0]} "
+                f"| {row['easy']:.2f} | {row['medium']:.2f} | {row['hard']:.2f} |"
+                for row in _load("ap_full_val")
+            ],
+        ),
         "dev_ap": _table(
             "| weights | protocol | through | easy | medium | hard |",
             [
@@ -181,26 +192,29 @@ def tables() -> dict[str, str]:
     }
 
 
-def render(text: str) -> str:
-    """Return the README with its tables filled in."""
-    for name, table in tables().items():
-        opening, closing = f"<!-- {name} -->\n", "<!-- end -->"
-        before, rest = text.split(opening)
-        text = before + opening + table + rest[rest.index(closing) :]
-    augment = next(row["ms"]["mean"] for row in _load("augment") if row["run"] == "ours, file")
-    inline = {"ap_scoring": f"{_load('ap_scoring')[0]['seconds_scoring']:.1f}", "augment": f"{augment:.1f}"}
-    for name, figure in inline.items():
-        text = re.sub(rf"(<!-- {name} -->).*?(<!-- end -->)", rf"\g<1>{figure}\g<2>", text)
-    return text
+def render(text: str, made: dict[str, str]) -> str:
+    """Return a page with its tables and figures filled in: each stands between `<!-- name -->` and `<!-- end -->`."""
+    return re.sub(
+        r"(<!-- (\w+) -->\n?).*?(<!-- end -->)",
+        lambda place: place[1] + made[place[2]] + place[3],
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def pages() -> list[Path]:
+    """Return the files that hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main() -> int:
-    """Rewrite or check README.md."""
-    path = ROOT / "README.md"
-    text = path.read_text()
+    """Rewrite or check the pages."""
+    made = tables()
+    changed = {path: new for path in pages() if (new := render(old := path.read_text(), made)) != old}
     if "--check" in sys.argv:
-        return int(render(text) != text)
-    path.write_text(render(text))
+        return int(bool(changed))
+    for path, text in changed.items():
+        path.write_text(text)
     return 0
 
 

@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def widerface() -> Path:
-    """WIDER FACE as in the README: val/images and gt."""
+    """WIDER FACE as docs/training.md has it: val/images and gt."""
     root = DATA / "widerface"
     if not (root / "val" / "images").is_dir():
         pytest.skip("WIDER FACE is not on this machine (RETINAFACE_DATA)")

@@ -199,7 +199,7 @@ def benchmark(
 ) -> Iterator[Setting]:
     """Yield what was measured at each size and batch.
 
-    Whole calls are timed without a `StageTimer`, so that the timer does not slow them. As many other calls, taking turns
+    Whole calls are timed without a `StageTimer`, so that the timer does not slow them. As many others, taking turns
     with them, are timed by stage. All detectors of a setting take turns.
 
     Args:

@@ -48,7 +48,7 @@ LATE_S = 0.002
 
 
 def _assert_same(found: Detections, expected: Detections) -> None:
-    """To the bit, but for the batch: ONNX Runtime may sum in another order there."""
+    """Assert equal faces, up to rounding: ONNX Runtime may sum in another order in a batch."""
     assert found.frame_hw == expected.frame_hw
     assert len(found) == len(expected)
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=2e-3)
@@ -164,7 +164,7 @@ def _bgr(luma: Frame, chroma: Frame, matrix: str) -> Frame:
 
 @pytest.mark.parametrize("matrix", [*NV12, ""])
 def test_the_colours_of_nv12(device: HostDevice, plugin_form: Path, matrix: str) -> None:
-    """Of every matrix, with planes that lie in wider ones, at the network's size: what it is given is what one sees."""
+    """For every matrix, with planes inside wider arrays, the network's input has the colours of the formulas."""
     random = np.random.default_rng(3)
     luma = random.integers(60, 180, (64, 107), np.uint8)[:, 3:99]
     chroma = random.integers(110, 146, (32, 120), np.uint8)[:, 10:106]
@@ -263,7 +263,7 @@ def test_what_makes_a_frame_is_waited_for(device: HostDevice, plugin_form: Path,
 
 
 def test_frames_live_until_they_are_read_and_no_longer(device: HostDevice, plugin_form: Path) -> None:
-    """An NV12 frame's planes are kept by what reads them, both; and nobody keeps them afterwards."""
+    """Both planes of an NV12 frame are kept while they are read, and not longer."""
     planes = [np.zeros((64, 96), np.uint8), np.zeros((32, 96), np.uint8)]
     owners = [HostArray(plane) for plane in planes]
     alive = [weakref.ref(owner) for owner in owners]
@@ -292,7 +292,7 @@ class Liar:
 
 
 def test_after_an_error_nothing_runs_on(plugin_form: Path, astronaut: Frame) -> None:
-    """The lane is good for the next call, so its stream must be at rest, and the frames the caller's own again."""
+    """The next call uses the same lane, and the caller may free its frames: no work may be left on the stream."""
     device = HostDevice(delay_s=LATE_S)
     done: list[int] = []
     copy_in = device.copy_in
@@ -347,7 +347,7 @@ def test_it_is_warm_when_it_is_made(device: HostDevice, plugin_form: Path, size:
 
 
 def test_what_is_closed_holds_nothing(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None:
-    """Not only when the last reference goes: graphs, contexts, memory and streams are closed by whoever made them."""
+    """`close` frees graphs, contexts, memory and streams, although references to them are left."""
     with TRTRetinaFace(plugin_form, device=device, size_hw=(64, 64)) as detector:
         for _ in range(2):
             detector.detect_batch([astronaut, astronaut[:99]])
@@ -380,7 +380,7 @@ def test_what_is_closed_holds_nothing(device: HostDevice, plugin_form: Path, ast
 
 
 def test_old_memory_goes_before_new_comes(plugin_form: Path) -> None:
-    """Where both do not fit beside each other."""
+    """The device has no room for both at the same time."""
     device = HostDevice(memory_limit=4_000_000)
     with TRTRetinaFace(plugin_form, device=device, warm_up=False) as detector:
         for side in (1000, 1080):  # the network's input has 3.1 and 3.6 MB
@@ -392,7 +392,7 @@ def test_old_memory_goes_before_new_comes(plugin_form: Path) -> None:
 
 
 def test_rooms_grow_and_never_shrink(device: HostDevice, plugin_form: Path) -> None:
-    """Many small frames, then a large one, then many again: what was large enough once is there the second time."""
+    """Many small frames, then a large one, then many again: the memory of the first call serves the third."""
     with TRTRetinaFace(plugin_form, device=device, warm_up=False) as detector:
         held = []
         for batch, side in ((8, 32), (1, 416), (8, 32), (1, 416), (3, 64)):

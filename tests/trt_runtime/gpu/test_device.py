@@ -788,7 +788,7 @@ def test_a_dlpack_tensor_is_read(stream: HostStream, library: str, modern: bool)
 
 
 def test_an_offset_and_no_strides(stream: HostStream) -> None:
-    """As DLPack allows, and neither numpy nor torch does."""
+    """DLPack allows both; numpy and torch write neither."""
 
     class Odd(Tensor):
         def __dlpack__(self, stream: object = None, **options: Any) -> object:

@@ -42,14 +42,14 @@ def network(plugin_form: Path) -> HostEngine:
 
 
 def is_gone(left: Callable[[], Any]) -> bool:
-    """Whether nothing is left, after what only the collector frees has been freed, which takes a while."""
+    """Whether `left` returns nothing, if need be after garbage collection, which is slow."""
     if left():
         gc.collect()
     return not left()
 
 
 class Rig:
-    """A GPU that is none, a TensorRT that is none, and an engine file."""
+    """A simulated GPU, a stand-in for TensorRT, and an engine file."""
 
     def __init__(self, folder: Path, network: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.device = HostDevice(delay_s=5e-4)
@@ -68,7 +68,7 @@ class Rig:
         return trt
 
     def _load(self, plugin: ctypes.CDLL) -> Any:
-        """Return the letterbox of the plugin; the host's works at once, and must wait for its turn."""
+        """Return the host's letterbox, put on the stream: by itself it would run at once."""
         launch = trt_runtime.kernels.load_letterbox(plugin)
 
         def submit(*arguments: Any) -> None:
@@ -127,7 +127,7 @@ def test_the_stand_in_has_no_name_that_tensorrt_has_not(network: HostEngine) -> 
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_detector_on_tensorrt_finds_the_faces(rig: Rig, plugin_form: Path, frames: list[Frame], graphs: bool) -> None:
-    """To the bit those of the same network without it: only TensorRT's side of the code differs."""
+    """The faces equal those of the same network on `HostEngine`, bit by bit."""
     with TRTRetinaFace(plugin_form, size_hw=SIZE, device=HostDevice(), warm_up=False) as plain:
         expected = [plain.detect(frame) for frame in frames]
     assert [len(found) for found in expected] == [1, 0, 1]

@@ -30,7 +30,7 @@ def test_gpu_capability_agrees_with_torch() -> None:
 
 @pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed (Linux on x86_64 only)")
 def test_rtx_in_a_child_process() -> None:
-    """With the bare name its parser looks for; nothing of that is left behind."""
+    """The child finds the library by the bare name that the parser opens; afterwards the folder of links is gone."""
     code = (
         "import ctypes, tensorrt_rtx; ctypes.CDLL('libtensorrt_rtx.so'); ctypes.CDLL('libtensorrt_onnxparser_rtx.so'); "
         "print(tensorrt_rtx.__version__)"
@@ -110,7 +110,7 @@ def test_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_environment_of_a_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its own folder first, then what was there; Python finds what it finds here; and ours stays as it is."""
+    """The folder of links comes first on the path, PYTHONPATH is ours, and our own environment is unchanged."""
     monkeypatch.setenv("LD_LIBRARY_PATH", "/some/where")
     monkeypatch.setattr(sys, "path", ["", "/one", "/two"])
     before = dict(os.environ)

@@ -270,7 +270,7 @@ def test_engines_that_changed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["strides", "min_sizes", "variances", "logit_threshold", "iou_threshold", "top_k"])
 def test_another_plugin_in_the_engine(tmp_path: Path, name: str) -> None:
-    """Every attribute, its last value: the engine holds another than the sidecar says."""
+    """The last value of each attribute differs between engine and sidecar."""
     others = {
         "strides": {"anchors": AnchorSpec(strides=(8, 16, 64))},
         "min_sizes": {"anchors": AnchorSpec(min_sizes=((16, 32), (64, 128), (256, 500)))},
@@ -287,7 +287,7 @@ def test_another_plugin_in_the_engine(tmp_path: Path, name: str) -> None:
 
 
 def test_where_the_attributes_are_looked_for(tmp_path: Path) -> None:
-    """Behind the plugin's name, each value right behind its own name: elsewhere the same bytes mean something else."""
+    """After the plugin's name, and each value right after its own name: elsewhere the bytes mean something else."""
 
     def problems(content: bytes) -> list[str]:
         path = write_engine(

@@ -10,7 +10,6 @@ checkout may be named by RETINAFACE_ORIGINAL instead; only two of its files are 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import random
@@ -26,7 +25,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.environment import write_result
+from benchmarks.environment import benchmark_parser, parse, write_result
 from facespec.errors import DataError
 from facespec.images import read_image
 from facespec.letterbox import Frame
@@ -85,13 +84,12 @@ def runs(checkout: Path | None) -> dict[str, Run]:
 
 def main() -> int:
     """Run the benchmark, print a table and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser("augment", __doc__)
     checkout = os.environ.get("RETINAFACE_ORIGINAL")
     parser.add_argument("--data", type=Path, required=True, help="WIDER FACE folder with train/images and labels")
     parser.add_argument("--original", type=Path, default=checkout, help="checkout of biubug6/Pytorch_Retinaface")
     parser.add_argument("--count", type=int, default=300, help="number of images")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/augment.json"))
-    args = parser.parse_args()
+    args = parse(parser, count=8)
     cv2.setNumThreads(1)
     random.seed(0)  # the original draws from it
     samples = [sample for sample in open_dataset(str(args.data), "train").samples if isinstance(sample, FileSample)]

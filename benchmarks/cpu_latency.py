@@ -28,15 +28,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.environment import write_result
+from benchmarks.environment import benchmark_parser, parse, write_result
 from benchmarks.gather import summary
 from benchmarks.latency import agreeing
 from benchmarks.peers import SCORE, SIZE, boxes_of, load_frames, open_tiny, same_faces
 from export.options import CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
 from export.verify import VerifyOptions, verify
-from facespec.cli import ArgumentParser, quiet_libraries, run
-from facespec.files import check_outputs
+from facespec.cli import quiet_libraries, run
 from facespec.letterbox import Frame
 from facespec.spec import DecodeSpec
 from facespec.tables import text_table
@@ -178,14 +177,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Run the benchmark, print the tables and write the result; exit code 1 where a budget is not held."""
-    parser = ArgumentParser(prog="python -m benchmarks.cpu_latency", description="Latency and accuracy on the CPU.")
+    parser = benchmark_parser("cpu_latency", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="WIDER FACE folder with val/images, gt and train")
     parser.add_argument("--count", type=int, default=24, help="frames")
     parser.add_argument("--rounds", type=int, default=12, help="times every frame is run")
     parser.add_argument("--images", type=int, metavar="N", help="images at most for the accuracy (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu_latency.json"), help="result file")
-    args = parser.parse_args()
-    check_outputs([("--out", args.out)], [])
+    args = parse(parser, count=2, rounds=1, images=4)
     load = machine.load_average()
     if machine.busy(load, machine.cores()):
         print(f"warning: the machine is busy (load average {load:.1f})", file=sys.stderr)

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.environment import write_result
-from facespec.cli import ArgumentParser, run
+from benchmarks.environment import benchmark_parser, parse, write_result
+from facespec.cli import run
 from facespec.errors import RetinaFaceError
 from facespec.priors import make_priors
 from facespec.spec import ModelSpec
@@ -313,13 +313,10 @@ def gpu_description(library: Path) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run the benchmark, print a table and write the result."""
-    parser = ArgumentParser(
-        prog="python -m benchmarks.gpu_kernel", description="Time the decode + NMS kernels on a GPU."
-    )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_kernel.json"), help="result file")
-    args = parser.parse_args(argv)
+    parser = benchmark_parser("gpu_kernel", __doc__)
+    args = parse(parser)
     problem = gpu_problem()
     if problem:
         raise RetinaFaceError(f"this benchmark needs an NVIDIA GPU and torch with CUDA: {problem}")
@@ -338,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{gpu['name']}, driver {gpu['driver']}: copy {bandwidth / 1e12:.2f} TB/s, empty pair {empty_pair} us")
     print(f"{'':32} ours, us: single   each   cold  peer, us: single   each  ratio  floor  share  detections")
     results = []
-    for case in cases():
+    for case in cases()[: 2 if args.quick else None]:
         row = measure(kernels, case, bandwidth, gpu["l2_bytes"])
         results.append(row)
         ours, peer = row["ours_us"], row["peer_us"]

@@ -8,7 +8,6 @@ is that of trained ones, and finds nothing; mobilenet0.25 is the published one.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import write_result
+from benchmarks.environment import benchmark_parser, parse, write_result
 from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.errors import RetinaFaceError
 from facespec.spec import ModelSpec
@@ -47,11 +46,10 @@ def random_resnet50(folder: Path) -> str:
 
 def main() -> int:
     """Build, measure, print tables and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser("gpu_runtime", __doc__)
     parser.add_argument("--frames", type=Path, help="folder of images (default: sample photographs)")
     parser.add_argument("--repeats", type=int, default=2000, help="calls of each kind")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_runtime.json"))
-    args = parser.parse_args()
+    args = parse(parser, repeats=20)
     if gpu_capability() is None:
         raise RetinaFaceError("this benchmark needs an NVIDIA GPU")
     frames = load_frames(args.frames)

@@ -8,7 +8,6 @@ are those of the exported graph behind the head maps, in ONNX Runtime.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from benchmarks.environment import write_result
+from benchmarks.environment import benchmark_parser, parse, write_result
 from benchmarks.peers import SIZE, load_frames, session_of
 from export.graph import HEAD_NAMES
 from export.parity import rows_from_maps
@@ -49,12 +48,11 @@ def parts(model: Path) -> tuple[Callable[[NDArray[np.uint8]], Maps], Callable[[M
 
 def main() -> int:
     """Run the benchmark, print a table and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser("host_kernel", __doc__)
     parser.add_argument("--frames", type=Path, help="folder of images (default: sample photographs)")
     parser.add_argument("--count", type=int, default=24, help="number of frames")
     parser.add_argument("--rounds", type=int, default=20, help="times every frame is decoded")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/host_kernel.json"))
-    args = parser.parse_args()
+    args = parse(parser, count=2, rounds=1)
     spec = ModelSpec()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "retinaface.onnx"

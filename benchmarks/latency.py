@@ -13,7 +13,6 @@ a face of our first detector (IoU of at least 0.5): speed without the faces is w
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.environment import write_result
+from benchmarks.environment import benchmark_parser, parse, write_result
 from benchmarks.peers import SCORE, SIZE, Peer, open_peers
 from facespec.agreement import match_faces
 from facespec.cli import quiet_libraries, run
@@ -137,13 +136,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Run the benchmark, print a table and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser("latency", __doc__)
     parser.add_argument("--ours", nargs="+", required=True, metavar="FILE[@BACKEND]", help="the first is compared with")
     parser.add_argument("--frames", type=Path, help="folder of images (default: sample photographs)")
     parser.add_argument("--peers", nargs="*", metavar="PACKAGE", help="only these packages (default: all; none: ours)")
     parser.add_argument("--repeats", type=int, default=200, help="recorded calls of each")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latency.json"))
-    args = parser.parse_args()
+    args = parse(parser, repeats=5)
     check_outputs([("--out", args.out)], [split_ours(text)[0] for text in args.ours])
     load = machine.load_average()
     if machine.busy(load, machine.cores()):

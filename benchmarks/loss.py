@@ -10,7 +10,6 @@ checkout may be named by RETINAFACE_ORIGINAL instead; only two of its files are 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import statistics
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.environment import write_result
+from benchmarks.environment import benchmark_parser, parse, write_result
 from facespec.priors import make_priors
 from facespec.spec import ModelSpec
 from facespec.tables import text_table
@@ -153,13 +152,12 @@ def measure(faces: int, original: OriginalLoss | None, rounds: int) -> dict[str,
 
 def main() -> int:
     """Run the benchmark, print a table and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser("loss", __doc__)
     checkout = os.environ.get("RETINAFACE_ORIGINAL")
     parser.add_argument("--original", type=Path, default=checkout, help="checkout of biubug6/Pytorch_Retinaface")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15, help="times every measurement is taken")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loss.json"))
-    args = parser.parse_args()
+    args = parse(parser, rounds=1)
     torch.set_num_threads(args.threads)
     original = OriginalLoss(args.original, SIZE) if args.original else None
     results = [measure(faces, original, args.rounds) for faces in FACES]

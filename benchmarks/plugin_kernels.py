@@ -5,12 +5,11 @@ python -m benchmarks.plugin_kernels [--out benchmarks/results/plugin_kernels.jso
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.environment import write_result
+from benchmarks.environment import benchmark_parser, parse, write_result
 from plugins.build import build
 
 WHAT = (
@@ -22,9 +21,8 @@ WHAT = (
 
 def main() -> int:
     """Build, write the table, print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plugin_kernels.json"))
-    args = parser.parse_args()
+    parser = benchmark_parser("plugin_kernels", __doc__)
+    args = parse(parser)
     with tempfile.TemporaryDirectory() as folder:
         report = build("plugin", folder=Path(folder))
     more = {"sources_sha256": report.sources_sha256, "compiler": report.compiler_version}

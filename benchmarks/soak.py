@@ -31,12 +31,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from benchmarks.environment import write_result
+from benchmarks.environment import benchmark_parser, parse, write_result
 from export.to_trt import EngineOptions, Profile, build_engine
-from facespec.cli import ArgumentParser, run
+from facespec.cli import run
 from facespec.detections import Detections
 from facespec.errors import DataError, SpecError
-from facespec.files import check_outputs
 from facespec.letterbox import Frame
 from facespec.samples import sample_frames
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, RetinaFaceDetector, TRTRetinaFace
@@ -214,16 +213,14 @@ def soak_apart(*arguments: Any) -> Soaked:
 def main() -> int:
     """Run every part for every detector, print a line for each and write the result; exit code 1 if one fails."""
     default = SoakOptions()
-    parser = ArgumentParser(prog="python -m benchmarks.soak", description="Detectors under load and over time.")
+    parser = benchmark_parser("soak", __doc__)
     parser.add_argument("--frames", type=int, default=default.frames, help="frames detected after the first ones")
     parser.add_argument("--threads", type=int, default=default.threads, help="threads that share a detector")
     parser.add_argument("--reopens", type=int, default=default.reopens, help="times it is opened after the first 50")
     parser.add_argument("--settle", type=int, default=default.settle, help="frames until memory is first read")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS, help="which detectors")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak.json"), help="result file")
-    args = parser.parse_args()
+    args = parse(parser, frames=50, reopens=5, settle=20)
     options = SoakOptions(args.frames, args.threads, args.reopens, args.settle)
-    check_outputs([("--out", args.out)], [])
     results, passed = [], True
     with tempfile.TemporaryDirectory() as folder:
         form = Path(folder) / "retinaface.plugin.onnx"

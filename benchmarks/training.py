@@ -8,13 +8,12 @@ read, one that was stopped goes on.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import write_result
+from benchmarks.environment import benchmark_parser, parse, write_result
 from facespec.figures import figure_file
 from facespec.spec import DEFAULT_WEIGHTS
 from trainer.average_precision import LEVELS
@@ -78,15 +77,16 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     """Train what is missing, print the figures, draw them and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser("training", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="WIDER FACE folder: train with label.txt, val and gt")
     parser.add_argument("--imagenet", type=Path, required=True, help="ImageNet weights of mobilenet0.25")
-    parser.add_argument("--runs", type=Path, default=Path("build/training"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"))
-    args = parser.parse_args()
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: build/training, or build/quick)")
+    args = parse(parser)
+    runs = args.runs or Path("build/quick" if args.quick else "build/training")
     results = []
     for name, own in RUNS.items():
-        folder, flags = args.runs / name, f"{SHARED} {own}"
+        folder, flags = runs / name, f"{SHARED} {own}"
+        flags += " --overfit 8 --epochs 1" if args.quick else ""
         words = flags.replace("IMAGENET", str(args.imagenet)).split()
         fit_command([*words, "--data", str(args.data), "--out", str(folder), "--resume", "auto"])
         results.append(read_run(folder, flags))
@@ -101,7 +101,8 @@ def main() -> int:
     )
     more = {"original_implementation": PUBLISHED, "start_of_finetune": {name: round(start[name], 2) for name in LEVELS}}
     write_result(args.out, what, results, "torch", "numpy", "opencv-python", **more)
-    plot(results, PLOT)
+    if not args.quick:
+        plot(results, PLOT)
     return 0
 
 

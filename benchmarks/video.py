@@ -21,7 +21,6 @@ while they run; that of the pipeline leaves cores (--threads) to what runs besid
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -37,7 +36,7 @@ import cv2
 import numpy as np
 import retinaface
 
-from benchmarks.environment import write_result
+from benchmarks.environment import benchmark_parser, parse, write_result
 from benchmarks.peers import open_tiny
 from export.options import CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
@@ -164,7 +163,7 @@ def ours_plain(clip: Path, model: Path, threads: int) -> Run:
 
 def main() -> int:
     """Run the benchmark, print a table and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser("video", __doc__)
     parser.add_argument("--frames", type=Path, help="folder of images (default: collages of sample photographs)")
     parser.add_argument("--data", type=Path, help="WIDER FACE folder to calibrate INT8 on (default: no INT8)")
     parser.add_argument("--count", type=int, default=300, help="frames of the clip")
@@ -172,8 +171,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of our network in the pipeline")
     parser.add_argument("--batch", type=int, default=1, help="frames in a call of our network")
     parser.add_argument("--depth", type=int, default=2, help="calls of our network at once")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/video.json"))
-    args = parser.parse_args()
+    args = parse(parser, count=10, rounds=1)
     cores = len(os.sched_getaffinity(0))
     open_tiny(cores)
     precisions = ["fp32", "int8"] if args.data else ["fp32"]

@@ -199,8 +199,8 @@ def benchmark(
 ) -> Iterator[Setting]:
     """Yield what was measured at each size and batch.
 
-    Whole calls are timed without a `StageTimer`, so that the timer does not slow them. As many others, taking turns
-    with them, are timed by stage. All detectors of a setting take turns.
+    Whole calls are timed without a `StageTimer`, so that it does not slow them. As many others, in turns with them,
+    are timed by stage. All detectors of a setting take turns.
 
     Args:
         opened: For each size the detectors by name.

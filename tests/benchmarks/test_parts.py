@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from benchmarks import cpu_latency, gather, peers
-from benchmarks.environment import environment, write_result
+from benchmarks.environment import benchmark_parser, environment, parse, write_result
 from benchmarks.gpu_kernel import cases, same_detections
 from facespec.detections import Detections
-from facespec.errors import DataError
+from facespec.errors import DataError, OutputError
 from facespec.letterbox import Frame, Letterbox
 from trt_runtime.measure import Latency
 
@@ -32,6 +32,23 @@ def test_a_result_says_what_it_depends_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert {"date", "command", "machine", "commit"} <= record.keys()
     monkeypatch.setenv("PATH", str(tmp_path))  # no git there
     assert environment("numpy")["commit"] == ""
+
+
+def test_quick_sets_defaults_and_keeps_results_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def parsed(*words: str) -> tuple[int, Path]:
+        monkeypatch.setattr("sys.argv", ["soak", *words])
+        parser = benchmark_parser("soak", "what it does")
+        parser.add_argument("--frames", type=int, default=1000)
+        args = parse(parser, frames=5)
+        return args.frames, args.out
+
+    assert parsed() == (1000, Path("benchmarks/results/soak.json"))
+    assert parsed("--quick") == (5, Path("build/quick/soak.json"))
+    assert parsed("--quick", "--frames", "7", "--out", "o.json") == (7, Path("o.json"))
+    with pytest.raises(OutputError, match=r"--out /proc/o\.json: cannot be written"):
+        parsed("--out", "/proc/o.json")
 
 
 class _Point(NamedTuple):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import benchmark_parser, parse, write_result
+from facespec.cli import run
 from facespec.figures import figure_file
 from facespec.spec import DEFAULT_WEIGHTS
 from trainer.average_precision import LEVELS
@@ -107,4 +108,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

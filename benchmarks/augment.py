@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.environment import benchmark_parser, parse, write_result
+from facespec.cli import run
 from facespec.errors import DataError
 from facespec.images import read_image
 from facespec.letterbox import Frame
@@ -123,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

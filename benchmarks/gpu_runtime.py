@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.environment import benchmark_parser, parse, write_result
 from export.to_trt import EngineOptions, Profile, build_engine
+from facespec.cli import run
 from facespec.errors import RetinaFaceError
 from facespec.spec import ModelSpec
 from trainer.checkpoint import save_checkpoint
@@ -75,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -25,6 +25,7 @@ from export.graph import HEAD_NAMES
 from export.parity import rows_from_maps
 from export.to_onnx import ExportOptions, export_onnx
 from facespec.boxes import decode_detections
+from facespec.cli import run
 from facespec.priors import make_priors
 from facespec.spec import DecodeSpec, ModelSpec
 from trt_runtime.kernels import decode_nms
@@ -102,4 +103,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import benchmark_parser, parse, write_result
+from facespec.cli import run
 from facespec.priors import make_priors
 from facespec.spec import ModelSpec
 from facespec.tables import text_table
@@ -176,4 +177,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

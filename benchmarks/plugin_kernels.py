@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.environment import benchmark_parser, parse, write_result
+from facespec.cli import run
 from plugins.build import build
 
 WHAT = (
@@ -33,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

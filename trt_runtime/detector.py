@@ -20,8 +20,13 @@ from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, NetworkSize, check_size
 from trt_runtime.timing import StageTimer
 
+SHAPES = 256
+"""Shapes of frames for which a detector remembers how they lie in the network input."""
+
 MAX_DEPTH = 256
 """Calls that a `DetectionStream` runs at once, at most."""
+
+_Placement = tuple[Letterbox, int]
 
 Self = TypeVar("Self", bound="RetinaFaceDetector")
 Key = TypeVar("Key", bound=Hashable)
@@ -118,6 +123,8 @@ class RetinaFaceDetector:
         self.files = list(files)
         self.size_hw = size
         self._score_threshold = spec.decode.run_threshold(score_threshold)
+        self._shapes = [shape for _, shape in spec.decode.outputs.values()]
+        self._placements: ShapeCache[tuple[tuple[int, int], NetworkSize], _Placement] = ShapeCache(SHAPES, self._place)
         self._changed = threading.Condition()
         self._idle: list[Lane] = []
         self._lent = 0
@@ -184,14 +191,14 @@ class RetinaFaceDetector:
             raise FrameError("detect_batch takes a list of frames; one frame goes to detect")
         self._check_open()
         frames = list(frames)
-        boxes = [Letterbox.place(self._frame_hw(frame), self.size_hw) for frame in frames]
-        limits = {box.size_hw: self._batch_limit(box.size_hw) for box in boxes}
+        placed = [self._placements.get((self._frame_hw(frame), self.size_hw)) for frame in frames]
+        boxes = [box for box, _ in placed]
         results: list[Detections] = []
         while len(results) < len(frames):  # consecutive frames of one network size together
             start = len(results)
-            size_hw = boxes[start].size_hw
+            size_hw, limit = boxes[start].size_hw, placed[start][1]
             stop = start + 1
-            while stop < len(frames) and stop - start < limits[size_hw] and boxes[stop].size_hw == size_hw:
+            while stop < len(frames) and stop - start < limit and boxes[stop].size_hw == size_hw:
                 stop += 1
             results += self._run(frames[start:stop], boxes[start:stop], timer)
         return results
@@ -234,6 +241,11 @@ class RetinaFaceDetector:
 
     # how a batch runs
 
+    def _place(self, key: tuple[tuple[int, int], NetworkSize]) -> _Placement:
+        """Return how frames of a (height, width) lie in a network size, and how many may run at once."""
+        box = Letterbox.place(*key)
+        return box, self._batch_limit(box.size_hw)
+
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the detector is closed: make a new one")
@@ -268,14 +280,14 @@ class RetinaFaceDetector:
         with self._lane() as lane:
             outputs = lane.run(frames, boxes, stage)
             with stage("results"):  # copies: the lane's buffers serve the next call
-                shapes = [(len(frames), *shape) for _, shape in decode.outputs.values()]
+                shapes = [(len(frames), *shape) for shape in self._shapes]
                 counts = outputs[0]
                 if [output.shape for output in outputs] != shapes or not (
                     (counts >= 0) & (counts <= decode.max_detections)
                 ).all():
                     raise ModelFileError("the model's outputs are not what it announces: export it again")
                 return [
-                    to_detections(box, decode, self.score_threshold, *values)
+                    to_detections(box, decode, self._score_threshold, *values)
                     for box, *values in zip(boxes, *outputs, strict=True)
                 ]
 

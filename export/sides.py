@@ -15,9 +15,10 @@ from export.emulation import computes_in_fp16, emulate_fp16
 from export.options import MIN_INT8_SHARE
 from facespec.cli import require
 from facespec.detections import Detections
+from facespec.errors import ModelFileError
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
-from trt_runtime.onnx_file import read_onnx
+from trt_runtime.onnx_model import OnnxModel, open_session
 
 DEPLOYED_SUFFIXES = (".onnx", ".engine", ".plan")
 
@@ -96,18 +97,19 @@ class Side:
             self.notes.append(f"{name} does not show its raw heads")
 
     def _open_graph(self, path: Path) -> None:
-        from trt_runtime.load import load_detector
+        from trt_runtime.cpu import OrtRetinaFace
 
-        content, header = read_onnx(path)
+        model = OnnxModel(path)
         with tempfile.TemporaryDirectory() as folder:
-            if header.external_files:
+            if model.weights:
                 self.notes.append(f"{self.name}: its weights lie outside: fp16, if it has any, is not emulated")
-            elif computes_in_fp16(content):
-                path = Path(folder) / "emulated.onnx"
-                path.write_bytes(emulate_fp16(content))
-                self.detector = load_detector(path, backend="onnxruntime")
+            elif computes_in_fp16(model.content):
+                emulated = Path(folder) / "emulated.onnx"
+                emulated.write_bytes(emulate_fp16(model.content))
+                model = OnnxModel(emulated)
+                self.detector = OrtRetinaFace(model)
                 self.notes.append(f"{self.name}: its fp16 is emulated, the CPU rounds what is stored between operators")
-            self.runner = _head_runner(path, self.detector.spec)
+            self.runner = _head_runner(model)
 
     def at(self, size_hw: tuple[int, int] | None) -> Recorder:
         """Return a detector at a network size; None runs frames at their own."""
@@ -143,25 +145,20 @@ class Recorder:
         return found
 
 
-def _head_runner(path: Path, spec: ModelSpec) -> Callable[[Frame], NDArray[np.float32]] | None:
+def _head_runner(model: OnnxModel) -> Callable[[Frame], NDArray[np.float32]] | None:
     """Return what gives (N, 16) boxes, logits and landmarks of a letterboxed image, or None if a graph hides them."""
     from export.parity import rows_from_maps
-    from trt_runtime.plugin_form import cut_heads
 
-    ort = require("onnxruntime", "cpu", "export.verify")
-    content, header = read_onnx(path)
-    if header.external_files:
+    if model.weights:
         return None
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
     try:
-        graph = cut_heads(content, spec)
-        session = ort.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
-    except Exception:  # the detector itself loads: only its heads cannot be had
+        graph = model.heads_graph
+        session = open_session(graph.content, model.path, why="export.verify")
+    except ModelFileError:  # the detector itself loads: only its heads cannot be had
         return None
 
     def call(image: Frame) -> NDArray[np.float32]:
         maps = [np.asarray(level, np.float32) for level in session.run(graph.heads, {"images": image[None]})]
-        return rows_from_maps(maps, spec.anchors.per_cell)
+        return rows_from_maps(maps, model.spec.anchors.per_cell)
 
     return call

@@ -7,6 +7,7 @@ Rounding the scaled size to whole pixels changes the factor a little, so the map
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import cv2
@@ -120,13 +121,14 @@ class Letterbox:
 
     def to_network(self, points_xy: NDArray[np.float32]) -> NDArray[np.float32]:
         """Map coordinates of the frame to the network input; the last axis is x, y or x, y, x, y."""
-        return points_xy * self._factors(points_xy, self.scale_xy)
+        return points_xy * np.asarray(self.scale_xy * 2, np.float32)[: points_xy.shape[-1]]
 
     def to_frame(self, points_xy: NDArray[np.float32]) -> NDArray[np.float32]:
         """Map coordinates of the network input to the frame; the inverse of `to_network`."""
-        scale_x, scale_y = self.scale_xy
-        return points_xy * self._factors(points_xy, (1 / scale_x, 1 / scale_y))
+        return points_xy * self._to_frame[: points_xy.shape[-1]]
 
-    @staticmethod
-    def _factors(points_xy: NDArray[np.float32], scale_xy: tuple[float, float]) -> NDArray[np.float32]:
-        return np.asarray(scale_xy * (points_xy.shape[-1] // 2), np.float32)
+    @functools.cached_property
+    def _to_frame(self) -> NDArray[np.float32]:
+        """Frame pixels per network pixel along x, y, x, y."""
+        scale_x, scale_y = self.scale_xy
+        return np.asarray((1 / scale_x, 1 / scale_y) * 2, np.float32)

@@ -10,18 +10,17 @@ if TYPE_CHECKING:
     from facespec.draw import draw_detections
     from facespec.errors import RetinaFaceError
     from trt_runtime.cpu import OpenVinoRetinaFace, OrtRetinaFace
-    from trt_runtime.detector import RetinaFaceDetector
+    from trt_runtime.detector import DetectionStream, RetinaFaceDetector
     from trt_runtime.gpu.frame import Nv12Frame
     from trt_runtime.load import load_detector
     from trt_runtime.media.files import VideoWriter, open_source
     from trt_runtime.media.pipeline import Job, PipelineOptions, run_pipeline
-    from trt_runtime.stream import DetectionStream
     from trt_runtime.trt import TRTRetinaFace
 
     __version__: str
 
 _PLACES = {
-    "DetectionStream": "trt_runtime.stream",
+    "DetectionStream": "trt_runtime.detector",
     "Detections": "facespec.detections",
     "Job": "trt_runtime.media.pipeline",
     "Nv12Frame": "trt_runtime.gpu.frame",

@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from facespec.cli import require
 from facespec.errors import BuildError, ModelFileError, SpecError
 from facespec.letterbox import Frame, Letterbox
-from facespec.spec import SPEC_KEY, ModelSpec, NetworkSize, check_size
-from trt_runtime.detector import Lane, RetinaFaceDetector, letterboxed, network_size
-from trt_runtime.kernels import PLUGIN, decode_nms, library
+from facespec.spec import ModelSpec, NetworkSize, check_size
+from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, letterboxed, network_size
+from trt_runtime.kernels import decode_nms, library
 from trt_runtime.machine import cores
-from trt_runtime.onnx_file import OnnxHeader, read_onnx
-from trt_runtime.plugin_form import HeadsGraph, cut_heads
-from trt_runtime.shape_cache import ShapeCache
+from trt_runtime.onnx_model import OnnxModel, open_session, reason
 
 COMPILED_SIZES = 4
 """Network sizes for which OpenVINO keeps a compiled model."""
@@ -30,24 +28,7 @@ COMPILED_SIZES = 4
 _DYNAMIC_KERNELS = 64  # OpenVINO keeps 5000 kernels unless told otherwise, several MB for each size of frame
 
 
-def read_detector(path: str | Path) -> tuple[bytes, OnnxHeader, ModelSpec]:
-    """Return the content of an ONNX detector, what its header says, and its spec.
-
-    Raises:
-        ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
-    """
-    content, header = read_onnx(path)
-    if SPEC_KEY not in header.metadata:
-        raise ModelFileError(
-            f"{path}: an ONNX file, but not a detector written by this toolkit: python -m export.to_onnx writes one"
-        )
-    try:
-        return content, header, ModelSpec.from_json(header.metadata[SPEC_KEY])
-    except SpecError as error:
-        raise ModelFileError(f"{path}: {error}") from None
-
-
-def best_backend(path: str | Path, size: NetworkSize) -> str:
+def best_backend(model: OnnxModel, size: NetworkSize) -> str:
     """Return the faster backend for an ONNX detector, of those that are installed.
 
     OpenVINO runs one size fastest, INT8 and bf16 above all; but every new size costs it more than a frame takes, so in
@@ -55,10 +36,9 @@ def best_backend(path: str | Path, size: NetworkSize) -> str:
     """
     if not (_installed("openvino") and _installed("onnx")):
         return "onnxruntime"
-    content, header, spec = read_detector(path)
     try:
-        graph = _cut(content, spec, path)
-        if header.external_files or (graph.fixed_hw is None and size is None and not graph.half):
+        graph = model.heads_graph
+        if model.weights or (graph.fixed_hw is None and size is None and not graph.half):
             return "onnxruntime"
         library()
     except (ModelFileError, BuildError):  # no head maps, or no C++ compiler: a portable graph decodes by itself
@@ -73,7 +53,8 @@ class OrtRetinaFace(RetinaFaceDetector):
     (`trt_runtime.kernels`).
 
     Args:
-        path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`.
+        path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`; or
+            what has been opened.
         score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
         size_hw: What frames are letterboxed to, for models of dynamic size; see `facespec.spec.NetworkSize`.
         threads: Threads of the CPU; None leaves it to ONNX Runtime, which takes every core.
@@ -90,28 +71,28 @@ class OrtRetinaFace(RetinaFaceDetector):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | OnnxModel,
         *,
         score_threshold: float | None = None,
         size_hw: NetworkSize = None,
         threads: int | None = None,
         streams: int = 1,
     ) -> None:
-        content, header, spec = read_detector(path)
-        files = [Path(path), *(Path(path).resolve().parent / name for name in header.external_files)]
+        model = path if isinstance(path, OnnxModel) else OnnxModel(path)
+        path = model.path
         # a model whose weights lie beside it is opened by the path that was checked, links resolved
-        model: str | bytes = str(Path(path).resolve()) if header.external_files else content
+        content: str | bytes = str(path.resolve()) if model.weights else model.content
         self._heads: list[str] = []
-        if PLUGIN.domain in header.domains:
-            if header.external_files:
+        if model.is_plugin_form:
+            if model.weights:
                 raise ModelFileError(f"{path}: a plugin form with weights in other files cannot be run on the CPU")
-            graph = _cut(content, spec, path)
-            model, self._heads = graph.content, graph.heads
+            content, self._heads = model.heads_graph.content, model.heads_graph.heads
             library()  # compiled now, if need be, and not with the first frame
         self._threads = _threads(threads, streams)
-        self._session = open_session(model, path, self._threads)
-        fixed = _check_contract(self._session, path, spec, self._heads)
-        super().__init__(spec, files, score_threshold, network_size(fixed, size_hw, path))
+        self._session = open_session(content, path, self._threads)
+        fixed = _check_contract(self._session, path, model.spec, self._heads)
+        size = network_size(fixed, size_hw, path)
+        super().__init__(model.spec, [path, *model.weights], score_threshold, size)
 
     def environment(self) -> dict[str, Any]:
         """Return backend, its version, and the threads of a call."""
@@ -127,6 +108,7 @@ class _OrtLane:
 
     def __init__(self, session: Any, heads: list[str], spec: ModelSpec) -> None:
         self._session, self._heads, self._spec = session, heads, spec
+        self._outputs = heads or list(spec.decode.outputs)
 
     def run(
         self, frames: Sequence[Frame], boxes: Sequence[Letterbox], stage: Callable[[str], Any]
@@ -135,9 +117,9 @@ class _OrtLane:
             batch = letterboxed(frames, boxes, self._spec)
         with stage("network"):
             try:
-                outputs = self._session.run(self._heads or list(self._spec.decode.outputs), {"images": batch})
+                outputs = self._session.run(self._outputs, {"images": batch})
             except Exception as error:
-                raise ModelFileError(f"ONNX Runtime failed on a batch of {batch.shape}: {_reason(error)}") from None
+                raise ModelFileError(f"ONNX Runtime failed on a batch of {batch.shape}: {reason(error)}") from None
         if self._heads:
             with stage("decode+NMS"):
                 outputs = _decode(outputs, boxes[0].size_hw, self._spec)
@@ -155,7 +137,8 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
     gives what a frame alone gives.
 
     Args:
-        path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`.
+        path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`; or
+            what has been opened.
         score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
         size_hw: What frames are letterboxed to, for models of dynamic size; see `facespec.spec.NetworkSize`. Up to
             `COMPILED_SIZES` sizes are kept compiled; frames at their own sizes share a slower model of any size.
@@ -173,21 +156,23 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | OnnxModel,
         *,
         score_threshold: float | None = None,
         size_hw: NetworkSize = None,
         threads: int | None = None,
         streams: int = 1,
     ) -> None:
-        content, header, spec = read_detector(path)
-        if header.external_files:
+        model = path if isinstance(path, OnnxModel) else OnnxModel(path)
+        path = model.path
+        if model.weights:
             raise ModelFileError(f"{path}: a model with weights in other files runs in ONNX Runtime only")
         self._openvino, self._core = _load_openvino()
-        self._graph = _cut(content, spec, path)
+        self._graph = model.heads_graph
         if self._graph.fixed_hw:
             check_size(self._graph.fixed_hw)
-        super().__init__(spec, [Path(path)], score_threshold, network_size(self._graph.fixed_hw, size_hw, path))
+        size = network_size(self._graph.fixed_hw, size_hw, path)
+        super().__init__(model.spec, [path], score_threshold, size)
         library()
         _threads(threads, streams)
         total = threads or cores()
@@ -274,7 +259,7 @@ class _OpenVinoLane:
                 try:
                     found = request.infer({0: pixels[None]}, share_inputs=True, share_outputs=True)
                 except Exception as error:
-                    raise ModelFileError(f"OpenVINO failed on a frame of {box.size_hw}: {_reason(error)}") from None
+                    raise ModelFileError(f"OpenVINO failed on a frame of {box.size_hw}: {reason(error)}") from None
             with stage("decode+NMS"):  # copies: the request's memory serves the next call
                 return _decode(list(found.values()), box.size_hw, spec)
 
@@ -315,7 +300,7 @@ def _compile(
         model.reshape({"images": [1, *(size_hw or (-1, -1)), 3]})
         return _Compiled(core.compile_model(model, "CPU", options), size_hw)
     except Exception as error:  # OpenVINO raises RuntimeError for everything
-        raise ModelFileError(f"{path}: OpenVINO cannot run it ({_reason(error)})") from None
+        raise ModelFileError(f"{path}: OpenVINO cannot run it ({reason(error)})") from None
 
 
 def _installed(package: str) -> bool:
@@ -323,13 +308,6 @@ def _installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _cut(content: bytes, spec: ModelSpec, path: str | Path) -> HeadsGraph:
-    try:
-        return cut_heads(content, spec)
-    except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}") from None
 
 
 def _decode(heads: Sequence[NDArray[Any]], size_hw: tuple[int, int], spec: ModelSpec) -> list[NDArray[Any]]:
@@ -347,28 +325,6 @@ def _threads(threads: int | None, streams: int) -> int | None:
     if streams == 1:
         return threads
     return max((threads or cores()) // streams, 1)
-
-
-def open_session(model: str | bytes, path: str | Path, threads: int | None) -> Any:
-    """Return an ONNX Runtime session on the CPU.
-
-    Raises:
-        ModelFileError: ONNX Runtime cannot load the model.
-        MissingPackageError: onnxruntime is not installed.
-    """
-    ort = require("onnxruntime", "cpu", "OrtRetinaFace")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # its errors come as exceptions
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-    except Exception as error:  # ONNX Runtime has a class for every kind of failure
-        raise ModelFileError(f"{path}: ONNX Runtime cannot load it ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _check_contract(session: Any, path: str | Path, spec: ModelSpec, heads: list[str]) -> tuple[int, int] | None:

@@ -1,13 +1,15 @@
-"""What every detector shares: how frames become batches, how threads share a model, how results come back."""
+"""What every detector shares: how frames become batches, how threads share a model, how calls overlap."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +18,63 @@ from facespec.detections import Detections, to_detections
 from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, NetworkSize, check_size
-from trt_runtime.stream import DetectionStream
 from trt_runtime.timing import StageTimer
 
+SHAPES = 256
+"""Shapes of frames for which a detector remembers how they lie in the network input."""
+
+MAX_DEPTH = 256
+"""Calls that a `DetectionStream` runs at once, at most."""
+
+_Placement = tuple[Letterbox, int]
+
 Self = TypeVar("Self", bound="RetinaFaceDetector")
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class ShapeCache(Generic[Key, Value]):
+    """Makes a value for each key, and keeps those that were used last. Threads may share it.
+
+    Args:
+        capacity: Values kept.
+        make: Makes the value of a key.
+        drop: Frees a value that is given up.
+    """
+
+    def __init__(
+        self, capacity: int, make: Callable[[Key], Value], drop: Callable[[Value], None] = lambda _: None
+    ) -> None:
+        self.capacity = capacity
+        self.made = 0
+        self._make = make
+        self._drop = drop
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def get(self, key: Key) -> Value:
+        """Return the value of a key; making one gives up the one that was not used for the longest time."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+            while len(self._values) >= self.capacity:  # first, so that its memory is free for the new one
+                self._drop(self._values.popitem(last=False)[1])
+            value = self._values[key] = self._make(key)
+            self.made += 1
+            return value
+
+    def clear(self) -> None:
+        """Give up everything."""
+        with self._lock:
+            while self._values:
+                self._drop(self._values.popitem()[1])
 
 
 class Lane(Protocol):
@@ -68,6 +123,8 @@ class RetinaFaceDetector:
         self.files = list(files)
         self.size_hw = size
         self._score_threshold = spec.decode.run_threshold(score_threshold)
+        self._shapes = [shape for _, shape in spec.decode.outputs.values()]
+        self._placements: ShapeCache[tuple[tuple[int, int], NetworkSize], _Placement] = ShapeCache(SHAPES, self._place)
         self._changed = threading.Condition()
         self._idle: list[Lane] = []
         self._lent = 0
@@ -134,14 +191,14 @@ class RetinaFaceDetector:
             raise FrameError("detect_batch takes a list of frames; one frame goes to detect")
         self._check_open()
         frames = list(frames)
-        boxes = [Letterbox.place(self._frame_hw(frame), self.size_hw) for frame in frames]
-        limits = {box.size_hw: self._batch_limit(box.size_hw) for box in boxes}
+        placed = [self._placements.get((self._frame_hw(frame), self.size_hw)) for frame in frames]
+        boxes = [box for box, _ in placed]
         results: list[Detections] = []
         while len(results) < len(frames):  # consecutive frames of one network size together
             start = len(results)
-            size_hw = boxes[start].size_hw
+            size_hw, limit = boxes[start].size_hw, placed[start][1]
             stop = start + 1
-            while stop < len(frames) and stop - start < limits[size_hw] and boxes[stop].size_hw == size_hw:
+            while stop < len(frames) and stop - start < limit and boxes[stop].size_hw == size_hw:
                 stop += 1
             results += self._run(frames[start:stop], boxes[start:stop], timer)
         return results
@@ -184,6 +241,11 @@ class RetinaFaceDetector:
 
     # how a batch runs
 
+    def _place(self, key: tuple[tuple[int, int], NetworkSize]) -> _Placement:
+        """Return how frames of a (height, width) lie in a network size, and how many may run at once."""
+        box = Letterbox.place(*key)
+        return box, self._batch_limit(box.size_hw)
+
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the detector is closed: make a new one")
@@ -218,16 +280,86 @@ class RetinaFaceDetector:
         with self._lane() as lane:
             outputs = lane.run(frames, boxes, stage)
             with stage("results"):  # copies: the lane's buffers serve the next call
-                shapes = [(len(frames), *shape) for _, shape in decode.outputs.values()]
+                shapes = [(len(frames), *shape) for shape in self._shapes]
                 counts = outputs[0]
                 if [output.shape for output in outputs] != shapes or not (
                     (counts >= 0) & (counts <= decode.max_detections)
                 ).all():
                     raise ModelFileError("the model's outputs are not what it announces: export it again")
                 return [
-                    to_detections(box, decode, self.score_threshold, *values)
+                    to_detections(box, decode, self._score_threshold, *values)
                     for box, *values in zip(boxes, *outputs, strict=True)
                 ]
+
+
+class DetectionStream:
+    """Runs up to `depth` calls of a detector at once, each on a thread and a lane of its own. A context manager.
+
+    Frames that were handed over must not be changed until their result is there.
+
+    Args:
+        detect_batch: Of the detector.
+        depth: Calls that run at once, 1 to `MAX_DEPTH`.
+
+    Raises:
+        SpecError: Not such a depth.
+    """
+
+    def __init__(self, detect_batch: Callable[..., list[Detections]], depth: int) -> None:
+        if type(depth) is not int or not 1 <= depth <= MAX_DEPTH:
+            raise SpecError(f"the depth of a stream must be a number from 1 to {MAX_DEPTH}, got {depth!r}")
+        self._detect_batch = detect_batch
+        self._depth = depth
+        self._free = threading.BoundedSemaphore(depth)
+        self._threads = ThreadPoolExecutor(depth, thread_name_prefix="detect")
+        self._closed = False
+
+    def submit(self, frames: Sequence[Any], *options: Any) -> Future[list[Detections]]:
+        """Hand over frames; return what will hold their faces. It blocks while `depth` calls are under way.
+
+        Args:
+            frames: As for `detect_batch`.
+            options: Passed on to `detect_batch`, for instance a `StageTimer` that no other call uses meanwhile.
+
+        Raises:
+            ClosedError: Its context has been left.
+        """
+        self._free.acquire()
+        try:
+            future = self._threads.submit(self._detect_batch, frames, *options)
+        except BaseException:
+            self._free.release()
+            if self._closed:
+                raise ClosedError("the stream is closed: frames go to it inside its with block") from None
+            raise
+        future.add_done_callback(lambda _: self._free.release())
+        return future
+
+    def map(self, frames: Iterable[Any]) -> Iterator[tuple[Any, Detections]]:
+        """Yield each frame with its faces, in order; at most `depth` frames are taken ahead."""
+        if getattr(frames, "ndim", 4) < 4:
+            raise FrameError("map takes the frames of a video; one frame goes to detect")
+        waiting: deque[tuple[Any, Future[list[Detections]]]] = deque()
+        for frame in frames:
+            done = None
+            if len(waiting) == self._depth:
+                ready, future = waiting.popleft()
+                done = ready, future.result()[0]
+            waiting.append((frame, self.submit([frame])))
+            if done is not None:  # after the next is under way: the caller takes its time
+                yield done
+        while waiting:
+            ready, future = waiting.popleft()
+            yield ready, future.result()[0]
+
+    def __enter__(self) -> DetectionStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed = True
+        self._threads.shutdown(wait=True)
 
 
 def letterboxed(frames: Sequence[Frame], boxes: Sequence[Letterbox], spec: ModelSpec) -> Frame:

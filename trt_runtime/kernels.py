@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from facespec.errors import BuildError, FrameError, MissingToolError, RetinaFaceError, SpecError
 from facespec.files import cache_folder
-from facespec.spec import AnchorSpec, DecodeSpec
+from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
 
 _HERE = Path(__file__).resolve().parent
 _BUILD = "retinaface_plugins_build"
@@ -207,6 +207,16 @@ def make_params(batch: int, size_hw: tuple[int, int], spec: HeadSpec) -> DecodeP
     return params
 
 
+@functools.lru_cache(256)
+def _decode_plan(
+    size_hw: tuple[int, int], anchors: AnchorSpec, decode: DecodeSpec
+) -> tuple[list[tuple[int, int, int]], dict[str, tuple[np.dtype[Any], tuple[int, ...]]], DecodeParams]:
+    """Return what no frame of a size changes: shapes (C, H, W) of the head maps, the outputs, and the parameters."""
+    maps = [(16 * anchors.per_cell, rows, columns) for rows, columns in anchors.grids_hw(size_hw)]
+    outputs = {name: (np.dtype(kind), shape) for name, (kind, shape) in decode.outputs.items()}
+    return maps, outputs, make_params(0, size_hw, ModelSpec(anchors=anchors, decode=decode))
+
+
 @functools.cache
 def library() -> Any:
     """Return the host library, compiled at the first use.
@@ -256,8 +266,8 @@ def decode_nms(
         MemoryError: There is not enough memory.
     """
     batch = len(heads[0]) if heads else 0
-    grids = spec.anchors.grids_hw(size_hw)
-    shapes = [(batch, 16 * spec.anchors.per_cell, rows, columns) for rows, columns in grids]
+    maps_chw, results, template = _decode_plan(size_hw, spec.anchors, spec.decode)
+    shapes = [(batch, *chw) for chw in maps_chw]
     if [head.shape for head in heads] != shapes:
         raise ValueError(f"heads of shapes {[head.shape for head in heads]}, expected {shapes}")
     kinds = {np.dtype(head.dtype) for head in heads}
@@ -267,13 +277,11 @@ def decode_nms(
         raise ValueError(f"order must be one of {ORDERS}, not {order!r}")
     if not 64 <= shared_capacity <= SHARED_KEYS or shared_capacity & (shared_capacity - 1):
         raise ValueError(f"shared_capacity must be a power of two from 64 to {SHARED_KEYS}, not {shared_capacity}")
-    outputs = {
-        name: np.empty((batch, *shape), np.int32 if kind == "int32" else np.float32)
-        for name, (kind, shape) in spec.decode.outputs.items()
-    }
+    outputs = {name: np.empty((batch, *shape), kind) for name, (kind, shape) in results.items()}
     if batch == 0:
         return outputs
-    params = make_params(batch, size_hw, spec)
+    params = DecodeParams.from_buffer_copy(template)
+    params.batch = batch
     problem = library().retinaface_host_check(ctypes.byref(params))
     if problem:
         raise ValueError(problem.decode())

@@ -8,6 +8,7 @@ from facespec.errors import ModelFileError, SpecError
 from facespec.spec import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES, NetworkSize
 from trt_runtime import cpu
 from trt_runtime.detector import RetinaFaceDetector
+from trt_runtime.onnx_model import OnnxModel
 from trt_runtime.trt import TRTRetinaFace
 
 BACKENDS = ("auto", "onnxruntime", "openvino", "tensorrt")
@@ -66,7 +67,8 @@ def load_detector(
         raise SpecError(f"{path}: an ONNX file runs on the CPU, --device is for engines")
     if backend == "tensorrt":
         raise SpecError(f"{path}: TensorRT runs engines: python -m export.to_trt builds one")
+    model = OnnxModel(path)
     if backend == "auto":
-        backend = cpu.best_backend(path, size_hw)
+        backend = cpu.best_backend(model, size_hw)
     kind = cpu.OpenVinoRetinaFace if backend == "openvino" else cpu.OrtRetinaFace
-    return kind(path, score_threshold=score_threshold, size_hw=size_hw, threads=threads, streams=streams)
+    return kind(model, score_threshold=score_threshold, size_hw=size_hw, threads=threads, streams=streams)

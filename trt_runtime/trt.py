@@ -17,7 +17,7 @@ from facespec.cli import require
 from facespec.errors import FrameError, GpuError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
-from trt_runtime.detector import Lane, RetinaFaceDetector, network_size
+from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, network_size
 from trt_runtime.gpu.cuda import CudaDevice
 from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, PinnedArray, Stream
 from trt_runtime.gpu.engine import Engine, Shape, TrtEngine
@@ -25,7 +25,6 @@ from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
 from trt_runtime.gpu.simulated import HostDevice
 from trt_runtime.gpu.simulated_engine import HostEngine
 from trt_runtime.kernels import LetterboxFrame, describe_frame
-from trt_runtime.shape_cache import ShapeCache
 
 GRAPHS = 32
 """Shapes (B, H, W) for which a lane keeps a context and a CUDA graph."""

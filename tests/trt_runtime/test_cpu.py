@@ -33,6 +33,7 @@ from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, cpu, load_detector
 from trt_runtime.cpu import COMPILED_SIZES, best_backend
 from trt_runtime.kernels import decode_nms
 from trt_runtime.machine import cores
+from trt_runtime.onnx_model import OnnxModel, reason
 from trt_runtime.timing import StageTimer
 
 openvino = pytest.importorskip("openvino", reason="pip install -e '.[cpu]'")
@@ -312,7 +313,7 @@ def test_the_best_backend(static_onnx: Path, dynamic_onnx: Path, plugin_form: Pa
         (outside, (320, 320), OrtRetinaFace),
     ]
     for path, size, kind in cases:
-        assert best_backend(path, size) == kind.backend, (path, size)
+        assert best_backend(OnnxModel(path), size) == kind.backend, (path, size)
         with load_detector(path, size_hw=size) as detector:
             assert type(detector) is kind
     with load_detector(dynamic_onnx, backend="openvino") as detector:
@@ -823,28 +824,28 @@ def test_half_a_model_is_for_openvino_at_any_size(dynamic_onnx: Path, tmp_path: 
         bias.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), "half"))
         model.graph.node.insert(0, onnx.helper.make_node("Cast", ["half"], [node.input[2]], to=F32))
 
-    assert best_backend(dynamic_onnx, None) == "onnxruntime"
-    assert best_backend(_changed(dynamic_onnx, tmp_path / "half.onnx", half), None) == "openvino"
+    assert best_backend(OnnxModel(dynamic_onnx), None) == "onnxruntime"
+    assert best_backend(OnnxModel(_changed(dynamic_onnx, tmp_path / "half.onnx", half)), None) == "openvino"
 
 
 def test_without_head_maps_or_a_compiler_a_portable_graph_is_for_onnx_runtime(
     static_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert best_backend(_tiny(tmp_path / "m.onnx"), 320) == "onnxruntime"
-    assert best_backend(static_onnx, None) == "openvino"
+    assert best_backend(OnnxModel(_tiny(tmp_path / "m.onnx")), 320) == "onnxruntime"
+    assert best_backend(OnnxModel(static_onnx), None) == "openvino"
 
     def none() -> Any:
         raise BuildError("there is no C++ compiler")
 
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "library", none)
-        assert best_backend(static_onnx, None) == "onnxruntime"
+        assert best_backend(OnnxModel(static_onnx), None) == "onnxruntime"
         with pytest.raises(BuildError):  # said now, and not with the first frame
             OpenVinoRetinaFace(static_onnx)
     for hidden in ("openvino", "onnx"):
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "_installed", lambda name, hidden=hidden: name != hidden)
-            assert best_backend(static_onnx, None) == "onnxruntime"
+            assert best_backend(OnnxModel(static_onnx), None) == "onnxruntime"
     assert cpu._installed("numpy")
     assert not cpu._installed("no_such_package")
 
@@ -889,8 +890,8 @@ def test_head_maps_at_odds_with_the_spec_end_in_one_line() -> None:
         np.testing.assert_array_equal(found, expected)
     with pytest.raises(ModelFileError, match="the head maps are at odds with the model's spec: heads of shapes"):
         cpu._decode(heads, (64, 96), ModelSpec())
-    assert cpu._reason(RuntimeError("two\n  lines")) == "two lines"
-    assert len(cpu._reason(RuntimeError("x" * 1000))) == 200
+    assert reason(RuntimeError("two\n  lines")) == "two lines"
+    assert len(reason(RuntimeError("x" * 1000))) == 200
 
 
 @both

@@ -724,15 +724,26 @@ def test_an_engine_gets_what_was_asked_for(
 
 @pytest.mark.parametrize(("backend", "name"), [("onnxruntime", "OrtRetinaFace"), ("openvino", "OpenVinoRetinaFace")])
 def test_a_detector_of_the_cpu_gets_what_was_asked_for(
-    backend: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, name: str, static_onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"trt_runtime.cpu.{name}", _Asked)
-    (tmp_path / "m.onnx").write_bytes(b"x")
     options = {"score_threshold": 0.3, "size_hw": 640, "threads": 3, "streams": 2}
-    made: Any = load_detector(tmp_path / "m.onnx", backend=backend, **options)
-    assert (made.path, made.options) == (tmp_path / "m.onnx", options)
-    made = load_detector(tmp_path / "m.onnx", backend=backend)
+    made: Any = load_detector(static_onnx, backend=backend, **options)
+    assert (made.path.path, made.options) == (static_onnx, options)
+    made = load_detector(static_onnx, backend=backend)
     assert made.options == {"score_threshold": None, "size_hw": None, "threads": None, "streams": 1}
+
+
+def test_a_network_size_may_be_set_between_calls(dynamic_onnx: Path, astronaut: Frame) -> None:
+    """Though frames of that shape have been seen."""
+    with OrtRetinaFace(dynamic_onnx, size_hw=(160, 160)) as detector:
+        small = detector.detect(astronaut)
+        detector.size_hw = (320, 320)
+        found = detector.detect(astronaut)
+    with OrtRetinaFace(dynamic_onnx, size_hw=(320, 320)) as other:
+        expected = other.detect(astronaut)
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+    assert not np.array_equal(found.boxes, small.boxes)
 
 
 def test_the_package_hands_out_every_name_it_promises() -> None:

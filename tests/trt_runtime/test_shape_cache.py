@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from trt_runtime.shape_cache import ShapeCache
+from trt_runtime.detector import ShapeCache
 
 
 class Recorded:

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from facespec.cli import require
 from facespec.errors import ModelFileError
 from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
-from trt_runtime.cpu import open_session, read_detector
 from trt_runtime.gpu.engine import Shape
 from trt_runtime.gpu.sidecar import Profile
 from trt_runtime.gpu.simulated import HostDevice, HostStream
-from trt_runtime.kernels import PLUGIN, decode_nms, library, load_letterbox
-from trt_runtime.plugin_form import cut_heads
+from trt_runtime.kernels import decode_nms, library, load_letterbox
+from trt_runtime.onnx_model import OnnxModel, open_session
 
 MAX_BATCH = 8
 BEST_HW = (640, 640)
@@ -44,13 +43,14 @@ class HostEngine:
     def __init__(self, path: str | Path, device: HostDevice) -> None:
         if Path(path).suffix.lower() in ENGINE_SUFFIXES:
             raise ModelFileError(f"{path}: engines run on a GPU; device cpu runs the .plugin.onnx that lies beside one")
-        content, header, self.spec = read_detector(path)
-        if PLUGIN.domain not in header.domains or header.external_files:
+        model = OnnxModel(path)
+        self.spec = model.spec
+        if not model.is_plugin_form or model.weights:
             raise ModelFileError(
                 f"{path}: device cpu runs plugin forms, in one file: "
                 f"python -m export.to_trt --onnx-only --out {Path(path).stem}.plugin.onnx"
             )
-        graph = cut_heads(content, self.spec)
+        graph = model.heads_graph
         self.files = [Path(path)]
         self._heads = graph.heads
         self._session = open_session(graph.content, path, 1)

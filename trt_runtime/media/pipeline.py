@@ -24,9 +24,8 @@ from typing import NamedTuple
 from facespec.detections import Detections
 from facespec.errors import ConfigError, RetinaFaceError
 from facespec.letterbox import Frame
-from trt_runtime.detector import RetinaFaceDetector
+from trt_runtime.detector import DetectionStream, RetinaFaceDetector
 from trt_runtime.media.files import Source
-from trt_runtime.stream import DetectionStream
 from trt_runtime.timing import StageTimer
 
 WAIT = "wait"

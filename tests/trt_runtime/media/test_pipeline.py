@@ -18,10 +18,10 @@ import pytest
 from facespec.detections import Detections
 from facespec.errors import ConfigError, RetinaFaceError, VideoError
 from facespec.letterbox import Frame
+from trt_runtime.detector import DetectionStream
 from trt_runtime.load import load_detector
 from trt_runtime.media.files import Source, TimedFrame, VideoFile, VideoWriter
 from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, PipelineReport, SeenFrame, Use, run_pipeline
-from trt_runtime.stream import DetectionStream
 from trt_runtime.timing import StageTimer
 
 

@@ -1,16 +1,90 @@
-"""Detector graphs without TensorRT: the network up to its head maps, for any runtime; the rest by the host kernels."""
+"""An ONNX detector without TensorRT: opened once, cut at its head maps for the host kernels, run in ONNX Runtime."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from facespec.cli import require
-from facespec.errors import ModelFileError
-from facespec.spec import ModelSpec
+from facespec.errors import ModelFileError, SpecError
+from facespec.spec import SPEC_KEY, ModelSpec
 from trt_runtime.kernels import PLUGIN
+from trt_runtime.onnx_file import read_onnx
+
+
+class OnnxModel:
+    """An ONNX detector that has been read and checked; whatever runs it need not read the file again.
+
+    Args:
+        path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`.
+
+    Attributes:
+        path: The file.
+        content: Its bytes.
+        spec: The `ModelSpec` it carries.
+        is_plugin_form: Whether it ends in the plugin, which only TensorRT and the host kernels run.
+        weights: Other files that hold its weights, links resolved; most models have none.
+
+    Raises:
+        ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.content, header = read_onnx(path)
+        if SPEC_KEY not in header.metadata:
+            raise ModelFileError(
+                f"{path}: an ONNX file, but not a detector written by this toolkit: python -m export.to_onnx writes one"
+            )
+        try:
+            self.spec = ModelSpec.from_json(header.metadata[SPEC_KEY])
+        except SpecError as error:
+            raise ModelFileError(f"{path}: {error}") from None
+        self.is_plugin_form = PLUGIN.domain in header.domains
+        self.weights = [self.path.resolve().parent / name for name in header.external_files]
+
+    @functools.cached_property
+    def heads_graph(self) -> HeadsGraph:
+        """The network without its decoding and NMS, made at the first use; see `cut_heads` for the errors."""
+        try:
+            return cut_heads(self.content, self.spec)
+        except ModelFileError as error:
+            raise ModelFileError(f"{self.path}: {error}") from None
+
+
+def open_session(
+    model: str | bytes, name: str | Path, threads: int | None = None, *, why: str = "OrtRetinaFace"
+) -> Any:
+    """Return an ONNX Runtime session on the CPU.
+
+    Args:
+        model: An encoded model, or the path of one.
+        name: Of the model, for messages.
+        threads: Threads of a call; None takes every core.
+        why: What needs ONNX Runtime, for the message.
+
+    Raises:
+        ModelFileError: ONNX Runtime cannot load the model.
+        MissingPackageError: onnxruntime is not installed.
+    """
+    ort = require("onnxruntime", "cpu", why)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # its errors come as exceptions
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except Exception as error:  # ONNX Runtime has a class for every kind of failure
+        raise ModelFileError(f"{name}: ONNX Runtime cannot load it ({reason(error)})") from None
+
+
+def reason(error: Exception) -> str:
+    """Return what a library says of its failure, in one line that is not too long."""
+    return " ".join(str(error).split())[:200]
 
 
 def load_graph(content: bytes, why: str) -> Any:
@@ -28,7 +102,7 @@ def load_graph(content: bytes, why: str) -> Any:
     try:
         return onnx.load_model_from_string(content)
     except Exception as error:  # of protobuf, which is not ours to import
-        raise ModelFileError(f"not an ONNX file, or damaged ({' '.join(str(error).split())[:100]})") from None
+        raise ModelFileError(f"not an ONNX file, or damaged ({reason(error)[:100]})") from None
 
 
 def find_plugin(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The plugin form on the CPU: network in ONNX Runtime, the plugin's kernels on the host."""
+"""A model is opened once; the plugin form on the CPU: network in ONNX Runtime, the plugin's kernels on the host."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 from facespec.errors import MissingPackageError, ModelFileError, NonFiniteError
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
-from trt_runtime import load_detector
+from trt_runtime import load_detector, onnx_model
 from trt_runtime.kernels import PLUGIN
 from trt_runtime.onnx_file import read_onnx
-from trt_runtime.plugin_form import (
+from trt_runtime.onnx_model import (
     cut_heads,
     find_plugin,
     load_graph,
@@ -100,6 +100,29 @@ def test_graphs_that_are_not_plugin_forms_are_refused(
     onnx.save(model, tmp_path / "types.onnx")
     with pytest.raises(ModelFileError, match="plugin_version is None"):
         load_detector(tmp_path / "types.onnx")
+
+
+@pytest.mark.parametrize("form", ["static_onnx", "dynamic_onnx", "plugin_form"])
+@pytest.mark.parametrize("size", [None, (320, 320)])
+def test_a_file_is_read_and_cut_once(
+    form: str, size: tuple[int, int] | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the choice of the backend and by the detector together."""
+    path, calls = request.getfixturevalue(form), []
+
+    def counted(name: str) -> Any:
+        real = getattr(onnx_model, name)
+
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return real(*args)
+
+        return call
+
+    for name in ("read_onnx", "cut_heads"):
+        monkeypatch.setattr(onnx_model, name, counted(name))
+    load_detector(path, size_hw=size).close()
+    assert calls == ["read_onnx", "cut_heads"]
 
 
 def test_a_graph_is_decoded_or_refused_in_one_line(plugin_form: Path, monkeypatch: pytest.MonkeyPatch) -> None:

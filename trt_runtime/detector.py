@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -124,7 +126,9 @@ class RetinaFaceDetector:
         self.size_hw = size
         self._score_threshold = spec.decode.run_threshold(score_threshold)
         self._shapes = [shape for _, shape in spec.decode.outputs.values()]
-        self._placements: ShapeCache[tuple[tuple[int, int], NetworkSize], _Placement] = ShapeCache(SHAPES, self._place)
+        # of a proxy: a method of its own would make a circle, and what is closed would wait for the garbage collector
+        place = functools.partial(type(self)._place, weakref.proxy(self))
+        self._placements: ShapeCache[tuple[tuple[int, int], NetworkSize], _Placement] = ShapeCache(SHAPES, place)
         self._changed = threading.Condition()
         self._idle: list[Lane] = []
         self._lent = 0

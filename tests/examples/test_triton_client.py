@@ -201,7 +201,7 @@ def test_the_command_refuses_before_it_asks_the_server(tmp_path: Path) -> None:
         ([str(photo), "--server", "http://localhost:1"], ServerError, "give HOST:PORT alone"),
         ([str(photo), "--out", str(photo), *none], OutputError, "is a file that is read"),
         ([str(tmp_path / "none.png"), "--out", str(tmp_path / "x.png"), *none], ImageError, "no such file"),
-        ([str(photo), "--out", str(tmp_path / "x.png"), "--size", "9", *none], SpecError, "HEIGHTxWIDTH"),
+        ([str(photo), "--out", str(tmp_path / "x.png"), "--size", "9x", *none], SpecError, "HEIGHTxWIDTH"),
         ([str(photo), "--out", str(tmp_path / "x.png"), *none], ServerError, "localhost:1: no answer"),
     ]
     for arguments, error, words in refused:

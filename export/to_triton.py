@@ -19,11 +19,11 @@ from facespec.cli import ArgumentParser, run
 from facespec.errors import BuildError, ModelFileError, OutputError, SpecError
 from facespec.spec import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from plugins.build import read_report
+from trt_runtime.cpu import OrtRetinaFace
 from trt_runtime.gpu.flavor import TENSORRT
 from trt_runtime.gpu.sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
-from trt_runtime.kernels import PLUGIN, ensure_library
-from trt_runtime.load import load_detector
-from trt_runtime.onnx_file import read_onnx
+from trt_runtime.kernels import ensure_library
+from trt_runtime.onnx_model import OnnxModel
 
 ONNX_BATCH = 8
 """Most frames in a call of an ONNX file, which itself sets no limit."""
@@ -113,13 +113,13 @@ def plan(options: TritonOptions) -> Layout:
 
 
 def _plan_onnx(options: TritonOptions) -> Layout:
-    _, header = read_onnx(options.model)
-    if PLUGIN.domain in header.domains:
+    opened = OnnxModel(options.model)
+    if opened.is_plugin_form:
         raise ModelFileError(
             f"{options.model}: a plugin form, which ONNX Runtime in Triton cannot run: write a portable file with "
             "python -m export.to_onnx, or an engine with python -m export.to_trt --flavor tensorrt"
         )
-    with load_detector(options.model, backend="onnxruntime") as detector:  # it checks inputs and outputs
+    with OrtRetinaFace(opened) as detector:  # it checks inputs and outputs
         spec, fixed = detector.spec, detector.size_hw if isinstance(detector.size_hw, tuple) else None
     max_batch = options.max_batch or ONNX_BATCH
     model = TritonModel(
@@ -134,7 +134,7 @@ def _plan_onnx(options: TritonOptions) -> Layout:
         on_gpu=options.gpu,
         max_queue_delay_us=options.max_queue_delay_us,
     )
-    weights = {name: options.model.resolve().parent / name for name in header.external_files}
+    weights = {str(path.relative_to(options.model.resolve().parent)): path for path in opened.weights}
     return Layout(model, {"model.onnx": options.model, **weights}, {}, _readme(model))
 
 

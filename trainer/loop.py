@@ -276,6 +276,8 @@ class _Run:
         finally:
             if self.records is not None:
                 self.records.close()
+        written = [path for path in (self.folder / BEST, self.folder / LAST) if path.exists()]
+        self._say(f"wrote {', '.join(map(str, written))}; next: python -m export.to_onnx --weights {written[0]}")
         return state.history
 
     def _batches(self) -> Iterator[tuple[Tensor, Targets]]:

@@ -11,8 +11,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -343,7 +343,7 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
     parser.add_argument("--backend", default="auto", metavar="NAME[,NAME]", help=", ".join(BACKENDS))
     parser.add_argument("--device", type=int, default=0, metavar="N", help="index of the GPU, for engines")
     parser.add_argument("--on-device", action="store_true", help="frames lie on the GPU already; for engines")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure, with machine and versions")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure; '-' prints them")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw them ({', '.join(PLOT_SUFFIXES)})")
     args = parser.parse_args(argv)
     if args.compare and len(args.compare) < 2:
@@ -376,6 +376,16 @@ def _numbers(option: str, text: str) -> Iterator[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; an interrupted one reports what is complete."""
     options = parse_arguments(argv)
+    if options.json == Path("-"):
+        with redirect_stdout(sys.stderr):
+            code, text = _report(replace(options, json=None))
+        print(text)
+        return code
+    return _report(options)[0]
+
+
+def _report(options: BenchmarkOptions) -> tuple[int, str]:
+    """Measure, print and write; return the exit code, and all figures as JSON."""
     outputs = [("--json", options.json), ("--plot", options.plot)]
     load = machine.load_average()
     record = {
@@ -404,13 +414,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(settings) > 1:
         print(f"\n{summary_table(settings)}")
     results = [row for setting in settings for row in setting.to_dict()]
+    what = "uint8 frame in, faces out, times in ms a call"
+    text = json.dumps({"what": what, **record, "interrupted": interrupted, "results": results}, indent=2)
     if options.json and results:
-        what = "uint8 frame in, faces out, times in ms a call"
-        text = json.dumps({"what": what, **record, "interrupted": interrupted, "results": results}, indent=2)
         write_text(options.json, text + "\n")
+        print(f"wrote {options.json}")
     if options.plot and settings:
         plot(settings, record, options.plot)
-    return 130 if interrupted else 0
+        print(f"wrote {options.plot}")
+    return 130 if interrupted else 0, text
 
 
 if __name__ == "__main__":

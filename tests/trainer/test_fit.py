@@ -213,6 +213,8 @@ def test_a_run_that_is_over_is_over(
     assert "mobilenet0.25 on cpu in " in said
     assert "measured: AP at IoU 0.5 over the labels of 4 images" in said
     assert "12 images (" in said
+    best, last = (tmp_path / "run" / name for name in ("best.pth", "last.pth"))
+    assert said.splitlines()[-1] == f"wrote {best}, {last}; next: python -m export.to_onnx --weights {best}"
     assert (tmp_path / "run" / "steps.csv").read_bytes() == before
     assert read_training(tmp_path / "run" / "last.pth")[1]["history"] == trained[2]
 

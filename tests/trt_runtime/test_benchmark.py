@@ -205,6 +205,16 @@ def test_what_the_command_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_figures_are_printed_alone(command: Run, static_onnx: Path, tmp_path: Path) -> None:
+    result = command("trt_runtime.benchmark", "--model", static_onnx, *QUICK, "--json", "-")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert [row["batch"] for row in record["results"]] == [1]
+    assert record["command"].endswith("--json -")
+    assert "whole call" in result.stderr
+    assert not (tmp_path / "-").exists()
+
+
 def test_an_interrupt_keeps_what_is_complete(static_onnx: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "trt_runtime.benchmark", "--model", static_onnx, "--json", "i.json"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -602,9 +612,11 @@ def test_the_command_prints_and_writes_what_was_measured(
     printed = capsys.readouterr().out
     assert printed.count("whole call") == 4
     assert "three frames" in printed
-    assert [row.split()[:4] for row in printed.splitlines()[-4:]] == [
+    *rows, last = printed.splitlines()[-5:]
+    assert [row.split()[:4] for row in rows] == [
         ["m.onnx", "longer", "side", size] for size in ("64", "64", "32", "32")
     ]
+    assert last == f"wrote {out}"
     record = json.loads(out.read_text())
     assert [(row["size_hw"], row["batch"]) for row in record["results"]] == [(64, 1), (64, 2), (32, 1), (32, 2)]
     assert (record["repeats"], record["warm_up"], record["frames"]) == (3, 2, "three frames")

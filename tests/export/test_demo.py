@@ -73,6 +73,7 @@ def test_a_sheet_of_faces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (sheet[568:, 232:] == 255).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed (Linux on x86_64 only)")
 def test_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(module, "SECONDS_PER_PHOTOGRAPH", 1)

@@ -62,7 +62,14 @@ def test_contract_of_the_graph(static_onnx: Path, dynamic_onnx: Path) -> None:
         assert [list(shapes[node.input[1]]) for node in heads] == [[32, 64, 1, 1]] * 3
 
 
-@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "mobilenet0.25"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("resnet34", "resnet50") else name
+        for name in BACKBONES
+        if name != "mobilenet0.25"
+    ],
+)
 def test_every_backbone_exports_with_parity(backbone: str) -> None:
     """Untrained weights find nothing, so the heads are what is compared; the head bias makes some priors faces."""
     torch.manual_seed(0)

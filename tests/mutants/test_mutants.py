@@ -44,6 +44,7 @@ def test_the_lists_cover_all_packages() -> None:
     assert sum(fault.is_native for fault in faults) >= 20
 
 
+@pytest.mark.slow
 def test_the_runner_tells_noticed_from_survived_and_broken(tmp_path: Path) -> None:
     name = "facespec/test_boxes.py::test_iou_equals_counting_pixels"
     line = "    union = box_areas(a_xyxy)[:, None] + box_areas(b_xyxy)[None, :] - inter\n"

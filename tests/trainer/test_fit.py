@@ -490,6 +490,7 @@ def _learn_by_heart(root: Path, photographs: dict[str, Frame]) -> list[tuple[Fra
     return samples
 
 
+@pytest.mark.slow
 def test_a_few_images_are_learned_by_heart(photographs: dict[str, Frame], tmp_path: Path) -> None:
     """From random weights, in a hundred steps: boxes and landmarks are where they were labelled, and nowhere else."""
     samples = _learn_by_heart(tmp_path / "set", photographs)

@@ -57,6 +57,7 @@ def test_threads_get_the_same_bits_and_memory_does_not_grow(name: str, frames: l
     assert soaked.growth_mb < SANE_MB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_what_is_closed_gives_its_memory_back(name: str, frames: list[Frame], plugin_form: Path) -> None:
     soaked = soak_reopens(lambda: open_detector(name, plugin_form), frames[0], SMALL)

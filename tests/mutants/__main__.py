@@ -28,7 +28,7 @@ from pathlib import Path
 from tests.conftest import DATA
 from tests.mutants.faults import LISTS, ROOT, Fault, read_faults
 
-TIMEOUT_S, TEST_TIMEOUT_S = 1200, 120
+TIMEOUT_S, TEST_TIMEOUT_S = 600, 120
 """For one fault, and for one test with a fault in the code: many a fault makes a test hang."""
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -6,9 +6,7 @@ Errors end in one line: exit code 2 for a wrong command line, 1 for everything e
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
-import importlib.metadata
 import io
 import os
 import re
@@ -43,9 +41,11 @@ COMMANDS = {
 
 def version() -> str:
     """Return the version of this project."""
+    import importlib.metadata as metadata  # what few calls need does not slow the start of all
+
     try:
-        return importlib.metadata.version(PROGRAM)
-    except importlib.metadata.PackageNotFoundError:  # files that were copied, without an installation
+        return metadata.version(PROGRAM)
+    except metadata.PackageNotFoundError:  # files that were copied, without an installation
         return "unknown"
 
 
@@ -75,6 +75,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and leave with exit code 2."""
+        import difflib
+
         typed = re.search(r"unrecognized arguments: (--[\w-]+)|invalid choice: '([^']*)'", message)
         if typed:
             known = [str(word) for action in self._actions for word in action.option_strings]

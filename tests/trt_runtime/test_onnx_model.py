@@ -15,6 +15,7 @@ import pytest
 from facespec.errors import MissingPackageError, ModelFileError, NonFiniteError
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
+from tests.trt_runtime.spoilt import with_nan
 from trt_runtime import load_detector, onnx_model
 from trt_runtime.kernels import PLUGIN
 from trt_runtime.onnx_file import read_onnx
@@ -52,14 +53,9 @@ def test_threads_share_a_detector(plugin_form: Path, crowd: Frame, astronaut: Fr
 
 
 def test_a_network_that_gives_nan_raises(plugin_form: Path, tmp_path: Path, astronaut: Frame) -> None:
-    model = onnx.load(plugin_form)
-    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
-    values = onnx.numpy_helper.to_array(weight).copy()
-    values[0] = np.nan
-    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-    onnx.save(model, tmp_path / "nan.onnx")
+    path = with_nan(plugin_form, tmp_path / "nan.onnx")
     with pytest.raises(NonFiniteError):
-        load_detector(tmp_path / "nan.onnx").detect(astronaut)
+        load_detector(path).detect(astronaut)
 
 
 def test_graphs_that_are_not_plugin_forms_are_refused(

@@ -17,7 +17,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import onnx
 import pytest
 
 from export.to_trt import EngineOptions, Profile, build_engine
@@ -36,6 +35,7 @@ from facespec.letterbox import Frame, Letterbox
 from tests.engines import write_engine
 from tests.faces import assert_identical
 from tests.trt_runtime.fake_tensorrt import FakeGpu
+from tests.trt_runtime.spoilt import with_nan
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
 from trt_runtime.gpu.engine import check_runs_here
 from trt_runtime.gpu.sidecar import read_sidecar
@@ -625,13 +625,8 @@ def test_wrong_frames(device: HostDevice, plugin_form: Path, frame: object, word
 
 
 def test_nan_raises_and_the_next_frame_is_right(device: HostDevice, plugin_form: Path, tmp_path: Path) -> None:
-    model = onnx.load(plugin_form)
-    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
-    values = onnx.numpy_helper.to_array(weight).copy()
-    values[0] = np.nan
-    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-    onnx.save(model, tmp_path / "nan.onnx")
-    with TRTRetinaFace(tmp_path / "nan.onnx", size_hw=(64, 64), device=device) as detector:
+    path = with_nan(plugin_form, tmp_path / "nan.onnx")
+    with TRTRetinaFace(path, size_hw=(64, 64), device=device) as detector:
         (lane,) = detector._idle
         with pytest.raises(NonFiniteError):
             detector.detect(np.zeros((64, 64, 3), np.uint8))

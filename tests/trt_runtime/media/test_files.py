@@ -22,7 +22,7 @@ import pytest
 from facespec.errors import VideoError
 from facespec.images import MAX_PIXELS
 from facespec.letterbox import Frame, Letterbox
-from trt_runtime.media.decoding import Pictures
+from tests.trt_runtime.spoilt import OddPictures
 from trt_runtime.media.files import VIDEO_SUFFIXES, Camera, VideoFile, VideoWriter, open_source, require_display
 from trt_runtime.media.live import NetworkStream
 
@@ -289,16 +289,7 @@ def test_a_rate_that_is_not_announced_is_guessed(tmp_path: Path) -> None:
 
 
 def test_a_frame_that_cannot_be_converted_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Odd(Pictures):
-        """FFmpeg decodes no file into what it cannot convert, so that such frames are put among them."""
-
-        count = 0
-
-        def __call__(self, frame: Any) -> Frame:
-            self.count += 1
-            return super().__call__(av.VideoFrame(64, 64, "rgb96le") if self.count in (1, 4) else frame)
-
-    monkeypatch.setattr("trt_runtime.media.files.Pictures", Odd)
+    monkeypatch.setattr("trt_runtime.media.files.Pictures", OddPictures)
     with VideoFile(_write(tmp_path / "v.mp4", [_frame(i) for i in range(6)])) as video:
         frames = list(video)
     assert [round((frame.image[:, :, 2].mean() - 20) / 8) for frame in frames] == [1, 2, 4, 5]

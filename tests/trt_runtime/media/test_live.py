@@ -22,7 +22,8 @@ import pytest
 from facespec.errors import VideoError
 from facespec.letterbox import Frame
 from tests.trt_runtime.rtsp_server import RtspServer, Visit, encode_h264
-from trt_runtime.media.decoding import Pictures, TimedFrame
+from tests.trt_runtime.spoilt import OddPictures
+from trt_runtime.media.decoding import TimedFrame
 from trt_runtime.media.files import Source, VideoFile, VideoWriter, open_source
 from trt_runtime.media.live import SCHEMES, NetworkStream, _Clock, _Connection, without_secrets
 
@@ -423,12 +424,17 @@ def test_a_broadcast_that_is_joined_in_the_middle_is_not_damaged(tmp_path: Path)
     assert source.damaged == 0
 
 
+def _free_udp_address() -> tuple[str, int]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        host, port = probe.getsockname()
+    return host, port
+
+
 def test_a_video_over_udp(tmp_path: Path) -> None:
     _write(tmp_path)
     data = (tmp_path / "v.ts").read_bytes()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = probe.getsockname()
+    address = _free_udp_address()
     done = threading.Event()
 
     def send() -> None:
@@ -802,16 +808,7 @@ def test_a_lost_packet_is_one_damaged_frame(tmp_path: Path) -> None:
 
 
 def test_a_frame_that_cannot_be_converted_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Odd(Pictures):
-        """FFmpeg decodes no stream into what it cannot convert, so that such frames are put among them."""
-
-        count = 0
-
-        def __call__(self, frame: Any) -> Frame:
-            self.count += 1
-            return super().__call__(av.VideoFrame(64, 64, "rgb96le") if self.count in (1, 4) else frame)
-
-    monkeypatch.setattr("trt_runtime.media.live.Pictures", Odd)
+    monkeypatch.setattr("trt_runtime.media.live.Pictures", OddPictures)
     _write_ts(tmp_path / "v.ts", range(10), key_every=10)
     thread, url = _serve_once((tmp_path / "v.ts").read_bytes())
     with NetworkStream(url) as source:
@@ -849,9 +846,7 @@ def test_who_is_late_for_udp_need_not_connect_again(tmp_path: Path) -> None:
     """More comes than FFmpeg keeps, while nobody reads."""
     _write(tmp_path)
     data = (tmp_path / "v.ts").read_bytes()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = probe.getsockname()
+    address = _free_udp_address()
     done, sent = threading.Event(), threading.Semaphore(0)
 
     def send() -> None:

@@ -14,14 +14,17 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from itertools import takewhile
+from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from facespec.errors import MissingPackageError, RetinaFaceError
+from facespec.files import write_text
 
 PROGRAM = "retinaface-trt"
+_T = TypeVar("_T")
 
 COMMANDS = {
     "detect": ("trt_runtime.detect", "find faces in images, videos and cameras"),
@@ -73,6 +76,10 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"unrecognized arguments: {word}")
         return super().parse_known_args(args, namespace)
 
+    def add_json(self, what: str = "the result") -> None:
+        """Add `--json FILE`, for `json_output`."""
+        self.add_argument("--json", type=Path, metavar="FILE", help=f"write {what}; '-' prints it, the rest to stderr")
+
     def error(self, message: str) -> NoReturn:
         """Print one line and leave with exit code 2."""
         import difflib
@@ -85,6 +92,38 @@ class ArgumentParser(argparse.ArgumentParser):
             close = difflib.get_close_matches(typed[1] or typed[2], known, 1)
             message += f": did you mean {close[0]}?" if close else ""
         self.exit(2, f"error: {message} ({self.prog} --help)\n")
+
+
+def argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:
+    """Return `parse` as the `type` of an argument: its RetinaFaceError is an error of usage."""
+
+    def checked(text: str) -> _T:
+        try:
+            return parse(text)
+        except RetinaFaceError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+@contextmanager
+def json_output(file: Path | None) -> Iterator[Callable[[str], None]]:
+    """Yield what takes the JSON text of a command: it writes the file of `--json FILE` and says so.
+
+    For `--json -` it prints the text, and all that is printed otherwise goes to stderr. None: it does nothing.
+    """
+    stdout = sys.stdout
+    printed = file == Path("-")
+
+    def write(text: str) -> None:
+        if printed:
+            print(text, file=stdout)
+        elif file:
+            write_text(file, text + "\n")
+            print(f"wrote {file}")
+
+    with redirect_stdout(sys.stderr if printed else stdout):
+        yield write
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

@@ -68,13 +68,13 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
     """Refuse, before any work, outputs that cannot be written or would destroy an input or each other.
 
     Args:
-        outputs: Option and file to write; None is left out.
+        outputs: Option and file to write; None and "-", which is stdout, are left out.
         inputs: Files that are read.
 
     Raises:
         OutputError: An output is an input, two outputs are one file, or there is no writing in its folder.
     """
-    wanted = [(option, Path(path)) for option, path in outputs if path is not None]
+    wanted = [(option, Path(path)) for option, path in outputs if path is not None and str(path) != "-"]
     if not wanted:
         return
     taken: dict[Path, str] = {}

@@ -11,8 +11,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, quiet_libraries, run
+from facespec.cli import ArgumentParser, json_output, quiet_libraries, run
 from facespec.errors import DataError, SpecError
 from facespec.figures import PLOT_SUFFIXES, check_plot
-from facespec.files import check_outputs, write_text
+from facespec.files import check_outputs
 from facespec.images import find_images
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_frames, spread_frames, tiled
@@ -343,7 +343,7 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
     parser.add_argument("--backend", default="auto", metavar="NAME[,NAME]", help=", ".join(BACKENDS))
     parser.add_argument("--device", type=int, default=0, metavar="N", help="index of the GPU, for engines")
     parser.add_argument("--on-device", action="store_true", help="frames lie on the GPU already; for engines")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure; '-' prints them")
+    parser.add_json("every figure")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw them ({', '.join(PLOT_SUFFIXES)})")
     args = parser.parse_args(argv)
     if args.compare and len(args.compare) < 2:
@@ -376,16 +376,12 @@ def _numbers(option: str, text: str) -> Iterator[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; an interrupted one reports what is complete."""
     options = parse_arguments(argv)
-    if options.json == Path("-"):
-        with redirect_stdout(sys.stderr):
-            code, text = _report(replace(options, json=None))
-        print(text)
-        return code
-    return _report(options)[0]
+    with json_output(options.json) as write:
+        return _report(options, write)
 
 
-def _report(options: BenchmarkOptions) -> tuple[int, str]:
-    """Measure, print and write; return the exit code, and all figures as JSON."""
+def _report(options: BenchmarkOptions, write: Callable[[str], None]) -> int:
+    """Measure, print and write; return the exit code."""
     outputs = [("--json", options.json), ("--plot", options.plot)]
     load = machine.load_average()
     record = {
@@ -415,14 +411,12 @@ def _report(options: BenchmarkOptions) -> tuple[int, str]:
         print(f"\n{summary_table(settings)}")
     results = [row for setting in settings for row in setting.to_dict()]
     what = "uint8 frame in, faces out, times in ms a call"
-    text = json.dumps({"what": what, **record, "interrupted": interrupted, "results": results}, indent=2)
-    if options.json and results:
-        write_text(options.json, text + "\n")
-        print(f"wrote {options.json}")
+    if results:
+        write(json.dumps({"what": what, **record, "interrupted": interrupted, "results": results}, indent=2))
     if options.plot and settings:
         plot(settings, record, options.plot)
         print(f"wrote {options.plot}")
-    return 130 if interrupted else 0, text
+    return 130 if interrupted else 0
 
 
 if __name__ == "__main__":

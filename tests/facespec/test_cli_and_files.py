@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from facespec.cli import COMMANDS, PROGRAM, ArgumentParser, quiet_libraries, require, run
+from facespec.cli import COMMANDS, PROGRAM, ArgumentParser, argument, json_output, quiet_libraries, require, run
 from facespec.errors import DataError, MissingPackageError, OutputError, SpecError
 from facespec.files import _own_folder, atomic_path, cache_folder, check_outputs, write_text
+from facespec.spec import parse_size
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -389,3 +390,28 @@ def test_silence_where_stderr_is_closed() -> None:
     body = "with quiet_libraries(): print('done')\n    return 0"
     result = _run(body, "import os\nos.close(2)")
     assert (result.returncode, result.stdout) == (0, "done\n")
+
+
+def test_json_goes_to_a_file_or_to_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with json_output(tmp_path / "a.json") as write:
+        print("text")
+        write("{}")
+    assert capsys.readouterr().out == f"text\nwrote {tmp_path / 'a.json'}\n"
+    assert (tmp_path / "a.json").read_text() == "{}\n"
+    with json_output(Path("-")) as write:
+        print("text")
+        write("{}")
+    assert capsys.readouterr() == ("{}\n", "text\n")
+    with json_output(None) as write:
+        print("text")
+        write("{}")
+    assert capsys.readouterr() == ("text\n", "")
+
+
+def test_a_value_that_cannot_be_parsed_is_an_error_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser("x")
+    parser.add_argument("--size", type=argument(parse_size))
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(["--size", "7"])
+    assert left.value.code == 2
+    assert "argument --size: network size: 7 is not a multiple of 32; try 32" in capsys.readouterr().err

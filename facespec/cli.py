@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
-from facespec.errors import MissingPackageError, RetinaFaceError
+from facespec.errors import MissingPackageError, RetinaFaceError, SpecError
 from facespec.files import write_text
 
 PROGRAM = "retinaface-trt"
@@ -104,6 +104,17 @@ def argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return checked
+
+
+def parse_device(text: str) -> str:
+    """Return the word of `--device` as it is: auto, cpu, cuda, or cuda:N for the GPU of that index.
+
+    Raises:
+        SpecError: It is another word.
+    """
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,4})?", text):
+        raise SpecError(f"device {text!r} is not one of auto, cpu, cuda and cuda:N")
+    return text
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, json_output, quiet_libraries, run
+from facespec.cli import ArgumentParser, argument, json_output, parse_device, quiet_libraries, run
 from facespec.errors import DataError, SpecError
 from facespec.figures import PLOT_SUFFIXES, check_plot
 from facespec.files import check_outputs
@@ -29,14 +29,7 @@ from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_frames, spread_frames, tiled
 from facespec.spec import NetworkSize, parse_network_size
 from trt_runtime import machine
-from trt_runtime.benchmark_report import (
-    Measurement,
-    Setting,
-    heading,
-    plot,
-    setting_table,
-    summary_table,
-)
+from trt_runtime.benchmark_report import Measurement, Setting, heading, plot, setting_table, summary_table
 from trt_runtime.detector import RetinaFaceDetector
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import PAUSE_S, speed_ratio, take_turns
@@ -68,7 +61,7 @@ class BenchmarkOptions:
         threads: Threads of the network; None is the backend's choice.
         streams: Calls the backend runs at once.
         depth: Calls that are handed over at once to measure throughput; None is `streams`, 2 at least.
-        device: Index of the GPU.
+        device: Where the models run, as for `load_detector`.
         on_device: Frames lie on the GPU already, as behind a hardware decoder.
         json: File of all figures.
         plot: Picture of them.
@@ -84,7 +77,7 @@ class BenchmarkOptions:
     threads: int | None = None
     streams: int = 1
     depth: int | None = None
-    device: int = 0
+    device: int | str = "auto"
     on_device: bool = False
     json: Path | None = None
     plot: Path | None = None
@@ -327,8 +320,22 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
     models = parser.add_mutually_exclusive_group(required=True)
     models.add_argument("--model", type=Path, metavar="FILE", help="detector: .onnx (CPU) or .engine (GPU)")
     models.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help="several; ratios are to the first")
-    parser.add_argument("--batch", default="1", metavar="N[,N]", help="frames in one call")
-    parser.add_argument("--size", metavar="SIZE[,SIZE]", help="HEIGHTxWIDTH or longer side, for models of dynamic size")
+    parser.add_argument(
+        "--batch",
+        dest="batches",
+        type=argument(_numbers),
+        default="1",
+        metavar="N[,N]",
+        help="frames in one call",
+    )
+    parser.add_argument(
+        "--size",
+        dest="sizes",
+        type=argument(_sizes),
+        default=(None,),
+        metavar="SIZE[,SIZE]",
+        help="HEIGHTxWIDTH or longer side, for models of dynamic size (default: the model's own)",
+    )
     parser.add_argument(
         "--frames",
         type=Path,
@@ -340,37 +347,35 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the network (default: every core)")
     parser.add_argument("--streams", type=int, default=1, metavar="N", help="calls the backend may run at once")
     parser.add_argument("--depth", type=int, metavar="N", help="calls handed over at once in the pipeline (default: 2)")
-    parser.add_argument("--backend", default="auto", metavar="NAME[,NAME]", help=", ".join(BACKENDS))
-    parser.add_argument("--device", type=int, default=0, metavar="N", help="index of the GPU, for engines")
+    parser.add_argument(
+        "--backend", dest="backends", type=_words, default="auto", metavar="NAME[,NAME]", help=", ".join(BACKENDS)
+    )
+    parser.add_argument(
+        "--device", type=argument(parse_device), default="auto", help="cpu, cuda or cuda:N; auto is the GPU for engines"
+    )
     parser.add_argument("--on-device", action="store_true", help="frames lie on the GPU already; for engines")
     parser.add_json("every figure")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw them ({', '.join(PLOT_SUFFIXES)})")
-    args = parser.parse_args(argv)
-    if args.compare and len(args.compare) < 2:
+    given = vars(parser.parse_args(argv))
+    model, compared = given.pop("model"), given.pop("compare")
+    if compared and len(compared) < 2:
         parser.error("--compare takes two models or more; --model measures one")
-    return BenchmarkOptions(
-        models=tuple(args.compare or [args.model]),
-        backends=tuple(args.backend.split(",")),
-        batches=tuple(_numbers("--batch", args.batch)),
-        sizes=tuple(parse_network_size(text) for text in args.size.split(",")) if args.size else (None,),
-        frames=args.frames,
-        device=args.device,
-        on_device=args.on_device,
-        repeats=args.repeats,
-        warm_up=args.warm_up,
-        threads=args.threads,
-        streams=args.streams,
-        depth=args.depth,
-        json=args.json,
-        plot=args.plot,
-    )
+    return BenchmarkOptions(tuple(compared or [model]), **given)
 
 
-def _numbers(option: str, text: str) -> Iterator[int]:
-    for part in text.split(","):
-        if not (part.isascii() and part.isdigit()):
-            raise SpecError(f"{option} {text!r}: expected numbers separated by commas, for instance 1,4,8")
-        yield int(part[:9])
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _sizes(text: str) -> tuple[NetworkSize, ...]:
+    return tuple(map(parse_network_size, _words(text)))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = _words(text)
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise SpecError(f"{text!r}: expected numbers separated by commas, for instance 1,4,8")
+    return tuple(int(part[:9]) for part in parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import cv2
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, quiet_libraries, run
+from facespec.cli import ArgumentParser, argument, parse_device, quiet_libraries, run
 from facespec.draw import draw_detections
 from facespec.errors import DataError, FrameError, ImageError, OutputError
 from facespec.files import atomic_path, check_outputs
@@ -53,7 +53,7 @@ class DetectOptions:
         threads: Threads of the network; None is every core.
         streams: Frames a CPU computes at once.
         backend: What runs the model, one of `trt_runtime.load.BACKENDS`.
-        device: Index of the GPU.
+        device: Where the model runs, as for `load_detector`.
         show: Show annotated frames in a window; q or Esc ends.
         flow: How the frames of videos flow.
     """
@@ -67,7 +67,7 @@ class DetectOptions:
     threads: int | None = None
     streams: int = 1
     backend: str = "auto"
-    device: int = 0
+    device: int | str = "auto"
     show: bool = False
     flow: PipelineOptions = field(default_factory=PipelineOptions)
 
@@ -484,18 +484,21 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
         help="image, folder or glob pattern (in quotes); or video file, webcam's index or address, as rtsp://host/path",
     )
     parser.add_argument("--model", type=Path, required=True, help="detector written by export.to_onnx or export.to_trt")
-    parser.add_argument(
-        "--out", type=Path, help="annotated image or H.264 video (.mp4); for several, the folder they go to"
-    )
+    parser.add_argument("--out", type=Path, help="annotated image or H.264 video (.mp4); a folder for several")
     parser.add_argument("--json", help="write one JSON line a frame, in pixels of the original frame; '-' prints them")
     parser.add_argument("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
     parser.add_argument(
-        "--size", help="HEIGHTxWIDTH, or longer side, frames are letterboxed to, for models of dynamic size"
+        "--size",
+        dest="size_hw",
+        type=argument(parse_network_size),
+        help="HEIGHTxWIDTH, or longer side, frames are letterboxed to, for models of dynamic size",
     )
     parser.add_argument("--threads", type=int, help="threads of the network (default: every core)")
     parser.add_argument("--streams", type=int, default=1, help="frames a CPU computes at once")
     parser.add_argument("--backend", default="auto", help=", ".join(BACKENDS))
-    parser.add_argument("--device", type=int, default=0, help="index of the GPU, for engines")
+    parser.add_argument(
+        "--device", type=argument(parse_device), default="auto", help="cpu, cuda or cuda:N; auto is the GPU for engines"
+    )
     parser.add_argument("--show", action="store_true", help="show the newest frames in a window; q ends")
     parser.add_argument(
         "--batch",
@@ -508,21 +511,10 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
         default=1,
         help="run the network on one frame of so many; the others are drawn with its faces and get no JSON line",
     )
-    args = parser.parse_args(argv)
-    return DetectOptions(
-        source=tuple(args.source),
-        model=args.model,
-        out=args.out,
-        json=args.json,
-        score=args.score,
-        size_hw=parse_network_size(args.size) if args.size else None,
-        threads=args.threads,
-        streams=args.streams,
-        backend=args.backend,
-        device=args.device,
-        show=args.show,
-        flow=PipelineOptions(batch=args.batch, depth=max(2, args.streams), stride=args.stride),
-    )
+    given = vars(parser.parse_args(argv))
+    batch, stride = given.pop("batch"), given.pop("stride")
+    flow = PipelineOptions(batch=batch, depth=max(2, given["streams"]), stride=stride)
+    return DetectOptions(tuple(given.pop("source")), flow=flow, **given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

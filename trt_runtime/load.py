@@ -23,7 +23,7 @@ def load_detector(
     threads: int | None = None,
     streams: int = 1,
     backend: str = "auto",
-    device: int = 0,
+    device: int | str = "auto",
 ) -> RetinaFaceDetector:
     """Return the detector that runs a model file: `TRTRetinaFace` for an engine, for ONNX one on the CPU.
 
@@ -38,7 +38,8 @@ def load_detector(
         threads: Threads of the CPU; None takes every core.
         streams: Frames the CPU computes at once, which share the threads: 1 is for latency, more for throughput.
         backend: One of `BACKENDS`.
-        device: Index of the GPU.
+        device: "auto", the GPU for an engine and the CPU for ONNX; "cpu", for ONNX only; for engines only: "cuda",
+            "cuda:N" or N, the GPU of that index, or what else `TRTRetinaFace` takes.
 
     Raises:
         ModelFileError: No such file, or a kind that no detector runs; the message names the command that helps.
@@ -58,12 +59,13 @@ def load_detector(
     if suffix in ENGINE_SUFFIXES:
         if backend not in ("auto", "tensorrt"):
             raise SpecError(f"{path}: an engine runs in TensorRT only, not in {backend}")
+        device = 0 if device == "auto" else device
         return TRTRetinaFace(path, score_threshold=score_threshold, size_hw=size_hw, device=device)
     if suffix != ".onnx":
         raise ModelFileError(
             f"{path}: expected a .onnx file of python -m export.to_onnx, or a .engine of python -m export.to_trt"
         )
-    if device != 0:
+    if device not in ("auto", "cpu"):
         raise SpecError(f"{path}: an ONNX file runs on the CPU, --device is for engines")
     if backend == "tensorrt":
         raise SpecError(f"{path}: TensorRT runs engines: python -m export.to_trt builds one")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,17 @@ from typing import Any
 
 import pytest
 
-from facespec.cli import COMMANDS, PROGRAM, ArgumentParser, argument, json_output, quiet_libraries, require, run
+from facespec.cli import (
+    COMMANDS,
+    PROGRAM,
+    ArgumentParser,
+    argument,
+    json_output,
+    parse_device,
+    quiet_libraries,
+    require,
+    run,
+)
 from facespec.errors import DataError, MissingPackageError, OutputError, SpecError
 from facespec.files import _own_folder, atomic_path, cache_folder, check_outputs, write_text
 from facespec.spec import parse_size
@@ -415,3 +426,11 @@ def test_a_value_that_cannot_be_parsed_is_an_error_of_usage(capsys: pytest.Captu
         parser.parse_args(["--size", "7"])
     assert left.value.code == 2
     assert "argument --size: network size: 7 is not a multiple of 32; try 32" in capsys.readouterr().err
+
+
+def test_the_words_for_a_device() -> None:
+    for word in ("auto", "cpu", "cuda", "cuda:0", "cuda:12"):
+        assert parse_device(word) == word
+    for word in ("", "0", "gpu", "CPU", "cuda:", "cuda:-1", "cuda:x", "cuda:0 ", "cuda:\u0661", "cuda:0\n"):
+        with pytest.raises(SpecError, match=re.escape(f"device {word!r} is not one of auto, cpu, cuda and cuda:N")):
+            parse_device(word)

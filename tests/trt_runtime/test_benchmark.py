@@ -171,10 +171,6 @@ def test_what_the_command_refuses(
     model = ["--model", str(static_onnx)]
     monkeypatch.chdir(tmp_path)
     cases = [
-        ([*model, "--batch", "1;4"], "--batch '1;4': expected numbers separated by commas, for instance 1,4,8"),
-        ([*model, "--batch", "1,"], "expected numbers separated by commas"),
-        ([*model, "--batch", "\u0661"], "expected numbers separated by commas"),
-        ([*model, "--batch", "-1"], "expected numbers separated by commas"),
         ([*model, "--batch", "99999999999999999999"], "--batch 999999999: expected a number from 1 to 1024"),
         ([*model, "--json", str(static_onnx)], "is a file that is read"),
         ([*model, "--plot", "p.png", "--json", "p.png"], "--plot p.png is the file of --json, too"),
@@ -182,10 +178,9 @@ def test_what_the_command_refuses(
         ([*model, "--backend", "onnxruntime,"], "backend '' is not one of"),
         ([*model, "--backend", "onnxruntime,onnxruntime"], "--backend: expected one value or several different ones"),
         ([*model, "--size", "320,320"], "--size: expected one value or several different ones"),
-        ([*model, "--size", "320x320,"], "HEIGHTxWIDTH"),
         ([*model, "--on-device", "--backend", "onnxruntime"],
          "--on-device: model.onnx runs on the CPU, where there is no other place for frames"),
-        ([*model, "--device", "1"], "--device is for engines"),
+        ([*model, "--device", "cuda:1"], "--device is for engines"),
         (["--model", "none.onnx"], "no such model file"),
         ([*model, "--frames", "none"], "--frames none: expected a folder of images, there is none of this name"),
     ]  # fmt: skip
@@ -197,6 +192,12 @@ def test_what_the_command_refuses(
         ([], "one of the arguments --model --compare is required"),
         ([*model, "--compare", "a", "b"], "not allowed with argument"),
         (["--compare", "a.onnx"], "--compare takes two models or more; --model measures one"),
+        ([*model, "--batch", "1;4"], "--batch: '1;4': expected numbers separated by commas, for instance 1,4,8"),
+        ([*model, "--batch", "1,"], "expected numbers separated by commas"),
+        ([*model, "--batch", "\u0661"], "expected numbers separated by commas"),
+        ([*model, "--batch=-1"], "expected numbers separated by commas"),
+        ([*model, "--size", "320x320,"], "--size: size '' is not HEIGHTxWIDTH"),
+        ([*model, "--device", "1"], "--device: device '1' is not one of auto, cpu, cuda and cuda:N"),
     ):
         with pytest.raises(SystemExit) as left:
             main(arguments)
@@ -416,7 +417,7 @@ def test_what_is_measured_unless_told_otherwise(capsys: pytest.CaptureFixture[st
     assert options == _options()
     assert (options.backends, options.batches, options.sizes) == (("auto",), (1,), (None,))
     assert (options.repeats, options.warm_up, options.streams, options.stream_depth) == (200, 20, 1, 2)
-    assert (options.threads, options.depth, options.device, options.on_device) == (None, None, 0, False)
+    assert (options.threads, options.depth, options.device, options.on_device) == (None, None, "auto", False)
     assert (options.frames, options.json, options.plot) == (None, None, None)
     with pytest.raises(SystemExit) as left:
         main(["--help"])
@@ -430,7 +431,7 @@ def test_what_is_measured_unless_told_otherwise(capsys: pytest.CaptureFixture[st
 def test_every_option_reaches_its_place() -> None:
     line = (
         "--compare a.onnx b.onnx --batch 1,4,8 --size 320x640,480 --frames f --repeats 7 --warm-up 0 --threads 3 "
-        "--streams 4 --depth 5 --backend onnxruntime,openvino --device 2 --on-device --json j.json --plot p.SVG"
+        "--streams 4 --depth 5 --backend onnxruntime,openvino --device cuda:2 --on-device --json j.json --plot p.SVG"
     )
     assert parse_arguments(line.split()) == BenchmarkOptions(
         models=(Path("a.onnx"), Path("b.onnx")),
@@ -443,7 +444,7 @@ def test_every_option_reaches_its_place() -> None:
         threads=3,
         streams=4,
         depth=5,
-        device=2,
+        device="cuda:2",
         on_device=True,
         json=Path("j.json"),
         plot=Path("p.SVG"),

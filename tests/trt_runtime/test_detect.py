@@ -79,7 +79,7 @@ def test_what_happens_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) 
     options = parse_arguments(["a.jpg", "--model", "m.onnx"])
     assert options == DetectOptions(("a.jpg",), MODEL)
     assert (options.out, options.json, options.score, options.size_hw, options.threads) == (None,) * 5
-    assert (options.streams, options.backend, options.device, options.show) == (1, "auto", 0, False)
+    assert (options.streams, options.backend, options.device, options.show) == (1, "auto", "auto", False)
     assert options.flow == PipelineOptions(batch=None, depth=2, stride=1)
     assert (options.sources, DetectOptions("a", MODEL).sources) == (("a.jpg",), ("a",))
     with pytest.raises(SystemExit) as left:
@@ -96,11 +96,11 @@ def test_what_happens_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) 
 def test_every_option_reaches_its_place(streams: int, depth: int) -> None:
     line = (
         f"a b --model m.onnx --out o --json j --score 0.7 --size 320x640 --threads 3 --streams {streams} "
-        "--backend openvino --device 2 --show --batch 5 --stride 4"
+        "--backend openvino --device cuda:2 --show --batch 5 --stride 4"
     )
     assert parse_arguments(line.split()) == DetectOptions(
         source=("a", "b"), model=MODEL, out=Path("o"), json="j", score=0.7, size_hw=(320, 640), threads=3,
-        streams=streams, backend="openvino", device=2, show=True, flow=PipelineOptions(5, depth, 4),
+        streams=streams, backend="openvino", device="cuda:2", show=True, flow=PipelineOptions(5, depth, 4),
     )  # fmt: skip
     assert parse_arguments(["a", "--model", "m", "--size", "640"]).size_hw == 640
 

@@ -687,7 +687,10 @@ def test_what_load_detector_refuses(tmp_path: Path) -> None:
         ("m.plan", {"backend": "onnxruntime"}, SpecError, "an engine runs in TensorRT only, not in onnxruntime"),
         ("m.onnx", {"backend": "tensorrt"}, SpecError, "TensorRT runs engines: python -m export.to_trt builds one"),
         ("m.onnx", {"device": 1}, SpecError, "an ONNX file runs on the CPU, --device is for engines"),
-        ("m.ONNX", {"device": 1}, SpecError, "an ONNX file runs on the CPU, --device is for engines"),
+        *[("m.ONNX", {"device": device}, SpecError, "an ONNX file runs on the CPU, --device is for engines")
+          for device in (0, "cuda", "cuda:0", "pycuda")],
+        ("m.onnx", {"device": "cpu"}, ModelFileError, "not an ONNX file"),
+        ("m.engine", {"device": "cpu"}, ModelFileError, "engines run on a GPU; device cpu runs the .plugin.onnx"),
         ("m.onnx", {}, ModelFileError, "not an ONNX file"),
         ("m.trt", {}, ModelFileError, "expected a .onnx file of python -m export.to_onnx, or a .engine of python"),
         *[(f"w.{end}", {}, ModelFileError,
@@ -720,6 +723,9 @@ def test_an_engine_gets_what_was_asked_for(
     assert made.options == {"score_threshold": 0.3, "size_hw": 640, "device": 2}
     made = load_detector(tmp_path / name, backend=backend)
     assert made.options == {"score_threshold": None, "size_hw": None, "device": 0}
+    for device in ("cuda", "cuda:3", "pycuda"):
+        made = load_detector(tmp_path / name, device=device)
+        assert made.options["device"] == device
 
 
 @pytest.mark.parametrize(("backend", "name"), [("onnxruntime", "OrtRetinaFace"), ("openvino", "OpenVinoRetinaFace")])

@@ -6,16 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from facespec.detections import Detections
-    from facespec.draw import draw_detections
-    from facespec.errors import RetinaFaceError
-    from trt_runtime.cpu import OpenVinoRetinaFace, OrtRetinaFace
-    from trt_runtime.detector import DetectionStream, RetinaFaceDetector
-    from trt_runtime.gpu.frame import Nv12Frame
-    from trt_runtime.load import load_detector
-    from trt_runtime.media.files import VideoWriter, open_source
-    from trt_runtime.media.pipeline import Job, PipelineOptions, run_pipeline
-    from trt_runtime.trt import TRTRetinaFace
+    from facespec.detections import Detections as Detections
+    from facespec.draw import draw_detections as draw_detections
+    from facespec.errors import RetinaFaceError as RetinaFaceError
+    from trt_runtime.cpu import OpenVinoRetinaFace as OpenVinoRetinaFace
+    from trt_runtime.cpu import OrtRetinaFace as OrtRetinaFace
+    from trt_runtime.detector import DetectionStream as DetectionStream
+    from trt_runtime.detector import RetinaFaceDetector as RetinaFaceDetector
+    from trt_runtime.gpu.frame import Nv12Frame as Nv12Frame
+    from trt_runtime.load import load_detector as load_detector
+    from trt_runtime.media.files import VideoWriter as VideoWriter
+    from trt_runtime.media.files import open_source as open_source
+    from trt_runtime.media.pipeline import Job as Job
+    from trt_runtime.media.pipeline import PipelineOptions as PipelineOptions
+    from trt_runtime.media.pipeline import run_pipeline as run_pipeline
+    from trt_runtime.trt import TRTRetinaFace as TRTRetinaFace
 
     __version__: str
 
@@ -38,24 +43,7 @@ _PLACES = {
     "run_pipeline": "trt_runtime.media.pipeline",
 }
 
-__all__ = [
-    "DetectionStream",
-    "Detections",
-    "Job",
-    "Nv12Frame",
-    "OpenVinoRetinaFace",
-    "OrtRetinaFace",
-    "PipelineOptions",
-    "RetinaFaceDetector",
-    "RetinaFaceError",
-    "TRTRetinaFace",
-    "VideoWriter",
-    "__version__",
-    "draw_detections",
-    "load_detector",
-    "open_source",
-    "run_pipeline",
-]
+__all__ = sorted(_PLACES)
 
 
 def __getattr__(name: str) -> Any:

@@ -321,12 +321,7 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
     models.add_argument("--model", type=Path, metavar="FILE", help="detector: .onnx (CPU) or .engine (GPU)")
     models.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help="several; ratios are to the first")
     parser.add_argument(
-        "--batch",
-        dest="batches",
-        type=argument(_numbers),
-        default="1",
-        metavar="N[,N]",
-        help="frames in one call",
+        "--batch", dest="batches", type=argument(_numbers), default="1", metavar="N[,N]", help="frames in one call"
     )
     parser.add_argument(
         "--size",

@@ -348,8 +348,11 @@ def _label(source: str) -> str:
 def _targets(sources: Sequence[str], paths: list[Path], folder: Path) -> dict[str, Path]:
     """Return where the annotated copy of each image goes: under `folder` as it is under the source."""
     one_folder = len(sources) == 1 and Path(sources[0]).is_dir()
-    common = Path(sources[0]) if one_folder else Path(*_common_parts(paths))
-    return _distinct({str(path): folder / _as_written(path.relative_to(common)) for path in paths}, folder)
+    absolute = {path: Path(os.path.abspath(path)) for path in paths}
+    parents = [path.parent for path in absolute.values()]
+    common = os.path.abspath(sources[0]) if one_folder else os.path.commonpath(parents)
+    names = {str(path): _as_written(place.relative_to(common)) for path, place in absolute.items()}
+    return _distinct({path: folder / name for path, name in names.items()}, folder)
 
 
 def _video_targets(sources: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -376,15 +379,6 @@ def _distinct(targets: dict[str, Path], folder: Path) -> dict[str, Path]:
 def _as_written(path: Path) -> Path:
     """Formats that hold colour keep their name, the others become PNG."""
     return path if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else path.with_name(f"{path.name}.png")
-
-
-def _common_parts(paths: list[Path]) -> list[str]:
-    first = paths[0].parent.parts
-    keep = len(first)
-    for path in paths[1:]:
-        parts = path.parent.parts
-        keep = next((i for i in range(min(keep, len(parts))) if parts[i] != first[i]), min(keep, len(parts)))
-    return list(first[:keep])
 
 
 def _is_camera(source: str) -> bool:
@@ -501,9 +495,7 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     )
     parser.add_argument("--show", action="store_true", help="show the newest frames in a window; q ends")
     parser.add_argument(
-        "--batch",
-        type=int,
-        help="frames of videos in one run of the network (default: what is ready and worth it)",
+        "--batch", type=int, help="frames of videos in one run of the network (default: what is ready and worth it)"
     )
     parser.add_argument(
         "--stride",

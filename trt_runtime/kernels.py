@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from facespec.errors import BuildError, FrameError, MissingToolError, RetinaFaceError, SpecError
 from facespec.files import cache_folder
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from facespec.letterbox import Letterbox  # needs cv2, which machines that only test the kernels lack
 
 _HERE = Path(__file__).resolve().parent
 _BUILD = "retinaface_plugins_build"
@@ -126,18 +129,6 @@ def _build_module() -> Any:
     return module
 
 
-class HeadSpec(Protocol):
-    """What decode_nms needs to know: a `facespec.ModelSpec` has it."""
-
-    @property
-    def anchors(self) -> AnchorSpec:
-        """Prior boxes."""
-
-    @property
-    def decode(self) -> DecodeSpec:
-        """Thresholds and limits."""
-
-
 class DecodeParams(ctypes.Structure):
     """`retinaface::DecodeParams` of plugins/include/decode_nms.h."""
 
@@ -178,7 +169,7 @@ class Schedule(ctypes.Structure):
     )
 
 
-def make_params(batch: int, size_hw: tuple[int, int], spec: HeadSpec) -> DecodeParams:
+def make_params(batch: int, size_hw: tuple[int, int], spec: ModelSpec) -> DecodeParams:
     """Return the parameters of a call for a batch of images of `size_hw` pixels.
 
     Raises:
@@ -236,7 +227,7 @@ def library() -> Any:
 def decode_nms(
     heads: Sequence[NDArray[Any]],
     size_hw: tuple[int, int],
-    spec: HeadSpec,
+    spec: ModelSpec,
     *,
     order: str = "forward",
     seed: int = 0,
@@ -249,7 +240,7 @@ def decode_nms(
             class, box and landmark channels in this order. Arrays that are all channels-last in memory are read as they
             are; others are copied unless they are contiguous.
         size_hw: Height and width of the network input in pixels.
-        spec: A `facespec.ModelSpec`: its `anchors` and `decode`.
+        spec: The model; `anchors` and `decode` of it count.
         order: How the loops of a thread block are run; the result never depends on it. For tests.
         seed: Of the order "shuffled".
         shared_capacity: Candidates, a power of two from 64 to 4096, beyond which they are kept in other memory; the
@@ -305,22 +296,6 @@ def decode_nms(
 
 Launch = Callable[[int, int, tuple[int, int], tuple[int, int, int], int, int], None]
 """(frames_address, batch, size_hw, pad_bgr, out_address, stream_handle): see `load_letterbox`."""
-
-
-class Placement(Protocol):
-    """How a frame lies in the network's input: a `facespec.letterbox.Letterbox` is one."""
-
-    @property
-    def frame_hw(self) -> tuple[int, int]:
-        """Size of the frame in pixels."""
-
-    @property
-    def scaled_hw(self) -> tuple[int, int]:
-        """Size of the frame after scaling."""
-
-    @property
-    def size_hw(self) -> tuple[int, int]:
-        """Size of the network's input."""
 
 
 class LaunchError(RetinaFaceError, RuntimeError):
@@ -454,7 +429,7 @@ def pack_bgr(colour: tuple[int, int, int]) -> int:
 
 def host_letterbox(
     frames: Sequence[NDArray[np.uint8]],
-    boxes: Sequence[Placement],
+    boxes: Sequence[Letterbox],
     pad_bgr: tuple[int, int, int],
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
@@ -484,7 +459,7 @@ def host_letterbox(
 
 def host_letterbox_nv12(
     frames: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]],
-    boxes: Sequence[Placement],
+    boxes: Sequence[Letterbox],
     pad_bgr: tuple[int, int, int],
     pixel_format: PixelFormat = PixelFormat.NV12_BT709,
     out: NDArray[np.uint8] | None = None,
@@ -528,7 +503,7 @@ def _with_rows(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _letterbox(
     frames: Sequence[LetterboxFrame],
-    boxes: Sequence[Placement],
+    boxes: Sequence[Letterbox],
     pad_bgr: tuple[int, int, int],
     out: NDArray[np.uint8] | None,
 ) -> NDArray[np.uint8]:

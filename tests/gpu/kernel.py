@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from facespec.spec import ModelSpec
 from plugins.build import build, is_current, library_path
-from trt_runtime.kernels import HEAD_TYPES, DecodeParams, HeadSpec, Outputs, load_letterbox, make_params
+from trt_runtime.kernels import HEAD_TYPES, DecodeParams, Outputs, load_letterbox, make_params
 
 Array = NDArray[Any]
 
@@ -166,7 +167,7 @@ class Call:
     def __init__(
         self,
         kernels: Kernels,
-        spec: HeadSpec,
+        spec: ModelSpec,
         size_hw: tuple[int, int],
         batch: int,
         dtype: Any = np.float32,

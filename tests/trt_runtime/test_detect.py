@@ -586,6 +586,9 @@ def test_where_annotated_images_go(here: Path) -> None:
     assert [str(module._as_written(Path(name))) for name in ("a.JPG", "a.jpeg", "a.png", "a.webp", "b/a.tif")] == [
         "a.JPG", "a.jpeg", "a.png", "a.webp", "b/a.tif.png",
     ]  # fmt: skip
+    assert targets(["f", "x"], "f/a.png", str(here / "f/g/b.png"), "f/../f/c.png") == {
+        "f/a.png": "out/a.png", str(here / "f/g/b.png"): "out/g/b.png", "f/../f/c.png": "out/c.png",
+    }  # fmt: skip
     with pytest.raises(OutputError, match=r"--out out: f/a.bmp and f/a.bmp.png would get the same name; run them"):
         targets(["f"], "f/a.bmp", "f/b.png", "f/a.bmp.png")
 

@@ -40,6 +40,7 @@ MAX_FRAMES = 32
 """Images of a folder that are used, spread over it."""
 
 CPU_BACKENDS = ("onnxruntime", "openvino")
+"""They take any batch, and choose themselves how many frames they compute at once."""
 
 FRAME_HW = (720, 1280)
 GRIDS = ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4))
@@ -180,7 +181,10 @@ def open_detectors(options: BenchmarkOptions, stack: ExitStack) -> list[dict[str
                 device=options.device,
             )
             detectors[name] = stack.enter_context(detector)
-            _check_batches(name, detector, options.batches)
+            most = max(options.batches)
+            # an engine would split the batch into several calls, and their time would not be that of a batch
+            if detector.backend not in CPU_BACKENDS and most > detector.max_batch:
+                raise SpecError(f"--batch {most}: {name} was built for {detector.max_batch} frames at once at most")
             if options.on_device and not isinstance(detector, TRTRetinaFace):
                 raise SpecError(f"--on-device: {name} runs on the CPU, where there is no other place for frames")
         opened.append(detectors)
@@ -209,15 +213,6 @@ def benchmark(
         for detectors in opened:
             for batch in options.batches:
                 yield _measure(detectors, frames, batch, options, progress.update)
-
-
-def _check_batches(name: str, detector: RetinaFaceDetector, batches: Sequence[int]) -> None:
-    """Refuse batches that an engine would split into several calls: their time would not be that of a batch.
-
-    Backends of a CPU take any batch, and choose themselves how many frames they compute at once.
-    """
-    if detector.backend not in CPU_BACKENDS and max(batches) > detector.max_batch:
-        raise SpecError(f"--batch {max(batches)}: {name} was built for {detector.max_batch} frames at once at most")
 
 
 def _names(kinds: Sequence[tuple[Path, str]]) -> list[str]:

@@ -224,22 +224,9 @@ def _stages(axis: Any, found: Sequence[Measurement]) -> None:
         usual = np.array([float(np.median(each.stages_ms.get(stage, 0.0))) / each.batch for each in found])
         axis.barh(places, usual, left=ends, height=0.6, color=_COLOURS[index % len(_COLOURS)], label=stage)
         ends += usual
-    whole = [Latency.of(each.total_ms) for each in found]
-    p50, p99 = (
-        np.array([getattr(latency, name) / each.batch for latency, each in zip(whole, found, strict=True)])
-        for name in ("p50", "p99")
-    )
-    axis.errorbar(
-        p50,
-        places,
-        xerr=[p50 * 0, p99 - p50],
-        fmt="D",
-        ms=5,
-        color="black",
-        capsize=4,
-        lw=1.2,
-        label="whole call, p50 to p99",
-    )
+    p50, p99 = np.transpose([np.percentile(each.total_ms, (50, 99)) / each.batch for each in found])
+    style: dict[str, Any] = {"fmt": "D", "ms": 5, "color": "black", "capsize": 4, "lw": 1.2}
+    axis.errorbar(p50, places, xerr=[p50 * 0, p99 - p50], label="whole call, p50 to p99", **style)
     for row, each in zip(places, found, strict=True):
         speed = f"  {each.fps:.0f} frames/s, {each.pipelined_fps:.0f} pipelined"
         axis.text(max(p99[row], ends[row]), row, speed, va="center", fontsize=8)
@@ -257,15 +244,12 @@ def _spread(axis: Any, setting: Setting) -> None:
         shares = np.arange(1, len(times) + 1) / len(times) * 100
         colour = _COLOURS[index % len(_COLOURS)]
         median = float(np.median(times))
-        ratio = ""
+        label = f"{found.name}: p50 {median:.2f} ms"
         if index:
-            found_ratio = setting.ratios[index - 1]
-            ratio = (
-                ", no difference beyond noise"
-                if found_ratio.is_noise
-                else f", {found_ratio.times:.2f} times as fast as the first"
-            )
-        axis.step(times, shares, where="post", color=colour, label=f"{found.name}: p50 {median:.2f} ms{ratio}")
+            ratio = setting.ratios[index - 1]
+            faster = f"{ratio.times:.2f} times as fast as the first"
+            label += f", {'no difference beyond noise' if ratio.is_noise else faster}"
+        axis.step(times, shares, where="post", color=colour, label=label)
         axis.plot(median, 50, "o", color=colour, ms=5)
     # a few outliers must not squeeze everything else
     most = max(float(np.percentile(found.total_ms, 99)) for found in setting.measurements)

@@ -218,7 +218,7 @@ class _Sink:
             try:
                 with self.lock:
                     self.lines.write(line)
-                    self.lines.flush()  # who reads the lines of a camera wants them now
+                    self.lines.flush()  # the lines of a camera are read as they come
             except OSError as error:
                 raise _LinesError from error
 
@@ -309,7 +309,7 @@ def _run_videos(targets: dict[str, Path], detector: RetinaFaceDetector, sink: _S
 
 def _open(source: str, opened: list[str]) -> Source:
     try:
-        with quiet_libraries():  # OpenCV has its own words for a missing camera
+        with quiet_libraries():  # OpenCV prints a message of its own for a missing camera
             return open_source(source)
     finally:
         opened.append(source)

@@ -295,7 +295,7 @@ def decode_nms(
 
 
 Launch = Callable[[int, int, tuple[int, int], tuple[int, int, int], int, int], None]
-"""(frames_address, batch, size_hw, pad_bgr, out_address, stream_handle): see `load_letterbox`."""
+"""(address of the frames, batch, size_hw, pad_bgr, address of the output, stream): see `load_letterbox`."""
 
 
 class LaunchError(RetinaFaceError, RuntimeError):
@@ -399,16 +399,11 @@ def load_letterbox(library: Any) -> Launch:
     function.restype = number
 
     def launch(
-        frames_address: int,
-        batch: int,
-        size_hw: tuple[int, int],
-        pad_bgr: tuple[int, int, int],
-        out_address: int,
-        stream_handle: int,
+        frames: int, batch: int, size_hw: tuple[int, int], pad_bgr: tuple[int, int, int], out: int, stream: int
     ) -> None:
-        code = function(frames_address, batch, *size_hw, pack_bgr(pad_bgr), out_address, stream_handle)
+        code = function(frames, batch, *size_hw, pack_bgr(pad_bgr), out, stream)
         if code:
-            call = f"letterbox of {batch} frames into {size_hw[1]}x{size_hw[0]} at {out_address:#x}"
+            call = f"letterbox of {batch} frames into {size_hw[1]}x{size_hw[0]} at {out:#x}"
             error = f"CUDA error {code}" if on_device else "refused"
             raise LaunchError(f"{call}: {error}{MENDS.get(code, '')}")
 
@@ -449,12 +444,7 @@ def host_letterbox(
     for frame in frames:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             raise FrameError(f"frame must be uint8 HxWx3 BGR, got {frame.dtype} of shape {frame.shape}")
-    rows = [_with_rows(frame) for frame in frames]
-    described = [
-        describe_frame(frame.ctypes.data, frame.strides[0], (frame.shape[0], frame.shape[1]), box.scaled_hw)
-        for frame, box in zip(rows, boxes, strict=True)
-    ]
-    return _letterbox(described, boxes, pad_bgr, out)
+    return _letterbox([(frame,) for frame in frames], boxes, pad_bgr, PixelFormat.BGR, out)
 
 
 def host_letterbox_nv12(
@@ -471,27 +461,20 @@ def host_letterbox_nv12(
         boxes: As in `host_letterbox`.
         pad_bgr: Padding colour.
         pixel_format: One of the NV12 formats, of all frames.
-        out: Contiguous array to fill and return.
+        out: As in `host_letterbox`.
 
     Raises:
         FrameError: A frame is not what it should be.
-        ValueError: Frames, boxes and `out` do not fit together.
-        BuildError: The library must be compiled, and there is no C++ compiler.
+        ValueError, BuildError: As for `host_letterbox`.
     """
-    planes, described = [], []
-    for (luma, chroma), box in zip(frames, boxes, strict=True):
+    for luma, chroma in frames:
         expected = (luma.shape[0] // 2, luma.shape[1] // 2, 2) if luma.ndim == 2 else ()
         if chroma.shape != expected or {luma.dtype, chroma.dtype} != {np.dtype(np.uint8)}:
             raise FrameError(
                 "NV12 is uint8 luma (h, w) and uint8 chroma (h / 2, w / 2, 2), got "
                 f"{luma.dtype} {luma.shape} and {chroma.dtype} {chroma.shape}"
             )
-        luma, chroma = _with_rows(luma), _with_rows(chroma)
-        planes.append((luma, chroma))
-        place = (chroma.ctypes.data, chroma.strides[0])
-        size = (luma.shape[0], luma.shape[1])
-        described.append(describe_frame(luma.ctypes.data, luma.strides[0], size, box.scaled_hw, pixel_format, *place))
-    return _letterbox(described, boxes, pad_bgr, out)
+    return _letterbox(frames, boxes, pad_bgr, pixel_format, out)
 
 
 def _with_rows(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -502,16 +485,25 @@ def _with_rows(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _letterbox(
-    frames: Sequence[LetterboxFrame],
+    frames: Sequence[tuple[NDArray[np.uint8], ...]],
     boxes: Sequence[Letterbox],
     pad_bgr: tuple[int, int, int],
+    pixel_format: PixelFormat,
     out: NDArray[np.uint8] | None,
 ) -> NDArray[np.uint8]:
+    planes = [[_with_rows(plane) for plane in frame] for frame in frames]  # kept until the kernel has read them
+    described = []
+    for (pixels, *chroma), box in zip(planes, boxes, strict=True):
+        frame_hw = (pixels.shape[0], pixels.shape[1])
+        place = [part for plane in chroma for part in (plane.ctypes.data, plane.strides[0])]
+        described.append(
+            describe_frame(pixels.ctypes.data, pixels.strides[0], frame_hw, box.scaled_hw, pixel_format, *place)
+        )
     sizes = {box.size_hw for box in boxes}
     if len(sizes) != 1:
         raise ValueError(f"the frames of a batch go into one size, not {sorted(sizes)}")
     (size_hw,) = sizes
-    for frame, box in zip(frames, boxes, strict=True):
+    for frame, box in zip(described, boxes, strict=True):
         if (frame.height, frame.width) != box.frame_hw:
             raise ValueError(f"frame of {frame.height, frame.width} pixels, its box is for {box.frame_hw}")
     shape = (len(frames), *size_hw, 3)
@@ -519,6 +511,6 @@ def _letterbox(
         out = np.empty(shape, np.uint8)
     elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
         raise ValueError(f"out must be contiguous uint8 {shape}, got {out.dtype} {out.shape}")
-    array = (LetterboxFrame * len(frames))(*frames)
+    array = (LetterboxFrame * len(frames))(*described)
     load_letterbox(library())(ctypes.addressof(array), len(frames), size_hw, pad_bgr, out.ctypes.data, 0)
     return out

@@ -258,12 +258,9 @@ def _measure(
             whole(name)(index)
             progress(1)
     timers: list[dict[int, StageTimer]] = [{} for _ in detectors]
-    samples = take_turns(
-        [*map(whole, detectors), *map(staged, detectors, timers)],
-        options.repeats,
-        PAUSE_S if len(detectors) > 1 else 0,
-        progress,
-    )
+    pause_s = PAUSE_S if len(detectors) > 1 else 0
+    calls_of_all = [*map(whole, detectors), *map(staged, detectors, timers)]
+    samples = take_turns(calls_of_all, options.repeats, pause_s, progress)
     totals = samples[: len(detectors)]
     measurements = []
     for (name, detector), total, calls in zip(detectors.items(), totals, timers, strict=True):
@@ -292,12 +289,14 @@ def _measure(
 def _pipelined(detector: RetinaFaceDetector, batches: Sequence[list[Any]], repeats: int, depth: int) -> float:
     """Return calls a second with `depth` of them under way."""
     with detector.stream(depth) as stream:
-        for future in [stream.submit(batches[index % len(batches)]) for index in range(2 * depth)]:
-            future.result()
+
+        def complete(calls: int) -> None:
+            for future in [stream.submit(batches[index % len(batches)]) for index in range(calls)]:
+                future.result()
+
+        complete(2 * depth)
         start = time.perf_counter()
-        futures = [stream.submit(batches[index % len(batches)]) for index in range(repeats)]
-        for future in futures:
-            future.result()
+        complete(repeats)
         return repeats / (time.perf_counter() - start)
 
 

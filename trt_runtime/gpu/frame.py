@@ -74,7 +74,7 @@ class _Array:
     Attributes:
         address: Address of its first element.
         shape: Number of elements in each dimension.
-        strides: Bytes from element to element in each dimension.
+        strides: Bytes from element to element in each dimension; None if it is C-contiguous.
         kind: Type of the elements, such as "uint8".
         device_index: Number of its GPU; None if the array does not say.
         stream: Handle of the stream that the reader must wait for, or None.
@@ -83,7 +83,7 @@ class _Array:
 
     address: int
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...] | None
     kind: str
     device_index: int | None
     stream: int | None
@@ -168,6 +168,8 @@ def _pitch(array: _Array, what: str, row_bytes: int) -> int:
         raise FrameError(f"{what} must be uint8 with values 0..255, got {array}")
     if 0 in array.shape:
         raise FrameError(f"{what} is empty: {array}")
+    if array.strides is None:
+        return row_bytes
     inner = 1
     for side, stride in zip(reversed(array.shape[1:]), reversed(array.strides[1:]), strict=True):
         if side > 1 and stride != inner:  # the stride of a single element has no meaning
@@ -259,7 +261,7 @@ def _read_capsule(capsule: object, device_index: int | None) -> _Array:
         raise FrameError("the frame's __dlpack__ gave no DLPack capsule")
     shape = tuple(tensor.shape[: tensor.ndim])
     kind = f"{_DLPACK_KINDS.get(tensor.type_code, 'DLPack type ')}{tensor.type_bits}"
-    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _compact(shape)
+    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
     return _Array(
         (tensor.data or 0) + tensor.byte_offset,
         shape,
@@ -278,25 +280,17 @@ def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
         dtype = UINT8 if kind == "|u1" else np.dtype(kind)
         address = int(interface["data"][0])
         strides = interface.get("strides")
-        strides = _compact(shape, dtype.itemsize) if strides is None else tuple(map(int, strides))
+        strides = None if strides is None else tuple(map(int, strides))
         stream = interface.get("stream") if version >= 3 else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FrameError(f"the frame's __cuda_array_interface__ cannot be read: {_line(error)}") from None
-    if version < 2 or len(strides) != len(shape):
+    if version < 2 or (strides is not None and len(strides) != len(shape)):
         raise FrameError(f"the frame's __cuda_array_interface__ is of version {version}, and 2 and 3 are known")
     if interface.get("mask") is not None:
         raise FrameError("a masked array is no frame")
     if stream is not None and (not isinstance(stream, int) or stream == 0):
         raise FrameError(f"stream {stream!r} in the frame's __cuda_array_interface__ is none: 1 is the default stream")
     return _Array(address, shape, strides, str(dtype), getattr(owner, "device_index", None), stream, owner)
-
-
-def _compact(shape: tuple[int, ...], itemsize: int = 1) -> tuple[int, ...]:
-    """Return the strides of a C-contiguous array."""
-    strides = [itemsize]
-    for side in reversed(shape[1:]):
-        strides.append(strides[-1] * side)
-    return tuple(reversed(strides)) if shape else ()
 
 
 def _line(error: Exception) -> str:

@@ -202,8 +202,7 @@ class _GpuLane:
         self._stream = device.stream()
         self._workspace = device.allocate(engine.workspace_bytes, "the network's workspace")
         self._room: _Room | None = None
-        self._frames: Memory | None = None
-        self._uploads: PinnedArray | None = None
+        self._uploads: tuple[PinnedArray, Memory] | None = None
         self._plans: ShapeCache[Shape, _Plan] = ShapeCache(GRAPHS, self._make_plan, _Plan.close)
 
     def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[NDArray[Any]]:
@@ -231,7 +230,7 @@ class _GpuLane:
     def close(self) -> None:
         with self._device.activate():  # TensorRT frees in whatever context is current
             self._plans.clear()
-            _close(*self._room or (), self._frames, self._uploads, self._workspace, self._stream)
+            _close(*self._room or (), *self._uploads or (), self._workspace, self._stream)
 
     def _upload(self, frames: Sequence[Any]) -> list[DeviceFrame]:
         """Return where the frames lie on the device, after copying those of the host to it."""
@@ -240,21 +239,20 @@ class _GpuLane:
         if not hosts:
             return [place for place in places if place]
         starts = _starts([frame.size for frame in hosts])
-        if self._uploads is None or len(self._uploads.array) < starts[-1]:
-            _close(self._uploads, self._frames)
-            self._uploads = self._frames = None
+        if self._uploads is None or self._uploads[1].nbytes < starts[-1]:
+            _close(*self._uploads or ())
+            self._uploads = None
             megapixels = sum(frame.size for frame in hosts) / 3e6
-            self._frames = self._device.allocate(starts[-1], f"{len(hosts)} frames of {megapixels:.1f} megapixels")
-            self._uploads = self._device.pinned(starts[-1])
-        assert self._frames is not None
-        pinned = self._uploads.array
+            memory = self._device.allocate(starts[-1], f"{len(hosts)} frames of {megapixels:.1f} megapixels")
+            self._uploads = self._device.pinned(starts[-1]), memory
+        pinned, memory = self._uploads
         uploaded = []
         for frame, start in zip(hosts, starts, strict=False):
             height, width = frame.shape[:2]
-            room = pinned[start : start + frame.size]
+            room = pinned.array[start : start + frame.size]
             np.copyto(room.reshape(frame.shape), frame)
-            self._device.copy_in(self._frames.address + start, room, self._stream)
-            uploaded.append(DeviceFrame(self._frames.address + start, 3 * width, (height, width), None, self._frames))
+            self._device.copy_in(memory.address + start, room, self._stream)
+            uploaded.append(DeviceFrame(memory.address + start, 3 * width, (height, width), None, memory))
         rest = iter(uploaded)
         return [place or next(rest) for place in places]
 
@@ -407,8 +405,7 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 def _close(*items: Any) -> None:
     for item in items:
-        if item is not None:
-            item.close()
+        item.close()
 
 
 def _shape(array: Any) -> tuple[int, ...] | None:

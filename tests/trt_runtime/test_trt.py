@@ -371,10 +371,11 @@ def test_what_is_closed_holds_nothing(device: HostDevice, plugin_form: Path, ast
         with pytest.raises(GpuError, match="has been closed"):
             kept._stream.submit(print)
     block, *rooms = kept._room
-    for pinned in (*rooms, kept._uploads):
+    pinned_frames, frames_memory = kept._uploads
+    for pinned in (*rooms, pinned_frames):
         with pytest.raises(GpuError, match="has been closed"):
             assert pinned.array is None
-    for memory in (block, kept._frames, kept._workspace):
+    for memory in (block, frames_memory, kept._workspace):
         with pytest.raises(GpuError, match="has been closed"):
             assert memory.address == 0
 
@@ -406,7 +407,8 @@ def test_rooms_grow_and_never_shrink(device: HostDevice, plugin_form: Path) -> N
         assert rooms._plans.made == 4  # (8, 32) once more after the memory had moved, and never again
         # one frame room for uploads, as large as the largest batch, and none of before
         uploads = device.allocated_bytes - rooms._room.block.nbytes - 1
-        assert uploads == len(rooms._uploads.array) == rooms._frames.nbytes == 416 * 416 * 3
+        pinned, memory = rooms._uploads
+        assert uploads == len(pinned.array) == memory.nbytes == 416 * 416 * 3
         assert len(_plans(detector)) == 3
         detector.detect(np.zeros((417, 417, 3), np.uint8))
         assert device.allocated_bytes - rooms._room.block.nbytes - 1 == -(-417 * 417 * 3 // 256) * 256

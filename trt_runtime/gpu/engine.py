@@ -162,16 +162,12 @@ class TrtEngine:
         return f" ({' '.join(self._logger.errors[-1].split())[:300]})" if self._logger.errors else ""
 
     def _check_contract(self, path: str | Path) -> None:
-        found = api.tensors(self._trt, self._engine)
-        expected: dict[str, tuple[bool, str, tuple[int, ...]]] = {
-            name: (False, kind, shape) for name, (kind, shape) in self.spec.decode.outputs.items()
-        }
-        expected["images"] = (True, "uint8", (3,))
-        shapes = {
+        found = {
             name: (is_input, kind, shape[-1:] if is_input else shape[1:])
-            for name, (is_input, kind, shape) in found.items()
+            for name, (is_input, kind, shape) in api.tensors(self._trt, self._engine).items()
         }
-        if shapes != expected:
+        expected = {name: (False, *output) for name, output in self.spec.decode.outputs.items()}
+        if found != {**expected, "images": (True, "uint8", (3,))}:
             raise ModelFileError(f"{path}: inputs or outputs are not those of a detector: {self.sidecar.command}")
 
 

@@ -89,11 +89,9 @@ class Lane(Protocol):
             boxes: How they lie in the network input; all of one size.
             stage: Context manager that times a stage by its name.
         """
-        ...
 
     def close(self) -> None:
         """Free what it holds."""
-        ...
 
 
 class RetinaFaceDetector:
@@ -341,17 +339,18 @@ class DetectionStream:
         if getattr(frames, "ndim", 4) < 4:
             raise FrameError("map takes the frames of a video; one frame goes to detect")
         waiting: deque[tuple[Any, Future[list[Detections]]]] = deque()
+
+        def oldest() -> tuple[Any, Detections]:
+            frame, future = waiting.popleft()
+            return frame, future.result()[0]
+
         for frame in frames:
-            done = None
-            if len(waiting) == self._depth:
-                ready, future = waiting.popleft()
-                done = ready, future.result()[0]
+            done = oldest() if len(waiting) == self._depth else None
             waiting.append((frame, self.submit([frame])))
             if done is not None:  # after the next is under way: the caller takes its time
                 yield done
         while waiting:
-            ready, future = waiting.popleft()
-            yield ready, future.result()[0]
+            yield oldest()
 
     def __enter__(self) -> DetectionStream:
         return self

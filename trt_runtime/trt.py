@@ -333,14 +333,9 @@ class _Plan:
         for slot, (place, box) in enumerate(zip(places, boxes, strict=True)):
             if place.frame_hw != box.frame_hw:
                 raise FrameError(f"the frame says it is {box.frame_hw}, and it is {place.frame_hw}")
+            chroma = place.chroma_address, place.chroma_pitch
             table[slot] = describe_frame(
-                place.address,
-                place.pitch,
-                place.frame_hw,
-                box.scaled_hw,
-                place.pixel_format,
-                place.chroma_address,
-                place.chroma_pitch,
+                place.address, place.pitch, place.frame_hw, box.scaled_hw, place.pixel_format, *chroma
             )
 
     def run(self, stream: Stream, graphs: bool) -> None:

@@ -150,16 +150,9 @@ def _nv12_frame(luma: _Array, chroma: _Array, matrix: Nv12Matrix) -> DeviceFrame
     height, width = luma.shape
     if chroma.shape not in ((height // 2, width), (height // 2, width // 2, 2)):
         raise FrameError(f"chroma must be ({height // 2}, {width}) or ({height // 2}, {width // 2}, 2), got {chroma}")
-    return DeviceFrame(
-        luma.address,
-        _pitch(luma, "luma", width),
-        (height, width),
-        None,
-        (luma.owner, chroma.owner),
-        PixelFormat[f"NV12_{matrix.upper()}"],
-        chroma.address,
-        _pitch(chroma, "chroma", width),
-    )
+    pitch, chroma_pitch = _pitch(luma, "luma", width), _pitch(chroma, "chroma", width)
+    owners, pixel_format = (luma.owner, chroma.owner), PixelFormat[f"NV12_{matrix.upper()}"]
+    return DeviceFrame(luma.address, pitch, (height, width), None, owners, pixel_format, chroma.address, chroma_pitch)
 
 
 def _pitch(array: _Array, what: str, row_bytes: int) -> int:
@@ -261,16 +254,12 @@ def _read_capsule(capsule: object, device_index: int | None) -> _Array:
         raise FrameError("the frame's __dlpack__ gave no DLPack capsule")
     shape = tuple(tensor.shape[: tensor.ndim])
     kind = f"{_DLPACK_KINDS.get(tensor.type_code, 'DLPack type ')}{tensor.type_bits}"
+    if tensor.type_lanes != 1:
+        kind += f"x{tensor.type_lanes}"
+    # DLPack counts elements; only uint8 is accepted later, so they are bytes
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
-    return _Array(
-        (tensor.data or 0) + tensor.byte_offset,
-        shape,
-        strides,  # DLPack counts elements; only uint8 is accepted later, so they are bytes
-        kind if tensor.type_lanes == 1 else f"{kind}x{tensor.type_lanes}",
-        device_index,
-        None,
-        capsule,
-    )
+    address = (tensor.data or 0) + tensor.byte_offset
+    return _Array(address, shape, strides, kind, device_index, None, capsule)
 
 
 def _read_interface(interface: dict[str, Any], owner: object) -> _Array:

@@ -276,7 +276,7 @@ def _make_core() -> tuple[Any, Any]:
     openvino = require("openvino", "cpu", "OpenVinoRetinaFace")
     _ = openvino.Tensor(np.zeros(1, np.uint8), shared_memory=True).data
     core = openvino.Core()
-    core.get_versions("CPU")  # loads the plugin, whose memory it is
+    core.get_versions("CPU")  # loads the CPU plugin, which owns that memory
     return openvino, core
 
 

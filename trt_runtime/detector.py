@@ -219,7 +219,7 @@ class RetinaFaceDetector:
     def close(self) -> None:
         """Free what the detector holds; calls that are under way end first. It may be called again."""
         with self._changed:
-            if self._closed:  # another thread may be at it
+            if self._closed:  # another thread may still be closing it
                 self._changed.wait_for(lambda: self._freed)
                 return
             self._closed = True
@@ -263,7 +263,7 @@ class RetinaFaceDetector:
             except (FrameError, NonFiniteError):
                 raise
             except BaseException:
-                broken, lane = lane, None  # nobody knows in which state it is
+                broken, lane = lane, None  # its state is unknown
                 broken.close()
                 raise
         finally:

@@ -320,7 +320,7 @@ class _Connection:
             self.container.close()
 
     def _put(self, item: Any) -> bool:
-        """Hand over an item; return False if nobody wants it any more."""
+        """Hand over an item; return False if the connection is closed."""
         while not self._closed.is_set():
             with suppress(queue.Full):
                 self._items.put(item, timeout=_POLL_S)

@@ -94,7 +94,11 @@ class _Array:
 
 
 def read_frame(
-    frame: object, stream: Any, device_index: int | None, locate: Callable[[int], int | None]
+    frame: object,
+    stream: Any,
+    device_index: int | None,
+    locate: Callable[[int], int | None],
+    holds: Callable[[object], bool] = lambda array: True,
 ) -> DeviceFrame | None:
     """Return where a frame lies on a device, or None if it lies on none; see `Device.frame`.
 
@@ -103,22 +107,20 @@ def read_frame(
         stream: The `Stream` that will read it; its device is active on this thread.
         device_index: Number of the GPU that the frame must lie on; None does not check.
         locate: Returns the number of the GPU that an address belongs to, or None; called for arrays that do not say.
+        holds: Returns whether an array may lie on the device; others are not read.
 
     Raises:
         FrameError: It lies on another device, or has another type, shape or layout.
     """
-    if isinstance(frame, Nv12Frame):
-        luma, chroma = (_read_array(plane, stream.handle, device_index) for plane in (frame.luma, frame.chroma))
-        if luma is None or chroma is None:
+    nv12 = frame if isinstance(frame, Nv12Frame) else None
+    arrays = (nv12.luma, nv12.chroma) if nv12 else (frame,)
+    read = [_read_array(array, stream.handle, device_index) for array in arrays if holds(array)]
+    planes = [plane for plane in read if plane]
+    if len(planes) < len(arrays):
+        if nv12:
             raise FrameError("an Nv12Frame takes two arrays on the device, and these are not")
-        planes = [luma, chroma]
-        found = _nv12_frame(luma, chroma, frame.matrix)
-    else:
-        array = _read_array(frame, stream.handle, device_index)
-        if array is None:
-            return None
-        planes = [array]
-        found = _bgr_frame(array)
+        return None
+    found = _nv12_frame(planes[0], planes[1], nv12.matrix) if nv12 else _bgr_frame(planes[0])
     for plane in planes:
         index = locate(plane.address) if plane.device_index is None else plane.device_index
         _check_index(index, device_index)

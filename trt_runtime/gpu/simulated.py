@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.cli import require
-from facespec.errors import DeviceLostError, FrameError, GpuError, ModelFileError
+from facespec.errors import DeviceLostError, GpuError, ModelFileError
 from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
 from trt_runtime.gpu.device import (
     ALIGNMENT,
@@ -36,7 +36,7 @@ from trt_runtime.gpu.device import (
     out_of_memory,
 )
 from trt_runtime.gpu.engine import Shape
-from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame, read_frame
+from trt_runtime.gpu.frame import DeviceFrame, read_frame
 from trt_runtime.gpu.sidecar import Profile
 from trt_runtime.kernels import decode_nms, library, load_letterbox
 from trt_runtime.onnx_model import OnnxModel, open_session
@@ -177,12 +177,7 @@ class HostDevice:
 
     def frame(self, frame: object, stream: HostStream) -> DeviceFrame | None:
         self.check()
-        planes = (frame.luma, frame.chroma) if isinstance(frame, Nv12Frame) else (frame,)
-        if not all(map(self._holds, planes)):
-            if isinstance(frame, Nv12Frame):
-                raise FrameError("an Nv12Frame takes two arrays on the device, and these are not")
-            return None
-        return read_frame(frame, stream, None, lambda address: None)
+        return read_frame(frame, stream, None, lambda address: None, self._holds)
 
     def _holds(self, plane: object) -> bool:
         """Whether an array lies on this device; an array with CUDA's interface may lie on a GPU instead."""

@@ -134,22 +134,11 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
 
     A model exported in FP32 computes in FP32. In one exported with --fp16 or --int8 whatever is not INT8 computes in
     what the CPU is fastest in, bf16 where it has it. Frames of a batch run one after the other, so that every slot
-    gives what a frame alone gives.
+    gives what a frame alone gives. Up to `COMPILED_SIZES` network sizes are kept compiled; frames at their own sizes
+    share a slower model of any size.
 
-    Args:
-        path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`; or
-            what has been opened.
-        score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
-        size_hw: What frames are letterboxed to, for models of dynamic size; see `facespec.spec.NetworkSize`. Up to
-            `COMPILED_SIZES` sizes are kept compiled; frames at their own sizes share a slower model of any size.
-        threads: Threads of the CPU; None takes every core.
-        streams: Frames that are computed at once, which share the threads.
-
-    Raises:
-        ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
-        SpecError: `score_threshold`, `size_hw`, `threads` or `streams` does not fit.
-        MissingPackageError: openvino or onnx is not installed.
-        BuildError: The host kernels must be compiled, and there is no C++ compiler.
+    Its arguments and errors are those of `OrtRetinaFace`, except that None as `threads` takes every core, that any
+    model needs the host kernels and the packages openvino and onnx, and that `streams` frames are computed at once.
     """
 
     backend = "openvino"
@@ -287,7 +276,7 @@ def _make_core() -> tuple[Any, Any]:
     openvino = require("openvino", "cpu", "OpenVinoRetinaFace")
     _ = openvino.Tensor(np.zeros(1, np.uint8), shared_memory=True).data
     core = openvino.Core()
-    core.get_versions("CPU")  # loads the plugin, whose memory it is
+    core.get_versions("CPU")  # loads the CPU plugin, which owns that memory
     return openvino, core
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -90,11 +89,9 @@ class Lane(Protocol):
             boxes: How they lie in the network input; all of one size.
             stage: Context manager that times a stage by its name.
         """
-        ...
 
     def close(self) -> None:
         """Free what it holds."""
-        ...
 
 
 class RetinaFaceDetector:
@@ -222,7 +219,7 @@ class RetinaFaceDetector:
     def close(self) -> None:
         """Free what the detector holds; calls that are under way end first. It may be called again."""
         with self._changed:
-            if self._closed:  # another thread may be at it
+            if self._closed:  # another thread may still be closing it
                 self._changed.wait_for(lambda: self._freed)
                 return
             self._closed = True
@@ -238,9 +235,7 @@ class RetinaFaceDetector:
         self._check_open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # how a batch runs
@@ -268,7 +263,7 @@ class RetinaFaceDetector:
             except (FrameError, NonFiniteError):
                 raise
             except BaseException:
-                broken, lane = lane, None  # nobody knows in which state it is
+                broken, lane = lane, None  # its state is unknown
                 broken.close()
                 raise
         finally:
@@ -344,24 +339,23 @@ class DetectionStream:
         if getattr(frames, "ndim", 4) < 4:
             raise FrameError("map takes the frames of a video; one frame goes to detect")
         waiting: deque[tuple[Any, Future[list[Detections]]]] = deque()
+
+        def oldest() -> tuple[Any, Detections]:
+            frame, future = waiting.popleft()
+            return frame, future.result()[0]
+
         for frame in frames:
-            done = None
-            if len(waiting) == self._depth:
-                ready, future = waiting.popleft()
-                done = ready, future.result()[0]
+            done = oldest() if len(waiting) == self._depth else None
             waiting.append((frame, self.submit([frame])))
             if done is not None:  # after the next is under way: the caller takes its time
                 yield done
         while waiting:
-            ready, future = waiting.popleft()
-            yield ready, future.result()[0]
+            yield oldest()
 
     def __enter__(self) -> DetectionStream:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed = True
         self._threads.shutdown(wait=True)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,10 @@ from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
 from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, network_size
 from trt_runtime.gpu.cuda import CudaDevice
-from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, PinnedArray, Stream
+from trt_runtime.gpu.device import ALIGNMENT, Device, Graph, Memory, PinnedArray, Stream
 from trt_runtime.gpu.engine import Engine, Shape, TrtEngine
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
-from trt_runtime.gpu.simulated import HostDevice
-from trt_runtime.gpu.simulated_engine import HostEngine
+from trt_runtime.gpu.simulated import HostDevice, HostEngine
 from trt_runtime.kernels import LetterboxFrame, describe_frame
 
 GRAPHS = 32
@@ -202,11 +201,8 @@ class _GpuLane:
         self._device, self._engine, self._graphs = device, engine, graphs
         self._stream = device.stream()
         self._workspace = device.allocate(engine.workspace_bytes, "the network's workspace")
-        self._block: Memory | None = None
-        self._results: PinnedArray | None = None
-        self._descriptions: PinnedArray | None = None
-        self._frames: Memory | None = None
-        self._uploads: PinnedArray | None = None
+        self._room: _Room | None = None
+        self._uploads: tuple[PinnedArray, Memory] | None = None
         self._plans: ShapeCache[Shape, _Plan] = ShapeCache(GRAPHS, self._make_plan, _Plan.close)
 
     def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[NDArray[Any]]:
@@ -234,8 +230,7 @@ class _GpuLane:
     def close(self) -> None:
         with self._device.activate():  # TensorRT frees in whatever context is current
             self._plans.clear()
-            _close(self._block, self._results, self._descriptions, self._frames, self._uploads)
-            _close(self._workspace, self._stream)
+            _close(*self._room or (), *self._uploads or (), self._workspace, self._stream)
 
     def _upload(self, frames: Sequence[Any]) -> list[DeviceFrame]:
         """Return where the frames lie on the device, after copying those of the host to it."""
@@ -244,20 +239,20 @@ class _GpuLane:
         if not hosts:
             return [place for place in places if place]
         starts = _starts([frame.size for frame in hosts])
-        if self._uploads is None or len(self._uploads.array) < starts[-1]:
-            _close(self._uploads, self._frames)
-            self._uploads = self._frames = None
-            self._frames = self._device.allocate(starts[-1], f"{len(hosts)} frames of {_megapixels(hosts)} megapixels")
-            self._uploads = self._device.pinned(starts[-1])
-        assert self._frames is not None
-        pinned = self._uploads.array
+        if self._uploads is None or self._uploads[1].nbytes < starts[-1]:
+            _close(*self._uploads or ())
+            self._uploads = None
+            megapixels = sum(frame.size for frame in hosts) / 3e6
+            memory = self._device.allocate(starts[-1], f"{len(hosts)} frames of {megapixels:.1f} megapixels")
+            self._uploads = self._device.pinned(starts[-1]), memory
+        pinned, memory = self._uploads
         uploaded = []
         for frame, start in zip(hosts, starts, strict=False):
             height, width = frame.shape[:2]
-            room = pinned[start : start + frame.size]
+            room = pinned.array[start : start + frame.size]
             np.copyto(room.reshape(frame.shape), frame)
-            self._device.copy_in(self._frames.address + start, room, self._stream)
-            uploaded.append(DeviceFrame(self._frames.address + start, 3 * width, (height, width), None, self._frames))
+            self._device.copy_in(memory.address + start, room, self._stream)
+            uploaded.append(DeviceFrame(memory.address + start, 3 * width, (height, width), None, memory))
         rest = iter(uploaded)
         return [place or next(rest) for place in places]
 
@@ -269,32 +264,31 @@ class _GpuLane:
     def _make_room(self, shape: Shape) -> None:
         layout = _Layout(self._engine, shape)
         needed = layout.nbytes, layout.nbytes - layout.outputs_at, layout.images_at
-        held = (0, 0, 0)
-        if self._block and self._results and self._descriptions:
-            held = self._block.nbytes, len(self._results.array), len(self._descriptions.array)
+        held = self._room.sizes if self._room else (0, 0, 0)
         if all(have >= need for have, need in zip(held, needed, strict=True)):
             return
         self._plans.clear()
-        _close(self._block, self._results, self._descriptions)
-        self._block = self._results = self._descriptions = None
-        block, results, descriptions = map(max, zip(held, needed, strict=True))
-        self._block = self._device.allocate(block, f"a batch of {shape[0]} at {shape[1]}x{shape[2]}")
-        self._results = self._device.pinned(results)
-        self._descriptions = self._device.pinned(descriptions)
+        _close(*self._room or ())
+        self._room = None
+        nbytes, results, descriptions = map(max, zip(held, needed, strict=True))
+        block = self._device.allocate(nbytes, f"a batch of {shape[0]} at {shape[1]}x{shape[2]}")
+        self._room = _Room(block, self._device.pinned(results), self._device.pinned(descriptions))
 
     def _make_plan(self, shape: Shape) -> _Plan:
-        assert self._block is not None
-        assert self._results is not None
-        assert self._descriptions is not None
-        return _Plan(
-            self._device,
-            self._engine,
-            shape,
-            self._block.address,
-            self._workspace.address,
-            self._results.array,
-            self._descriptions.array,
-        )
+        assert self._room is not None
+        return _Plan(self._device, self._engine, shape, self._workspace.address, self._room)
+
+
+class _Room(NamedTuple):
+    """A lane's memory: a block on the device, and what is copied from it and to it."""
+
+    block: Memory
+    results: PinnedArray
+    descriptions: PinnedArray
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.block.nbytes, len(self.results.array), len(self.descriptions.array)
 
 
 class _Layout:
@@ -314,21 +308,12 @@ class _Layout:
 class _Plan:
     """One shape on one lane: its context, its addresses, its graph."""
 
-    def __init__(
-        self,
-        device: Device,
-        engine: Engine,
-        shape: Shape,
-        block: int,
-        workspace: int,
-        results: Bytes,
-        descriptions: Bytes,
-    ) -> None:
+    def __init__(self, device: Device, engine: Engine, shape: Shape, workspace: int, room: _Room) -> None:
         self._device, self._engine, self._shape = device, engine, shape
-        layout = _Layout(engine, shape)
+        layout, block = _Layout(engine, shape), room.block.address
         self._block, self._images, self._found = block, block + layout.images_at, block + layout.outputs_at
-        self._results = results[: layout.nbytes - layout.outputs_at]
-        self._descriptions = descriptions[: shape[0] * _FRAME_BYTES]
+        self._results = room.results.array[: layout.nbytes - layout.outputs_at]
+        self._descriptions = room.descriptions.array[: shape[0] * _FRAME_BYTES]
         self.outputs: list[NDArray[Any]] = []
         addresses = {"images": self._images}
         for (name, (kind, rest)), start in zip(layout.outputs.items(), layout.starts[2:], strict=False):
@@ -348,14 +333,9 @@ class _Plan:
         for slot, (place, box) in enumerate(zip(places, boxes, strict=True)):
             if place.frame_hw != box.frame_hw:
                 raise FrameError(f"the frame says it is {box.frame_hw}, and it is {place.frame_hw}")
+            chroma = place.chroma_address, place.chroma_pitch
             table[slot] = describe_frame(
-                place.address,
-                place.pitch,
-                place.frame_hw,
-                box.scaled_hw,
-                place.pixel_format,
-                place.chroma_address,
-                place.chroma_pitch,
+                place.address, place.pitch, place.frame_hw, box.scaled_hw, place.pixel_format, *chroma
             )
 
     def run(self, stream: Stream, graphs: bool) -> None:
@@ -420,8 +400,7 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 def _close(*items: Any) -> None:
     for item in items:
-        if item is not None:
-            item.close()
+        item.close()
 
 
 def _shape(array: Any) -> tuple[int, ...] | None:
@@ -432,10 +411,6 @@ def _shape(array: Any) -> tuple[int, ...] | None:
     elif not hasattr(array, "__dlpack__") and not hasattr(array, "__cuda_array_interface__"):
         return None
     return None if shape is None else tuple(shape)
-
-
-def _megapixels(frames: Sequence[NDArray[Any]]) -> str:
-    return f"{sum(frame.size for frame in frames) / 3e6:.1f}"
 
 
 def open_device(place: str = "cuda") -> Device:

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_runtime.gpu.simulated import HostDevice
-from trt_runtime.gpu.simulated_engine import HostEngine
+from trt_runtime.gpu.simulated import HostDevice, HostEngine
 from trt_runtime.kernels import PLUGIN
 
 WORKSPACE = 5000
@@ -122,7 +121,7 @@ class FakeTensorRT(ModuleType):
 
     def check_place(self, what: str) -> None:
         """Note what happens where the device is not active."""
-        if not getattr(self.device._thread, "depth", 0):
+        if not getattr(self.device.thread, "depth", 0):
             self.misplaced.append(what)
 
     def refuses(self, what: str, why: str = "") -> bool:

@@ -39,8 +39,7 @@ from tests.trt_runtime.spoilt import with_nan
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
 from trt_runtime.gpu.engine import check_runs_here
 from trt_runtime.gpu.sidecar import read_sidecar
-from trt_runtime.gpu.simulated import HostArray, HostDevice
-from trt_runtime.gpu.simulated_engine import HostEngine
+from trt_runtime.gpu.simulated import HostArray, HostDevice, HostEngine
 from trt_runtime.timing import StageTimer
 from trt_runtime.trt import GRAPHS
 
@@ -371,10 +370,12 @@ def test_what_is_closed_holds_nothing(device: HostDevice, plugin_form: Path, ast
                 graph.launch(other)
         with pytest.raises(GpuError, match="has been closed"):
             kept._stream.submit(print)
-    for pinned in (kept._results, kept._descriptions, kept._uploads):
+    block, *rooms = kept._room
+    pinned_frames, frames_memory = kept._uploads
+    for pinned in (*rooms, pinned_frames):
         with pytest.raises(GpuError, match="has been closed"):
             assert pinned.array is None
-    for memory in (kept._block, kept._frames, kept._workspace):
+    for memory in (block, frames_memory, kept._workspace):
         with pytest.raises(GpuError, match="has been closed"):
             assert memory.address == 0
 
@@ -399,17 +400,18 @@ def test_rooms_grow_and_never_shrink(device: HostDevice, plugin_form: Path) -> N
             detector.detect_batch([np.zeros((side, side, 3), np.uint8)] * batch)
             (lane,) = detector._idle
             rooms: Any = lane
-            held.append((rooms._block.nbytes, len(rooms._results.array), len(rooms._descriptions.array)))
+            held.append((rooms._room.block.nbytes, len(rooms._room.results.array), len(rooms._room.descriptions.array)))
         assert held[1] == tuple(map(max, held[0], held[1]))
         assert held[1][0] > held[0][0]
         assert held[2:] == [held[1]] * 3
         assert rooms._plans.made == 4  # (8, 32) once more after the memory had moved, and never again
         # one frame room for uploads, as large as the largest batch, and none of before
-        uploads = device.allocated_bytes - rooms._block.nbytes - 1
-        assert uploads == len(rooms._uploads.array) == rooms._frames.nbytes == 416 * 416 * 3
+        uploads = device.allocated_bytes - rooms._room.block.nbytes - 1
+        pinned, memory = rooms._uploads
+        assert uploads == len(pinned.array) == memory.nbytes == 416 * 416 * 3
         assert len(_plans(detector)) == 3
         detector.detect(np.zeros((417, 417, 3), np.uint8))
-        assert device.allocated_bytes - rooms._block.nbytes - 1 == -(-417 * 417 * 3 // 256) * 256
+        assert device.allocated_bytes - rooms._room.block.nbytes - 1 == -(-417 * 417 * 3 // 256) * 256
 
 
 @pytest.mark.parametrize("device", [True, -1, 0.0, 1.5, None])
@@ -584,8 +586,8 @@ def test_an_engine_for_larger_batches_gets_empty_slots(
         assert (images[1:] == np.uint8(detector.spec.preprocess.mean_bgr)).all()
         assert (images[0] != images[1]).any()
         (lane,) = detector._idle
-        row = len(lane._descriptions.array) // 4  # type: ignore[attr-defined]
-        assert not lane._descriptions.array[row:].any()  # type: ignore[attr-defined]
+        row = len(lane._room.descriptions.array) // 4  # type: ignore[attr-defined]
+        assert not lane._room.descriptions.array[row:].any()  # type: ignore[attr-defined]
 
 
 def test_sizes_an_engine_does_not_take(device: HostDevice, tmp_path: Path, astronaut: Frame, plugin_form: Path) -> None:

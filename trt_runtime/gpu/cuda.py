@@ -17,7 +17,7 @@ import numpy as np
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
-from trt_runtime.gpu.device import Bytes, Capture, PinnedArray, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.gpu.device import Bytes, Capture, Memory, PinnedArray, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.gpu.frame import DeviceFrame, read_frame
 
 OLDEST_DRIVER = 12000
@@ -159,24 +159,21 @@ class CudaDevice:
         stream = self.cuda("cuStreamCreate", self.cuda.driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         return CudaStream(self, int(stream), owned=True)
 
-    def allocate(self, nbytes: int, what: str) -> CudaMemory:
+    def allocate(self, nbytes: int, what: str) -> Memory:
         try:
             address = self.cuda("cuMemAlloc", check_nbytes(nbytes))
         except DeviceMemoryError:
             raise out_of_memory(what, nbytes, *self.free_and_total()) from None
-        return CudaMemory(self, int(address), nbytes)
+        return Memory(int(address), nbytes, self.free, "cuMemFree", int(address))
 
-    def pinned(self, nbytes: int) -> CudaPinned:
-        """As `Device.pinned`.
-
-        Raises:
-            DeviceMemoryError: The host cannot page-lock so much memory.
-        """
+    def pinned(self, nbytes: int) -> PinnedArray:
         try:
             address = self.cuda("cuMemHostAlloc", check_nbytes(nbytes), self.cuda.driver.CU_MEMHOSTALLOC_PORTABLE)
         except DeviceMemoryError:
             raise DeviceMemoryError(f"the host has no {nbytes} bytes that can be page-locked") from None
-        return CudaPinned(self, int(address), nbytes)
+        buffer = (ctypes.c_uint8 * nbytes).from_address(int(address))
+        weakref.finalize(buffer, self.free, "cuMemFreeHost", int(address))  # the buffer lives as long as any view
+        return PinnedArray(np.ctypeslib.as_array(buffer))
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
         self.cuda("cuMemcpyHtoDAsync", address, check_bytes(source).ctypes.data, source.nbytes, stream.handle)
@@ -218,33 +215,6 @@ class CudaDevice:
             raise FrameError(f"the frame's address {address:#x} is not in CUDA's memory ({error})") from None
 
 
-class CudaMemory:
-    """Memory of a GPU."""
-
-    def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._address = address
-        self._free = weakref.finalize(self, device.free, "cuMemFree", address)
-
-    @property
-    def address(self) -> int:
-        if not self._free.alive:
-            raise GpuError("this memory has been closed")
-        return self._address
-
-    def close(self) -> None:
-        self._free()
-
-
-class CudaPinned(PinnedArray):
-    """Page-locked memory of the host."""
-
-    def __init__(self, device: CudaDevice, address: int, nbytes: int) -> None:
-        buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-        weakref.finalize(buffer, device.free, "cuMemFreeHost", address)  # the buffer lives as long as any view
-        super().__init__(np.ctypeslib.as_array(buffer))
-
-
 class CudaStream:
     """A stream of a `CudaDevice`; `close` destroys it only if the device owns it."""
 
@@ -256,11 +226,6 @@ class CudaStream:
 
     @property
     def handle(self) -> int:
-        """As `Stream.handle`.
-
-        Raises:
-            GpuError: It has been closed.
-        """
         if not self._destroy.alive:
             raise GpuError("this stream has been closed")
         return self._handle

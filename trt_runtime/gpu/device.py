@@ -7,6 +7,8 @@ stream, or an event after the work, is synchronised.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -22,23 +24,39 @@ ALIGNMENT = 256
 """Bytes: every allocation on a device starts at a multiple of this."""
 
 
-class Memory(Protocol):
-    """Memory on a device. It is freed with its last reference, or before that by `close`."""
+class Memory:
+    """Memory on a device. It is freed with its last reference, or before that by `close`.
+
+    Args:
+        address: Address of its first byte, a multiple of ALIGNMENT.
+        nbytes: The size that was asked for.
+        free: Frees it once all streams of the device have done their work; it may be called on any thread.
+        arguments: For `free`; none of them may refer to this object.
+    """
+
+    def __init__(self, address: int, nbytes: int, free: Callable[..., object], *arguments: Any) -> None:
+        self.nbytes = nbytes
+        self._address = address
+        self._free = weakref.finalize(self, free, *arguments)
 
     @property
     def address(self) -> int:
-        """Address of its first byte, a multiple of ALIGNMENT.
+        """Address of its first byte.
 
         Raises:
             GpuError: It has been closed.
         """
-
-    @property
-    def nbytes(self) -> int:
-        """The size that was asked for."""
+        if not self._free.alive:
+            raise GpuError("this memory has been closed")
+        return self._address
 
     def close(self) -> None:
-        """Free it once all streams of the device have done their work. May be called again, and on any thread."""
+        """Free it. May be called again, and on any thread.
+
+        Raises:
+            GpuError: Something was written right before or after it, where the device can tell.
+        """
+        self._free()
 
 
 class PinnedArray:
@@ -104,7 +122,11 @@ class Stream(Protocol):
 
     @property
     def handle(self) -> int:
-        """The CUstream, for TensorRT and for functions that launch kernels."""
+        """The CUstream, for TensorRT and for functions that launch kernels.
+
+        Raises:
+            GpuError: The stream has been closed, where the device can tell.
+        """
 
     def synchronize(self) -> None:
         """Wait until all of its work is done.
@@ -153,21 +175,18 @@ class Event(Protocol):
 class Device(Protocol):
     """A device, in one context.
 
+    Attributes:
+        name: For messages and records: "NVIDIA H200, device 0".
+        compute_capability: 90 for 9.0; 0 for a CPU.
+        can_capture: Whether `Stream.capture` works.
+
     The device must be active on the calling thread for every method of it and of its streams, graphs and events, except
     `activate` and every `close`. Threads may share a device.
     """
 
-    @property
-    def name(self) -> str:
-        """Name for messages and records: "NVIDIA H200, device 0"."""
-
-    @property
-    def compute_capability(self) -> int:
-        """Compute capability: 90 for 9.0; 0 for a CPU."""
-
-    @property
-    def can_capture(self) -> bool:
-        """Whether `Stream.capture` works."""
+    name: str
+    compute_capability: int
+    can_capture: bool
 
     def activate(self) -> AbstractContextManager[None]:
         """Make its context current on the calling thread in a block; afterwards the one of before is current again."""
@@ -191,6 +210,9 @@ class Device(Protocol):
 
         Args:
             nbytes: At least 1.
+
+        Raises:
+            DeviceMemoryError: The host cannot page-lock so much memory.
         """
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:

@@ -29,15 +29,15 @@ class Context(Protocol):
         Raises:
             GpuError: The engine refused the run.
         """
-        ...
 
     def plugin_share(self, stream: Any) -> float:
-        """Measure and return the share of its time that decoding and NMS take, 0 to 1; 0 if it cannot be measured."""
-        ...
+        """Return the share of its time that decoding and NMS take, 0 to 1; 0 if it cannot be measured.
+
+        It runs on `stream` to measure that, and must not be captured afterwards.
+        """
 
     def close(self) -> None:
         """Free it."""
-        ...
 
 
 class Engine(Protocol):
@@ -64,8 +64,11 @@ class Engine(Protocol):
             shape: (B, H, W).
             addresses: Addresses of `images` and of every output.
             workspace: Address of `workspace_bytes` of memory; contexts that never run at the same time may share it.
+
+        Raises:
+            DeviceMemoryError: The device has no memory for it.
+            GpuError: The engine refuses the shape or an address.
         """
-        ...
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Any) -> None:
         """Put the letterbox kernel on a stream; see `trt_runtime.kernels`.
@@ -76,15 +79,12 @@ class Engine(Protocol):
             images: Address of the letterboxed frames, uint8 (B, H, W, 3), which are written.
             stream: A stream of the device.
         """
-        ...
 
     def environment(self) -> dict[str, Any]:
         """Return backend and versions."""
-        ...
 
     def close(self) -> None:
-        """Free it."""
-        ...
+        """Free it; close its contexts before."""
 
 
 class TrtEngine:
@@ -128,27 +128,20 @@ class TrtEngine:
         self._engine = api.deserialize(self._runtime, Path(path).read_bytes())
         if self._engine is None:
             if "memory" in self._reason().lower():
-                free, total = device.free_and_total()
-                raise out_of_memory(f"the engine {path}", sidecar.engine_bytes, free, total)
+                raise out_of_memory(f"the engine {path}", sidecar.engine_bytes, *device.free_and_total())
             raise GpuError(f"{path}: {flavor.title} cannot load it{self._reason()}; it is built by: {sidecar.command}")
         self._check_contract(path)
         self._cache = api.make_runtime_cache(trt, self._engine)
         self.workspace_bytes = max(api.workspace_bytes(self._engine), 1)
 
     def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> TrtContext:
-        """As `Engine.context`.
-
-        Raises:
-            DeviceMemoryError: The device has no memory for it.
-            GpuError: TensorRT refuses the shape or an address.
-        """
         with self._making:
             self._logger.errors.clear()
             context = api.make_context(self._trt, self._engine, self._cache)
             if context is None:
-                free, total = self._device.free_and_total()
                 if "memory" in self._reason().lower():
-                    raise out_of_memory(f"an execution context for {shape}", self.workspace_bytes, free, total)
+                    what = f"an execution context for {shape}"
+                    raise out_of_memory(what, self.workspace_bytes, *self._device.free_and_total())
                 raise GpuError(f"TensorRT cannot make an execution context{self._reason()}")
             if not api.bind(context, (*shape, 3), addresses, workspace, self.workspace_bytes):
                 raise GpuError(f"TensorRT refuses an input of {shape}{self._reason()}")
@@ -162,7 +155,6 @@ class TrtEngine:
         return {"backend": self.backend, FLAVORS[self.backend].title: self._trt.__version__}
 
     def close(self) -> None:
-        """As `Engine.close`; close its contexts before."""
         self._cache = self._engine = self._runtime = None
 
     def _reason(self) -> str:
@@ -170,16 +162,12 @@ class TrtEngine:
         return f" ({' '.join(self._logger.errors[-1].split())[:300]})" if self._logger.errors else ""
 
     def _check_contract(self, path: str | Path) -> None:
-        found = api.tensors(self._trt, self._engine)
-        expected: dict[str, tuple[bool, str, tuple[int, ...]]] = {
-            name: (False, kind, shape) for name, (kind, shape) in self.spec.decode.outputs.items()
-        }
-        expected["images"] = (True, "uint8", (3,))
-        shapes = {
+        found = {
             name: (is_input, kind, shape[-1:] if is_input else shape[1:])
-            for name, (is_input, kind, shape) in found.items()
+            for name, (is_input, kind, shape) in api.tensors(self._trt, self._engine).items()
         }
-        if shapes != expected:
+        expected = {name: (False, *output) for name, output in self.spec.decode.outputs.items()}
+        if found != {**expected, "images": (True, "uint8", (3,))}:
             raise ModelFileError(f"{path}: inputs or outputs are not those of a detector: {self.sidecar.command}")
 
 
@@ -195,7 +183,6 @@ class TrtContext:
             raise GpuError(f"TensorRT cannot run the network{self._owner._reason()}")
 
     def plugin_share(self, stream: Stream) -> float:
-        """As `Context.plugin_share`; this context must not be captured afterwards."""
         times = api.start_profile(self._owner._trt, self._context)
         for _ in range(10):
             self.enqueue(stream)

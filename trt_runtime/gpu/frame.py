@@ -74,7 +74,7 @@ class _Array:
     Attributes:
         address: Address of its first element.
         shape: Number of elements in each dimension.
-        strides: Bytes from element to element in each dimension.
+        strides: Bytes from element to element in each dimension; None if it is C-contiguous.
         kind: Type of the elements, such as "uint8".
         device_index: Number of its GPU; None if the array does not say.
         stream: Handle of the stream that the reader must wait for, or None.
@@ -83,7 +83,7 @@ class _Array:
 
     address: int
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...] | None
     kind: str
     device_index: int | None
     stream: int | None
@@ -94,7 +94,11 @@ class _Array:
 
 
 def read_frame(
-    frame: object, stream: Any, device_index: int | None, locate: Callable[[int], int | None]
+    frame: object,
+    stream: Any,
+    device_index: int | None,
+    locate: Callable[[int], int | None],
+    holds: Callable[[object], bool] = lambda array: True,
 ) -> DeviceFrame | None:
     """Return where a frame lies on a device, or None if it lies on none; see `Device.frame`.
 
@@ -103,22 +107,20 @@ def read_frame(
         stream: The `Stream` that will read it; its device is active on this thread.
         device_index: Number of the GPU that the frame must lie on; None does not check.
         locate: Returns the number of the GPU that an address belongs to, or None; called for arrays that do not say.
+        holds: Returns whether an array may lie on the device; others are not read.
 
     Raises:
         FrameError: It lies on another device, or has another type, shape or layout.
     """
-    if isinstance(frame, Nv12Frame):
-        luma, chroma = (_read_array(plane, stream.handle, device_index) for plane in (frame.luma, frame.chroma))
-        if luma is None or chroma is None:
+    nv12 = frame if isinstance(frame, Nv12Frame) else None
+    arrays = (nv12.luma, nv12.chroma) if nv12 else (frame,)
+    read = [_read_array(array, stream.handle, device_index) for array in arrays if holds(array)]
+    planes = [plane for plane in read if plane]
+    if len(planes) < len(arrays):
+        if nv12:
             raise FrameError("an Nv12Frame takes two arrays on the device, and these are not")
-        planes = [luma, chroma]
-        found = _nv12_frame(luma, chroma, frame.matrix)
-    else:
-        array = _read_array(frame, stream.handle, device_index)
-        if array is None:
-            return None
-        planes = [array]
-        found = _bgr_frame(array)
+        return None
+    found = _nv12_frame(planes[0], planes[1], nv12.matrix) if nv12 else _bgr_frame(planes[0])
     for plane in planes:
         index = locate(plane.address) if plane.device_index is None else plane.device_index
         _check_index(index, device_index)
@@ -150,16 +152,9 @@ def _nv12_frame(luma: _Array, chroma: _Array, matrix: Nv12Matrix) -> DeviceFrame
     height, width = luma.shape
     if chroma.shape not in ((height // 2, width), (height // 2, width // 2, 2)):
         raise FrameError(f"chroma must be ({height // 2}, {width}) or ({height // 2}, {width // 2}, 2), got {chroma}")
-    return DeviceFrame(
-        luma.address,
-        _pitch(luma, "luma", width),
-        (height, width),
-        None,
-        (luma.owner, chroma.owner),
-        PixelFormat[f"NV12_{matrix.upper()}"],
-        chroma.address,
-        _pitch(chroma, "chroma", width),
-    )
+    pitch, chroma_pitch = _pitch(luma, "luma", width), _pitch(chroma, "chroma", width)
+    owners, pixel_format = (luma.owner, chroma.owner), PixelFormat[f"NV12_{matrix.upper()}"]
+    return DeviceFrame(luma.address, pitch, (height, width), None, owners, pixel_format, chroma.address, chroma_pitch)
 
 
 def _pitch(array: _Array, what: str, row_bytes: int) -> int:
@@ -168,6 +163,8 @@ def _pitch(array: _Array, what: str, row_bytes: int) -> int:
         raise FrameError(f"{what} must be uint8 with values 0..255, got {array}")
     if 0 in array.shape:
         raise FrameError(f"{what} is empty: {array}")
+    if array.strides is None:
+        return row_bytes
     inner = 1
     for side, stride in zip(reversed(array.shape[1:]), reversed(array.strides[1:]), strict=True):
         if side > 1 and stride != inner:  # the stride of a single element has no meaning
@@ -259,16 +256,12 @@ def _read_capsule(capsule: object, device_index: int | None) -> _Array:
         raise FrameError("the frame's __dlpack__ gave no DLPack capsule")
     shape = tuple(tensor.shape[: tensor.ndim])
     kind = f"{_DLPACK_KINDS.get(tensor.type_code, 'DLPack type ')}{tensor.type_bits}"
-    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _compact(shape)
-    return _Array(
-        (tensor.data or 0) + tensor.byte_offset,
-        shape,
-        strides,  # DLPack counts elements; only uint8 is accepted later, so they are bytes
-        kind if tensor.type_lanes == 1 else f"{kind}x{tensor.type_lanes}",
-        device_index,
-        None,
-        capsule,
-    )
+    if tensor.type_lanes != 1:
+        kind += f"x{tensor.type_lanes}"
+    # DLPack counts elements; only uint8 is accepted later, so they are bytes
+    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
+    address = (tensor.data or 0) + tensor.byte_offset
+    return _Array(address, shape, strides, kind, device_index, None, capsule)
 
 
 def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
@@ -278,25 +271,17 @@ def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
         dtype = UINT8 if kind == "|u1" else np.dtype(kind)
         address = int(interface["data"][0])
         strides = interface.get("strides")
-        strides = _compact(shape, dtype.itemsize) if strides is None else tuple(map(int, strides))
+        strides = None if strides is None else tuple(map(int, strides))
         stream = interface.get("stream") if version >= 3 else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FrameError(f"the frame's __cuda_array_interface__ cannot be read: {_line(error)}") from None
-    if version < 2 or len(strides) != len(shape):
+    if version < 2 or (strides is not None and len(strides) != len(shape)):
         raise FrameError(f"the frame's __cuda_array_interface__ is of version {version}, and 2 and 3 are known")
     if interface.get("mask") is not None:
         raise FrameError("a masked array is no frame")
     if stream is not None and (not isinstance(stream, int) or stream == 0):
         raise FrameError(f"stream {stream!r} in the frame's __cuda_array_interface__ is none: 1 is the default stream")
     return _Array(address, shape, strides, str(dtype), getattr(owner, "device_index", None), stream, owner)
-
-
-def _compact(shape: tuple[int, ...], itemsize: int = 1) -> tuple[int, ...]:
-    """Return the strides of a C-contiguous array."""
-    strides = [itemsize]
-    for side in reversed(shape[1:]):
-        strides.append(strides[-1] * side)
-    return tuple(reversed(strides)) if shape else ()
 
 
 def _line(error: Exception) -> str:

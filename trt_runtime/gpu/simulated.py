@@ -1,13 +1,14 @@
-"""`HostDevice`: the CPU with the interface of a GPU, for developing and testing GPU code without a GPU.
+"""The CPU in the place of a GPU, for `TRTRetinaFace(..., device="cpu")`: to develop and test GPU code without a GPU.
 
-It enforces those of CUDA's rules that are easily broken unnoticed: each stream runs on a thread of its own, new memory
-is filled with rubbish, closed memory cannot be reached, failed work loses the device, and calls that a capture forbids
-are refused.
+`HostEngine` runs a plugin form on a `HostDevice`, which has the interface of a GPU. The device enforces those of CUDA's
+rules that are easily broken unnoticed: each stream runs on a thread of its own, new memory is filled with rubbish,
+closed memory cannot be reached, failed work loses the device, and calls that a capture forbids are refused.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import queue
 import threading
@@ -15,20 +16,40 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from facespec.errors import DeviceLostError, FrameError, GpuError
-from trt_runtime.gpu.device import ALIGNMENT, Bytes, Capture, PinnedArray, check_bytes, check_nbytes, out_of_memory
-from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame, read_frame
+from facespec.cli import require
+from facespec.errors import DeviceLostError, GpuError, ModelFileError
+from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
+from trt_runtime.gpu.device import (
+    ALIGNMENT,
+    Bytes,
+    Capture,
+    Memory,
+    PinnedArray,
+    check_bytes,
+    check_nbytes,
+    out_of_memory,
+)
+from trt_runtime.gpu.engine import Shape
+from trt_runtime.gpu.frame import DeviceFrame, read_frame
+from trt_runtime.gpu.sidecar import Profile
+from trt_runtime.kernels import decode_nms, library, load_letterbox
+from trt_runtime.onnx_model import OnnxModel, open_session
 
 POISON = 0xFF
 """Byte that new memory is filled with: NaN as float32 and float16, -1 as int32."""
 
 GUARD = 0xA5
-"""Byte that the ALIGNMENT bytes before and after an allocation are filled with; `HostMemory.close` checks them."""
+"""Byte that the ALIGNMENT bytes before and after an allocation are filled with; `release` checks them."""
+
+MAX_BATCH = 8
+BEST_SIDE = 640
+LARGEST_SIDE = MAX_NETWORK_PIXELS // MAX_BATCH // BEST_SIDE // SIZE_MULTIPLE * SIZE_MULTIPLE
 
 Work = Callable[[], object]
 
@@ -37,7 +58,8 @@ class HostDevice:
     """The CPU as a `Device`; `HostStream.submit` puts host kernels on its streams.
 
     Args:
-        memory_limit: Bytes that may be allocated at the same time; None is the memory of the machine.
+        memory_limit: Bytes that may be allocated at the same time; None is the memory of the machine. New memory is
+            filled with POISON.
         delay_s: Seconds that every piece of work waits before it starts, so that a result read too early is noticed.
 
     Attributes:
@@ -45,6 +67,7 @@ class HostDevice:
         compute_capability: 0.
         can_capture: True.
         allocated_bytes: Bytes that are allocated now, without pinned memory.
+        thread: What a thread has of its own: the `depth` of `activate`, and the stream that it captures.
     """
 
     name = "CPU"
@@ -61,16 +84,16 @@ class HostDevice:
         self._streams: weakref.WeakValueDictionary[int, HostStream] = weakref.WeakValueDictionary()
         self._workers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._handles = itertools.count(0x1000, 0x10)
-        self._thread = threading.local()  # depth of `activate`, and the stream that the thread captures
+        self.thread = threading.local()
         self._failure: BaseException | None = None
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        self._thread.depth = getattr(self._thread, "depth", 0) + 1
+        self.thread.depth = getattr(self.thread, "depth", 0) + 1
         try:
             yield
         finally:
-            self._thread.depth -= 1
+            self.thread.depth -= 1
 
     def stream(self) -> HostStream:
         self.check()
@@ -79,8 +102,7 @@ class HostDevice:
         self._workers.add(stream.worker)
         return stream
 
-    def allocate(self, nbytes: int, what: str) -> HostMemory:
-        """As `Device.allocate`; filled with POISON."""
+    def allocate(self, nbytes: int, what: str) -> Memory:
         self.check(may_capture=False)
         check_nbytes(nbytes)
         with self._lock:
@@ -94,10 +116,10 @@ class HostDevice:
             room[:] = GUARD
             content = room[ALIGNMENT:-ALIGNMENT]
             content[:] = POISON
-            memory = HostMemory(self, room, content.ctypes.data, what)
-            self._live[memory.address] = content
+            address = content.ctypes.data
+            self._live[address] = content
             self.allocated_bytes += nbytes
-        return memory
+            return Memory(address, nbytes, self.release, address, room, what)
 
     def pinned(self, nbytes: int) -> PinnedArray:
         self.check(may_capture=False)
@@ -144,7 +166,6 @@ class HostDevice:
         )
 
     def free_and_total(self) -> tuple[int, int]:
-        """As `Device.free_and_total`; of the limit if there is one, else of the machine."""
         if self._limit is not None:
             return self._limit - self.allocated_bytes, self._limit
         page = os.sysconf("SC_PAGE_SIZE")
@@ -155,14 +176,8 @@ class HostDevice:
         return HostEvent(self)
 
     def frame(self, frame: object, stream: HostStream) -> DeviceFrame | None:
-        """As `Device.frame`; a `HostArray` and this device's memory are on the device, all other arrays on the host."""
         self.check()
-        planes = (frame.luma, frame.chroma) if isinstance(frame, Nv12Frame) else (frame,)
-        if not all(map(self._holds, planes)):
-            if isinstance(frame, Nv12Frame):
-                raise FrameError("an Nv12Frame takes two arrays on the device, and these are not")
-            return None
-        return read_frame(frame, stream, None, lambda address: None)
+        return read_frame(frame, stream, None, lambda address: None, self._holds)
 
     def _holds(self, plane: object) -> bool:
         """Whether an array lies on this device; an array with CUDA's interface may lie on a GPU instead."""
@@ -172,7 +187,6 @@ class HostDevice:
         return any(start <= address < start + len(content) for start, content in tuple(self._live.items()))
 
     def close(self) -> None:
-        """As `Device.close`; the threads of its streams end."""
         for stream in tuple(self._streams.values()):
             stream.close()
 
@@ -203,9 +217,9 @@ class HostDevice:
             raise DeviceLostError(
                 f"work on the device failed ({type(self._failure).__name__}: {self._failure}): it is lost, start again"
             ) from self._failure
-        if not getattr(self._thread, "depth", 0):
+        if not getattr(self.thread, "depth", 0):
             raise GpuError("the device is not active on this thread: call it in `with device.activate()`")
-        stream: HostStream | None = getattr(self._thread, "capturing", None)
+        stream: HostStream | None = getattr(self.thread, "capturing", None)
         if stream is not None and not may_capture:
             stream.spoil("an allocation or a wait")
 
@@ -221,10 +235,6 @@ class HostDevice:
         if (room[:ALIGNMENT] != GUARD).any() or (room[-ALIGNMENT:] != GUARD).any():
             raise GpuError(f"something was written beside the memory of {what}")
 
-    def set_capturing(self, stream: HostStream | None) -> None:
-        """Set the stream that the calling thread captures."""
-        self._thread.capturing = stream
-
     def lose(self, error: BaseException) -> None:
         """Record a failure of some work; the first one counts."""
         self._failure = self._failure or error
@@ -233,29 +243,6 @@ class HostDevice:
     def lost(self) -> bool:
         """Whether some work has failed; later work is not run."""
         return self._failure is not None
-
-
-class HostMemory:
-    """Memory of a `HostDevice`."""
-
-    def __init__(self, device: HostDevice, room: Bytes, address: int, what: str) -> None:
-        self.nbytes = len(room) - 2 * ALIGNMENT
-        self._address = address
-        self._release = weakref.finalize(self, device.release, address, room, what)
-
-    @property
-    def address(self) -> int:
-        if not self._release.alive:
-            raise GpuError("this memory has been closed")
-        return self._address
-
-    def close(self) -> None:
-        """As `Memory.close`.
-
-        Raises:
-            GpuError: Something was written right before or after it.
-        """
-        self._release()
 
 
 class HostStream:
@@ -269,7 +256,7 @@ class HostStream:
     def __init__(self, device: HostDevice, handle: int) -> None:
         self.handle = handle
         self._device = device
-        self._captured: HostGraph | None = None
+        self._captured: list[Work] | None = None
         self._spoilt = ""
         work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._queue = work
@@ -302,16 +289,11 @@ class HostStream:
                 device.lose(error)
 
         if self._captured is not None:
-            self._captured.add(work)
+            self._captured.append(work)
         else:
-            self._put(work)
+            self.put(work)
 
     def synchronize(self) -> None:
-        """As `Stream.synchronize`.
-
-        Raises:
-            DeviceLostError: Some work has failed.
-        """
         self._device.check(may_capture=False)
         self.drain()
         self._device.check()
@@ -320,7 +302,7 @@ class HostStream:
         """Wait until all of its work is done."""
         done = threading.Event()
         if self._stop.alive:
-            self._put(done.set)
+            self.put(done.set)
             done.wait()
 
     @contextmanager
@@ -328,17 +310,16 @@ class HostStream:
         self._device.check(may_capture=False)
         if self.capturing:
             raise GpuError(f"stream {self.handle:#x} is being captured already")
-        capture, graph = Capture(), HostGraph(self._device)
-        self._captured, self._spoilt = graph, ""
-        self._device.set_capturing(self)
+        capture, work = Capture(), list[Work]()
+        self._captured, self._spoilt = work, ""
+        self._device.thread.capturing = self
         try:
             yield capture
         finally:
-            self._captured = None
-            self._device.set_capturing(None)
+            self._captured = self._device.thread.capturing = None
         if self._spoilt:
             raise GpuError(f"the capture failed: {self._spoilt} in it")
-        capture.end(graph)
+        capture.end(HostGraph(work))
 
     def spoil(self, what: str) -> None:
         """Refuse a call that cannot be captured; the capture fails even if the caller catches this error.
@@ -357,20 +338,14 @@ class HostStream:
         if other is None or other is self:
             return
         reached = threading.Event()
-        other._put(reached.set)
-        self._put(reached.wait)
+        other.put(reached.set)
+        self.put(reached.wait)
 
     def close(self) -> None:
         self._stop()
 
-    def mark(self, function: Work) -> None:
-        """Put a function on the stream that is called even if the device is lost."""
-        self._device.check()
-        if self.capturing:
-            self.spoil("an event for timing")
-        self._put(function)
-
-    def _put(self, work: Work) -> None:
+    def put(self, work: Work) -> None:
+        """Put a function on the stream that is called even if the device is lost, and is never captured."""
         if not self._stop.alive:
             raise GpuError(f"stream {self.handle:#x} has been closed")
         self._queue.put(work)
@@ -379,25 +354,19 @@ class HostStream:
 class HostGraph:
     """Captured work of a `HostDevice`."""
 
-    def __init__(self, device: HostDevice) -> None:
-        self._device = device
-        self._work: list[Work] | None = []
+    def __init__(self, work: list[Work]) -> None:
+        self._work: list[Work] | None = work
         self._lock = threading.Lock()  # one launch at a time
-
-    def add(self, work: Work) -> None:
-        """Append a piece of work."""
-        if self._work is not None:
-            self._work.append(work)
 
     def launch(self, stream: HostStream) -> None:
         if self._work is None:
             raise GpuError("this graph has been closed")
-        stream.submit(self._replay, tuple(self._work))
+        stream.submit(self._replay, self._work)
 
     def close(self) -> None:
         self._work = None
 
-    def _replay(self, works: tuple[Work, ...]) -> None:
+    def _replay(self, works: list[Work]) -> None:
         with self._lock:
             for work in works:
                 work()
@@ -412,13 +381,16 @@ class HostEvent:
         self._seconds = 0.0
 
     def record(self, stream: HostStream) -> None:
+        self._device.check()
+        if stream.capturing:
+            stream.spoil("an event for timing")
         passed = threading.Event()
 
         def note() -> None:
             self._seconds = time.perf_counter()
             passed.set()
 
-        stream.mark(note)
+        stream.put(note)
         self._passed = passed
 
     def synchronize(self) -> None:
@@ -451,6 +423,91 @@ class HostArray:
         interface = self._array.__array_interface__
         keys = ("shape", "strides", "typestr", "data")
         return {**{key: interface[key] for key in keys}, "version": 3, "stream": self._stream}
+
+
+class HostEngine:
+    """A plugin form on streams of a `HostDevice`: ONNX Runtime runs its network, host kernels letterbox and decode.
+
+    Args:
+        path: Plugin form, written by `python -m export.to_trt` beside its engine, or with --onnx-only.
+        device: The device that it runs on.
+
+    Raises:
+        ModelFileError: The file is missing, unsafe, or not a plugin form.
+        MissingPackageError: onnxruntime or onnx is not installed.
+        BuildError: The host kernels are not compiled yet, and there is no C++ compiler.
+    """
+
+    backend = "host"
+    workspace_bytes = 1
+
+    def __init__(self, path: str | Path, device: HostDevice) -> None:
+        if Path(path).suffix.lower() in ENGINE_SUFFIXES:
+            raise ModelFileError(f"{path}: engines run on a GPU; device cpu runs the .plugin.onnx that lies beside one")
+        model = OnnxModel(path)
+        self.spec = model.spec
+        if not model.is_plugin_form or model.weights:
+            raise ModelFileError(
+                f"{path}: device cpu runs plugin forms, in one file: "
+                f"python -m export.to_trt --onnx-only --out {Path(path).stem}.plugin.onnx"
+            )
+        graph = model.heads_graph
+        self.files = [Path(path)]
+        self._heads = graph.heads
+        self._session = open_session(graph.content, path, 1)
+        self._device = device
+        self._launch_letterbox = load_letterbox(library())
+        sizes_hw = [(side, side) for side in (SIZE_MULTIPLE, BEST_SIDE, LARGEST_SIDE)]
+        smallest, best, largest = [graph.fixed_hw] * 3 if graph.fixed_hw else sizes_hw
+        self.profile = Profile((1, 1, MAX_BATCH), (smallest, best, largest))
+
+    def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> HostContext:
+        return HostContext(self, self._device, shape, addresses)
+
+    def letterbox(self, frames: int, shape: Shape, images: int, stream: HostStream) -> None:
+        pad = self.spec.preprocess.mean_bgr
+        stream.submit(self._launch_letterbox, frames, shape[0], (shape[1], shape[2]), pad, images, 0)
+
+    def run(self, images: NDArray[np.uint8]) -> tuple[dict[str, NDArray[Any]], float]:
+        """Return the outputs for letterboxed frames, and the share of the time that decoding and NMS took."""
+        start = time.perf_counter()
+        maps = self._session.run(self._heads, {"images": images})
+        middle = time.perf_counter()
+        found = decode_nms(maps, (images.shape[1], images.shape[2]), self.spec)
+        end = time.perf_counter()
+        return found, (end - middle) / (end - start)
+
+    def environment(self) -> dict[str, Any]:
+        return {"backend": self.backend, "onnxruntime": require("onnxruntime", "cpu", "device cpu").__version__}
+
+    def close(self) -> None:
+        self._session = None
+
+
+class HostContext:
+    """A context of a `HostEngine`: it reads and writes the device's memory only at the addresses that it was given."""
+
+    def __init__(self, engine: HostEngine, device: HostDevice, shape: Shape, addresses: dict[str, int]) -> None:
+        self._share = 0.0
+
+        def work() -> None:
+            images = device.view(addresses["images"], 3 * math.prod(shape)).reshape(*shape, 3)
+            found, self._share = engine.run(images)
+            for name, values in found.items():
+                device.view(addresses[name], values.nbytes)[:] = values.reshape(-1).view(np.uint8)
+
+        self._work: Callable[[], None] = work
+
+    def enqueue(self, stream: HostStream) -> None:
+        stream.submit(self._work)
+
+    def plugin_share(self, stream: HostStream) -> float:
+        self.enqueue(stream)
+        stream.synchronize()
+        return self._share
+
+    def close(self) -> None:
+        del self._work
 
 
 def _run(work: queue.SimpleQueue[Work | None]) -> None:

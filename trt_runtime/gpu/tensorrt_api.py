@@ -34,8 +34,7 @@ def make_runtime(trt: Any, logger: Any) -> Any:
 
 def load_plugin(runtime: Any, library: str) -> bool:
     """Load a plugin library into a Runtime; return whether that worked."""
-    registry = runtime.get_plugin_registry()
-    return registry.load_library(library) is not None
+    return runtime.get_plugin_registry().load_library(library) is not None
 
 
 def deserialize(runtime: Any, content: bytes) -> Any:
@@ -64,17 +63,13 @@ def make_runtime_cache(trt: Any, engine: Any) -> Any:
     """Return the cache through which contexts share kernels that TensorRT-RTX compiled; None for TensorRT."""
     if not hasattr(trt, "CudaGraphStrategy"):
         return None
-    runtime_config = engine.create_runtime_config()
-    return runtime_config.create_runtime_cache()
+    return engine.create_runtime_config().create_runtime_cache()
 
 
 def make_context(trt: Any, engine: Any, cache: Any) -> Any:
     """Return an execution context without memory of its own, whose work can be captured in a CUDA graph, or None.
 
-    Args:
-        trt: Module.
-        engine: The engine that it runs.
-        cache: From `make_runtime_cache`; must outlive the context.
+    The cache, from `make_runtime_cache`, must outlive it.
     """
     runtime_config = engine.create_runtime_config()
     runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)

@@ -1,9 +1,11 @@
-"""What reading files and reading addresses with FFmpeg (PyAV) have in common."""
+"""What all sources of frames have in common, and what files and addresses share in FFmpeg (PyAV)."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from facespec.letterbox import Frame
 
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,h264,hevc,m4v,mjpeg,gif,mxf,rm,dv"
 """Containers that are opened. No playlists are among them: they would make FFmpeg open other files and addresses."""
+
+Self = TypeVar("Self", bound="Source")
 
 
 class TimedFrame(NamedTuple):
@@ -27,6 +31,49 @@ class TimedFrame(NamedTuple):
     seconds: float
 
 
+class Source:
+    """Where frames come from: a context manager that is iterated once, over `TimedFrame`.
+
+    Attributes:
+        name: For messages and records; it holds no password.
+        live: Frames come at their own pace, so whatever is too slow for them has to drop some.
+        rate: Frames per second, from 1 to 1000.
+        frame_count: Number of frames announced; 0 if unknown.
+        damaged: Packets and frames so far that were broken and passed over.
+        reconnects: Connections so far after the first.
+    """
+
+    live = False
+    rate: float
+    frame_count = damaged = reconnects = 0
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._stopped = threading.Event()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[TimedFrame]:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End the iteration soon, whatever it waits for. Any thread may call it."""
+        self._stopped.set()
+
+    def _picture(self, pictures: Pictures, frame: Any) -> Frame | None:
+        """Return the picture of a decoded frame, or None if it cannot be converted; count what is damaged."""
+        self.damaged += bool(frame.is_corrupt)
+        try:
+            return pictures(frame)
+        except pictures.errors:
+            self.damaged += 1
+            return None
+
+
 def load_av(why: str) -> Any:
     """Import PyAV, and keep FFmpeg from writing to stderr.
 
@@ -37,7 +84,8 @@ def load_av(why: str) -> Any:
         MissingPackageError: It is not installed.
     """
     av = require("av", "cpu", why)
-    # Any level but None has decoder threads wait for the GIL, whatever they log; who frees the decoder may hold it.
+    # Any level but None has decoder threads wait for the GIL, whatever they log; the thread that frees the decoder may
+    # hold it.
     # What matters of the messages is counted in `damaged`.
     av.logging.set_level(None)
     return av
@@ -82,16 +130,22 @@ def ends_early(container: Any, stream: Any, seconds: float) -> bool:
 
 
 class Pictures:
-    """Turns decoded frames into BGR pictures, as fast as one swscale context that is kept for all of them allows."""
+    """Turns decoded frames into BGR pictures, as fast as one swscale context that is kept for all of them allows.
+
+    Attributes:
+        errors: What is raised for damage, here and by decoders.
+    """
 
     def __init__(self, av: Any) -> None:
+        self.errors = av.error.FFmpegError, ValueError
         self._reformatter = av.video.reformatter.VideoReformatter()
 
     def __call__(self, frame: Any) -> Frame:
         """Return uint8 (H, W, 3) BGR, upright. The frame's own matrix and range hold; without them BT.601, limited.
 
         Raises:
-            FFmpegError: It cannot be converted; ValueError likewise.
+            FFmpegError: It cannot be converted.
+            ValueError: Likewise.
         """
         image = self._reformatter.reformat(frame, format="bgr24").to_ndarray()
         if rotation := round(getattr(frame, "rotation", 0) / 90) % 4:  # as phones record upright video

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 
@@ -22,6 +21,7 @@ from facespec.letterbox import Frame, Letterbox
 from trt_runtime.media.decoding import (
     FORMATS,
     Pictures,
+    Source,
     TimedFrame,
     ends_early,
     frame_rate,
@@ -37,35 +37,6 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v")
 _CLOCK = 90_000  # time stamps a second in written files
 _BT601, _LIMITED = 6, 1  # as in H.273 and AVColorRange: what COLOR_BGR2YUV_I420 gives
 _MAX_SECONDS = 1e7  # later time stamps are damage
-
-
-class Source(Protocol):
-    """Where frames come from: a context manager that is iterated once.
-
-    Attributes:
-        name: For messages and records; it holds no password.
-        live: Frames come at their own pace, so whoever is too slow for them has to drop some.
-        rate: Frames per second.
-        frame_count: Number of frames announced; 0 if unknown.
-        damaged: Packets and frames so far that were broken and passed over.
-        reconnects: Connections so far after the first.
-    """
-
-    name: str
-    live: bool
-    rate: float
-    frame_count: int
-    damaged: int
-    reconnects: int
-
-    def __enter__(self) -> Source: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def __iter__(self) -> Iterator[TimedFrame]: ...
-
-    def stop(self) -> None:
-        """End the iteration soon, whatever it waits for. Any thread may call it."""
 
 
 def open_source(text: str) -> Source:
@@ -88,7 +59,7 @@ def open_source(text: str) -> Source:
     return VideoFile(text)
 
 
-class VideoFile:
+class VideoFile(Source):
     """A video file, decoded frame by frame by FFmpeg (PyAV). What is damaged is passed over and counted.
 
     Args:
@@ -96,21 +67,17 @@ class VideoFile:
         max_pixels: Larger frames are refused before they are decoded.
 
     Attributes:
-        frame_count: Number of frames the file says it has; 0 if it does not.
-        rate: Frames per second, from 1 to 1000; 25 where the file does not say.
-        damaged: Packets and frames so far that were broken; a video that ends well before the length it announces
-            adds one.
+        rate: Frames per second; 25 where the file does not say.
+        damaged: A video that ends well before the length it announces adds one.
 
     Raises:
         VideoError: Missing, not a video, or too large. Iterating raises it too, if not one frame can be decoded.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+        super().__init__(str(path))
         self._av = load_av("reading video")
         self.path = Path(path)
-        self.name, self.live = str(path), False
-        self.damaged = self.reconnects = 0
-        self._stopped = False
         if not self.path.is_file():
             raise VideoError(f"{path}: {'not a regular file' if self.path.exists() else 'no such file'}")
         options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "max_pixels": str(max_pixels)}
@@ -123,9 +90,6 @@ class VideoFile:
         self.rate = frame_rate(float(self._stream.average_rate or self._stream.guessed_rate or 0), 25.0)
         self.frame_count = self._stream.frames
 
-    def __enter__(self) -> VideoFile:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._container.close()
 
@@ -135,7 +99,7 @@ class VideoFile:
         seconds = before = 0.0
         start: float | None = None
         for frame in self._decoded():
-            if self._stopped:
+            if self._stopped.is_set():
                 return
             stamp = None if frame.time is None else float(frame.time)
             if start is None:
@@ -145,23 +109,14 @@ class VideoFile:
                 seconds = stamp - start
             elif count:
                 seconds += 1 / self.rate
-            self.damaged += bool(frame.is_corrupt)
-            try:
-                image = pictures(frame)
-            except (self._av.error.FFmpegError, ValueError):
-                self.damaged += 1
-                continue
-            yield TimedFrame(image, seconds)
-            count += 1
+            if (image := self._picture(pictures, frame)) is not None:
+                yield TimedFrame(image, seconds)
+                count += 1
         if not count:
             raise VideoError(f"{self.path}: no frame of it can be decoded")
         rate = self._stream.average_rate
         end = (start or 0.0) + seconds + max(seconds - before, float(1 / rate) if rate else 0.0)
         self.damaged += ends_early(self._container, self._stream, end)
-
-    def stop(self) -> None:
-        """End the iteration with the frame that is being decoded."""
-        self._stopped = True
 
     def _decoded(self) -> Iterator[Any]:
         packets = self._container.demux(self._stream)
@@ -275,9 +230,7 @@ class VideoWriter:
         self._stream.codec_context.colorspace = _BT601  # players take BT.709 for granted in large videos
         self._stream.codec_context.color_range = _LIMITED
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         # an interrupted video is kept: it ends where the user stopped it
         keep = self._stream is not None and (kind is None or issubclass(kind, KeyboardInterrupt))
         failure = None if keep else (error or VideoError("nothing was written"))

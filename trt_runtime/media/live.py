@@ -19,6 +19,7 @@ from facespec.images import MAX_PIXELS
 from trt_runtime.media.decoding import (
     FORMATS,
     Pictures,
+    Source,
     TimedFrame,
     ends_early,
     frame_rate,
@@ -52,8 +53,8 @@ _JUMP_S = 10.0  # time stamps this far from the clock are no use
 _PROBE_S = 2.0
 
 
-class Camera:
-    """A webcam, by its index.
+class Camera(Source):
+    """A webcam, by its index. It is live, announces no number of frames, and damages none.
 
     Args:
         index: As OpenCV counts them: 0 is the first.
@@ -61,16 +62,14 @@ class Camera:
     Attributes:
         rate: Frames per second the camera says it gives, 30 where it does not.
 
-    The others are those of `Source`: always live, nothing announced, nothing damaged.
-
     Raises:
         VideoError: There is no such camera.
     """
 
+    live = True
+
     def __init__(self, index: int) -> None:
-        self.frame_count = self.damaged = self.reconnects = 0
-        self.name, self.live = f"camera {index}", True
-        self._stopped = False
+        super().__init__(f"camera {index}")
         if not 0 <= index < 1000:
             raise VideoError(f"camera {index}: there is none of this number; 0 is the first")
         self._capture = cv2.VideoCapture(index)
@@ -78,31 +77,25 @@ class Camera:
             raise VideoError(f"camera {index}: cannot be opened; is it connected, and free?")
         self.rate = frame_rate(self._capture.get(cv2.CAP_PROP_FPS), 30.0)
 
-    def __enter__(self) -> Camera:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._capture.release()
 
     def __iter__(self) -> Iterator[TimedFrame]:
         start = cv2.getTickCount()
-        while not self._stopped:
+        while not self._stopped.is_set():
             got, image = self._capture.read()
             if not got:
                 return
             yield TimedFrame(np.asarray(image, np.uint8), (cv2.getTickCount() - start) / cv2.getTickFrequency())
 
-    def stop(self) -> None:
-        """End the iteration with the frame that is being read."""
-        self._stopped = True
 
-
-class NetworkStream:
+class NetworkStream(Source):
     """Video from an address. What is live is connected to again, after growing pauses, whenever it is lost.
 
-    Reading is done by a thread of its own, so that the connection is emptied while a frame is decoded, and so that
-    `stop` need not wait for the network. Packets read while FFmpeg finds out about the stream are kept: without them
-    (`nobuffer`) the picture would start with the next key frame; they are decoded faster than they came.
+    A thread of its own reads, so that the connection is emptied while a frame is decoded, and so that `stop` ends the
+    iteration within half a second, whatever the network does. Packets read while FFmpeg finds out about the stream are
+    kept: without them (`nobuffer`) the picture would start with the next key frame; they are decoded faster than they
+    came.
 
     Args:
         url: Address that starts with one of `SCHEMES`. User and password may stand in it; they are never shown.
@@ -119,9 +112,6 @@ class NetworkStream:
         name: The address without passwords.
         live: False for a file, of known length, behind http or https: its end is the end.
         rate: Frames per second as announced; 25 where they are not.
-        frame_count: Number of frames announced; 0 if unknown.
-        damaged: Packets and frames so far that were broken.
-        reconnects: Connections so far after the first.
 
     Raises:
         VideoError: Another kind of address, or the first connection fails. Iterating raises it when the first
@@ -139,7 +129,7 @@ class NetworkStream:
         max_attempts: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.name = without_secrets(url)
+        super().__init__(without_secrets(url))
         scheme, found, rest = url.partition("://")
         scheme = scheme.lower()
         if not found or scheme not in _PROTOCOLS:
@@ -164,29 +154,20 @@ class NetworkStream:
         elif scheme in ("http", "https"):
             self._options |= {"reconnect": "1"}  # in the middle of a file
         elif scheme == "udp":
-            self._options |= {"overrun_nonfatal": "1"}  # who is late for some packets need not start anew
-        self._stopped = threading.Event()
-        self._attempts = self.damaged = self.reconnects = 0
+            self._options |= {"overrun_nonfatal": "1"}  # a reader that misses packets need not start anew
+        self._attempts = 0
         self._lost_by = ""
         self._connection = self._connect()
         container, stream = self._connection.container, self._connection.stream
         finite = scheme in ("http", "https") and _is_file(container)
-        self.live = not finite
-        self.frame_count = stream.frames if finite else 0
+        self.live, self.frame_count = not finite, stream.frames if finite else 0
         announced = float(stream.average_rate or stream.guessed_rate or 0)
         self.rate = frame_rate(announced if announced <= 240 or finite else 0, 25.0)  # 90000 is a clock, not a rate
         self._clock = _Clock(self.live, self.rate)
 
-    def __enter__(self) -> NetworkStream:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.stop()
         self._connection.close()
-
-    def stop(self) -> None:
-        """End the iteration within half a second, whatever it waits for. Any thread may call it."""
-        self._stopped.set()
 
     def __iter__(self) -> Iterator[TimedFrame]:
         seen = False
@@ -214,16 +195,12 @@ class NetworkStream:
                 break
             try:
                 decoded = packet.decode()
-            except (self._av.error.FFmpegError, ValueError):
+            except pictures.errors:
                 self.damaged += joined
                 continue
             for frame in decoded:
                 joined = True
-                self.damaged += bool(frame.is_corrupt)
-                try:
-                    image = pictures(frame)
-                except (self._av.error.FFmpegError, ValueError):
-                    self.damaged += 1
+                if (image := self._picture(pictures, frame)) is None:
                     continue
                 if self._stopped.is_set():
                     return
@@ -296,7 +273,7 @@ def _is_file(container: Any) -> bool:
 
 
 class _Connection:
-    """One connection, read by a thread of its own: FFmpeg cannot be interrupted, but whoever waits for the thread can.
+    """One connection, read by a thread of its own: FFmpeg cannot be interrupted, but a wait for the thread can.
 
     Args:
         open_: Returns a container and its video stream, both from PyAV; called by the thread.
@@ -337,13 +314,13 @@ class _Connection:
                 if not self._put(packet):
                     break
             self._put(None)
-        except Exception as error:  # whatever it is, it belongs to who waits
+        except Exception as error:  # whatever it is, the waiting thread gets it
             self._put(error)
         if self._closed.is_set() and self.container is not None:
             self.container.close()
 
     def _put(self, item: Any) -> bool:
-        """Hand over an item; return False if nobody wants it any more."""
+        """Hand over an item; return False if the connection is closed."""
         while not self._closed.is_set():
             with suppress(queue.Full):
                 self._items.put(item, timeout=_POLL_S)

@@ -7,7 +7,7 @@ with the frames that are ready, of all sources together:
 
 Both queues of a source are bounded. A file waits where they are full, so that no frame of it is lost; a live source
 loses its oldest frame, so that its results are never late. Batches are whatever is ready while the network is busy:
-nobody waits for a full one.
+no frame waits for a full one.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from trt_runtime.media.files import Source
 from trt_runtime.timing import StageTimer
 
 WAIT = "wait"
-"""Stage in which a live source has no frame yet: nobody works in it."""
+"""Stage in which a live source has no frame yet; no work is done in it."""
 
 
 class SeenFrame(NamedTuple):
     """A frame and its faces.
 
     Attributes:
-        image: uint8 (H, W, 3) BGR; nobody else needs it any more, so that it may be drawn on.
+        image: uint8 (H, W, 3) BGR; it is not used afterwards, so that it may be drawn on.
         number: Of the frame in its source, from 0.
         seconds: Time since the start of the source.
         faces: What was found in it or, if it was not `detected`, in the last frame that was.
@@ -338,7 +338,7 @@ class _Pipeline:
     def _choose(self) -> list[tuple[_Lane, _Item, bool]]:
         room = self.batch if self.calls < self.depth else 0
         chosen: list[tuple[_Lane, _Item, bool]] = []
-        start = self.turn % max(len(self.lanes), 1)  # everyone is first in turn
+        start = self.turn % max(len(self.lanes), 1)  # each lane is first in turn
         moved = True
         while moved:  # a frame of each source, then the next of each
             moved = False
@@ -360,7 +360,7 @@ class _Pipeline:
         timer = StageTimer()
         try:
             call = self.stream.submit([item.image for item in batch], timer)
-        except RetinaFaceError as error:  # a frame it refuses: whose it is comes out in `_faces`
+        except RetinaFaceError as error:  # it refuses a frame; `_faces` finds out which
             call = Future()
             call.set_exception(error)
         for slot, item in enumerate(batch):

@@ -27,8 +27,7 @@ from trt_runtime import TRTRetinaFace
 from trt_runtime.gpu import tensorrt_api
 from trt_runtime.gpu.engine import TrtEngine, check_runs_here
 from trt_runtime.gpu.sidecar import Profile, read_sidecar
-from trt_runtime.gpu.simulated import HostArray, HostDevice
-from trt_runtime.gpu.simulated_engine import MAX_BATCH, HostEngine
+from trt_runtime.gpu.simulated import MAX_BATCH, HostArray, HostDevice, HostEngine
 from trt_runtime.kernels import library
 from trt_runtime.timing import StageTimer
 
@@ -554,7 +553,7 @@ def test_a_context_reads_and_writes_where_it_was_told(network: HostEngine, astro
 
 def test_the_share_of_decoding_on_the_cpu(network: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([5.0, 8.0, 9.0])
-    monkeypatch.setattr("trt_runtime.gpu.simulated_engine.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("trt_runtime.gpu.simulated.time.perf_counter", lambda: next(ticks))
     assert network.run(np.zeros((1, 32, 32, 3), np.uint8))[1] == 0.25  # the network took 3, decoding 1
 
 

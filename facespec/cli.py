@@ -188,7 +188,8 @@ _quiet_stderr = -1
 def quiet_libraries() -> Iterator[None]:
     """Keep C libraries from writing to stderr, as libjpeg and libpng do about files that are reported anyway.
 
-    It acts on the whole process, so it is for commands, not for library code; threads may overlap in it.
+    It acts on the whole process, so it is for commands, not for library code; threads may overlap in it. What Python
+    prints to `sys.stderr` is seen: from the first call on, that is a stream of its own.
     """
     global _quiet_depth, _quiet_stderr
     with _quiet_lock:
@@ -198,6 +199,9 @@ def quiet_libraries() -> Iterator[None]:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, 2)
                 os.close(null)
+                if sys.stderr.fileno() == 2:
+                    encoding = sys.stderr.encoding
+                    sys.stderr = open(os.dup(_quiet_stderr), "w", 1, encoding, errors="backslashreplace")
         _quiet_depth += 1
     try:
         yield

@@ -239,14 +239,13 @@ def run(main: Callable[[], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
         name = f": {error.filename}" if error.filename else ""
         code = _fail(f"{error.strerror or error}{name}")
     try:
         sys.stdout.flush()
-    except OSError:  # no room for what was printed: Python would try again, and end in another way
+    except OSError:  # nobody reads it, or there is no room: Python would try again, and end in another way
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 

@@ -18,6 +18,9 @@ from facespec.errors import SpecError
 
 MAX_INTEGER, MAX_NUMBER, MAX_TEXT = 1 << 62, 1e30, 10_000
 
+short = reprlib.repr
+"""Returns a value for a message: short, whatever it is."""
+
 _T = TypeVar("_T")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -54,13 +57,14 @@ def build(kind: type[_T], data: object, name: str = "", by_hand: bool = False) -
     if not isinstance(data, dict):
         raise SpecError(f"{name} is missing or not an object")
     hints = typing.get_type_hints(kind)
-    problems = []
+    where = f"{name}: " if name else ""
     if unknown := sorted(data.keys() - hints):
-        problems.append(f"unknown fields {short(unknown)}{_suggestion(unknown[0], hints)}")
+        import difflib  # what few calls need does not slow the start of all
+
+        near = difflib.get_close_matches(unknown[0], hints, 1)
+        raise SpecError(f"{where}unknown fields {short(unknown)}{f': did you mean {near[0]}?' if near else ''}")
     if not by_hand and (missing := sorted(hints.keys() - data)):
-        problems.append(f"missing fields {short(missing)}")
-    if problems:
-        raise SpecError(f"{name}: {', '.join(problems)}" if name else ", ".join(problems))
+        raise SpecError(f"{where}missing fields {short(missing)}")
     start = f"{name}." if name else ""
     return kind(**{key: _convert(value, hints[key], f"{start}{key}", by_hand) for key, value in data.items()})
 
@@ -69,18 +73,6 @@ def check_types(instance: Any) -> None:
     """Raise SpecError unless the fields of a dataclass are what their annotations say."""
     for name, kind in typing.get_type_hints(type(instance)).items():
         _convert(getattr(instance, name), kind, name, False)
-
-
-def short(value: object) -> str:
-    """Return a value for a message: short, whatever it is."""
-    return reprlib.repr(value)
-
-
-def _suggestion(unknown: str, names: dict[str, Any]) -> str:
-    import difflib  # what few calls need does not slow the start of all
-
-    near = difflib.get_close_matches(unknown, names, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:

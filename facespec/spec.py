@@ -222,23 +222,13 @@ class ModelSpec:
         Raises:
             SpecError: Not JSON, unknown or missing fields, impossible values, or written by a newer version.
         """
-        return cls.from_plain(parse_json(text, "spec"))
-
-    @classmethod
-    def from_plain(cls, data: object) -> ModelSpec:
-        """Read what `to_json`'s form is once JSON is parsed.
-
-        Raises:
-            SpecError: Unknown or missing fields, impossible values, or written by a newer version.
-        """
-        if not isinstance(data, dict):
-            raise SpecError("spec is missing or not an object")
-        version = data.get("format")
-        if version != FORMAT_VERSION:
-            raise SpecError(
-                f"model spec has format {short(version)}, this version reads {FORMAT_VERSION}: export the model again"
-            )
-        return build(cls, {name: value for name, value in data.items() if name != "format"}, "spec")
+        data = parse_json(text, "spec")
+        version = data.pop("format", None)
+        _require(
+            version == FORMAT_VERSION,
+            f"model spec has format {short(version)}, this version reads {FORMAT_VERSION}: export the model again",
+        )
+        return build(cls, data, "spec")
 
     def sha256(self) -> str:
         """Return a stable hash: the same on every machine and in every session."""

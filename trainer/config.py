@@ -283,7 +283,7 @@ def resolve(said: Settings, base: Settings | None = None) -> TrainConfig:
     """Return the config of what was said in a YAML file and by flags.
 
     Args:
-        said: Settings given by the user; see `merge`.
+        said: Settings given by the user.
         base: What holds where nothing is said, beneath the recipe: the settings of a run that is resumed.
 
     Raises:
@@ -310,7 +310,7 @@ def from_settings(settings: Settings) -> TrainConfig:
         section, _, last = name.rpartition(".")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1) or [
-                full for full in known if full.rpartition(".")[2] == last
+                full for full in known if f".{full}".endswith(f".{last}")
             ]
             hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
             raise ConfigError(f"unknown setting {name!r}{hint}")

@@ -60,12 +60,10 @@ def test_numbers_stay_as_they_were_written() -> None:
 
 
 def test_fields_that_are_unknown_or_missing() -> None:
-    for data, words in (
-        ({"focal_mm": 1}, r"^missing fields \['apertures'\]$"),
-        ({"focal_mn": 1}, r"^unknown fields \['focal_mn'\] \(did you mean focal_mm\?\), missing fields \['aper"),
-    ):
-        with pytest.raises(SpecError, match=words):
-            build(Lens, data)
+    with pytest.raises(SpecError, match=r"^missing fields \['apertures'\]$"):
+        build(Lens, {"focal_mm": 1})
+    with pytest.raises(SpecError, match=r"^unknown fields \['focal_mn'\]: did you mean focal_mm\?$"):
+        build(Lens, {"focal_mn": 1})
     assert build(Camera, {"lens": {"focal_mm": 7}}, by_hand=True) == Camera(lens=Lens(7.0))
     with pytest.raises(SpecError, match=r"^unknown fields \['zoom'\]$"):
         build(Lens, {"zoom": 1}, by_hand=True)

@@ -173,7 +173,7 @@ class Sidecar:
             raise SpecError("it is not as it was written: its own hash differs")
         del data["format"]
         if "spec" in data:
-            data["spec"] = ModelSpec.from_plain(data["spec"])
+            data["spec"] = ModelSpec.from_json(json.dumps(data["spec"]))
         return build(cls, data)
 
 

@@ -83,7 +83,7 @@ def test_shares_of_the_precisions(sidecar: Sidecar) -> None:
 )
 def test_impossible_values(sidecar: Sidecar, name: str, wrong: object) -> None:
     data = json.loads(sidecar.to_json())
-    words = r"(\[.*\])? is (not what it should be: |.*: expected |too long$|missing or not an object$)"
+    words = r"(\[.*\])?( is (not what it should be: |.*: expected |too long$)|: not a JSON object$)"
     with pytest.raises(SpecError, match=f"^{name}{words}"):
         Sidecar.from_json(_sealed({**data, name: wrong}))
 
@@ -147,7 +147,7 @@ def test_text_that_is_no_sidecar(sidecar: Sidecar) -> None:
     del without["parity"]
     with pytest.raises(SpecError, match=r"^missing fields \['parity'\]$"):
         Sidecar.from_json(_sealed(dict(without)))
-    with pytest.raises(SpecError, match=r"^unknown fields \['extra'\], missing fields \['parity'\]$"):
+    with pytest.raises(SpecError, match=r"^unknown fields \['extra'\]$"):
         Sidecar.from_json(_sealed({**without, "extra": 1}))
     spec = {**data["spec"], "decode": {**data["spec"]["decode"], "top_k": 0}}
     with pytest.raises(SpecError, match="top_k"):

@@ -18,10 +18,9 @@ from facespec.errors import SpecError
 
 MAX_INTEGER, MAX_NUMBER, MAX_TEXT = 1 << 62, 1e30, 10_000
 
-short = reprlib.repr
-"""Returns a value for a message: short, whatever it is."""
-
 _T = TypeVar("_T")
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -73,6 +72,11 @@ def check_types(instance: Any) -> None:
     """Raise SpecError unless the fields of a dataclass are what their annotations say."""
     for name, kind in typing.get_type_hints(type(instance)).items():
         _convert(getattr(instance, name), kind, name, False)
+
+
+def short(value: object) -> str:
+    """Return a value for a message: at most 200 characters, whatever it is."""
+    return _REPR.repr(value)[:200]
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:

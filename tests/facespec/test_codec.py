@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facespec.codec import MAX_TEXT, build, check_types, parse_json
+from facespec.codec import MAX_TEXT, build, check_types, parse_json, short
 from facespec.errors import RetinaFaceError, SpecError
 
 
@@ -112,7 +112,10 @@ def test_text_that_holds_no_object(text: str | bytes) -> None:
 
 deep = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["lens", "films"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9) | st.just("lens"), inner, max_size=3)
+    ),
+    max_leaves=10,
 )
 
 
@@ -123,4 +126,12 @@ def test_whatever_data_holds_it_is_read_or_refused_in_one_short_line(data: dict[
         check_types(build(Camera, data, by_hand=by_hand))
     except RetinaFaceError as error:
         message = str(error)
-    assert len(message) < 1000
+    assert len(message) < 300
+
+
+def test_values_in_messages_are_short() -> None:
+    wide: Any = "x"
+    for _ in range(9):
+        wide = [wide] * 9
+    assert len(short(wide)) == 200
+    assert short([1, "a"]) == "[1, 'a']"

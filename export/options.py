@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from facespec.cli import ArgumentParser
+from facespec.codec import build, parse_json
 from facespec.errors import DataError, SpecError
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
@@ -104,11 +105,8 @@ class Int8Recipe:
     float_layers: tuple[str, ...] = ("/stage1.1.3/", "/stage1.2.3/", "/stage1.3.3/", "/stage1.4.3/", "/heads.")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.equalize, bool) or not isinstance(self.float_depthwise, bool):
-            raise SpecError("equalize and float_depthwise are true or false")
-        names = self.float_layers
-        if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
-            raise SpecError("float_layers is a list of parts of names")
+        if not all(self.float_layers):
+            raise SpecError("float_layers is a list of parts of names; one is empty")
 
     def keeps_float(self, node: onnx.NodeProto) -> bool:
         """Whether a convolution stays in float."""
@@ -130,19 +128,11 @@ def load_recipe(path: Path) -> Int8Recipe:
     Raises:
         SpecError: Missing, not JSON, or with other fields or values.
     """
-    names = [item.name for item in fields(Int8Recipe)]
     try:
         with path.open("rb") as file:
-            data = json.loads(file.read(MAX_RECIPE_BYTES))
+            return build(Int8Recipe, parse_json(file.read(MAX_RECIPE_BYTES), "recipe"), by_hand=True)
     except OSError as error:
         raise SpecError(f"{path}: the recipe cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise SpecError(f"{path}: not a recipe in JSON ({error})") from None
-    if not isinstance(data, dict) or not set(data) <= set(names):
-        raise SpecError(f"{path}: not a recipe: expected an object with {', '.join(names)}")
-    layers = data.get("float_layers")
-    try:
-        return Int8Recipe(**{**data, "float_layers": tuple(layers)} if isinstance(layers, list) else data)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from None
 
@@ -162,9 +152,9 @@ def add_precision_arguments(parser: ArgumentParser) -> None:
         metavar="NAME|PATH",
         help="images to calibrate --int8 on: widerface_val, widerface_train, a folder, or demo (a last resort)",
     )
-    calibration = CalibrationOptions("demo")
-    parser.add_argument("--images", type=int, default=calibration.images, help="how many of them at most")
-    parser.add_argument("--seed", type=int, default=calibration.seed, help="of their choice")
+    default = CalibrationOptions(DEMO)
+    parser.add_argument("--images", type=int, default=default.images, help="how many of them at most")
+    parser.add_argument("--seed", type=int, default=default.seed, help="of their choice")
     parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
     parser.add_argument(
         "--int8-recipe",

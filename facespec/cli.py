@@ -199,7 +199,8 @@ _quiet_stderr = -1
 def quiet_libraries() -> Iterator[None]:
     """Keep C libraries from writing to stderr, as libjpeg and libpng do about files that are reported anyway.
 
-    It acts on the whole process, so it is for commands, not for library code; threads may overlap in it.
+    It acts on the whole process, so it is for commands, not for library code; threads may overlap in it. What Python
+    prints to `sys.stderr` is seen: from the first call on, that is a stream of its own.
     """
     global _quiet_depth, _quiet_stderr
     with _quiet_lock:
@@ -209,6 +210,9 @@ def quiet_libraries() -> Iterator[None]:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, 2)
                 os.close(null)
+                if sys.stderr.fileno() == 2:
+                    encoding = sys.stderr.encoding
+                    sys.stderr = open(os.dup(_quiet_stderr), "w", 1, encoding, errors="backslashreplace")
         _quiet_depth += 1
     try:
         yield
@@ -246,14 +250,13 @@ def run(main: Callable[[], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
         name = f": {error.filename}" if error.filename else ""
         code = _fail(f"{error.strerror or error}{name}")
     try:
         sys.stdout.flush()
-    except OSError:  # no room for what was printed: Python would try again, and end in another way
+    except OSError:  # nobody reads it, or there is no room: Python would try again, and end in another way
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Reading image files that nobody has vouched for.
+"""Reading image files that may be damaged or hostile.
 
 The size is read from the header before anything is decoded, so that a small file cannot demand gigabytes; a file that
 ends early is refused, where cv2 would fill the rest with grey and say nothing.
@@ -28,15 +28,12 @@ MAX_FILE_BYTES = 256 << 20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 
 
-class _TruncatedError(Exception):
-    """The data ends before the image does."""
-
-
+# these return (width, height), and raise EOFError or struct.error where the data ends before the image does
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     size, position = None, 2
     while position + 4 <= len(data):
         if data[position] != 0xFF:
-            raise _TruncatedError
+            raise EOFError
         marker = data[position + 1]
         if marker == 0xFF:  # fill byte
             position += 1
@@ -44,7 +41,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             position += 2
         elif marker == 0xDA:  # start of scan: pixels follow, the end-of-image marker must come after them
             if size is None or data.rfind(b"\xff\xd9") < position:
-                raise _TruncatedError
+                raise EOFError
             return size
         else:
             length = int.from_bytes(data[position + 2 : position + 4], "big")
@@ -52,20 +49,20 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
                 height, width = struct.unpack_from(">HH", data, position + 5)
                 size = width, height
             position += 2 + length
-    raise _TruncatedError
+    raise EOFError
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
     kind, width, height = struct.unpack_from(">4sII", data, 12)
     if kind != b"IHDR":
-        raise _TruncatedError
+        raise EOFError
     position = 8
     while position + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
         if data[position + 4 : position + 8] == b"IEND":
             return width, height
         position += 12 + length
-    raise _TruncatedError
+    raise EOFError
 
 
 def _bmp_size(data: bytes) -> tuple[int, int]:
@@ -76,13 +73,13 @@ def _bmp_size(data: bytes) -> tuple[int, int]:
     else:
         width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
     if compression in (0, 3) and len(data) < start + (width * bits + 31) // 32 * 4 * abs(height):
-        raise _TruncatedError
+        raise EOFError
     return width, abs(height)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
     if len(data) < 8 + struct.unpack_from("<I", data, 4)[0]:
-        raise _TruncatedError
+        raise EOFError
     kind = data[12:16]
     if kind == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
@@ -102,7 +99,7 @@ def _tiff_size(data: bytes) -> tuple[int, int]:
         tag, kind, count = struct.unpack_from(order + "HHI", data, offset + 2 + 12 * index)
         if tag in (256, 257):
             if tag in tags or kind not in (3, 4) or count != 1:  # readers differ in what they make of these
-                raise _TruncatedError
+                raise EOFError
             (tags[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, offset + 10 + 12 * index)
     return tags.get(256, 0), tags.get(257, 0)
 
@@ -114,7 +111,7 @@ _PNM_MAXIMUM = re.compile(rb"(?:\s|#[^\n]*\n)*(\d{1,5})\s")
 def _pnm_size(data: bytes) -> tuple[int, int]:
     match = _PNM_HEADER.match(data[:4096])
     if not match:
-        raise _TruncatedError
+        raise EOFError
     kind, width, height = int(match[1]), int(match[2]), int(match[3])
     start, row = match.end(), width
     if kind == 4:
@@ -122,11 +119,11 @@ def _pnm_size(data: bytes) -> tuple[int, int]:
     elif kind in (5, 6):
         maximum = _PNM_MAXIMUM.match(data, start, start + 4096)
         if not maximum:
-            raise _TruncatedError
+            raise EOFError
         start = maximum.end()
         row = width * (3 if kind == 6 else 1) * (2 if int(maximum[1]) > 255 else 1)
     if len(data) < start + row * height:
-        raise _TruncatedError
+        raise EOFError
     return width, height
 
 
@@ -164,7 +161,7 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
     kind, read_size = known
     try:
         width, height = read_size(data)
-    except (_TruncatedError, struct.error):
+    except (EOFError, struct.error):
         raise ImageError(f"{name}: the {kind} file is truncated or damaged") from None
     if width <= 0 or height <= 0:
         raise ImageError(f"{name}: the {kind} header gives no size ({width}x{height})")

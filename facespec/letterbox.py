@@ -29,15 +29,11 @@ def check_frame(frame: object) -> Frame:
     if not isinstance(frame, np.ndarray):
         raise FrameError(f"frame must be a numpy array (uint8, HxWx3, BGR), got {type(frame).__name__}")
     found = f"{frame.dtype} of shape {frame.shape}"
-    if frame.ndim == 2 or (frame.ndim == 3 and frame.shape[2] == 1):
-        raise FrameError(
-            f"frame must be uint8 HxWx3 BGR, got {found}: cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR) mends it"
-        )
-    if frame.ndim == 3 and frame.shape[2] == 4:
-        raise FrameError(
-            f"frame must be uint8 HxWx3 BGR, got {found}: cv2.cvtColor(frame, cv2.COLOR_BGRA2BGR) mends it"
-        )
-    if frame.ndim != 3 or frame.shape[2] != 3:
+    channels = frame.shape[2] if frame.ndim == 3 else 1 if frame.ndim == 2 else 0
+    if channels in (1, 4):
+        code = "COLOR_GRAY2BGR" if channels == 1 else "COLOR_BGRA2BGR"
+        raise FrameError(f"frame must be uint8 HxWx3 BGR, got {found}: cv2.cvtColor(frame, cv2.{code}) mends it")
+    if channels != 3:
         raise FrameError(f"frame must be uint8 HxWx3 BGR, got {found}; several frames go to detect_batch as a list")
     if frame.dtype != np.uint8:
         raise FrameError(f"frame must be uint8 with values 0..255, got {found}")

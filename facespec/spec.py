@@ -8,8 +8,8 @@ import json
 import math
 import struct
 from dataclasses import dataclass, field
-from typing import Any
 
+from facespec.codec import build, check_types, parse_json, short
 from facespec.errors import SpecError
 
 FORMAT_VERSION = 1
@@ -32,24 +32,15 @@ MAX_NETWORK_PIXELS = 4096 * 4096
 mobilenet0.25 and 4 GB for resnet50."""
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt")
-ENGINE_SUFFIXES = (".engine", ".plan")
 """How the names of PyTorch checkpoints end."""
+
+ENGINE_SUFFIXES = (".engine", ".plan")
+"""How the names of TensorRT engines end."""
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise SpecError(message)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    # the bound comes first: an integer may be too large for math.isfinite
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
-    )
 
 
 def _single(value: float) -> float:
@@ -67,11 +58,12 @@ class AnchorSpec:
     """
 
     strides: tuple[int, ...] = (8, 16, 32)
-    min_sizes: tuple[tuple[int, ...], ...] = ((16, 32), (64, 128), (256, 512))
+    min_sizes: tuple[tuple[float, ...], ...] = ((16, 32), (64, 128), (256, 512))
 
     def __post_init__(self) -> None:
+        check_types(self)
         _require(
-            all(_is_int(s) and 0 < s <= 1024 for s in self.strides) and list(self.strides) == sorted(set(self.strides)),
+            all(0 < s <= 1024 for s in self.strides) and list(self.strides) == sorted(set(self.strides)),
             f"strides must be ascending positive integers, got {self.strides}",
         )
         _require(
@@ -83,7 +75,7 @@ class AnchorSpec:
             f"every level must have the same number of min_sizes, got {self.min_sizes}",
         )
         _require(
-            all(_is_number(size) and _single(size) > 0 for level in self.min_sizes for size in level),
+            all(_single(size) > 0 for level in self.min_sizes for size in level),
             f"min_sizes must be positive, got {self.min_sizes}",
         )
 
@@ -112,10 +104,9 @@ class PreprocessSpec:
     mean_bgr: tuple[int, int, int] = (104, 117, 123)
 
     def __post_init__(self) -> None:
-        _require(
-            len(self.mean_bgr) == 3 and all(_is_int(v) and 0 <= v <= 255 for v in self.mean_bgr),
-            f"mean_bgr must be three integers in 0..255, got {self.mean_bgr}",
-        )
+        check_types(self)
+        in_range = all(0 <= value <= 255 for value in self.mean_bgr)
+        _require(in_range, f"mean_bgr must be three integers in 0..255, got {self.mean_bgr}")
 
 
 @dataclass(frozen=True)
@@ -140,21 +131,18 @@ class DecodeSpec:
     max_detections: int = 750
 
     def __post_init__(self) -> None:
+        check_types(self)
         _require(
-            len(self.variances) == 2 and all(_is_number(v) and _single(v) > 0 for v in self.variances),
+            all(_single(value) > 0 for value in self.variances),
             f"variances must be two positive numbers, got {self.variances}",
         )
+        _require(0 < self.score_threshold < 1, f"score_threshold must lie between 0 and 1, got {self.score_threshold}")
         _require(
-            _is_number(self.score_threshold) and 0 < self.score_threshold < 1,
-            f"score_threshold must lie between 0 and 1, got {self.score_threshold}",
-        )
-        _require(
-            _is_number(self.iou_threshold) and 0 < _single(self.iou_threshold) < 1,
-            f"iou_threshold must lie between 0 and 1, got {self.iou_threshold}",
+            0 < _single(self.iou_threshold) < 1, f"iou_threshold must lie between 0 and 1, got {self.iou_threshold}"
         )
         for name in ("top_k", "max_detections"):
             value = getattr(self, name)
-            _require(_is_int(value) and 0 < value <= 1_000_000, f"{name} must be in 1..1000000, got {value}")
+            _require(0 < value <= 1_000_000, f"{name} must be in 1..1000000, got {value}")
 
     @property
     def logit_threshold(self) -> float:
@@ -181,9 +169,8 @@ class DecodeSpec:
         """
         if requested is None:
             return max(DEFAULT_SCORE_THRESHOLD, self.score_threshold)
-        _require(
-            _is_number(requested) and 0 < requested < 1, f"score threshold must lie between 0 and 1, got {requested!r}"
-        )
+        possible = isinstance(requested, (int, float)) and 0 < requested < 1
+        _require(possible, f"score threshold must lie between 0 and 1, got {requested!r}")
         _require(
             requested >= self.score_threshold,
             f"score threshold {requested:g} is below the model's floor of {self.score_threshold:g}: "
@@ -213,15 +200,14 @@ class ModelSpec:
     decode: DecodeSpec = field(default_factory=DecodeSpec)
 
     def __post_init__(self) -> None:
+        check_types(self)
+        _require(bool(self.backbone), f"backbone must be a name, got {self.backbone!r}")
         _require(
-            isinstance(self.backbone, str) and bool(self.backbone), f"backbone must be a name, got {self.backbone!r}"
-        )
-        _require(
-            _is_int(self.fpn_channels) and 0 < self.fpn_channels <= 2048 and self.fpn_channels % 4 == 0,
+            0 < self.fpn_channels <= 2048 and self.fpn_channels % 4 == 0,
             f"fpn_channels must be a multiple of 4 up to 2048, got {self.fpn_channels}",
         )
         _require(
-            isinstance(self.weights_sha256, str) and len(self.weights_sha256) in (0, 64),
+            len(self.weights_sha256) in (0, 64),
             f"weights_sha256 must be 64 hex digits or empty, got {self.weights_sha256!r}",
         )
 
@@ -236,40 +222,17 @@ class ModelSpec:
         Raises:
             SpecError: Not JSON, unknown or missing fields, impossible values, or written by a newer version.
         """
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SpecError(f"model spec is not JSON: {error}") from None
-        _require(isinstance(data, dict), "model spec is not a JSON object")
+        data = parse_json(text, "spec")
         version = data.pop("format", None)
         _require(
             version == FORMAT_VERSION,
-            f"model spec has format {version!r}, this version reads {FORMAT_VERSION}: export the model again",
+            f"model spec has format {short(version)}, this version reads {FORMAT_VERSION}: export the model again",
         )
-        parts = {"anchors": AnchorSpec, "preprocess": PreprocessSpec, "decode": DecodeSpec}
-        built = {name: _build(kind, data.pop(name, None), name) for name, kind in parts.items()}
-        return _build(cls, {**data, **built}, "model spec")
+        return build(cls, data, "spec")
 
     def sha256(self) -> str:
         """Return a stable hash: the same on every machine and in every session."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _build(kind: Any, data: Any, where: str) -> Any:
-    _require(isinstance(data, dict), f"{where} is missing or not an object")
-    expected = {f.name for f in dataclasses.fields(kind)}
-    if set(data) != expected:
-        raise SpecError(
-            f"{where}: unknown fields {sorted(set(data) - expected)}, missing fields {sorted(expected - set(data))}"
-        )
-    try:
-        return kind(**{name: _tuples(value) for name, value in data.items()})
-    except TypeError as error:
-        raise SpecError(f"{where}: {error}") from None
 
 
 NetworkSize = tuple[int, int] | int | None
@@ -312,13 +275,13 @@ def _side(digits: str) -> int:
 
 def check_size(size_hw: tuple[int, int] | int) -> None:
     """Raise SpecError unless (height, width), or the length of the longer side, is a size a network can have."""
-    if _is_int(size_hw):
-        size_hw = (int(size_hw), int(size_hw))  # type: ignore[arg-type]
-    if not isinstance(size_hw, (tuple, list)) or len(size_hw) != 2 or not all(_is_int(side) for side in size_hw):
+    sides = (size_hw, size_hw) if isinstance(size_hw, int) else size_hw
+    if not isinstance(sides, (tuple, list)) or [type(side) for side in sides] != [int, int]:
         raise SpecError(f"network size must be (height, width) or one number, got {size_hw!r}")
-    for value in size_hw:
+    height, width = sides
+    for value in sides:
         if value % SIZE_MULTIPLE or value <= 0:
             nearest = min(max(round(value / SIZE_MULTIPLE), 1), 128) * SIZE_MULTIPLE
             raise SpecError(f"network size: {value} is not a multiple of {SIZE_MULTIPLE}; try {nearest}")
-    if size_hw[0] * size_hw[1] > MAX_NETWORK_PIXELS:
-        raise SpecError(f"network size {size_hw[0]}x{size_hw[1]} is more than {MAX_NETWORK_PIXELS} pixels")
+    if height * width > MAX_NETWORK_PIXELS:
+        raise SpecError(f"network size {height}x{width} is more than {MAX_NETWORK_PIXELS} pixels")

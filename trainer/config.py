@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import json
 import os
-import reprlib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from facespec.cli import require
-from facespec.errors import ConfigError
+from facespec.codec import build, short
+from facespec.errors import ConfigError, SpecError
 from facespec.files import write_text
 from facespec.spec import DEFAULT_WEIGHTS, check_size
 from trainer.backbones import BACKBONES
@@ -35,7 +33,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name} is {value!r}: choose from {', '.join(choices)}")
+    _require(value in choices, f"{name} is {short(value)}: choose from {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -222,14 +220,22 @@ class TrainConfig:
 
 def to_settings(config: Any) -> Settings:
     """Return the settings of a config, tuples as lists."""
+    return flatten(_plain(config))
+
+
+def flatten(content: Mapping[Any, Any], prefix: str = "") -> Settings:
+    """Return settings from nested sections."""
     settings: Settings = {}
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if dataclasses.is_dataclass(value):
-            settings |= {f"{entry.name}.{name}": inner for name, inner in to_settings(value).items()}
-        else:
-            settings[entry.name] = list(value) if isinstance(value, tuple) else value
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        settings |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return settings
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Return a config as dicts and lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
 
 
 RECIPES: dict[str, Settings] = {
@@ -277,7 +283,7 @@ def resolve(said: Settings, base: Settings | None = None) -> TrainConfig:
     """Return the config of what was said in a YAML file and by flags.
 
     Args:
-        said: Settings given by the user; see `merge`.
+        said: Settings given by the user.
         base: What holds where nothing is said, beneath the recipe: the settings of a run that is resumed.
 
     Raises:
@@ -285,7 +291,6 @@ def resolve(said: Settings, base: Settings | None = None) -> TrainConfig:
     """
     base = base or {}
     recipe, overfit = said.get("recipe", "default"), said.get("data.overfit", 0)
-    _require(isinstance(recipe, str), f"recipe is {_short(recipe)}: expected a text")
     _one_of("recipe", recipe, tuple(RECIPES))
     # what a run that is resumed started from is in its settings already
     recipes = RECIPES[recipe] if recipe != base.get("recipe") else {}
@@ -299,15 +304,22 @@ def from_settings(settings: Settings) -> TrainConfig:
     Raises:
         ConfigError: A setting is unknown, of another type, or impossible.
     """
-    known = _types(TrainConfig)
-    for name in settings:
+    known = list(to_settings(TrainConfig()))
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        section, _, last = name.rpartition(".")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1) or [
-                full for full in known if full.rpartition(".")[2] == name.rpartition(".")[2]
+                full for full in known if f".{full}".endswith(f".{last}")
             ]
             hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
             raise ConfigError(f"unknown setting {name!r}{hint}")
-    return _build(TrainConfig, {name: _convert(value, known[name], name) for name, value in settings.items()})
+        values = nested.setdefault(section, {}) if section else nested
+        values[last] = value
+    try:
+        return build(TrainConfig, nested, by_hand=True)
+    except SpecError as error:
+        raise ConfigError(str(error)) from None
 
 
 def changed(old: TrainConfig, new: TrainConfig) -> list[str]:
@@ -328,11 +340,11 @@ def read_yaml(path: Path) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     content = parse_yaml(text, str(path))
-    _require(
-        content is None or isinstance(content, dict), f"{path}: expected settings by name, found {_short(content)}"
-    )
+    content = {} if content is None else content
+    _require(isinstance(content, dict), f"{path}: expected settings by name, found {short(content)}")
+    sections = [name for name, value in _plain(TrainConfig()).items() if isinstance(value, dict)]
     try:
-        return flatten(content or {})
+        return flatten({name: value for name, value in content.items() if value is not None or name not in sections})
     except RecursionError:
         raise ConfigError(f"{path}: cannot be read (it contains itself)") from None
 
@@ -351,75 +363,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: cannot be read ({' '.join(str(error).split())[:200]})") from None
 
 
-def _short(value: Any) -> str:
-    """Return a value for a message: short, whatever it is."""
-    return reprlib.repr(value)
-
-
 def write_yaml(path: Path, config: TrainConfig) -> None:
     """Write all settings, so that `read_yaml` gives the same config back."""
     yaml = require("yaml", "train", f"writing {path}")
-    write_text(path, yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
-
-
-def flatten(content: Mapping[Any, Any], prefix: str = "") -> Settings:
-    """Return settings from nested sections."""
-    sections = {name.partition(".")[0] for name in _types(TrainConfig) if "." in name}
-    settings: Settings = {}
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        if value is None and name in sections:
-            continue  # a section without settings
-        settings |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return settings
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _types(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every setting under a config class."""
-    found: dict[str, Any] = {}
-    for name, inner in typing.get_type_hints(kind).items():
-        found |= _types(inner, f"{prefix}{name}.") if dataclasses.is_dataclass(inner) else {f"{prefix}{name}": inner}
-    return found
-
-
-def _build(kind: Any, settings: Settings) -> Any:
-    values: dict[str, Any] = {}
-    for name, inner in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(inner):
-            start = f"{name}."
-            part = {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
-            values[name] = _build(inner, part)
-        elif name in settings:
-            values[name] = settings[name]
-    return kind(**values)
-
-
-def _convert(value: Any, kind: Any, name: str) -> Any:
-    """Return `value` as the type of a field, or refuse it."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return (
-            None if value is None else _convert(value, next(part for part in parts if part is not types.NoneType), name)
-        )
-    if origin is tuple and isinstance(value, (list, tuple)):
-        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        _require(len(kinds) == len(value), f"{name} is {_short(value)}: expected {len(kinds)} values")
-        return tuple(_convert(item, part, name) for item, part in zip(value, kinds, strict=True))
-    if kind is float and isinstance(value, str):  # YAML takes 1e-3, without a point, for text
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 1 << 1000 else math.inf
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    _require(type(value) is kind, f"{name} is {_short(value)}: expected {words.get(kind, 'a list')}")
-    _require(kind is not int or abs(value) < 1 << 62, f"{name} is too large")
-    _require(kind is not float or abs(value) < math.inf, f"{name} is {value}: expected a finite number")
-    return value
+    write_text(path, yaml.safe_dump(_plain(config), sort_keys=False))

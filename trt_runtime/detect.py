@@ -269,9 +269,8 @@ def _run_images(
 
 
 def _run_videos(targets: dict[str, Path], detector: RetinaFaceDetector, sink: _Sink, summary: Summary) -> None:
-    opened: list[str] = []
     jobs = [
-        Job(_label(source), partial(_open, source, opened), partial(_output, _label(source), targets.get(source), sink))
+        Job(_label(source), partial(_open, source), partial(_output, _label(source), targets.get(source), sink))
         for source in sink.options.sources
     ]
     told: set[str] = set()
@@ -280,8 +279,7 @@ def _run_videos(targets: dict[str, Path], detector: RetinaFaceDetector, sink: _S
 
         def tick(reports: list[SourceReport]) -> bool:
             for report in reports:
-                # while sources are opened stderr is closed to libraries, and to us
-                if len(opened) == len(jobs) and report.error and not sink.single and report.name not in told:
+                if report.error and not sink.single and report.name not in told:
                     told.add(report.name)
                     summary.failures.append(str(report.error))
                     sink.fail(report.name, report.error)
@@ -307,12 +305,9 @@ def _run_videos(targets: dict[str, Path], detector: RetinaFaceDetector, sink: _S
             raise source.error  # there is nothing worth keeping
 
 
-def _open(source: str, opened: list[str]) -> Source:
-    try:
-        with quiet_libraries():  # OpenCV prints a message of its own for a missing camera
-            return open_source(source)
-    finally:
-        opened.append(source)
+def _open(source: str) -> Source:
+    with quiet_libraries():  # OpenCV prints a message of its own for a missing camera
+        return open_source(source)
 
 
 @contextmanager

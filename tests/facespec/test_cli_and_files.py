@@ -397,6 +397,17 @@ def test_silence_ends_however_threads_overlap(capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr().err == "heard"
 
 
+def test_python_is_heard_while_libraries_are_quiet() -> None:
+    body = """
+    for _ in range(2):
+        with quiet_libraries():
+            os.write(2, b'noise')
+            print('ours \\u00e9', file=sys.stderr)
+        os.write(2, b'heard ')
+    return 0"""
+    assert _run(body, "import os").stderr == "ours \u00e9\nheard " * 2
+
+
 def test_silence_where_stderr_is_closed() -> None:
     body = "with quiet_libraries(): print('done')\n    return 0"
     result = _run(body, "import os\nos.close(2)")

@@ -206,6 +206,7 @@ def test_views_and_other_memory_orders_give_the_same_image() -> None:
         (np.zeros((4, 4, 1), np.uint8), "GRAY2BGR"),
         (np.zeros((4, 4, 4), np.uint8), "BGRA2BGR"),
         (np.zeros((3, 4, 5), np.uint8), "HxWx3"),
+        (np.zeros((), np.uint8), "HxWx3"),
         (np.zeros((2, 4, 4, 3), np.uint8), "detect_batch"),
         (np.zeros((0, 4, 3), np.uint8), "empty"),
         (np.zeros((4, 0, 3), np.uint8), "empty"),

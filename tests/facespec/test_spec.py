@@ -134,7 +134,7 @@ NAN, HUGE = float("nan"), 10**400
         (AnchorSpec, {"strides": (8, 16), "min_sizes": ((1,), (0,))}, {"must be positive"}),
         (AnchorSpec, {"strides": (8, 16), "min_sizes": ((1,), (-2,))}, {"must be positive"}),
         (AnchorSpec, {"strides": (8, 16), "min_sizes": ((1,), (1e-60,))}, {"must be positive"}),  # 0 in float32
-        (AnchorSpec, {"strides": (8, 16), "min_sizes": ((1,), (HUGE,))}, {"must be positive"}),
+        (AnchorSpec, {"strides": (8, 16), "min_sizes": ((1,), (HUGE,))}, {"min_sizes", "finite"}),
         (PreprocessSpec, {"mean_bgr": (0, 255, 0)}, {}),
         (PreprocessSpec, {"mean_bgr": (0, 255)}, {"mean_bgr"}),
         (PreprocessSpec, {"mean_bgr": (-1, 0, 0)}, {"mean_bgr"}),

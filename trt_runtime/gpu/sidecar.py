@@ -8,10 +8,12 @@ import json
 import mmap
 import struct
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from facespec.codec import build, parse_json
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, check_size
 from trt_runtime.kernels import PLUGIN
@@ -128,6 +130,17 @@ class Sidecar:
     toolkit: str
     command: str
 
+    def __post_init__(self) -> None:
+        possible = {
+            "engine_bytes": _are_counts([self.engine_bytes]),
+            "compute_capabilities": _are_counts(self.compute_capabilities),
+            "convolutions": bool(self.convolutions) and _are_counts(count for count, _ in self.convolutions.values()),
+            "profile": _is_profile(self.profile),
+        }
+        for name, right in possible.items():
+            if not right:
+                raise SpecError(f"{name} is not what it should be: {json.dumps(getattr(self, name))[:80]}")
+
     @property
     def mac_shares(self) -> dict[str, float]:
         """Share of the convolutions' multiply-accumulates in each precision, the greatest first."""
@@ -148,72 +161,36 @@ class Sidecar:
         Raises:
             SpecError: The text has another form, was edited or written by another version, or a value is impossible.
         """
+        data = parse_json(text, "sidecar")
+        if data.get("format") != FORMAT_VERSION:
+            raise SpecError(f"not a sidecar of format {FORMAT_VERSION}")
+        digest = data.pop(_SELF_HASH, None)
         try:
-            data = json.loads(text)
-            if not isinstance(data, dict) or data.get("format") != FORMAT_VERSION:
-                raise SpecError(f"not a sidecar of format {FORMAT_VERSION}")
-            digest = data.pop(_SELF_HASH, None)
-            if digest != _digest(data):
-                raise SpecError("it is not as it was written: its own hash differs")
-        except SpecError:
-            raise
-        except (ValueError, RecursionError) as error:  # the digest may recurse deeper than json.loads did
-            raise SpecError(f"not JSON: {error}") from None
+            changed = digest != _digest(data)
+        except RecursionError:  # writing may recurse deeper than reading did
+            changed = True
+        if changed:
+            raise SpecError("it is not as it was written: its own hash differs")
         del data["format"]
-        names = {item.name for item in dataclasses.fields(cls)}
-        if set(data) != names:
-            raise SpecError(f"fields missing or unknown: {sorted(set(data) ^ names)}")
-        for name, is_right in _CHECKS.items():
-            if not is_right(data[name]):
-                raise SpecError(f"{name} is not what it should be: {json.dumps(data[name])[:80]}")
-        data["spec"] = ModelSpec.from_json(json.dumps(data["spec"]))
-        data["compute_capabilities"] = tuple(data["compute_capabilities"])
-        data["convolutions"] = {name: tuple(found) for name, found in data["convolutions"].items()}
-        data["profile"] = {name: tuple(shape) for name, shape in data["profile"].items()}
-        return cls(**data)
+        if "spec" in data:
+            data["spec"] = ModelSpec.from_json(json.dumps(data["spec"]))
+        return build(cls, data)
 
 
 def _digest(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) < 10_000
+def _are_counts(numbers: Iterable[int]) -> bool:
+    return all(0 < number < 1 << 48 for number in numbers)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 48
-
-
-def _are_convolutions(value: Any) -> bool:
-    pairs = value.values() if isinstance(value, dict) else [None]
-    return bool(value) and all(
-        isinstance(pair, list) and len(pair) == 2 and _is_count(pair[0]) and _is_text(pair[1]) for pair in pairs
-    )
-
-
-def _is_profile(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) != {"min", "opt", "max"}:
+def _is_profile(shapes: dict[str, tuple[int, ...]]) -> bool:
+    if set(shapes) != {"min", "opt", "max"} or any(len(shape) != 4 for shape in shapes.values()):
         return False
-    shapes = [value[name] for name in ("min", "opt", "max")]
-    if not all(isinstance(shape, list) and len(shape) == 4 and all(map(_is_count, shape)) for shape in shapes):
-        return False
-    return (
-        all(low <= best <= high for low, best, high in zip(*shapes, strict=True)) and shapes[0][3] == shapes[2][3] == 3
-    )
-
-
-_CHECKS = {
-    **dict.fromkeys(("engine_sha256", "flavor", "version", "precision", "onnx_sha256"), _is_text),
-    **dict.fromkeys(("built", "toolkit", "command"), _is_text),
-    "engine_bytes": _is_count,
-    "compute_capabilities": lambda value: isinstance(value, list) and all(map(_is_count, value)),
-    "plugin": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
-    "convolutions": _are_convolutions,
-    "profile": _is_profile,
-    "parity": lambda value: isinstance(value, dict) and all(type(number) in (int, float) for number in value.values()),
-    **dict.fromkeys(("spec", "calibration"), lambda value: isinstance(value, dict)),
-}
+    smallest, largest = shapes["min"], shapes["max"]
+    ascending = all(low <= best <= high for low, best, high in zip(smallest, shapes["opt"], largest, strict=True))
+    return ascending and _are_counts(smallest) and _are_counts(largest) and smallest[3] == largest[3] == 3
 
 
 @dataclass(frozen=True)

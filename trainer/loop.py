@@ -338,7 +338,7 @@ class _Run:
             self._save()  # it may take long
             model = state.averaged()
             self.world.agree(model)  # the running statistics of batch normalisation are each process's own
-            scores = validation.measure(model, self.world, self.world.leads)
+            scores = validation.measure(model, self.world)
             if not scores:
                 self._say("nothing was measured: no face of the validation counts, they are all too small")
         best = max((_score(past) for past in state.history if scores.keys() <= past.keys()), default=-math.inf)

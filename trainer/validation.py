@@ -16,7 +16,7 @@ from facespec.letterbox import Letterbox
 from trainer.average_precision import LEVELS, Array, ImageKey, ImageTruth, average_precision, load_ground_truth
 from trainer.config import DataConfig
 from trainer.data import Dataset, open_dataset
-from trainer.data.sources import WIDERFACE
+from trainer.data.readers import WIDERFACE
 from trainer.detector import TorchRetinaFace
 from trainer.distributed import World
 from trainer.evaluate import predict

@@ -420,7 +420,7 @@ def test_a_report_counts_and_speaks() -> None:
         "       1  box without area: dropped",
         "       2  box outside the image: dropped",
     ]
-    assert report.lines() == [
+    assert [str(problem) for problem in report.problems] == [
         "f:3: box outside the image: dropped (1 2 3 4)",
         "f:4: box without area: dropped (x)",
         "g:1: box outside the image: dropped (y)",

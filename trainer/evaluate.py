@@ -113,12 +113,19 @@ def _read_rows(path: Path) -> Array:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
-    body = [line for line in lines[2:] if line.strip()]
-    try:
-        count = int(lines[1])
-        rows = np.array([line.split() for line in body], np.float64).reshape(len(body), 5)
-    except (IndexError, ValueError):
-        raise DataError(f"{path}{_blame(lines)}") from None
+    if len(lines) < 2 or not lines[1].strip().isdecimal():
+        raise DataError(f"{path}: line 2 should hold the number of boxes")
+    body, values = [], []
+    for number, line in enumerate(lines[2:], start=3):
+        if not line.strip():
+            continue
+        try:
+            x, y, width, height, score = map(float, line.split())
+        except ValueError:
+            raise DataError(f"{path}:{number}: expected 'x y w h score', found {line.strip()[:60]!r}") from None
+        body.append(line)
+        values.append((x, y, width, height, score))
+    count, rows = int(lines[1]), np.array(values, np.float64).reshape(-1, 5)
     if count != len(rows):
         raise DataError(f"{path}: line 2 announces {count} boxes, the file holds {len(rows)}")
     for bad, problem in (
@@ -129,24 +136,6 @@ def _read_rows(path: Path) -> Array:
             line = int(bad.argmax())
             raise DataError(f"{path}: box {line + 1} has {problem}: {body[line].strip()}")
     return rows
-
-
-def _blame(lines: list[str]) -> str:
-    if len(lines) < 2 or not lines[1].strip().isdigit():
-        return ": line 2 should hold the number of boxes"
-    for number, line in enumerate(lines[2:], start=3):
-        fields = line.split()
-        if fields and (len(fields) != 5 or not all(_is_float(value) for value in fields)):
-            return f":{number}: expected 'x y w h score', found {line.strip()[:60]!r}"
-    return ": expected 'x y w h score' lines"
-
-
-def _is_float(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def predict(

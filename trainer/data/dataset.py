@@ -112,15 +112,6 @@ class Report:
         ]
         return "\n".join(lines + [f"{count:8,d}  {kind.value}" for kind, count in self.counts().items()])
 
-    def __iadd__(self, other: Report) -> Report:
-        """Take over what another report holds."""
-        self.images += other.images
-        self.background += other.background
-        self.faces += other.faces
-        self.with_landmarks += other.with_landmarks
-        self.problems += other.problems
-        return self
-
     def count_faces(self, faces: Faces) -> None:
         """Count an image and its faces."""
         self.images += 1

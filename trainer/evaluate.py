@@ -115,7 +115,8 @@ def _read_rows(path: Path) -> Array:
         raise DataError(f"{path}: cannot be read ({error})") from None
     if len(lines) < 2 or not lines[1].strip().isdecimal():
         raise DataError(f"{path}: line 2 should hold the number of boxes")
-    body, values = [], []
+    body: list[str] = []
+    boxes: list[tuple[float, ...]] = []
     for number, line in enumerate(lines[2:], start=3):
         if not line.strip():
             continue
@@ -124,8 +125,8 @@ def _read_rows(path: Path) -> Array:
         except ValueError:
             raise DataError(f"{path}:{number}: expected 'x y w h score', found {line.strip()[:60]!r}") from None
         body.append(line)
-        values.append((x, y, width, height, score))
-    count, rows = int(lines[1]), np.array(values, np.float64).reshape(-1, 5)
+        boxes.append((x, y, width, height, score))
+    count, rows = int(lines[1]), np.array(boxes, np.float64).reshape(-1, 5)
     if count != len(rows):
         raise DataError(f"{path}: line 2 announces {count} boxes, the file holds {len(rows)}")
     for bad, problem in (
@@ -133,8 +134,8 @@ def _read_rows(path: Path) -> Array:
         ((rows[:, 2:4] < 0).any(axis=1), "a negative size"),
     ):
         if bad.any():
-            line = int(bad.argmax())
-            raise DataError(f"{path}: box {line + 1} has {problem}: {body[line].strip()}")
+            row = int(bad.argmax())
+            raise DataError(f"{path}: box {row + 1} has {problem}: {body[row].strip()}")
     return rows
 
 

@@ -123,11 +123,9 @@ def _open_data(config: TrainConfig, world: World) -> _Data:
             f"data.batch is {settings.batch}: it must be a multiple of {world.size}, the number of processes, and at "
             f"most {len(dataset)}, the number of images"
         )
-    samples: AsTheyAre | TrainingSet
+    samples: AsTheyAre | TrainingSet = TrainingSet(dataset, settings.size, config.augment, config.seed)
     if settings.overfit:
         samples = AsTheyAre(dataset, settings.size, OVERFIT_STEPS * batch)
-    else:
-        samples = TrainingSet(dataset, settings.size, config.augment, config.seed)
     return _Data(dataset, samples, Order(len(samples), batch, config.seed), find_validation(settings, dataset))
 
 
@@ -207,8 +205,7 @@ class TrainState:
         """
         average, training = read_training(path)
         if names := changed(from_settings(training["settings"]), config):
-            old = training["settings"]
-            new = to_settings(config)
+            old, new = training["settings"], to_settings(config)
             raise ConfigError(
                 f"{path} cannot be resumed with another {', '.join(f'{n} ({old.get(n)} -> {new[n]})' for n in names)}: "
                 "leave them as they are, or start a new run with --pretrained"
@@ -302,8 +299,7 @@ class _Run:
             self._refuse_non_finite(reports)
         state.step += 1
         row = _step_row(reports)
-        for name, value in row.items():
-            state.sums[name] = state.sums.get(name, 0.0) + value
+        state.sums = {name: state.sums.get(name, 0.0) + value for name, value in row.items()}
         if self.records is not None:
             self.records.add_step({"step": state.step, "epoch": len(state.history) + 1, "lr": lr, **row})
         return any(values[-1] for values in reports)
@@ -319,9 +315,8 @@ class _Run:
             for rank in ranks
             for index in self.data.order.images(step, dataclasses.replace(self.world, rank=rank))
         ]
-        kept = (
-            f"{self.folder / LAST} is from step {self.saved_step}" if self.saved_step else "no checkpoint was written"
-        )
+        saved = self.saved_step
+        kept = f"{self.folder / LAST} is from step {saved}" if saved else "no checkpoint was written"
         raise NonFiniteError(
             f"step {step + 1}: the {'loss' if guilty else 'gradient'} is not finite: try a lower --lr, more warm-up "
             f"or --precision fp32; {kept}. Images of the step: {', '.join(images)}"
@@ -348,10 +343,10 @@ class _Run:
             figures = {"settings": to_settings(config), "scores": scores, "epoch": epoch}
             save_checkpoint(self.folder / BEST, state.averaged(), **figures)
         if self.records is not None:
-            line = _epoch_line(row, scores, config.schedule.epochs, _score(scores) > best)
             done = (state.step - self.first_step) or 1
             left = (time.monotonic() - self.started) / done * (self.steps - state.step)
-            line += f"  {_clock(seconds)}, {_clock(left)} left"
+            line = _epoch_line(row, scores, config.schedule.epochs, _score(scores) > best)
+            line += f"  {timedelta(seconds=round(seconds))}, {timedelta(seconds=round(left))} left"
             self.records.add_epoch({**row, **scores, "seconds": seconds}, line)
         self._save()  # after the row: one that is written twice is taken back, one that is missing stays so
         self.epoch_started = time.monotonic()
@@ -413,10 +408,6 @@ def _epoch_line(row: Row, scores: Row, epochs: int, best: bool) -> str:
     terms = ", ".join(f"{name} {row[name]:.3f}" for name in REPORTED[1:5] if row[name])
     measured = "  AP " + "/".join(f"{value:.2f}" for value in scores.values()) if scores else ""
     return f"epoch {row['epoch']:.0f}/{epochs}  loss {row['total']:.3f} ({terms}){measured}{' (best)' * best}"
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 class _StopSignals:

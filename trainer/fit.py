@@ -131,7 +131,7 @@ def _check_data(config: TrainConfig) -> int:
 
     data, picture = config.data, Path(config.run.output) / "data.png"
     dataset = open_dataset(data.source, "train", Path(data.root) if data.root else None)
-    report = check_data(dataset, picture, data.size, config.augment, config.seed, sys.stderr.isatty())
+    report = check_data(dataset, picture, data.size, config.augment, config.seed)
     for problem in report.problems:
         print(problem)
     print(f"{dataset.name}: {report.summary()}")

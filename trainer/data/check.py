@@ -37,12 +37,7 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def check_data(
-    dataset: Dataset,
-    picture: Path,
-    size: int = 640,
-    settings: AugmentSettings | None = None,
-    seed: int = 0,
-    progress: bool = False,
+    dataset: Dataset, picture: Path, size: int = 640, settings: AugmentSettings | None = None, seed: int = 0
 ) -> Report:
     """Load every image, compare the labels with it, and draw some samples as training will see them.
 
@@ -55,7 +50,6 @@ def check_data(
         size: Side of the images in training.
         settings: Augmentation; by default `AugmentSettings()`.
         seed: Of the augmentation.
-        progress: Whether to show a progress bar.
 
     Returns:
         What the data set holds, and its problems: those of its own report and what only the images show.
@@ -67,7 +61,7 @@ def check_data(
     report, good = Report(problems=list(dataset.report.problems)), []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # cv2 decodes outside of Python's lock
         checked = pool.map(_check, dataset.samples)
-        bar = tqdm(checked, desc="checking", total=len(dataset), unit="image", disable=not progress)
+        bar = tqdm(checked, desc="checking", total=len(dataset), unit="image", disable=None)
         for index, (faces, problems) in enumerate(bar):
             report.problems += problems
             if faces is not None:

@@ -65,18 +65,14 @@ def open_dataset(name_or_path: str, split: Split = "train", root: Path | None = 
     """
     if name_or_path == SYNTHETIC:
         return synthetic(split)
-    if name_or_path == WIDERFACE:
-        place = root or widerface_root()
-        found = _find_widerface(place, split)
-        if found is None:
-            raise DataError(f"--data {WIDERFACE}: no labelled {split} images in {place}: {HELP}")
-        return _read_text(*found, name=WIDERFACE)
-    path = Path(name_or_path)
-    if path.is_dir():
-        found = _find_widerface(path, split)
-        if found is None:
-            raise DataError(f"--data {path}: no label.txt and no labelled {split} images of WIDER FACE in this folder")
-        return _read_text(*found, name=str(path))
+    named = name_or_path == WIDERFACE
+    path = root or widerface_root() if named else Path(name_or_path)
+    if named or path.is_dir():
+        if found := _find_widerface(path, split):
+            return _read_text(*found, name=WIDERFACE if named else str(path))
+        if named:
+            raise DataError(f"--data {WIDERFACE}: no labelled {split} images in {path}: {HELP}")
+        raise DataError(f"--data {path}: no label.txt and no labelled {split} images of WIDER FACE in this folder")
     if not path.is_file():
         raise DataError(f"--data {name_or_path}: no such file or folder, and not one of {WIDERFACE}, {SYNTHETIC}")
     images = _first_folder([path.parent / "images", path.parent])

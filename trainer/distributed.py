@@ -28,7 +28,7 @@ class World:
 
     Attributes:
         device: Where it computes.
-        rank: Its number; 0 writes files and speaks.
+        rank: Its number; process 0 writes the files and prints.
         size: How many there are.
     """
 
@@ -38,7 +38,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this process writes the files and prints."""
         return self.rank == 0
 
     def gather_rows(self, row: Tensor) -> list[list[float]]:

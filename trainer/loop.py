@@ -292,7 +292,7 @@ class _Run:
         losses, norm = train_step(self.learner, state.optimizer, images, targets, config.optimizer.clip_norm)
         if state.ema is not None:
             state.ema.update(state.model)
-        # one small tensor tells the host, and the other processes, all there is to tell
+        # one small tensor brings all figures to the host and to the other processes
         report = torch.stack([value.detach().to(world.device, torch.float64) for value in (*losses, norm)])
         reports = world.gather_rows(torch.cat([report, report.new_tensor([stop])]))
         if not all(math.isfinite(value) for row in reports for value in row):

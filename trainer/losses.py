@@ -67,8 +67,8 @@ class LossSettings:
 class Losses(NamedTuple):
     """The loss of a batch, its terms before they are weighted, and what they were taken over.
 
-    `total` is not finite if any output of the network is not, whether or not a face is trained there; whoever reads
-    it, for a log say, need not look at the outputs.
+    `total` is not finite if any output of the network is not, whether or not a face is trained there: it is enough to
+    check `total`.
 
     Attributes:
         total: () float32, the one to differentiate.

@@ -23,7 +23,7 @@ from trainer.distributed import World
 
 @dataclass(frozen=True)
 class Order:
-    """The order of the images: every epoch a new permutation, cut into batches; what is left over sits the epoch out.
+    """The order of the images: every epoch has a new permutation, cut into batches; the rest is left out of it.
 
     Attributes:
         count: Images of the data set.
@@ -70,7 +70,7 @@ class _Batches(torch.utils.data.Dataset):
 
 
 class AsTheyAre(torch.utils.data.Dataset):
-    """Images letterboxed to the network's size without any chance, in the place of `TrainingSet`.
+    """Images letterboxed to the network's size without randomness, in the place of `TrainingSet`.
 
     Args:
         dataset: Images and faces.

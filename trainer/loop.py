@@ -346,7 +346,7 @@ class _Run:
             done = (state.step - self.first_step) or 1
             left = (time.monotonic() - self.started) / done * (self.steps - state.step)
             line = _epoch_line(row, scores, config.schedule.epochs, _score(scores) > best)
-            line += f"  {timedelta(seconds=round(seconds))}, {timedelta(seconds=round(left))} left"
+            line += f"  {_clock(seconds)}, {_clock(left)} left"
             self.records.add_epoch({**row, **scores, "seconds": seconds}, line)
         self._save()  # after the row: one that is written twice is taken back, one that is missing stays so
         self.epoch_started = time.monotonic()
@@ -408,6 +408,10 @@ def _epoch_line(row: Row, scores: Row, epochs: int, best: bool) -> str:
     terms = ", ".join(f"{name} {row[name]:.3f}" for name in REPORTED[1:5] if row[name])
     measured = "  AP " + "/".join(f"{value:.2f}" for value in scores.values()) if scores else ""
     return f"epoch {row['epoch']:.0f}/{epochs}  loss {row['total']:.3f} ({terms}){measured}{' (best)' * best}"
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 class _StopSignals:

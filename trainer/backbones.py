@@ -20,10 +20,7 @@ def activation(slope: float) -> nn.Module:
 
 def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """Return a convolution that keeps the size (up to its stride) and its batch normalisation."""
-    return [
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(outputs),
-    ]
+    return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
 
 
 class MobileNetV1(nn.Module):
@@ -124,7 +121,7 @@ class ResNet(nn.Module):
         self.layer2 = self._stage(block, 64 * grow, 128, depths[1], stride=2)
         self.layer3 = self._stage(block, 128 * grow, 256, depths[2], stride=2)
         self.layer4 = self._stage(block, 256 * grow, 512, depths[3], stride=2)
-        self.channels = (128 * block.expansion, 256 * block.expansion, 512 * block.expansion)
+        self.channels = (128 * grow, 256 * grow, 512 * grow)
 
     @staticmethod
     def _stage(

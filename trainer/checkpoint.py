@@ -105,10 +105,9 @@ def load_pretrained(model: RetinaFace, path_or_name: str | Path) -> None:
 
 def _backbone_state(content: dict[str, Any], path: Path) -> State:
     """Return the weights of a classifier without its last layer; nothing if a file is of a detector."""
-    if content.get("format") == CHECKPOINT_FORMAT:
-        return {}
     state = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
-    if any(str(key).removeprefix("module.").startswith(("fpn.", "body.", "fx.")) for key in state):
+    of_detector = any(str(key).removeprefix("module.").startswith(("fpn.", "body.", "fx.")) for key in state)
+    if of_detector or content.get("format") == CHECKPOINT_FORMAT:
         return {}
     return {key: value for key, value in _normalise(state, path).items() if key not in ("fc.weight", "fc.bias")}
 
@@ -165,10 +164,8 @@ def weights_sha256(state: State) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        known = (
-            "" if path.suffix in CHECKPOINT_SUFFIXES else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
-        )
-        raise WeightsError(f"{path}: no such weights file{known}")
+        hint = "" if path.suffix in CHECKPOINT_SUFFIXES else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
+        raise WeightsError(f"{path}: no such weights file{hint}")
     try:
         with path.open("rb") as file:
             head = file.read(16)

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +169,7 @@ class RunConfig:
 
     Attributes:
         output: Folder of checkpoints and logs.
-        device: "cpu", "cuda", or "auto" for CUDA where there is some.
+        device: "cpu", "cuda", "cuda:N" for the GPU of that index, or "auto" for CUDA where there is some.
         workers: Processes that read images, for each training process; 0 reads in the training process.
         checkpoint_every: Steps between checkpoints; there is one after every epoch, too.
         evaluate_every: Epochs between evaluations; the last is always evaluated; 0 evaluates that alone.
@@ -183,7 +184,10 @@ class RunConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("run.device", self.device, ("auto", "cpu", "cuda"))
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device) is not None,
+            f"run.device is {self.device!r}: choose from auto, cpu, cuda, cuda:N",
+        )
         _require(self.workers >= 0, f"run.workers is {self.workers}: it must not be negative")
         _require(self.checkpoint_every > 0, f"run.checkpoint_every is {self.checkpoint_every}: it must be positive")
         _require(self.evaluate_every >= 0, f"run.evaluate_every is {self.evaluate_every}: it must not be negative")

@@ -34,11 +34,7 @@ class TorchRetinaFace:
     """
 
     def __init__(
-        self,
-        model: RetinaFace,
-        *,
-        score_threshold: float | None = None,
-        size_hw: tuple[int, int] | None = None,
+        self, model: RetinaFace, *, score_threshold: float | None = None, size_hw: tuple[int, int] | None = None
     ) -> None:
         self.model = model
         self.spec = model.spec
@@ -69,15 +65,9 @@ class TorchRetinaFace:
         frame_hw = (frame.shape[0], frame.shape[1])
         box = Letterbox.fit(frame_hw, self.size_hw) if self.size_hw else Letterbox(frame_hw, frame_hw, frame_hw)
         found = self.decode(self.heads(box.apply(frame, self.spec.preprocess.mean_bgr)), box.size_hw)
+        faces = found.boxes, found.scores, found.landmarks
         return to_detections(
-            box,
-            self.spec.decode,
-            self.score_threshold,
-            len(found.scores),
-            found.boxes,
-            found.scores,
-            found.landmarks,
-            found.num_candidates,
+            box, self.spec.decode, self.score_threshold, len(found.scores), *faces, found.num_candidates
         )
 
     def detect_batch(self, frames: Iterable[Frame]) -> list[Detections]:

@@ -28,7 +28,7 @@ class World:
 
     Attributes:
         device: Where it computes.
-        rank: Its number; 0 writes files and speaks.
+        rank: Its number; process 0 writes the files and prints.
         size: How many there are.
     """
 
@@ -38,7 +38,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this process writes the files and prints."""
         return self.rank == 0
 
     def gather_rows(self, row: Tensor) -> list[list[float]]:
@@ -68,7 +68,7 @@ def join_world(device: str) -> Iterator[World]:
     """Take part in the run that torchrun's variables describe, if there are any.
 
     Args:
-        device: "cpu", "cuda", or "auto" for CUDA where there is some.
+        device: "cpu", "cuda", "cuda:N" for the GPU of that index, or "auto" for CUDA where there is some.
 
     Raises:
         ConfigError: There is no CUDA device for this process.
@@ -80,8 +80,14 @@ def join_world(device: str) -> Iterator[World]:
     except ValueError as error:
         raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are torchrun's, they must be numbers ({error})") from None
     cuda = torch.cuda.device_count() if device != "cpu" else 0
-    if device == "cuda" and not cuda:
-        raise ConfigError("run.device is 'cuda': PyTorch finds none here, use --device cpu")
+    index = device.partition(":")[2]
+    if device not in ("auto", "cpu") and not cuda:
+        raise ConfigError(f"run.device is {device!r}: PyTorch finds none here, use --device cpu")
+    if index and size > 1:
+        raise ConfigError(f"run.device is {device!r}: {size} processes do not share a GPU, use --device cuda")
+    if index and int(index) >= cuda:
+        raise ConfigError(f"run.device is {device!r}: there are {cuda} CUDA devices, the first is cuda:0")
+    local = int(index) if index else local
     if cuda and local >= cuda:
         raise ConfigError(
             f"there are {cuda} CUDA devices for {local + 1} or more processes: torchrun --nproc-per-node {cuda}"

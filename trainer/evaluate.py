@@ -6,7 +6,6 @@ python -m trainer.evaluate --weights mobilenet0.25 --data widerface --json ap.js
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, quiet_libraries, require, run
+from facespec.cli import ArgumentParser, argument, json_output, quiet_libraries, require, run
 from facespec.detections import Detections, Detector
 from facespec.errors import DataError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
@@ -40,14 +39,14 @@ class EvaluateOptions:
     Attributes:
         ground_truth: Folder of the four .mat files.
         predictions: Folder of event/name.txt files, or None to run `detector`.
-        detector: Checkpoint, name of published weights, or model file.
+        detector: Checkpoint, name of published weights, or exported model.
         data: WIDER FACE folder: val/images and gt.
         protocol: "original" runs images at their own size, "letterbox" at `size_hw`.
         size_hw: Network size of the letterbox protocol; None takes the model's own, or 640x640.
         backend: What runs an exported model.
         subset: Score only the images that have predictions, instead of refusing.
         save_predictions: Folder to write event/name.txt files to.
-        json_file: Result file.
+        json: File that the command writes the result to; `evaluate` checks that it can be written.
         plot: Image of the precision-recall curves.
     """
 
@@ -60,7 +59,7 @@ class EvaluateOptions:
     backend: str = "auto"
     subset: bool = False
     save_predictions: Path | None = None
-    json_file: Path | None = None
+    json: Path | None = None
     plot: Path | None = None
 
 
@@ -114,12 +113,20 @@ def _read_rows(path: Path) -> Array:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
-    body = [line for line in lines[2:] if line.strip()]
-    try:
-        count = int(lines[1])
-        rows = np.array([line.split() for line in body], np.float64).reshape(len(body), 5)
-    except (IndexError, ValueError):
-        raise DataError(f"{path}{_blame(lines)}") from None
+    if len(lines) < 2 or not lines[1].strip().isdecimal():
+        raise DataError(f"{path}: line 2 should hold the number of boxes")
+    body: list[str] = []
+    boxes: list[tuple[float, ...]] = []
+    for number, line in enumerate(lines[2:], start=3):
+        if not line.strip():
+            continue
+        try:
+            x, y, width, height, score = map(float, line.split())
+        except ValueError:
+            raise DataError(f"{path}:{number}: expected 'x y w h score', found {line.strip()[:60]!r}") from None
+        body.append(line)
+        boxes.append((x, y, width, height, score))
+    count, rows = int(lines[1]), np.array(boxes, np.float64).reshape(-1, 5)
     if count != len(rows):
         raise DataError(f"{path}: line 2 announces {count} boxes, the file holds {len(rows)}")
     for bad, problem in (
@@ -127,27 +134,9 @@ def _read_rows(path: Path) -> Array:
         ((rows[:, 2:4] < 0).any(axis=1), "a negative size"),
     ):
         if bad.any():
-            line = int(bad.argmax())
-            raise DataError(f"{path}: box {line + 1} has {problem}: {body[line].strip()}")
+            row = int(bad.argmax())
+            raise DataError(f"{path}: box {row + 1} has {problem}: {body[row].strip()}")
     return rows
-
-
-def _blame(lines: list[str]) -> str:
-    if len(lines) < 2 or not lines[1].strip().isdigit():
-        return ": line 2 should hold the number of boxes"
-    for number, line in enumerate(lines[2:], start=3):
-        fields = line.split()
-        if fields and (len(fields) != 5 or not all(_is_float(value) for value in fields)):
-            return f":{number}: expected 'x y w h score', found {line.strip()[:60]!r}"
-    return ": expected 'x y w h score' lines"
-
-
-def _is_float(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def predict(
@@ -233,7 +222,7 @@ def open_detector(
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Return {"easy", "medium", "hard"} in percent, counts, and what was noticed; write the files asked for.
+    """Return {"easy", "medium", "hard"} in percent, counts, and what was noticed; write predictions and plot.
 
     The result also holds date, command, machine and versions. `benchmarks.gather` makes result files of such.
 
@@ -242,7 +231,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """
     check_plot(options.plot, "train")
     saved = options.save_predictions and options.save_predictions / "event" / "image.txt"
-    outputs = [("--json", options.json_file), ("--plot", options.plot), ("--save-predictions", saved)]
+    outputs = [("--json", options.json), ("--plot", options.plot), ("--save-predictions", saved)]
     read = [options.ground_truth / f"wider_{name}_val.mat" for name in ("face", *LEVELS)]
     read += [Path(options.detector)] if options.detector else list((options.predictions or Path()).glob("*/*.txt"))
     check_outputs(outputs, read)
@@ -282,8 +271,6 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     from trt_runtime.machine import environment
 
     result |= environment("numpy", "scipy", "opencv-python", "torch", "onnxruntime", "openvino")
-    if options.json_file:
-        write_text(options.json_file, json.dumps(result, indent=2) + "\n")
     if options.plot:
         _plot(curves, options.plot)
     return result
@@ -308,54 +295,45 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--predictions", type=Path, help="folder of event/name.txt files")
-    source.add_argument("--weights", help="checkpoint, or name of published weights")
-    source.add_argument("--model", help="exported model: .onnx, .engine")
+    source.add_argument("--weights", dest="detector", metavar="FILE", help="checkpoint, or name of published weights")
+    source.add_argument("--model", dest="detector", metavar="FILE", help="exported model: .onnx, .engine")
     parser.add_argument("--ground-truth", type=Path, help="folder of the wider_*_val.mat files (default: DATA/gt)")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)",
-    )
+    parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="images at their own size, or letterboxed to --size"
     )
-    parser.add_argument("--size", help="HEIGHTxWIDTH of the letterbox protocol (default: the model's, or 640x640)")
+    size = "HEIGHTxWIDTH of the letterbox protocol (default: the model's, or 640x640)"
+    parser.add_argument("--size", dest="size_hw", metavar="SIZE", type=argument(parse_size), help=size)
     parser.add_argument("--backend", default="auto", help="what runs an exported model: onnxruntime or openvino")
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write event/name.txt files")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result; '-' prints it")
+    parser.add_json()
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help=f"draw the precision-recall curves ({', '.join(PLOT_SUFFIXES)})"
     )
     args = parser.parse_args(argv)
-    data = args.data or widerface_root()
-    if args.predictions and (args.save_predictions or args.size or args.protocol != PROTOCOLS[0]):
+    args.data = args.data or widerface_root()
+    args.ground_truth = args.ground_truth or args.data / "gt"
+    if args.predictions and (args.save_predictions or args.size_hw or args.protocol != PROTOCOLS[0]):
         parser.error("--save-predictions, --protocol and --size go with --weights and --model")
-    if args.size and args.protocol == "original":
+    if args.size_hw and args.protocol == "original":
         parser.error("--size goes with --protocol letterbox")
-    return EvaluateOptions(
-        ground_truth=args.ground_truth or data / "gt",
-        predictions=args.predictions,
-        detector=args.weights or args.model,
-        data=data,
-        protocol=args.protocol,
-        size_hw=parse_size(args.size) if args.size else None,
-        backend=args.backend,
-        subset=args.subset,
-        save_predictions=args.save_predictions,
-        json_file=args.json,
-        plot=args.plot,
-    )
+    return EvaluateOptions(**vars(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parse_arguments(argv)
-    to_stdout = options.json_file == Path("-")
-    result = evaluate(dataclasses.replace(options, json_file=None) if to_stdout else options)
-    if to_stdout:
-        print(json.dumps(result))
-        return 0
+    with json_output(options.json) as write:
+        result = evaluate(options)
+        _print(result)
+        write(json.dumps(result, indent=2))
+        for path in filter(None, (options.plot, options.save_predictions)):
+            print(f"wrote {path}")
+    return 0
+
+
+def _print(result: dict[str, Any]) -> None:
     figures = {level: "none" if result[level] is None else f"{result[level]:.2f}" for level in LEVELS}
     print(text_table(["", "AP %", "faces"], [[level, figures[level], str(result["faces"][level])] for level in LEVELS]))
     print(f"{result['images']} images, {result['predictions']} predictions", end="")
@@ -368,9 +346,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result[key]:
             print(f"; {result[key]} {text}", end="")
     print()
-    for path in filter(None, (options.json_file, options.plot, options.save_predictions)):
-        print(f"wrote {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,38 +8,39 @@ torchrun --nproc-per-node 4 -m trainer.fit --data widerface
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from facespec.cli import ArgumentParser, require, run
+from facespec.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
-AUTO = "auto"
-
 FLAGS: dict[str, tuple[str, type, str]] = {
     "--recipe": ("recipe", str, "default, original (as the published weights were trained), or finetune"),
-    "--data": (
-        "data.source",
-        str,
-        "folder, label file, synthetic, or widerface ($WIDERFACE_ROOT, or data/widerface)",
-    ),
+    "--data": ("data.source", str, "folder, label file, synthetic, or widerface ($WIDERFACE_ROOT, or data/widerface)"),
     "--val": ("data.val", str, "what is evaluated on (default: the val split of --data)"),
     "--size": ("data.size", int, "side of the square network input in pixels"),
     "--batch": ("data.batch", int, "images of a step, over all processes together"),
     "--overfit": ("data.overfit", int, "train on the first N images alone, as they are, and evaluate on them"),
     "--backbone": ("model.backbone", str, "mobilenet0.25, mobilenet0.5, mobilenet1.0, resnet18, resnet34 or resnet50"),
-    "--pretrained": ("model.pretrained", str, "ImageNet weights of the backbone, or a detector to go on from"),
+    "--pretrained": (
+        "model.pretrained",
+        str,
+        "ImageNet weights of the backbone, or a detector to go on from (default: none)",
+    ),
     "--epochs": ("schedule.epochs", int, "passes over the data"),
     "--lr": ("optimizer.lr", float, "highest learning rate"),
     "--precision": ("precision", str, "fp32, bf16, or auto: bf16 where the processor computes in it"),
     "--seed": ("seed", int, "of weights, order and augmentation"),
     "--out": ("run.output", str, "folder of checkpoints and logs"),
-    "--device": ("run.device", str, "cpu, cuda or auto"),
+    "--device": ("run.device", str, "auto, cpu, cuda or cuda:N"),
     "--workers": ("run.workers", int, "processes that read images, for each training process"),
     "--checkpoint-every": ("run.checkpoint_every", int, "steps between checkpoints"),
     "--evaluate-every": ("run.evaluate_every", int, "epochs between evaluations; 0 evaluates the last alone"),
@@ -66,27 +67,31 @@ class FitOptions:
 
 def parse_arguments(argv: Sequence[str] | None) -> FitOptions:
     """Return the options of a command line."""
+    defaults: dict[str, Any] = {}
+    with suppress(MissingPackageError):  # without torch there is --help all the same
+        require("torch", "train", "training")
+        from trainer.config import TrainConfig, to_settings
+
+        defaults = to_settings(TrainConfig())
     parser = ArgumentParser(
         prog="python -m trainer.fit",
         description="Train a RetinaFace. Settings: defaults, then the recipe, then the YAML file, then the flags.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
-    for flag, (_, kind, text) in FLAGS.items():
-        parser.add_argument(flag, type=kind, help=text)
-    parser.add_argument("--compile", action="store_true", default=None, help="run the network through torch.compile")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting, such as loss.box_weight=1"
-    )
-    parser.add_argument(
-        "--resume", metavar="auto|FILE", help="go on from OUTPUT/last.pth if it is there, or a checkpoint"
-    )
+    for flag, (name, kind, text) in FLAGS.items():
+        shown = "" if defaults.get(name) is None else f" (default: {defaults[name]})"
+        typed: dict[str, Any] = {"type": kind, "metavar": flag.removeprefix("--").upper(), "help": text + shown}
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, **typed)
+    compiling = "run the network through torch.compile"
+    parser.add_argument("--compile", dest="run.compile", action="store_true", default=argparse.SUPPRESS, help=compiling)
+    other = "any other setting, such as loss.box_weight=1"
+    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help=other)
+    resume = "go on from OUTPUT/last.pth if it is there, or a checkpoint"
+    parser.add_argument("--resume", metavar="auto|FILE", help=resume)
     parser.add_argument("--check-data", action="store_true", help="look at the data instead of training")
-    args = parser.parse_args(argv)
-    given = vars(args)
-    settings = {name: given[flag[2:].replace("-", "_")] for flag, (name, _, _) in FLAGS.items()}
-    settings["run.compile"] = args.compile
-    settings = {name: value for name, value in settings.items() if value is not None}
-    for item in args.set:
+    settings = vars(parser.parse_args(argv))
+    options = {name: settings.pop(name) for name in ("config", "resume", "check_data")}
+    for item in settings.pop("set") or ():
         name, equals, text = item.partition("=")
         if not equals:
             parser.error(f"--set {item}: expected NAME=VALUE")
@@ -94,7 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> FitOptions:
         from trainer.config import parse_yaml
 
         settings[name] = parse_yaml(text, f"--set {name}")
-    return FitOptions(settings, args.config, args.resume, args.check_data)
+    return FitOptions(settings, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.check_data:
         return _check_data(resolve(said))
     resume = Path(options.resume) if options.resume else None
-    if options.resume == AUTO:
+    if options.resume == "auto":
         said["run.output"] = resolve(said).run.output
         resume = Path(said["run.output"]) / LAST
         if not resume.exists():
@@ -126,9 +131,9 @@ def _check_data(config: TrainConfig) -> int:
 
     data, picture = config.data, Path(config.run.output) / "data.png"
     dataset = open_dataset(data.source, "train", Path(data.root) if data.root else None)
-    report = check_data(dataset, picture, data.size, config.augment, config.seed, sys.stderr.isatty())
-    for line in report.lines():
-        print(line)
+    report = check_data(dataset, picture, data.size, config.augment, config.seed)
+    for problem in report.problems:
+        print(problem)
     print(f"{dataset.name}: {report.summary()}")
     print(f"some of it, as it is trained: {picture}")
     return int(Kind.DAMAGED_IMAGE in report.counts())

@@ -123,11 +123,9 @@ def _open_data(config: TrainConfig, world: World) -> _Data:
             f"data.batch is {settings.batch}: it must be a multiple of {world.size}, the number of processes, and at "
             f"most {len(dataset)}, the number of images"
         )
-    samples: AsTheyAre | TrainingSet
+    samples: AsTheyAre | TrainingSet = TrainingSet(dataset, settings.size, config.augment, config.seed)
     if settings.overfit:
         samples = AsTheyAre(dataset, settings.size, OVERFIT_STEPS * batch)
-    else:
-        samples = TrainingSet(dataset, settings.size, config.augment, config.seed)
     return _Data(dataset, samples, Order(len(samples), batch, config.seed), find_validation(settings, dataset))
 
 
@@ -207,8 +205,7 @@ class TrainState:
         """
         average, training = read_training(path)
         if names := changed(from_settings(training["settings"]), config):
-            old = training["settings"]
-            new = to_settings(config)
+            old, new = training["settings"], to_settings(config)
             raise ConfigError(
                 f"{path} cannot be resumed with another {', '.join(f'{n} ({old.get(n)} -> {new[n]})' for n in names)}: "
                 "leave them as they are, or start a new run with --pretrained"
@@ -295,15 +292,14 @@ class _Run:
         losses, norm = train_step(self.learner, state.optimizer, images, targets, config.optimizer.clip_norm)
         if state.ema is not None:
             state.ema.update(state.model)
-        # one small tensor tells the host, and the other processes, all there is to tell
+        # one small tensor brings all figures to the host and to the other processes
         report = torch.stack([value.detach().to(world.device, torch.float64) for value in (*losses, norm)])
         reports = world.gather_rows(torch.cat([report, report.new_tensor([stop])]))
         if not all(math.isfinite(value) for row in reports for value in row):
             self._refuse_non_finite(reports)
         state.step += 1
         row = _step_row(reports)
-        for name, value in row.items():
-            state.sums[name] = state.sums.get(name, 0.0) + value
+        state.sums = {name: state.sums.get(name, 0.0) + value for name, value in row.items()}
         if self.records is not None:
             self.records.add_step({"step": state.step, "epoch": len(state.history) + 1, "lr": lr, **row})
         return any(values[-1] for values in reports)
@@ -319,9 +315,8 @@ class _Run:
             for rank in ranks
             for index in self.data.order.images(step, dataclasses.replace(self.world, rank=rank))
         ]
-        kept = (
-            f"{self.folder / LAST} is from step {self.saved_step}" if self.saved_step else "no checkpoint was written"
-        )
+        saved = self.saved_step
+        kept = f"{self.folder / LAST} is from step {saved}" if saved else "no checkpoint was written"
         raise NonFiniteError(
             f"step {step + 1}: the {'loss' if guilty else 'gradient'} is not finite: try a lower --lr, more warm-up "
             f"or --precision fp32; {kept}. Images of the step: {', '.join(images)}"
@@ -338,7 +333,7 @@ class _Run:
             self._save()  # it may take long
             model = state.averaged()
             self.world.agree(model)  # the running statistics of batch normalisation are each process's own
-            scores = validation.measure(model, self.world, self.world.leads)
+            scores = validation.measure(model, self.world)
             if not scores:
                 self._say("nothing was measured: no face of the validation counts, they are all too small")
         best = max((_score(past) for past in state.history if scores.keys() <= past.keys()), default=-math.inf)
@@ -348,9 +343,9 @@ class _Run:
             figures = {"settings": to_settings(config), "scores": scores, "epoch": epoch}
             save_checkpoint(self.folder / BEST, state.averaged(), **figures)
         if self.records is not None:
-            line = _epoch_line(row, scores, config.schedule.epochs, _score(scores) > best)
             done = (state.step - self.first_step) or 1
             left = (time.monotonic() - self.started) / done * (self.steps - state.step)
+            line = _epoch_line(row, scores, config.schedule.epochs, _score(scores) > best)
             line += f"  {_clock(seconds)}, {_clock(left)} left"
             self.records.add_epoch({**row, **scores, "seconds": seconds}, line)
         self._save()  # after the row: one that is written twice is taken back, one that is missing stays so

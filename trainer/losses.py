@@ -16,6 +16,7 @@ from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, ModelSpec
 from trainer.data.targets import Targets
 from trainer.matching import match_faces
+from trainer.model import Heads
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class LossSettings:
 class Losses(NamedTuple):
     """The loss of a batch, its terms before they are weighted, and what they were taken over.
 
-    `total` is not finite if any output of the network is not, whether or not a face is trained there; whoever reads
-    it, for a log say, need not look at the outputs.
+    `total` is not finite if any output of the network is not, whether or not a face is trained there: it is enough to
+    check `total`.
 
     Attributes:
         total: () float32, the one to differentiate.
@@ -110,13 +111,7 @@ class MultiBoxLoss(nn.Module):
         self.spec = spec
         self.settings = settings or LossSettings()
 
-    def forward(
-        self,
-        heads: tuple[Tensor, Tensor, Tensor],
-        targets: Targets,
-        size_hw: tuple[int, int],
-        pixel: Tensor | None = None,
-    ) -> Losses:
+    def forward(self, heads: Heads, targets: Targets, size_hw: tuple[int, int], pixel: Tensor | None = None) -> Losses:
         """Return the loss, computed in float32 whatever the type of the heads.
 
         Leave `targets` on the CPU: matching runs where they are, beside a GPU that is busy with the forward pass, and
@@ -141,17 +136,14 @@ class MultiBoxLoss(nn.Module):
         with torch.autocast(heads[0].device.type, enabled=False):
             return self._forward(heads, targets, size_hw, pixel)
 
-    def _forward(
-        self, heads: tuple[Tensor, Tensor, Tensor], targets: Targets, size_hw: tuple[int, int], pixel: Tensor | None
-    ) -> Losses:
+    def _forward(self, heads: Heads, targets: Targets, size_hw: tuple[int, int], pixel: Tensor | None) -> Losses:
         settings = self.settings
         box_deltas, logits, landmark_deltas = heads
         matches = match_faces(
             targets.boxes, targets.valid, self.spec.anchors, size_hw, settings.positive_iou, settings.ignore_iou
         )
         boxes, landmarks = self._regression_targets(matches.positive, matches.face, targets, size_hw)
-        counts = torch.tensor([len(boxes.rows), len(landmarks.rows)])
-        counts = _to(counts, logits.device)
+        counts = _to(torch.tensor([len(boxes.rows), len(landmarks.rows)]), logits.device)
         over_positives, over_landmarks = _divisors(counts)
 
         logits = logits.float()

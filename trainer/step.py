@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,11 +62,8 @@ class Learner(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.loss = loss
-        self.pixel_term = pixel_term
-        self.bf16 = bf16
-        self.freeze_batch_norm = freeze_batch_norm
+        self.model, self.loss, self.pixel_term = model, loss, pixel_term
+        self.bf16, self.freeze_batch_norm = bf16, freeze_batch_norm
         self._run_network = torch.compile(self._network) if compile else self._network
         mean = torch.tensor(model.spec.preprocess.mean_bgr, dtype=torch.float32)
         self.register_buffer("_mean", mean[:, None, None], persistent=False)
@@ -103,17 +101,10 @@ def make_optimizer(learner: nn.Module, config: OptimizerConfig) -> SGD:
 
     Vectors are biases and the scales of batch normalisation: weight decay moves them without regularising anything.
     """
-    decayed = [p for p in learner.parameters() if p.ndim > 1 or config.decay_all]
-    others = [p for p in learner.parameters() if not (p.ndim > 1 or config.decay_all)]
-    return SGD(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            *([{"params": others, "weight_decay": 0.0}] if others else []),
-        ],
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
+    groups: list[dict[str, Any]] = [{"params": [p for p in learner.parameters() if p.ndim > 1 or config.decay_all]}]
+    if not config.decay_all:
+        groups.append({"params": [p for p in learner.parameters() if p.ndim <= 1], "weight_decay": 0.0})
+    return SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov)
 
 
 def lr_factor(step: int, steps_per_epoch: int, config: ScheduleConfig) -> float:

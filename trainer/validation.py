@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from facespec.letterbox import Letterbox
 from trainer.average_precision import LEVELS, Array, ImageKey, ImageTruth, average_precision, load_ground_truth
 from trainer.config import DataConfig
 from trainer.data import Dataset, open_dataset
-from trainer.data.sources import WIDERFACE
+from trainer.data.readers import WIDERFACE
 from trainer.detector import TorchRetinaFace
 from trainer.distributed import World
 from trainer.evaluate import predict
@@ -32,27 +32,6 @@ Scores = dict[str, float]
 """Average precision in percent by level."""
 
 
-class Validation(Protocol):
-    """What a model is measured on."""
-
-    @property
-    def what(self) -> str:
-        """What is measured, in a few words."""
-
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """The keys of the scores."""
-
-    def measure(self, model: RetinaFace, world: World, progress: bool) -> Scores:
-        """Return the scores of a model in eval mode; levels of which no face counts are left out.
-
-        Args:
-            model: On any device.
-            world: Every process takes its share of the images, and gets the scores of all.
-            progress: Show a bar.
-        """
-
-
 @dataclass(frozen=True)
 class WiderValidation:
     """Images of WIDER FACE at their own size, by the official protocol.
@@ -62,6 +41,7 @@ class WiderValidation:
         truth: Of the images that are there.
     """
 
+    levels: ClassVar = LEVELS
     images: Path
     truth: dict[ImageKey, ImageTruth]
 
@@ -70,15 +50,15 @@ class WiderValidation:
         """What is measured."""
         return f"AP easy/medium/hard of WIDER FACE on {len(self.truth)} images of its val split at their own size"
 
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """The keys of the scores."""
-        return LEVELS
+    def measure(self, model: RetinaFace, world: World) -> Scores:
+        """Return the scores of a model in eval mode; levels of which no face counts are left out.
 
-    def measure(self, model: RetinaFace, world: World, progress: bool) -> Scores:
-        """Return easy, medium and hard; see `Validation`."""
+        Args:
+            model: On any device.
+            world: Every process takes its share of the images, and gets the scores of all; the first shows a bar.
+        """
         share = dict(list(self.truth.items())[world.rank :: world.size])
-        found = predict(_detector(model), self.images, share, progress)[0].by_image if share else {}
+        found = predict(_detector(model), self.images, share, world.leads)[0].by_image if share else {}
         curves = average_precision(world.gather(found), self.truth)
         return {level: 100 * curves[level].ap for level in LEVELS if curves[level].faces}
 
@@ -92,6 +72,7 @@ class LabelledValidation:
         size: Side of the network input. Faces with a side under `MIN_FACE_PX` in it count neither way.
     """
 
+    levels: ClassVar = (SIMPLE_LEVEL,)
     dataset: Dataset
     size: int
 
@@ -103,19 +84,15 @@ class LabelledValidation:
             f"{self.size}, faces from {MIN_FACE_PX} pixels"
         )
 
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """The keys of the scores."""
-        return (SIMPLE_LEVEL,)
-
-    def measure(self, model: RetinaFace, world: World, progress: bool) -> Scores:
-        """Return `SIMPLE_LEVEL` alone; see `Validation`."""
-        detector = _detector(model, self.size)
+    def measure(self, model: RetinaFace, world: World) -> Scores:
+        """Return the score of a model; see `WiderValidation.measure`."""
+        size_hw = self.size, self.size
+        detector = _detector(model, size_hw)
         found: dict[ImageKey, tuple[Array, ImageTruth]] = {}
         indices = range(world.rank, len(self.dataset), world.size)
-        for index in tqdm(indices, unit="image", leave=False, disable=None if progress else True):
+        for index in tqdm(indices, unit="image", leave=False, disable=None if world.leads else True):
             frame, faces = self.dataset.samples[index].load()
-            box = Letterbox.fit((frame.shape[0], frame.shape[1]), (self.size, self.size))
+            box = Letterbox.fit((frame.shape[0], frame.shape[1]), size_hw)
             in_network = box.to_network(faces.boxes)
             counts = (in_network[:, 2:] - in_network[:, :2]).min(axis=1, initial=np.inf) >= MIN_FACE_PX
             detections = detector.detect(frame)
@@ -126,6 +103,10 @@ class LabelledValidation:
         truth = {key: image for key, (_, image) in found.items()}
         curve = average_precision(rows_by_image, truth, border=0)[LEVELS[0]]
         return {SIMPLE_LEVEL: 100 * curve.ap} if curve.faces else {}
+
+
+Validation = WiderValidation | LabelledValidation
+"""What a model is measured on; `levels` are the keys of its scores."""
 
 
 def find_validation(config: DataConfig, trained: Dataset) -> Validation | None:
@@ -168,8 +149,7 @@ def _find_wider(root: Path) -> WiderValidation | None:
     return WiderValidation(images, there) if there else None
 
 
-def _detector(model: RetinaFace, size: int | None = None) -> TorchRetinaFace:
-    size_hw = (size, size) if size else None
+def _detector(model: RetinaFace, size_hw: tuple[int, int] | None = None) -> TorchRetinaFace:
     return TorchRetinaFace(model, score_threshold=model.spec.decode.score_threshold, size_hw=size_hw)
 
 

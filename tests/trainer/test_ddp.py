@@ -98,7 +98,7 @@ def save_what_is_shared(folder: Path, world: World) -> None:
             value.add_(world.rank)
     world.agree(model)
     names = {f"of {world.rank}": world.rank * 10, "of all": world.rank}
-    scores = LabelledValidation(Dataset("b", [Blank(), Blank(), Blank()], Report()), 64).measure(model, world, False)
+    scores = LabelledValidation(Dataset("b", [Blank(), Blank(), Blank()], Report()), 64).measure(model, world)
     shared = {
         "world": (world.rank, world.size, world.leads, world.device.type),
         "rows": world.gather_rows(torch.tensor([1.5 + world.rank, 2.0])),

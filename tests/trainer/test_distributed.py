@@ -71,6 +71,24 @@ def test_where_a_process_computes(device: str, cuda: int, monkeypatch: pytest.Mo
             pass
 
 
+def test_a_process_computes_on_the_gpu_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    with join_world("cuda:1") as world:
+        assert world.device == torch.device("cuda", 1)
+    assert taken == [world.device]
+    for variables, device, words in (
+        ({}, "cuda:2", "run.device is 'cuda:2': there are 2 CUDA devices, the first is cuda:0"),
+        ({"WORLD_SIZE": "2"}, "cuda:1", "run.device is 'cuda:1': 2 processes do not share a GPU, use --device cuda"),
+    ):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError) as caught, join_world(device):
+            pass
+        assert str(caught.value) == words
+
+
 def test_bf16_is_taken_where_the_processor_has_it() -> None:
     info = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not info.is_file():

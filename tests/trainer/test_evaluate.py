@@ -86,14 +86,13 @@ def test_detector_to_files_and_back(tiny_widerface: Path, dynamic_onnx: Path, st
     out = tiny_widerface / "out"
     result = evaluate(
         _options(
-            tiny_widerface, detector="mobilenet0.25", json_file=out / "ap.json", plot=out / "ap.png",
-            save_predictions=out / "txt",
+            tiny_widerface, detector="mobilenet0.25", plot=out / "ap.png", save_predictions=out / "txt",
         )
     )  # fmt: skip
     assert (result["images"], result["images_missing"]) == (2, 1)
     assert result["faces"] == {"easy": 1, "medium": 2, "hard": 2}
     assert [result[level] for level in LEVELS] == pytest.approx([100, 100, 100])
-    assert json.loads((out / "ap.json").read_text()) == result
+    assert json.loads(json.dumps(result)) == result
     assert (out / "ap.png").read_bytes().startswith(b"\x89PNG")
     again = evaluate(_options(tiny_widerface, predictions=out / "txt", subset=True))
     for key in (*LEVELS, "images", "images_missing", "faces", "predictions"):
@@ -278,11 +277,14 @@ def test_the_table_is_printed(scored: Path, capsys: pytest.CaptureFixture[str]) 
 def test_json_goes_to_stdout_or_into_a_file(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["--predictions", str(scored / "txt"), "--ground-truth", str(scored / "gt"), "--subset"]
     assert main([*line, "--json", "-"]) == 0
-    (text,) = capsys.readouterr().out.splitlines()
-    printed = json.loads(text)
+    said = capsys.readouterr()
+    printed = json.loads(said.out)
+    assert said.err.split()[:2] == ["AP", "%"]
     main([*line, "--json", str(scored / "r" / "ap.json")])
     written = json.loads((scored / "r" / "ap.json").read_text())
-    assert capsys.readouterr().out.split()[:2] == ["AP", "%"]
+    said = capsys.readouterr()
+    assert said.out.split()[:2] == ["AP", "%"]
+    assert said.out.endswith(f"wrote {scored / 'r' / 'ap.json'}\n")
     for result in (printed, written):
         assert result.pop("seconds_collecting") >= 0
         assert result.pop("seconds_scoring") >= 0
@@ -386,7 +388,7 @@ def test_options_are_what_the_line_says() -> None:
     line = "--model m.onnx --data d --protocol letterbox --size 320x640 --backend openvino --json j --plot p.png"
     assert parse_arguments([*line.split(), "--save-predictions", "s", "--ground-truth", "g"]) == EvaluateOptions(
         ground_truth=Path("g"), detector="m.onnx", data=Path("d"), protocol="letterbox", size_hw=(320, 640),
-        backend="openvino", json_file=Path("j"), plot=Path("p.png"), save_predictions=Path("s"),
+        backend="openvino", json=Path("j"), plot=Path("p.png"), save_predictions=Path("s"),
     )  # fmt: skip
     assert parse_arguments(["--predictions", "p", "--data", "d", "--subset"]) == EvaluateOptions(
         ground_truth=Path("d/gt"), predictions=Path("p"), data=Path("d"), subset=True

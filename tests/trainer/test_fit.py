@@ -302,7 +302,9 @@ WRONG = [
     (["--resume", "none.pth"], "none.pth: no such weights file"),
     (["--epochs", "two"], "--epochs"),
     (["--lr", "-1"], "optimizer.lr is -1.0: it must be positive"),
-    (["--device", "tpu"], "run.device is 'tpu': choose from auto, cpu, cuda"),
+    (["--device", "tpu"], "run.device is 'tpu': choose from auto, cpu, cuda, cuda:N"),
+    (["--device", "cuda:x"], "run.device is 'cuda:x': choose from auto, cpu, cuda, cuda:N"),
+    (["--data", "synthetic", "--device", "cuda:9"], "run.device is 'cuda:9': "),
     (["--overfit", "-1"], "data.overfit is -1"),
 ]
 
@@ -364,13 +366,17 @@ def test_flags_are_settings() -> None:
     assert (options.config, options.resume, options.check_data) == (Path("c.yaml"), "auto", True)
 
 
-def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_flag_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for flag, (_, _, text) in FLAGS.items():
+    defaults = _settings(TrainConfig())
+    for flag, (name, _, text) in FLAGS.items():
         assert f"{flag} " in said
-        assert " ".join(text.split()[:3]) in said
+        if defaults[name] is None:
+            assert text in said
+        else:
+            assert f"{text} (default: {defaults[name]})" in said
 
 
 def test_flags_win_over_the_file_and_a_run_that_is_not_there_is_a_new_one(

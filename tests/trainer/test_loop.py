@@ -75,7 +75,7 @@ class Scripted:
         self.scores = iter(scores)
         self.seen: list[RetinaFace] = []
 
-    def measure(self, model: RetinaFace, world: World, progress: bool) -> Scores:
+    def measure(self, model: RetinaFace, world: World) -> Scores:
         assert not model.training
         self.seen.append(model)
         return next(self.scores)

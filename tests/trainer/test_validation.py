@@ -70,7 +70,7 @@ def _labelled(*samples: Labelled) -> LabelledValidation:
 
 
 def _ap(model: RetinaFace, *samples: Labelled) -> float:
-    return _labelled(*samples).measure(model, CPU, False).get("ap", -1)
+    return _labelled(*samples).measure(model, CPU).get("ap", -1)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_images_are_shared_out_and_frames_keep_their_shape(
     shifted = Labelled(wide, face + np.array([512, 0, 512, 0]))
     nobody = Labelled(np.full((64, 64, 3), 9, np.uint8), np.array([[0, 0, 40, 40]]))
     validation = _labelled(shifted, nobody, shifted)
-    assert validation.measure(model, CPU, False) == pytest.approx({"ap": 200 / 3})
-    shares = [validation.measure(model, Alone(CPU.device, rank, 2), False) for rank in (0, 1)]
+    assert validation.measure(model, CPU) == pytest.approx({"ap": 200 / 3})
+    shares = [validation.measure(model, Alone(CPU.device, rank, 2)) for rank in (0, 1)]
     assert [share["ap"] for share in shares] == pytest.approx([100, 0])
     assert validation.levels == ("ap",)
     assert validation.what == (
@@ -139,10 +139,10 @@ def test_the_official_validation_takes_images_at_their_own_size_and_leaves_empty
         masks = {level: np.array([counted.get(level, False)]) for level in LEVELS}
         truth["e", str(index)] = ImageTruth(box, masks)
     validation = WiderValidation(tmp_path, truth)
-    scores = validation.measure(model, CPU, False)
+    scores = validation.measure(model, CPU)
     assert scores == pytest.approx({"easy": 100, "medium": 50})  # there is no face in the second one
-    assert validation.measure(model, Alone(CPU.device, 1, 2), False) == pytest.approx({"easy": 0, "medium": 0})
-    assert validation.measure(model, Alone(CPU.device, 2, 3), False) == pytest.approx({"easy": 0, "medium": 0})
+    assert validation.measure(model, Alone(CPU.device, 1, 2)) == pytest.approx({"easy": 0, "medium": 0})
+    assert validation.measure(model, Alone(CPU.device, 2, 3)) == pytest.approx({"easy": 0, "medium": 0})
     assert validation.levels == ("easy", "medium", "hard")
     assert "on 2 images of its val split at their own size" in validation.what
 

@@ -3,7 +3,7 @@
 from trainer.data.augment import AugmentSettings, TrainingSet
 from trainer.data.check import check_data
 from trainer.data.dataset import Dataset, FileSample, Kind, Problem, Report, Sample
-from trainer.data.sources import open_dataset
+from trainer.data.readers import open_dataset
 
 __all__ = [
     "AugmentSettings",

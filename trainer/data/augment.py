@@ -176,28 +176,18 @@ def apply_crop(
     if not first:
         part = recolour(part, colours)
     if scaled_wh != (size, size):
-        view = np.empty((size, size, 3), np.uint8)
-        view[:] = settings.pad_bgr
+        view = np.full((size, size, 3), settings.pad_bgr, np.uint8)
         view[to_low[1] : to_high[1], to_low[0] : to_high[0]] = part
         part = view
     return part, _move(faces, low, high, to_low, to_high)
 
 
 def _move(
-    faces: Faces,
-    low: NDArray[np.int64],
-    high: NDArray[np.int64],
-    to_low: NDArray[np.int64],
-    to_high: NDArray[np.int64],
+    faces: Faces, low: NDArray[np.int64], high: NDArray[np.int64], to_low: NDArray[np.int64], to_high: NDArray[np.int64]
 ) -> Faces:
     """Return the faces centred in a rectangle, in pixels of where it goes; landmarks that lie outside become unknown.
 
-    Args:
-        faces: In pixels of the image.
-        low: (2,) left, top of the rectangle.
-        high: (2,) right, bottom.
-        to_low: (2,) left, top of where it goes.
-        to_high: (2,) right, bottom.
+    Corners are (2,) x, y: `low` and `high` of the rectangle in the image, `to_low` and `to_high` of where it goes.
     """
     centres = (faces.boxes[:, :2] + faces.boxes[:, 2:]) / 2
     faces = faces[((centres > low) & (centres < high)).all(axis=1)]

@@ -23,7 +23,7 @@ from trainer.distributed import World
 
 @dataclass(frozen=True)
 class Order:
-    """The order of the images: every epoch a new permutation, cut into batches; what is left over sits the epoch out.
+    """The order of the images: every epoch has a new permutation, cut into batches; the rest is left out of it.
 
     Attributes:
         count: Images of the data set.
@@ -53,35 +53,24 @@ class Order:
         return [index % self.count for index in next(self.steps(step, step + 1))[world.rank :: world.size]]
 
 
-class _Batches:
-    """Batch sampler of one process: equal shares, from any step to the end of the training."""
+class _Batches(torch.utils.data.Dataset):
+    """Gives a batch for a list of items.
 
-    def __init__(self, order: Order, world: World, first: int, last: int) -> None:
-        self.order, self.world, self.first, self.last = order, world, first, last
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for indices in self.order.steps(self.first, self.last):
-            yield indices[self.world.rank :: self.world.size]
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-
-class _Reported(torch.utils.data.Dataset):
-    """Gives errors back as values: raised in another process, they would arrive with its traceback as their text."""
+    Errors come back as values: raised in another process, they would arrive with its traceback as their text.
+    """
 
     def __init__(self, samples: Any) -> None:
         self.samples = samples
 
-    def __getitem__(self, index: int) -> tuple[Frame, Faces] | RetinaFaceError:
+    def __getitem__(self, items: list[int]) -> tuple[torch.Tensor, Targets] | RetinaFaceError:
         try:
-            return self.samples[index]
+            return collate([self.samples[item] for item in items])
         except RetinaFaceError as error:
             return error
 
 
 class AsTheyAre(torch.utils.data.Dataset):
-    """Images letterboxed to the network's size without any chance, in the place of `TrainingSet`.
+    """Images letterboxed to the network's size without randomness, in the place of `TrainingSet`.
 
     Args:
         dataset: Images and faces.
@@ -104,15 +93,6 @@ class AsTheyAre(torch.utils.data.Dataset):
 def place_faces(faces: Faces, box: Letterbox) -> Faces:
     """Return the faces of a frame in pixels of its letterboxed form."""
     return Faces(box.to_network(faces.boxes), box.to_network(faces.landmarks), faces.has_landmarks)
-
-
-def _collate(samples: list[tuple[Frame, Faces] | RetinaFaceError]) -> tuple[torch.Tensor, Targets] | RetinaFaceError:
-    good: list[tuple[Frame, Faces]] = []
-    for sample in samples:
-        if isinstance(sample, RetinaFaceError):
-            return sample
-        good.append(sample)
-    return collate(good)
 
 
 def start_worker(_: int) -> None:
@@ -142,10 +122,10 @@ def read_batches(
         DataError: An image cannot be read.
     """
     loader = DataLoader(
-        _Reported(samples),
-        batch_sampler=_Batches(order, world, first, last),
+        _Batches(samples),
+        batch_size=None,  # an item is a batch already
+        sampler=(items[world.rank :: world.size] for items in order.steps(first, last)),
         num_workers=workers,
-        collate_fn=_collate,
         worker_init_fn=start_worker,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # it would draw from the global one, which is the network's

@@ -15,7 +15,7 @@ from facespec.images import write_image
 from facespec.letterbox import Frame
 from facespec.samples import tiled
 from trainer.data.augment import AugmentSettings, TrainingSet
-from trainer.data.dataset import Dataset, FileSample, Kind, Report, Sample
+from trainer.data.dataset import Dataset, FileSample, Kind, Problem, Report, Sample
 from trainer.data.targets import Faces
 
 TILES = (4, 6)
@@ -37,12 +37,7 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def check_data(
-    dataset: Dataset,
-    picture: Path,
-    size: int = 640,
-    settings: AugmentSettings | None = None,
-    seed: int = 0,
-    progress: bool = False,
+    dataset: Dataset, picture: Path, size: int = 640, settings: AugmentSettings | None = None, seed: int = 0
 ) -> Report:
     """Load every image, compare the labels with it, and draw some samples as training will see them.
 
@@ -55,7 +50,6 @@ def check_data(
         size: Side of the images in training.
         settings: Augmentation; by default `AugmentSettings()`.
         seed: Of the augmentation.
-        progress: Whether to show a progress bar.
 
     Returns:
         What the data set holds, and its problems: those of its own report and what only the images show.
@@ -67,10 +61,11 @@ def check_data(
     report, good = Report(problems=list(dataset.report.problems)), []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # cv2 decodes outside of Python's lock
         checked = pool.map(_check, dataset.samples)
-        bar = tqdm(checked, desc="checking", total=len(dataset), unit="image", disable=not progress)
-        for index, part in enumerate(bar):
-            report += part
-            if part.images:
+        bar = tqdm(checked, desc="checking", total=len(dataset), unit="image", disable=None)
+        for index, (faces, problems) in enumerate(bar):
+            report.problems += problems
+            if faces is not None:
+                report.count_faces(faces)
                 good.append(index)
     if not good:
         raise DataError(f"{dataset.name}: none of its {len(dataset)} images can be read; {report.problems[-1]}")
@@ -81,18 +76,16 @@ def check_data(
     return report
 
 
-def _check(sample: Sample) -> Report:
-    """Return the report of one image."""
-    report = Report()
+def _check(sample: Sample) -> tuple[Faces | None, list[Problem]]:
+    """Return the faces of an image, None if it is damaged, and what is wrong with them."""
     try:
         image, faces = sample.load()
     except DataError as error:
-        report.add(sample.name, Kind.DAMAGED_IMAGE, str(error))
-        return report
+        return None, [Problem(sample.name, Kind.DAMAGED_IMAGE, str(error))]
+    found = Report()
     if isinstance(sample, FileSample):
-        faces = sample.faces_in((image.shape[0], image.shape[1]), report)
-    report.count_faces(faces)
-    return report
+        faces = sample.faces_in((image.shape[0], image.shape[1]), found)
+    return faces, found.problems
 
 
 def contact_sheet(samples: list[tuple[Frame, Faces]]) -> Frame:

@@ -21,7 +21,6 @@ from trainer.data.targets import Faces
 EDGE_PX = 1.0
 """A landmark this little outside the image is there by rounding, and counts as on its edge."""
 
-
 MAX_COORDINATE = 1e6
 """Larger numbers are no pixels."""
 
@@ -112,19 +111,6 @@ class Report:
             f"({self.with_landmarks:,} with landmarks)"
         ]
         return "\n".join(lines + [f"{count:8,d}  {kind.value}" for kind, count in self.counts().items()])
-
-    def lines(self) -> list[str]:
-        """Return every problem in a line of its own."""
-        return [str(problem) for problem in self.problems]
-
-    def __iadd__(self, other: Report) -> Report:
-        """Take over what another report holds."""
-        self.images += other.images
-        self.background += other.background
-        self.faces += other.faces
-        self.with_landmarks += other.with_landmarks
-        self.problems += other.problems
-        return self
 
     def count_faces(self, faces: Faces) -> None:
         """Count an image and its faces."""
@@ -260,6 +246,13 @@ class Entry:
     place: str
     labels: list[Label] = field(default_factory=list)
     left_out: int = 0
+
+    def add(self, label: Label | None) -> None:
+        """Take a face that can be used, or count one that cannot."""
+        if label:
+            self.labels.append(label)
+        else:
+            self.left_out += 1
 
 
 def make_dataset(name: str, entries: dict[Path, Entry], origin: str, report: Report) -> Dataset:

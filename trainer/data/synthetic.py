@@ -274,12 +274,9 @@ def _background(size_hw: tuple[int, int], rng: np.random.Generator) -> Frame:
     if scenery and kind < 0.8:
         image = scenery[rng.integers(len(scenery))]
         share = rng.uniform(0.3, 1.0, 2)
-        rows, columns = (int(max(length * part, 16)) for length, part in zip(image.shape[:2], share, strict=True))
-        top, left = (
-            int(rng.integers(0, length - part + 1))
-            for length, part in zip(image.shape[:2], (rows, columns), strict=True)
-        )
-        image = image[top : top + rows, left : left + columns]
+        sides = np.maximum(image.shape[:2] * share, 16).astype(int)
+        top, left = rng.integers(0, image.shape[:2] - sides, endpoint=True)
+        image = image[top : top + sides[0], left : left + sides[1]]
     else:  # coarse noise, scaled up: from a gradient of four corners to a texture
         coarse = 2 if kind < 0.9 else int(rng.integers(8, 128))
         image = rng.integers(0, 256, (coarse, coarse, 3), np.uint8)

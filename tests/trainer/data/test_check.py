@@ -35,8 +35,8 @@ def test_problems_that_only_the_images_show(tmp_path: Path) -> None:
     assert where[Kind.NO_AREA].endswith("label.txt:4")
     assert where[Kind.CLIPPED].endswith("label.txt:3")
     assert where[Kind.DAMAGED_IMAGE].endswith("b.png")
-    assert all("\n" not in line for line in report.lines())
-    assert len(report.lines()) == 3
+    assert all("\n" not in str(problem) for problem in report.problems)
+    assert len(report.problems) == 3
     assert report.summary().splitlines()[0] == "2 images (1 without faces), 2 faces (1 with landmarks)"
     assert dataset.report.counts() == {Kind.NO_AREA: 1}  # as it was
     picture = read_image(tmp_path / "out" / "data.png")

@@ -19,8 +19,7 @@ from types import FrameType
 from typing import Any
 
 import trt_runtime
-from facespec.cli import ArgumentParser, run
-from facespec.files import write_text
+from facespec.cli import ArgumentParser, json_output, run
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
@@ -89,17 +88,15 @@ def main() -> int:
     """Count, print a table, and write it."""
     parser = ArgumentParser("python -m benchmarks.call_path", description="What a warm call of detect walks through.")
     parser.add_argument("--model", type=Path, required=True, metavar="FILE.onnx", help="a detector")
-    parser.add_argument("--json", metavar="FILE", help="write every function, too; - prints it")
+    parser.add_json("every function, too")
     args = parser.parse_args()
     frame = read_image(next(iter(sample_photographs())))
     names = [name for name in DETECTORS if name != "TRTRetinaFace" or OnnxModel(args.model).is_plugin_form]
-    found = {name: walk_detect(name, args.model, frame) for name in names}
-    if args.json != "-":
+    with json_output(args.json) as write:
+        found = {name: walk_detect(name, args.model, frame) for name in names}
         for name, path in found.items():
             print(f"{name:20} {len(path.functions)} functions, {len(path.files)} files, {path.switches} switches")
-    if args.json:
-        text = json.dumps({name: vars(path) for name, path in found.items()}, indent=2) + "\n"
-        print(text, end="") if args.json == "-" else write_text(args.json, text)
+        write(json.dumps({name: vars(path) for name, path in found.items()}, indent=2))
     return 0
 
 

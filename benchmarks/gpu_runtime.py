@@ -8,7 +8,6 @@ is that of trained ones, and finds nothing; mobilenet0.25 is the published one.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,9 +70,9 @@ def main() -> int:
                             row |= {"goal_us": goal, "goal_met": row["total_ms"]["p50"] * 1e3 <= goal}
                         results.append(row)
     what = "uint8 frame in, faces out, TRTRetinaFace in FP16 at 640x640, times in ms a call"
-    write_result(args.out, what, results, "numpy", "torch", frames=frames.what, gpu=torch.cuda.get_device_name())
+    write_result(args, what, results, "numpy", "torch", frames=frames.what, gpu=torch.cuda.get_device_name())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

@@ -8,9 +8,7 @@ are those of the exported graph behind the head maps, in ONNX Runtime.
 
 from __future__ import annotations
 
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from benchmarks.environment import benchmark_parser, parse, write_result
-from benchmarks.peers import SIZE, load_frames
+from benchmarks.environment import benchmark_parser, by_index, in_turns, parse, write_result
+from benchmarks.peers import SIZE, frames_origin, load_frames
 from export.graph import HEAD_NAMES
 from export.parity import rows_from_maps
 from export.to_onnx import ExportOptions, export_onnx
@@ -28,7 +26,9 @@ from facespec.boxes import decode_detections
 from facespec.cli import run
 from facespec.priors import make_priors
 from facespec.spec import DecodeSpec, ModelSpec
+from facespec.tables import text_table
 from trt_runtime.kernels import decode_nms
+from trt_runtime.measure import Latency
 from trt_runtime.onnx_model import open_session
 
 Maps = list[NDArray[np.float32]]
@@ -68,14 +68,8 @@ def main() -> int:
         "onnx_operators": lambda i: operators(maps[i]),
         "numpy_reference": lambda i: decode_detections(rows[i][0], rows[i][1], rows[i][2], priors, spec.decode),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(args.rounds + 1):
-        for name, call in ways.items():
-            for i in range(len(maps)):
-                start = time.perf_counter()
-                call(i)
-                if turn:  # the first round warms up
-                    times[name].append((time.perf_counter() - start) * 1e3)
+    by_frame = {name: by_index(call, range(len(maps))) for name, call in ways.items()}
+    samples = in_turns(by_frame, args.rounds * len(maps), warm_up=len(maps))
     same = 0
     for i in range(len(maps)):
         ours, graph, reference = (call(i) for call in ways.values())
@@ -85,23 +79,21 @@ def main() -> int:
             and np.abs(ours["boxes"][0] - graph[1][0]).max() < 1e-3
             and np.abs(ours["boxes"][0, :count] - reference.boxes).max(initial=0) < 1e-3
         )
+    times = {name: Latency.of(values) for name, values in samples.items()}
     result = {
         "frames": len(maps),
         "candidates": [int(decode_nms(levels, SIZE, spec)["num_candidates"][0]) for levels in maps],
         "frames_with_the_same_faces": same,
-        "ms": {
-            name: {f"p{q}": round(float(np.percentile(values, q)), 3) for q in (50, 95, 99)}
-            for name, values in times.items()
-        },
+        "ms": {name: latency.to_dict() for name, latency in times.items()},
     }
     what = "decode + NMS of the head maps of a 640x640 frame on one CPU thread, FP32, down to a score of 0.02"
-    which = f"{len(maps)} {'images of --frames' if args.frames else 'scaled sample photographs'}, letterboxed"
-    write_result(args.out, what, [result], "onnxruntime", "numpy", "onnxsim", inputs=which)
-    for name, values in result["ms"].items():  # type: ignore[attr-defined]
-        print(f"{name:16} p50 {values['p50']:7.3f} ms, p95 {values['p95']:7.3f}, p99 {values['p99']:7.3f}")
+    which = f"{len(maps)} {frames_origin(args.frames)}, letterboxed"
+    write_result(args, what, [result], "onnxruntime", "numpy", "onnxsim", inputs=which)
+    lines = [[name, *(f"{ms:.3f}" for ms in (one.p50, one.p95, one.p99))] for name, one in times.items()]
+    print(text_table(["", "p50 ms", "p95", "p99"], lines))
     print(f"the same faces on {same} of {len(maps)} frames")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

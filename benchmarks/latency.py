@@ -14,9 +14,7 @@ a face of our first detector (IoU of at least 0.5): speed without the faces is w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.environment import benchmark_parser, parse, write_result
-from benchmarks.peers import SCORE, SIZE, Peer, open_peers
+from benchmarks.environment import benchmark_parser, by_index, parse, write_result
+from benchmarks.peers import SCORE, SIZE, Contender, frames_origin, load_frames, open_peers
 from facespec.agreement import match_faces
 from facespec.cli import quiet_libraries, run
 from facespec.files import check_outputs
-from facespec.letterbox import Frame, Letterbox
-from facespec.spec import PreprocessSpec
+from facespec.letterbox import Frame
 from facespec.tables import text_table
-from trt_runtime import machine
-from trt_runtime.benchmark import load_frames
 from trt_runtime.load import load_detector
-from trt_runtime.measure import Latency, Samples, speed_ratio, take_turns
+from trt_runtime.measure import Latency, Ratio, Samples, speed_ratio, take_turns
 
-WARM_UP = 10
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A detector under test.
-
-    Attributes:
-        name: For people.
-        boxes: From a frame to (n, 4) x1, y1, x2, y2.
-        origin: What is recorded of it.
-    """
-
-    name: str
-    boxes: Callable[[Frame], NDArray[np.float32]]
-    origin: dict[str, Any]
+COUNT = 32
+"""Frames."""
 
 
 def agreeing(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> int:
@@ -75,52 +56,31 @@ def our_contender(text: str, stack: ExitStack) -> Contender:
     """Open one of our detectors, given as FILE or FILE@BACKEND."""
     file, backend = split_ours(text)
     detector = stack.enter_context(load_detector(file, size_hw=SIZE, score_threshold=SCORE, backend=backend))
-    name = f"{Path(file).name}, {detector.backend}"
-    return Contender(name, lambda frame: detector.detect(frame).boxes, {"detector": detector.environment()})
+    return Contender(f"{Path(file).name}, {detector.backend}", detector.detect, {"detector": detector.environment()})
 
 
-def peer_contender(peer: Peer) -> Contender:
-    """Return a peer as a contender."""
-    return Contender(
-        peer.name, lambda frame: peer.detect(frame).boxes, {"package": peer.package, "version": peer.version}
-    )
+def figures(times_ms: Samples, **ratios: Ratio) -> dict[str, Any]:
+    """Return times and ratios, ready for JSON."""
+    rounded = {name: {key: round(value, 3) for key, value in ratio._asdict().items()} for name, ratio in ratios.items()}
+    return {"calls": times_ms.size, "ms": Latency.of(times_ms).to_dict(), **rounded}
 
 
 def measure(contenders: list[Contender], frames: list[Frame], repeats: int) -> list[dict[str, Any]]:
     """Return times, faces and agreement of each; the first is what the others are compared with."""
-    found = [[contender.boxes(frame) for frame in frames] for contender in contenders]
-    for contender in contenders:
-        for index in range(WARM_UP):
-            contender.boxes(frames[index % len(frames)])
-
-    def call(contender: Contender) -> Callable[[int], object]:
-        return lambda index: contender.boxes(frames[index % len(frames)])
-
+    found = [[contender.detect(frame).boxes for frame in frames] for contender in contenders]
+    calls = [by_index(contender.detect, frames) for contender in contenders]
     with tqdm(total=repeats * len(contenders), unit="call", leave=False, disable=None) as progress:
-        samples = take_turns([call(contender) for contender in contenders], repeats, progress=progress.update)
+        samples = take_turns(calls, repeats, progress=progress.update)
     return [
-        _row(contender, times, samples[0], boxes, found[0])
+        {
+            "name": contender.name,
+            **contender.origin,
+            **figures(times, first_is_times_as_fast=speed_ratio(times, samples[0])),
+            "faces": sum(map(len, boxes)),
+            "agree": sum(map(agreeing, found[0], boxes)),
+        }
         for contender, times, boxes in zip(contenders, samples, found, strict=True)
     ]
-
-
-def _row(
-    contender: Contender,
-    times_ms: Samples,
-    first_ms: Samples,
-    found: list[NDArray[np.float32]],
-    first_found: list[NDArray[np.float32]],
-) -> dict[str, Any]:
-    ratio = speed_ratio(times_ms, first_ms)
-    return {
-        "name": contender.name,
-        **contender.origin,
-        "calls": times_ms.size,
-        "ms": Latency.of(times_ms).to_dict(),
-        "first_is_times_as_fast": {name: round(value, 3) for name, value in ratio._asdict().items()},
-        "faces": sum(map(len, found)),
-        "agree": sum(agreeing(ours, theirs) for ours, theirs in zip(first_found, found, strict=True)),
-    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -143,31 +103,21 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=200, help="recorded calls of each")
     args = parse(parser, repeats=5)
     check_outputs([("--out", args.out)], [split_ours(text)[0] for text in args.ours])
-    load = machine.load_average()
-    if machine.busy(load, machine.cores()):
-        print(f"warning: the machine is busy (load average {load:.1f})", file=sys.stderr)
     with quiet_libraries():
-        frames = load_frames(args.frames)
-    mean = PreprocessSpec().mean_bgr
-    images = [Letterbox.fit((image.shape[0], image.shape[1]), SIZE).apply(image, mean) for image in frames.images]
+        frames = load_frames(args.frames, COUNT)
     peers, left_out = open_peers(args.peers)
     for name, why in left_out.items():
         print(f"left out: {name}: {why}", file=sys.stderr)
     with ExitStack() as stack:
-        contenders = [*(our_contender(text, stack) for text in args.ours), *map(peer_contender, peers)]
-        rows = measure(contenders, images, args.repeats)
+        contenders = [*(our_contender(text, stack) for text in args.ours), *peers]
+        rows = measure(contenders, frames, args.repeats)
     print(table(rows))
-    write_result(
-        args.out,
-        "uint8 640x640 frame in, faces out, score 0.5 where a detector has one; default threads of each",
-        rows,
-        *("numpy", "opencv-python", "onnxruntime", "openvino"),
-        frames=f"{frames.what}; letterboxed to 640x640 beforehand",
-        left_out=left_out,
-        load_average=load,
-    )
+    what = "uint8 640x640 frame in, faces out, score 0.5 where a detector has one; default threads of each"
+    which = f"{len(frames)} {frames_origin(args.frames)}, letterboxed beforehand"
+    packages = "numpy", "opencv-python", "onnxruntime", "openvino"
+    write_result(args, what, rows, *packages, frames=which, left_out=left_out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import nan
 from pathlib import Path
 from types import ModuleType
@@ -27,18 +24,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.environment import benchmark_parser, parse, write_result
-from facespec.cli import run
+from benchmarks.environment import benchmark_parser, in_turns, parse, write_result
+from facespec.cli import ArgumentParser, run
 from facespec.priors import make_priors
 from facespec.spec import ModelSpec
 from facespec.tables import text_table
 from trainer.data.targets import Faces, Targets, collate
 from trainer.losses import MultiBoxLoss
+from trt_runtime.measure import Latency
 
 SIZE = (640, 640)
 BATCH = 4
 FACES = (1, 100, 500)
 Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def add_original(parser: ArgumentParser) -> None:
+    """Add `--original CHECKOUT`, by default $RETINAFACE_ORIGINAL."""
+    checkout = os.environ.get("RETINAFACE_ORIGINAL")
+    parser.add_argument("--original", type=Path, default=checkout, help="checkout of biubug6/Pytorch_Retinaface")
+
+
+def load_original(checkout: Path, file: str, **modules: ModuleType) -> Any:
+    """Return a module of a checkout of biubug6/Pytorch_Retinaface; of the others only utils/box_utils.py is run.
+
+    Args:
+        checkout: Its folder.
+        file: Path of the module in it.
+        modules: What takes the place of others that it imports.
+    """
+    with patch.dict(sys.modules, {"utils": ModuleType("utils"), **modules}):
+        for name, path in (("utils.box_utils", "utils/box_utils.py"), ("original", file)):
+            spec = importlib.util.spec_from_file_location(name, checkout / path)
+            assert spec
+            assert spec.loader
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules["original"]
 
 
 class OriginalLoss:
@@ -50,9 +72,10 @@ class OriginalLoss:
     """
 
     def __init__(self, checkout: Path, size_hw: tuple[int, int]) -> None:
-        with self._modules(checkout):
-            multibox_loss = _load("multibox_loss", checkout / "layers/modules/multibox_loss.py")
-        self._loss = multibox_loss.MultiBoxLoss(2, 0.35, True, 0, True, 7, 0.35, False)  # as its train.py does
+        data = ModuleType("data")
+        vars(data)["cfg_mnet"] = {"gpu_train": False}  # all that it asks of its configuration
+        module = load_original(checkout, "layers/modules/multibox_loss.py", data=data)
+        self._loss = module.MultiBoxLoss(2, 0.35, True, 0, True, 7, 0.35, False)  # as its train.py does
         self._wh = torch.tensor([size_hw[1], size_hw[0]], dtype=torch.float32)
         self._priors = torch.from_numpy(make_priors(ModelSpec().anchors, size_hw)) / self._wh.repeat(2)
 
@@ -69,26 +92,6 @@ class OriginalLoss:
         with patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
             box, classification, landmark = self._loss(heads, self._priors, rows)
         return classification, box, landmark
-
-    @staticmethod
-    @contextmanager
-    def _modules(checkout: Path) -> Iterator[None]:
-        """Let the two modules it imports be found; of its configuration it asks only whether to use a GPU."""
-        data = ModuleType("data")
-        data.cfg_mnet = {"gpu_train": False}  # type: ignore[attr-defined]
-        found = {"data": data, "utils": ModuleType("utils")}
-        with patch.dict(sys.modules, found):
-            sys.modules["utils.box_utils"] = _load("utils.box_utils", checkout / "utils/box_utils.py")
-            yield
-
-
-def _load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def random_faces(rng: np.random.Generator, count: int, size_hw: tuple[int, int]) -> Faces:
@@ -127,35 +130,25 @@ def measure(faces: int, original: OriginalLoss | None, rounds: int) -> dict[str,
             return classification + 2 * box + landmark
 
         losses["original"] = total_of_original
-    runs: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[int], object]] = {}
     for name, loss in losses.items():
-        runs[f"{name}_forward"] = loss
-        runs[f"{name}_backward"] = lambda loss=loss: torch.autograd.grad(loss(), heads)  # type: ignore[misc]
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds + 2):
-        for name, call in runs.items():
-            start = time.perf_counter()
-            call()
-            if index >= 2:  # the first two warm up
-                times[name].append((time.perf_counter() - start) * 1e3)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
+        calls[f"{name}_forward"] = lambda _, loss=loss: loss()  # type: ignore[misc]
+        calls[f"{name}_backward"] = lambda _, loss=loss: torch.autograd.grad(loss(), heads)  # type: ignore[misc]
+    times = {name: Latency.of(samples) for name, samples in in_turns(calls, rounds, warm_up=2).items()}
+    row = {
         "faces_per_image": faces,
         "positives": int(ours(heads, targets, SIZE).positives),
-        "ms": {name: {"p50": round(medians[name], 3), "min": round(min(values), 3)} for name, values in times.items()},
-        **{
-            f"speedup_{kind}": round(medians[f"original_{kind}"] / medians[f"ours_{kind}"], 2)
-            for kind in ("forward", "backward")
-            if original
-        },
+        "ms": {name: latency.to_dict() for name, latency in times.items()},
     }
+    for kind in ("forward", "backward") if original else ():
+        row[f"speedup_{kind}"] = round(times[f"original_{kind}"].p50 / times[f"ours_{kind}"].p50, 2)
+    return row
 
 
 def main() -> int:
     """Run the benchmark, print a table and write the result."""
     parser = benchmark_parser("loss", __doc__)
-    checkout = os.environ.get("RETINAFACE_ORIGINAL")
-    parser.add_argument("--original", type=Path, default=checkout, help="checkout of biubug6/Pytorch_Retinaface")
+    add_original(parser)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15, help="times every measurement is taken")
     args = parse(parser, rounds=1)
@@ -163,7 +156,7 @@ def main() -> int:
     original = OriginalLoss(args.original, SIZE) if args.original else None
     results = [measure(faces, original, args.rounds) for faces in FACES]
     what = f"ms of matching and loss of {BATCH} images of {SIZE[0]}x{SIZE[1]}; backward includes forward"
-    write_result(args.out, what, results, "torch", "numpy", threads=args.threads, rounds=args.rounds)
+    write_result(args, what, results, "torch", "numpy", threads=args.threads, rounds=args.rounds)
     lines = []
     for row in results:
         line = [f"{row['faces_per_image']}", f"{row['positives']}"]
@@ -177,4 +170,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

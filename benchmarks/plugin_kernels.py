@@ -5,7 +5,6 @@ python -m benchmarks.plugin_kernels [--out benchmarks/results/plugin_kernels.jso
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -27,11 +26,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = build("plugin", folder=Path(folder))
     more = {"sources_sha256": report.sources_sha256, "compiler": report.compiler_version}
-    write_result(args.out, WHAT, [dict(row) for row in report.kernels], "numpy", **more)
+    write_result(args, WHAT, [dict(row) for row in report.kernels], "numpy", **more)
     for row in report.kernels:
         print(*(f"{name} {value}" for name, value in row.items()))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

@@ -8,198 +8,165 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SHOWN_STEPS = (0, 6, 11, 14, 26, 40, 50)
 """Numbers of convolutions in float that the table of sensitivity shows."""
 
+AP_COLUMNS = "{easy:.2f} | {medium:.2f} | {hard:.2f}"
+AP_CELL = "{easy:.2f} / {medium:.2f} / {hard:.2f}"
 
-def _document(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+def _document(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return found
 
 
-def _load(name: str) -> list[dict]:
+def _load(name: str) -> Any:
     return _document(name)["results"]
 
 
-def _table(header: str, rows: list[str]) -> str:
+def _table(header: str, line: str, rows: Iterable[dict[str, Any]]) -> str:
+    """Return a table with a line for each row; `line` is a template of `str.format`."""
     ruler = "|".join(["", *["---"] * (header.count("|") - 1), ""])
-    return "\n".join([header, ruler, *rows]) + "\n"
+    return "\n".join([header, ruler, *(line.format(**row) for row in rows)]) + "\n"
 
 
-def _kernels(rows: list[dict]) -> str:
-    """Return a row for each kernel and a column for each architecture."""
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each kernel and a column for each architecture."""
     columns = sorted({row["sm"] for row in rows})
-    kernels = sorted({(row["kernel"], row["heads"]) for row in rows}, reverse=True)
-    registers = {(row["kernel"], row["heads"], row["sm"]): row["registers"] for row in rows}
-    shared = {(row["kernel"], row["heads"]): row["static_shared_bytes"] for row in rows}
+    kernels: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        kernels.setdefault((row["kernel"], row["heads"]), {}).update({**row, f"sm_{row['sm']}": row["registers"]})
     return _table(
         f"| kernel | heads | shared memory, bytes | {' | '.join(f'sm_{sm}' for sm in columns)} |",
-        [
-            f"| {kernel} | {heads} | {shared[kernel, heads]} "
-            f"| {' | '.join(str(registers[kernel, heads, sm]) for sm in columns)} |"
-            for kernel, heads in kernels
-        ],
+        f"| {{kernel}} | {{heads}} | {{static_shared_bytes}} | {' | '.join(f'{{sm_{sm}}}' for sm in columns)} |",
+        [kernels[key] for key in sorted(kernels, reverse=True)],
     )
 
 
-def _precisions(rows: list[dict]) -> str:
-    """Return a row for each precision: AP by both protocols, and agreement with FP32 where images are letterboxed."""
-
-    def ap(found: dict) -> str:
-        return " / ".join(f"{found[level]:.2f}" for level in ("easy", "medium", "hard"))
-
-    by_kind = {(row["precision"], row["protocol"]): row for row in rows}
-    original, letterbox = (by_kind["int8", protocol] for protocol in ("original", "letterbox"))
-    lines = [f"| fp32 | 0 % | {ap(original['ap_fp32'])} | {ap(letterbox['ap_fp32'])} | | |"]
-    for kind in ("fp16", "int8"):
-        original, letterbox = (by_kind[kind, protocol] for protocol in ("original", "letterbox"))
-        lines.append(
-            f"| {kind} | {100 * original['mac_shares'].get('int8', 0):.0f} % | {ap(original['ap'])} "
-            f"| {ap(letterbox['ap'])} | {letterbox['recall_percent']:.2f} % "
-            f"| {letterbox['landmark_error_percent_of_face']:.2f} % |"
-        )
+def _precisions(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each precision: AP by both protocols, and agreement with FP32 where images are letterboxed."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        found = kinds.setdefault(row["precision"], {"precision": row["precision"]})
+        found[row["protocol"]] = AP_CELL.format(**row["ap"])
+        found["int8"] = f"{100 * row['mac_shares'].get('int8', 0):.0f} %"
+        if row["protocol"] == "letterbox":
+            found["recall"] = f"{row['recall_percent']:.2f} %"
+            found["landmarks"] = f"{row['landmark_error_percent_of_face']:.2f} %"
+    fp32 = {row["protocol"]: AP_CELL.format(**row["ap_fp32"]) for row in rows}
+    fp32 |= {"precision": "fp32", "int8": "0 %", "recall": "", "landmarks": ""}
     return _table(
         "| precision | in INT8 | AP at original size, easy / medium / hard | AP letterboxed to 640x640 "
         "| faces found again | landmark error |",
-        lines,
+        "| {precision} | {int8} | {original} | {letterbox} | {recall} | {landmarks} |",
+        [fp32, *(kinds[kind] for kind in ("fp16", "int8"))],
     )
 
 
-def _training(record: dict) -> str:
-    """Return a row for each run, and one for what each is to be compared with."""
-
-    def line(name: str, ap: dict) -> str:
-        return f"| {name} | {ap['easy']:.2f} | {ap['medium']:.2f} | {ap['hard']:.2f} |"
-
+def _training(record: dict[str, Any]) -> str:
+    """Return a line for each run, and one for what each is to be compared with."""
     by_name = {row["run"]: row["ap"] for row in record["results"]}
-    return _table(
-        "| run | easy | medium | hard |",
-        [
-            line("the original implementation, its schedule", record["original_implementation"]),
-            line("`--recipe original`, the same schedule", by_name["original"]),
-            line("the default recipe", by_name["default"]),
-            line("published weights, before", record["start_of_finetune"]),
-            line("`--recipe finetune`, 3 epochs on the 645 images", by_name["finetune"]),
-        ],
-    )
+    rows = {
+        "the original implementation, its schedule": record["original_implementation"],
+        "`--recipe original`, the same schedule": by_name["original"],
+        "the default recipe": by_name["default"],
+        "published weights, before": record["start_of_finetune"],
+        "`--recipe finetune`, 3 epochs on the 645 images": by_name["finetune"],
+    }
+    named = [{"name": name, **ap} for name, ap in rows.items()]
+    return _table("| run | easy | medium | hard |", f"| {{name}} | {AP_COLUMNS} |", named)
 
 
-def _cpu_latency(rows: list[dict]) -> str:
-    """Return a row for each precision and backend: both numbers of threads, and AP."""
-    by_name: dict[str, dict[int, dict]] = {}
+def _cpu_latency(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each precision and backend: both numbers of threads, and AP."""
+    by_name: dict[str, dict[str, Any]] = {}
     for row in rows:
-        by_name.setdefault(row["name"], {})[row["threads"]] = row
-    lines = []
-    for name, found in by_name.items():
-        one, two = found[1], found[2]
-        times = " | ".join(
-            f"{row['ms']['p50']:.1f} | {row['times_as_fast_as_tiny']['times']:.2f}" for row in (one, two)
-        )
-        ap = " / ".join(f"{one['ap'][level]:.2f}" for level in ("easy", "medium", "hard")) if "ap" in one else ""
-        computes = one.get("detector", {}).get("precision", "")
-        title = name.replace("onnxruntime", "ONNX Runtime").replace("openvino", "OpenVINO")
-        title += f", computed in {computes}" if one.get("precision") == "fp16" else ""
-        lines.append(f"| {title} | {times} | {ap} |")
-    return _table("| | 1 thread: ms | ratio | 2 threads: ms | ratio | AP, easy / medium / hard |", lines)
-
-
-def _video(rows: list[dict]) -> str:
-    """Return a row for each way to get from one video to the other."""
-    peer = next(row["frames_per_second"] for row in rows if row["contestant"] == "tiny at 640")
-    return _table(
-        "| | frames/s | ratio to tiny at 640 | faces |",
-        [
-            f"| {row['contestant']} | {row['frames_per_second']:.1f} | {row['frames_per_second'] / peer:.2f} "
-            f"| {row['faces']} |"
-            for row in rows
-        ],
-    )
+        title = row["name"].replace("onnxruntime", "ONNX Runtime").replace("openvino", "OpenVINO")
+        if row.get("precision") == "fp16":
+            title += f", computed in {row['detector']['precision']}"
+        ap = AP_CELL.format(**row["ap"]) if "ap" in row else ""
+        by_name.setdefault(title, {"title": title, "ap": ap})[f"on{row['threads']}"] = row
+    times = " | ".join(f"{{on{n}[ms][p50]:.1f}} | {{on{n}[times_as_fast_as_tiny][times]:.2f}}" for n in (1, 2))
+    header = "| | 1 thread: ms | ratio | 2 threads: ms | ratio | AP, easy / medium / hard |"
+    return _table(header, f"| {{title}} | {times} | {{ap}} |", by_name.values())
 
 
 def tables() -> dict[str, str]:
     """Return each table, and each figure that stands in a sentence, by the name of its marker."""
     augment = next(row["ms"]["mean"] for row in _load("augment") if row["run"] == "ours, file")
+    full_val = [
+        {**row, "size": row["size"] or "at their own size", "model": row["model"].split(",")[0]}
+        for row in _load("ap_full_val")
+    ]
+    steps = [
+        {"floats": len(row["float_layers"]), "int8": 100 * row["int8_share"], "lost": 100 - row["agreement"]["recall"]}
+        | row["agreement"]
+        for row in _document("int8_sensitivity")["steps"]
+    ]
+    videos = _load("video")
+    peer = next(row["frames_per_second"] for row in videos if row["contestant"] == "tiny at 640")
+    host_kernel = _load("host_kernel")[0]["ms"].items()
+    losses = " | ".join(
+        f"{{ms[ours_{part}][p50]:.1f}} | {{ms[original_{part}][p50]:.1f}} | {{speedup_{part}:.1f}}"
+        for part in ("forward", "backward")
+    )
     return {
         "augment": f"{augment:.1f}",
         "ap_scoring": f"{_load('ap_scoring')[0]['seconds_scoring']:.1f}",
         "ap_full_val": _table(
-            "| images | precision | easy | medium | hard |",
-            [
-                f"| {row['size'] or 'at their own size'} | {row['model'].split(',')[0]} "
-                f"| {row['easy']:.2f} | {row['medium']:.2f} | {row['hard']:.2f} |"
-                for row in _load("ap_full_val")
-            ],
+            "| images | precision | easy | medium | hard |", f"| {{size}} | {{model}} | {AP_COLUMNS} |", full_val
         ),
         "dev_ap": _table(
             "| weights | protocol | through | easy | medium | hard |",
-            [
-                f"| mobilenet0.25 | {row['protocol']} | {row['backend']} "
-                f"| {row['easy']:.2f} | {row['medium']:.2f} | {row['hard']:.2f} |"
-                for row in _load("dev_ap")
-            ],
+            f"| mobilenet0.25 | {{protocol}} | {{backend}} | {AP_COLUMNS} |",
+            _load("dev_ap"),
         ),
         "int8_sensitivity": _table(
             "| convolutions in float | multiply-accumulates in INT8 | faces lost | landmark error, of face size |",
-            [
-                f"| {len(row['float_layers'])} | {100 * row['int8_share']:.1f} % "
-                f"| {100 - row['agreement']['recall']:.2f} % | {row['agreement']['landmark_error']:.2f} % |"
-                for row in _document("int8_sensitivity")["steps"]
-                if len(row["float_layers"]) in SHOWN_STEPS
-            ],
+            "| {floats} | {int8:.1f} % | {lost:.2f} % | {landmark_error:.2f} % |",
+            [step for step in steps if step["floats"] in SHOWN_STEPS],
         ),
         "training": _training(_document("training")),
         "loss": _table(
             "| faces an image | ours, ms | original, ms | ratio | with backward: ours, ms | original, ms | ratio |",
-            [
-                f"| {row['faces_per_image']} | "
-                + " | ".join(
-                    f"{row['ms'][f'ours_{part}']['p50']:.1f} | {row['ms'][f'original_{part}']['p50']:.1f} "
-                    f"| {row[f'speedup_{part}']:.1f}"
-                    for part in ("forward", "backward")
-                )
-                + " |"
-                for row in _load("loss")
-            ],
+            f"| {{faces_per_image}} | {losses} |",
+            _load("loss"),
         ),
         "precision": _precisions(_load("precision")),
         "host_kernel": _table(
             "| decode + NMS on one CPU thread | p50, ms | p95 | p99 |",
-            [
-                f"| {name.replace('_', ' ').replace('onnx', 'ONNX')} | {row['p50']:.2f} | {row['p95']:.2f} "
-                f"| {row['p99']:.2f} |"
-                for name, row in _load("host_kernel")[0]["ms"].items()
-            ],
+            "| {name} | {p50:.2f} | {p95:.2f} | {p99:.2f} |",
+            [{**ms, "name": name.replace("_", " ").replace("onnx", "ONNX")} for name, ms in host_kernel],
         ),
         "plugin_kernels": _kernels(_load("plugin_kernels")),
         "cpu_latency": _cpu_latency(_load("cpu_latency")),
         "latency": _table(
             "| | p50, ms | faces | of them our FP32 finds, too |",
-            [
-                f"| {row['name']} | {row['ms']['p50']:.1f} | {row['faces']} | {row['agree']} |"
-                for row in _load("latency")
-            ],
+            "| {name} | {ms[p50]:.1f} | {faces} | {agree} |",
+            _load("latency"),
         ),
-        "video": _video(_load("video")),
+        "video": _table(
+            "| | frames/s | ratio to tiny at 640 | faces |",
+            "| {contestant} | {frames_per_second:.1f} | {ratio:.2f} | {faces} |",
+            [{**row, "ratio": row["frames_per_second"] / peer} for row in videos],
+        ),
         "soak": _table(
             "| detector | part | identical results | memory grew by, MB |",
-            [
-                f"| {row['detector']} | {row['part']} | {row['identical']} of {row['calls']} | {row['growth_mb']:.1f} |"
-                for row in _load("soak")
-            ],
+            "| {detector} | {part} | {identical} of {calls} | {growth_mb:.1f} |",
+            _load("soak"),
         ),
     }
 
 
 def render(text: str, made: dict[str, str]) -> str:
     """Return a page with its tables and figures filled in: each stands between `<!-- name -->` and `<!-- end -->`."""
-    return re.sub(
-        r"(<!-- (\w+) -->\n?).*?(<!-- end -->)",
-        lambda place: place[1] + made[place[2]] + place[3],
-        text,
-        flags=re.DOTALL,
-    )
+    marked = re.compile(r"(<!-- (\w+) -->\n?).*?(<!-- end -->)", re.DOTALL)
+    return marked.sub(lambda place: place[1] + made[place[2]] + place[3], text)
 
 
 def pages() -> list[Path]:

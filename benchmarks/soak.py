@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from facespec.errors import DataError, SpecError
 from facespec.letterbox import Frame
 from facespec.samples import sample_frames
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, RetinaFaceDetector, TRTRetinaFace
-from trt_runtime.machine import load_average
 
 SIZE = (160, 160)
 SIDES = (30, 1300)
@@ -63,10 +62,10 @@ class SoakOptions:
         settle_reopens: Reopenings until then.
     """
 
-    frames: int = 10_000
-    threads: int = 8
-    reopens: int = 1000
-    settle: int = 1000
+    frames: int
+    threads: int
+    reopens: int
+    settle: int
     settle_reopens: int = SETTLE_REOPENS
 
     def __post_init__(self) -> None:
@@ -101,16 +100,22 @@ class Soaked:
         """Whether every result was right and memory did not grow."""
         return self.identical == self.calls and self.growth_mb < LIMIT_MB
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures, ready for JSON."""
+        return {**asdict(self), "growth_mb": self.growth_mb, "passed": self.passed}
 
-def open_detector(name: str, plugin_form: Path) -> RetinaFaceDetector:
-    """Return a detector by the name of its class, at `SIZE`, on at most 2 threads of its own."""
-    if name == "TRTRetinaFace":
-        return TRTRetinaFace(plugin_form, size_hw=SIZE, device="cpu")
-    kind = OpenVinoRetinaFace if name == "OpenVinoRetinaFace" else OrtRetinaFace
-    return kind(plugin_form, size_hw=SIZE, threads=2)
+    def __str__(self) -> str:
+        memory = f"grew by {self.growth_mb:.1f} to {self.resident_mb[-1]:.0f} MB"
+        failed = "" if self.passed else "  FAILED"
+        return f"{self.identical} of {self.calls} identical, {memory}, {self.seconds:.0f} s{failed}"
 
 
-DETECTORS = ("TRTRetinaFace", "OpenVinoRetinaFace", "OrtRetinaFace")
+DETECTORS: dict[str, Callable[[Path], RetinaFaceDetector]] = {
+    "TRTRetinaFace": partial(TRTRetinaFace, size_hw=SIZE, device="cpu"),
+    "OpenVinoRetinaFace": partial(OpenVinoRetinaFace, size_hw=SIZE, threads=2),
+    "OrtRetinaFace": partial(OrtRetinaFace, size_hw=SIZE, threads=2),
+}
+"""What opens a plugin form at `SIZE`, on at most 2 threads of its own, by the name of the class."""
 
 
 def make_frames(count: int = DISTINCT, seed: int = 0) -> list[Frame]:
@@ -141,10 +146,11 @@ def resident_mb() -> float:
 
 def identical(found: Detections, expected: Detections) -> bool:
     """Whether two results are the same to the bit."""
-    arrays = ("boxes", "scores", "landmarks")
-    return (found.frame_hw, found.truncated) == (expected.frame_hw, expected.truncated) and all(
-        getattr(found, name).tobytes() == getattr(expected, name).tobytes() for name in arrays
+    one, other = (
+        [side.frame_hw, side.truncated, side.boxes.tobytes(), side.scores.tobytes(), side.landmarks.tobytes()]
+        for side in (found, expected)
     )
+    return one == other
 
 
 def soak_frames(opener: Opener, frames: Sequence[Frame], options: SoakOptions) -> Soaked:
@@ -196,11 +202,7 @@ def _soak(work: Callable[[int], int], settle: int, calls: int, start: float) -> 
 
 def soak(name: str, part: str, plugin_form: Path, options: SoakOptions) -> Soaked:
     """Run one part for one detector, "frames" or "reopens", in this process."""
-
-    def opener() -> RetinaFaceDetector:
-        return open_detector(name, plugin_form)
-
-    frames = make_frames()
+    frames, opener = make_frames(), partial(DETECTORS[name], plugin_form)
     return soak_frames(opener, frames, options) if part == "frames" else soak_reopens(opener, frames[0], options)
 
 
@@ -212,53 +214,33 @@ def soak_apart(*arguments: Any) -> Soaked:
 
 def main() -> int:
     """Run every part for every detector, print a line for each and write the result; exit code 1 if one fails."""
-    default = SoakOptions()
     parser = benchmark_parser("soak", __doc__)
-    parser.add_argument("--frames", type=int, default=default.frames, help="frames detected after the first ones")
-    parser.add_argument("--threads", type=int, default=default.threads, help="threads that share a detector")
-    parser.add_argument("--reopens", type=int, default=default.reopens, help="times it is opened after the first 50")
-    parser.add_argument("--settle", type=int, default=default.settle, help="frames until memory is first read")
-    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS, help="which detectors")
+    parser.add_argument("--frames", type=int, default=10_000, help="frames detected after the first ones")
+    parser.add_argument("--threads", type=int, default=8, help="threads that share a detector")
+    parser.add_argument("--reopens", type=int, default=1000, help="times it is opened after the first 50")
+    parser.add_argument("--settle", type=int, default=1000, help="frames until memory is first read")
+    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), help="which detectors")
     args = parse(parser, frames=50, reopens=5, settle=20)
     options = SoakOptions(args.frames, args.threads, args.reopens, args.settle)
-    results, passed = [], True
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         form = Path(folder) / "retinaface.plugin.onnx"
         build_engine(EngineOptions("mobilenet0.25", form, Profile(sizes_hw=(SIZE, SIZE, (640, 640))), onnx_only=True))
         for name in args.detectors:
             for part in ("frames", "reopens"):
                 found = soak_apart(name, part, form, options)
-                passed &= found.passed
-                results.append(
-                    {
-                        "detector": name,
-                        "part": part,
-                        **asdict(found),
-                        "growth_mb": found.growth_mb,
-                        "passed": found.passed,
-                    }
-                )
-                print(
-                    f"{name:19} {part:8} {found.identical} of {found.calls} identical, grew by {found.growth_mb:.1f} "
-                    f"to {found.resident_mb[-1]:.0f} MB, {found.seconds:.0f} s{'' if found.passed else '  FAILED'}",
-                    flush=True,
-                )
+                results.append({"detector": name, "part": part, **found.to_dict()})
+                print(f"{name:19} {part:8} {found}", flush=True)
     what = (
         f"{DISTINCT} frames of {SIDES[0]} to {SIDES[1]} pixels a side, network {SIZE[0]}x{SIZE[1]}, plugin form of the "
         f"published mobilenet0.25; frames: {options.threads} threads share one detector; reopens: open, detect, close; "
         f"growth of the resident memory after the first {options.settle} frames or {SETTLE_REOPENS} times, "
         f"which must stay below {LIMIT_MB} MB"
     )
-    write_result(
-        args.out,
-        what,
-        results,
-        *("onnxruntime", "openvino", "numpy", "opencv-python"),
-        options=asdict(options),
-        load_average=load_average(),
-    )
-    return 0 if passed else 1
+    packages = "onnxruntime", "openvino", "numpy", "opencv-python"
+    write_result(args, what, results, *packages, options=asdict(options))
+    return 0 if all(row["passed"] for row in results) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

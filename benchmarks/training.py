@@ -9,7 +9,6 @@ read, one that was stopped goes on.
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +103,9 @@ def main() -> int:
         plot(results, PLOT)
         start = evaluate(EvaluateOptions(args.data / "gt", detector=DEFAULT_WEIGHTS, data=args.data))
         more["start_of_finetune"] = {name: round(start[name], 2) for name in LEVELS}
-    write_result(args.out, what, results, "torch", "numpy", "opencv-python", **more)
+    write_result(args, what, results, "torch", "numpy", "opencv-python", **more)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

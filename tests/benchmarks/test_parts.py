@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cpu_latency, gather, peers
-from benchmarks.environment import benchmark_parser, environment, parse, write_result
+from benchmarks.environment import benchmark_parser, environment, in_turns, parse, write_result
 from benchmarks.gpu_kernel import cases, same_detections
 from facespec.detections import Detections
 from facespec.errors import DataError, OutputError
@@ -20,9 +21,13 @@ from facespec.letterbox import Frame, Letterbox
 from trt_runtime.measure import Latency
 
 
-def test_a_result_says_what_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_says_what_it_depends_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "deep" / "result.json"
-    write_result(path, "what it is", [{"ms": 1}], "numpy", "no-such-package", more=[2])
+    args = argparse.Namespace(out=path, load_average=0.5)
+    write_result(args, "what it is", [{"ms": 1}], "numpy", "no-such-package", more=[2])
+    assert capsys.readouterr().out == f"wrote {path}\n"
     text = path.read_text()
     record = json.loads(text)
     assert text.endswith("}\n")
@@ -30,6 +35,7 @@ def test_a_result_says_what_it_depends_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert (record["what"], record["more"], record["results"]) == ("what it is", [2], [{"ms": 1}])
     assert record["versions"]["numpy"] == np.__version__
     assert {"date", "command", "machine", "commit"} <= record.keys()
+    assert record["load_average"] == 0.5
     monkeypatch.setenv("PATH", str(tmp_path))  # no git there
     assert environment("numpy")["commit"] == ""
 
@@ -49,6 +55,24 @@ def test_quick_sets_defaults_and_keeps_results_as_they_are(monkeypatch: pytest.M
     assert parsed("--quick", "--frames", "7", "--out", "o.json") == (7, Path("o.json"))
     with pytest.raises(OutputError, match=r"--out /proc/o\.json: cannot be written"):
         parsed("--out", "/proc/o.json")
+
+
+def test_a_busy_machine_is_warned_of_and_its_load_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["soak", "--out", str(tmp_path / "o.json")])
+    for load, warned in ((999.0, True), (0.0, False)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert parse(benchmark_parser("soak", "what it does")).load_average == load
+        assert ("the machine is busy (load average 999.0)" in capsys.readouterr().err) == warned
+
+
+def test_calls_in_turns_are_told_apart_and_warmed_up() -> None:
+    called: dict[str, list[int]] = {"a": [], "b": []}
+    times = in_turns({name: numbers.append for name, numbers in called.items()}, 30, warm_up=2)
+    assert list(times) == ["a", "b"]
+    assert all(samples.size == 30 for samples in times.values())
+    assert called == {name: [0, 1, *range(30)] for name in called}
 
 
 class _Point(NamedTuple):
@@ -140,9 +164,9 @@ def test_peers_are_named_and_a_defect_of_one_does_not_stop_the_others(monkeypatc
          ("C", "no-such-package", fails), ("D", "pytest", fails)),
     )  # fmt: skip
     found, left_out = peers.open_peers(["numpy", "no-such-package"])
-    assert [(peer.name, peer.package, peer.version, peer.detect) for peer in found] == [
-        ("A", "numpy", np.__version__, "run A")
-    ]
+    (peer,) = found
+    assert (peer.name, peer.detect) == ("A", "run A")
+    assert peer.origin == {"package": "numpy", "version": np.__version__}
     assert left_out == {"B": "numpy: two lines", "C": "no-such-package is not installed"}
     assert peers.open_peers([]) == ([], {})
     assert peers.SCORE == 0.5
@@ -186,11 +210,11 @@ def test_the_cases_of_the_kernels_benchmark() -> None:
 
 def test_times_against_tiny_and_their_table() -> None:
     slow, fast = np.array([20.0, 22.0, 21.0, 20.5]), np.array([10.0, 11.0, 10.5, 10.25])
-    times = cpu_latency._times(fast, slow)
+    times = cpu_latency.against_tiny(fast, slow)
     assert times["calls"] == 4
     assert times["ms"] == Latency.of(fast).to_dict()
     assert times["times_as_fast_as_tiny"]["times"] == pytest.approx(2)  # slower is less
-    tiny = {"name": cpu_latency.TINY, "threads": 1, **cpu_latency._times(slow, slow), "faces": 31}
+    tiny = {"name": cpu_latency.TINY, "threads": 1, **cpu_latency.against_tiny(slow, slow), "faces": 31}
     ours = {
         "name": "openvino int8", "threads": 2, **times, "faces": 32, "frames_with_the_same_faces": 23,
         "frames_the_same_to_the_pixel": 7, "ap": {"easy": 91.234, "hard": 80.1}, "budget_held": False, "budget": "int8",

@@ -16,7 +16,6 @@ from benchmarks.soak import (
     SIDES,
     SoakOptions,
     make_frames,
-    open_detector,
     soak_apart,
     soak_frames,
     soak_reopens,
@@ -44,7 +43,7 @@ def test_frames_are_many_sizes_with_faces_and_without(frames: list[Frame], plugi
     assert len({tuple(side) for side in sides.tolist()}) == len(frames) == 60
     assert SIDES[0] <= sides.min() < 60
     assert 1000 < sides.max() <= SIDES[1]
-    with open_detector("OrtRetinaFace", plugin_form) as detector:
+    with DETECTORS["OrtRetinaFace"](plugin_form) as detector:
         found = [len(detector.detect(frame)) for frame in frames]
     assert sum(count > 0 for count in found) >= 20
     assert sum(count == 0 for count in found) >= 15
@@ -52,7 +51,7 @@ def test_frames_are_many_sizes_with_faces_and_without(frames: list[Frame], plugi
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_threads_get_the_same_bits_and_memory_does_not_grow(name: str, frames: list[Frame], plugin_form: Path) -> None:
-    soaked = soak_frames(lambda: open_detector(name, plugin_form), frames, SMALL)
+    soaked = soak_frames(lambda: DETECTORS[name](plugin_form), frames, SMALL)
     assert soaked.identical == soaked.calls == 400
     assert soaked.growth_mb < SANE_MB
 
@@ -60,7 +59,7 @@ def test_threads_get_the_same_bits_and_memory_does_not_grow(name: str, frames: l
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_what_is_closed_gives_its_memory_back(name: str, frames: list[Frame], plugin_form: Path) -> None:
-    soaked = soak_reopens(lambda: open_detector(name, plugin_form), frames[0], SMALL)
+    soaked = soak_reopens(lambda: DETECTORS[name](plugin_form), frames[0], SMALL)
     assert soaked.identical == soaked.calls == 25
     assert soaked.growth_mb < SANE_MB
 
@@ -71,7 +70,7 @@ def test_what_is_closed_does_not_wait_for_the_garbage_collector(
 ) -> None:
     gc.disable()  # what is in no circle goes at once, all the same
     try:
-        with open_detector(name, plugin_form) as detector:
+        with DETECTORS[name](plugin_form) as detector:
             detector.detect(frames[0])
             alive = weakref.ref(detector)
         del detector
@@ -119,4 +118,4 @@ def test_a_leak_and_a_wrong_result_are_noticed(frames: list[Frame], plugin_form:
 @pytest.mark.parametrize("field", ["frames", "threads", "reopens", "settle"])
 def test_no_numbers_below_one(field: str) -> None:
     with pytest.raises(SpecError, match=f"--{field} 0: give at least 1"):
-        SoakOptions(**{field: 0})
+        dataclasses.replace(SMALL, **{field: 0})

@@ -270,7 +270,7 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     from export.calibration import calibrate
     from export.parity import rows_from_maps
     from export.portable import build_heads
-    from export.quantize import conv_macs, mac_shares, to_int8
+    from export.quantize import mac_shares, to_int8
     from trainer.checkpoint import load_model
 
     library()  # without a compiler this ends here, not after minutes
@@ -292,7 +292,6 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     seen = [values[:, 5] - values[:, 4] > PROXY_LOGIT for values in rows]
     probes = [index for index, mask in enumerate(seen) if mask.any()][:PROXY_IMAGES]
     convolutions = [node.name for node in graph.graph.node if node.op_type == "Conv"]
-    all_macs = sum(conv_macs(graph, options.size_hw).values())
     layers = []
     for name in tqdm(convolutions, desc="layers", unit="layer", disable=not progress):
         alone = to_int8(graph, calibration.ranges, _only(name))
@@ -301,7 +300,7 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
             for index, heads in zip(probes, _run(alone, [pixels[index] for index in probes]), strict=True)
         ]
         cost = float(np.sqrt(np.mean(np.square(np.concatenate(errors), dtype=np.float64))))
-        layers.append(Layer(name, cost, conv_macs(alone, options.size_hw)["int8"] / all_macs))
+        layers.append(Layer(name, cost, mac_shares(alone, options.size_hw)["int8"]))
 
     def measured(recipe: Int8Recipe) -> Step:
         quantised = to_int8(graph, calibration.ranges, recipe)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from export.disagreements import Sample, draw_disagreements
-from export.emulation import emulate_fp16
+from export.quantize import emulate_fp16
 from export.sides import ModelInfo, Recorder, Side
 from export.verify import (
     BUDGETS,
@@ -577,7 +577,7 @@ def test_fp16_is_emulated_to_the_last_bit() -> None:
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
     x = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
-    session = ort.InferenceSession(emulate_fp16(model.SerializeToString()), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(emulate_fp16(model).SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": x})
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, (x.astype(np.float16) * factor * factor).astype(np.float32))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.disagreements import Sample, draw_disagreements
 from export.quantize import emulate_fp16
 from export.sides import ModelInfo, Recorder, Side
 from export.verify import (
@@ -34,7 +33,7 @@ from export.verify import (
     parse_arguments,
     verify,
 )
-from facespec.agreement import Agreement, landmark_errors, match_faces
+from facespec.agreement import Agreement, Sample, draw_disagreements, landmark_errors, match_faces
 from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.images import read_image, write_image
@@ -427,12 +426,8 @@ def test_limits(value: float | None, limit: float | None, at_least: bool, passed
 
 
 def test_identical_models_have_no_differences(dynamic_onnx: Path, tmp_path: Path) -> None:
-    json_file, picture = tmp_path / "verify.json", tmp_path / "worst.png"
-    result = verify(
-        VerifyOptions(
-            str(dynamic_onnx), str(dynamic_onnx), size_hw=(320, 320), images=4, json_file=json_file, plot=picture
-        )
-    )
+    picture = tmp_path / "worst.png"
+    result = verify(VerifyOptions(str(dynamic_onnx), str(dynamic_onnx), size_hw=(320, 320), images=4, plot=picture))
     assert result.passed
     assert "passed, within the fp16 budget" in str(result)
     stages = {row.stage for row in result.rows}
@@ -457,7 +452,7 @@ def test_identical_models_have_no_differences(dynamic_onnx: Path, tmp_path: Path
     assert result.budget == "fp16"
     assert any("sample photographs only" in note for note in result.notes)
 
-    data = json.loads(json_file.read_text())
+    data = json.loads(result.to_json())
     assert data["passed"] is True
     assert data["candidate"]["kind"] == "portable ONNX"
     assert data["candidate"]["precision"] == "fp32"
@@ -761,7 +756,7 @@ def test_images_without_faces_are_no_comparison(static_onnx: Path, monkeypatch: 
 
 def test_outputs_never_replace_a_model(static_onnx: Path) -> None:
     with pytest.raises(OutputError, match="is a file that is read"):
-        verify(VerifyOptions(str(static_onnx), str(static_onnx), json_file=static_onnx))
+        verify(VerifyOptions(str(static_onnx), str(static_onnx), json=static_onnx))
 
 
 @pytest.mark.parametrize("changes", [{"images": 0}, {"budget": "int4"}, {"protocol": "other"}])

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cv2
@@ -518,6 +519,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.plot:
             print(f"wrote {options.plot}")
     return 0 if result.passed else 1
+
+
+class _CallableModule(ModuleType):
+    """Makes `export.verify(options)` call `verify`: the module has the name of its function."""
+
+    def __call__(self, options: VerifyOptions) -> Verification:
+        return verify(options)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -588,6 +590,23 @@ def test_missing_models_take_one_line(error_line: Callable[..., str], side: str,
 def test_the_command_takes_one_line(refused: Callable[..., str]) -> None:
     line = refused("export.verify", "--reference", "a.onnx", "--candidate", "b.pth", "--backend", "openvino")
     assert line == "error: --backend is for exported models, the candidate b.pth is none"
+
+
+@pytest.mark.parametrize("words", ["import export", "import export.verify", "from export.verify import verify"])
+def test_the_package_has_it_as_a_function(words: str) -> None:
+    """Whatever was imported before, and as the module that it also is."""
+    code = f"""{words}
+import export
+from export import VerifyOptions, verify
+from facespec.errors import SpecError
+for function in (export.verify, verify, verify.verify):
+    try:
+        function(VerifyOptions("a", "b.pth", backend="openvino"))
+    except SpecError:
+        print("called")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["called"] * 3
 
 
 def test_an_engine_takes_one_line(error_line: Callable[..., str], tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The images that tell how large the numbers inside a network get, and what they tell."""
+"""A heads graph in the precision that was asked for; INT8 is calibrated on images."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 import zipfile
@@ -13,13 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
 from tqdm import tqdm
 
-from export.graph import HEAD_NAMES
-from export.options import DEMO, MIN_IMAGES, WIDERFACE, CalibrationOptions, Int8Recipe
-from export.quantize import Ranges, conv_inputs
-from facespec.errors import DataError, ImageError, OutputError
+from export.graph import HEAD_NAMES, showing
+from export.options import (
+    DEMO,
+    MIN_IMAGES,
+    MIN_INT8_SHARE,
+    PRECISIONS,
+    WIDERFACE,
+    CalibrationOptions,
+    Int8Recipe,
+    check_calibration,
+    load_recipe,
+)
+from export.quantize import Ranges, conv_inputs, lint_qdq, mac_shares, to_fp16, to_int8
+from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
 from facespec.files import atomic_path, cache_folder, widerface_root, write_text
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
@@ -42,7 +52,7 @@ class Calibration:
         skipped: Names of files that could not be read.
         with_faces: Number of images on which the model finds a face.
         cached: Nothing was run: the result was found in the user's cache folder.
-        recipe: What `export.precision.with_precision` spared by it.
+        recipe: What `with_precision` spared by it.
     """
 
     options: CalibrationOptions
@@ -172,11 +182,9 @@ def calibrate(
             f"--calib {options.source}: the model finds no face on any of the {len(names)} images: give images like "
             "those to come"
         )
-    if known is None:
+    if known is None:  # what is kept saves time, no more
         with suppress(OutputError), atomic_path(place) as temporary, open(temporary, "wb") as file:
-            np.savez(
-                file, *(ranges[name] for name in wanted), np.array([with_faces], np.float32)
-            )  # it saves time, no more
+            np.savez(file, *(ranges[name] for name in wanted), np.array([with_faces], np.float32))
     return Calibration(options, ranges, tuple(names), tuple(skipped), with_faces, known is not None)
 
 
@@ -195,13 +203,7 @@ def _measure(
     heads_graph: onnx.ModelProto, wanted: list[str], pixels: list[Frame], spec: ModelSpec, progress: bool
 ) -> tuple[Ranges, int]:
     """Return the ranges of the tensors wanted, and on how many images a prior looks more like a face than not."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(heads_graph)
-    known = {output.name for output in probe.graph.output}
-    probe.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted if name not in known
-    )
-    session = open_session(probe.SerializeToString(), "the graph with its probes", why="calibration")
+    session = open_session(showing(heads_graph, wanted), "the graph with its probes", why="calibration")
     ranges: Ranges = {}
     with_faces = 0
     for image in tqdm(pixels, desc="calibrating", unit="image", disable=not progress):
@@ -214,6 +216,54 @@ def _measure(
                 raise DataError("the network gives numbers that are not finite on a calibration image")
             ranges[name] = np.maximum(ranges[name], largest) if name in ranges else largest
     return ranges, with_faces
+
+
+def with_precision(
+    heads_graph: onnx.ModelProto,
+    precision: str,
+    calibration: CalibrationOptions | None,
+    size_hw: tuple[int, int],
+    spec: ModelSpec,
+    progress: bool = False,
+) -> tuple[onnx.ModelProto, Calibration | None]:
+    """Return a heads graph in a precision, and what INT8 was calibrated on.
+
+    Args:
+        heads_graph: From `export.portable.build_heads`, float32.
+        precision: One of `PRECISIONS`. What INT8 leaves in float computes in float16.
+        calibration: For INT8: images and recipe.
+        size_hw: Network size to calibrate and to count at.
+        spec: Of the model.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        SpecError: INT8 without calibration images, no such precision, or a recipe that cannot be read.
+        DataError: The images are no calibration set.
+        ModelFileError: A weight does not fit, or the precision asked for is not what the graph would compute in.
+    """
+    if precision not in PRECISIONS:
+        raise SpecError(f"no such precision: {precision}")
+    used, graph = None, heads_graph
+    if precision == "fp16":
+        graph = to_fp16(heads_graph)
+    elif precision == "int8":
+        check_calibration(precision, calibration)
+        assert calibration is not None
+        recipe = Int8Recipe()
+        if calibration.recipe:
+            recipe = load_recipe(calibration.recipe)
+            names = [node.name for node in heads_graph.graph.node if node.op_type == "Conv"]
+            lost = [part for part in recipe.float_layers if not any(part in name for name in names)]
+            if lost:
+                raise SpecError(f"{calibration.recipe}: no convolution of this network is named like {lost[0]!r}")
+        used = dataclasses.replace(calibrate(heads_graph, calibration, size_hw, spec, progress), recipe=recipe)
+        graph = to_fp16(to_int8(heads_graph, used.ranges, recipe))
+        if problems := lint_qdq(graph):
+            raise ModelFileError(problems[0])
+    shares = mac_shares(graph, size_hw)
+    if shares.get(precision, 0) < (MIN_INT8_SHARE if precision == "int8" else 1):
+        raise ModelFileError(f"{precision} was asked for, the convolutions would compute in {shares}")
+    return graph, used
 
 
 def report_calibration(used: Calibration, path: Path) -> None:

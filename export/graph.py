@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -286,3 +287,11 @@ def assemble(
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="retinaface-trt"
     )
+
+
+def showing(graph: onnx.ModelProto, names: Iterable[str]) -> bytes:
+    """Return an encoded copy of a graph whose outputs include the tensors of these names."""
+    probe = copy.deepcopy(graph)
+    known = {output.name for output in graph.graph.output}
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    return bytes(probe.SerializeToString())

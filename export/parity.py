@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
-from export.graph import HEAD_NAMES
+from export.graph import HEAD_NAMES, showing
 from facespec.boxes import Decoded
 from facespec.errors import ParityError
 from facespec.letterbox import Frame, Letterbox
@@ -20,9 +19,6 @@ from trainer.detector import TorchRetinaFace
 from trainer.model import RetinaFace
 from trt_runtime.kernels import PLUGIN, decode_nms
 from trt_runtime.onnx_model import cut_heads, open_session
-
-Runner = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
-"""(1, H, W, 3) pixels to the five outputs and the head maps, by name."""
 
 
 @dataclass(frozen=True)
@@ -121,51 +117,16 @@ class ParityReport:
 
     def require_equal(self) -> None:
         """Raise ParityError if any image differs, or if no face was compared."""
-        bad = [row for row in self.rows if not row.equal]
-        if bad:
-            raise ParityError(
-                f"the exported graph differs from PyTorch on {bad[0].image}: heads {bad[0].heads:.2g} (at most "
-                f"{bad[0].tolerance.heads:g}), boxes {bad[0].boxes_px:.2g} px, landmarks {bad[0].landmarks_px:.2g} px "
-                f"(at most {bad[0].tolerance.pixels:g}), scores {bad[0].scores:.2g} (at most "
-                f"{bad[0].tolerance.scores:g}), unmatched faces {bad[0].unmatched}; nothing was written. "
-                "Other images: --parity"
-            )
+        for bad in self.rows:
+            if not bad.equal:
+                raise ParityError(
+                    f"the exported graph differs from PyTorch on {bad.image}: heads {bad.heads:.2g} (at most "
+                    f"{bad.tolerance.heads:g}), boxes {bad.boxes_px:.2g} px, landmarks {bad.landmarks_px:.2g} px (at "
+                    f"most {bad.tolerance.pixels:g}), scores {bad.scores:.2g} (at most {bad.tolerance.scores:g}), "
+                    f"unmatched faces {bad.unmatched}; nothing was written. Other images: --parity"
+                )
         if not any(row.faces for row in self.rows):
             raise ParityError("nothing was compared: the model finds no face on any of the images; try --parity")
-
-
-def _portable_runner(graph: onnx.ModelProto) -> Runner:
-    """Return what runs a portable graph: every output, and the head maps."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(graph)
-    half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in graph.graph.initializer)
-    kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-    probe.graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name in HEAD_NAMES)
-    session = _session(probe.SerializeToString())
-    names = [output.name for output in session.get_outputs()]
-
-    def call(batch: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        found = dict(zip(names, session.run(None, {"images": batch}), strict=True))
-        return found | {name: found[name].astype(np.float32) for name in HEAD_NAMES}
-
-    return call
-
-
-def _plugin_runner(graph: onnx.ModelProto, spec: ModelSpec) -> Runner:
-    """Return what runs a plugin form: the network in ONNX Runtime, the plugin on the host."""
-    cut = cut_heads(graph.SerializeToString(), spec)
-    session = _session(cut.content)
-
-    def call(batch: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        maps = session.run(cut.heads, {"images": batch})
-        found = decode_nms(maps, (batch.shape[1], batch.shape[2]), spec)
-        return found | {name: level.astype(np.float32) for name, level in zip(cut.heads, maps, strict=True)}
-
-    return call
-
-
-def _session(content: bytes) -> Any:
-    return open_session(content, "the exported graph", why="the parity report")
 
 
 def check_parity(
@@ -178,20 +139,25 @@ def check_parity(
     """Run a graph in ONNX Runtime and the model in PyTorch on the same frames.
 
     Args:
-        graph: From `export.portable.build_portable` or `export.plugin_form.build_plugin_form`.
+        graph: From `export.portable` or `export.plugin_form`.
         model: What it was exported from.
         frames: uint8 BGR by name.
         size_hw: Network size; None compares each frame at its own size, padded to multiples of 32.
         precision: Key of `TOLERANCES`.
     """
     plugin = any(node.domain == PLUGIN.domain for node in graph.graph.node)
-    run_graph = _plugin_runner(graph, model.spec) if plugin else _portable_runner(graph)
+    # of a plugin form the network runs in ONNX Runtime, the plugin on the host
+    content = cut_heads(graph.SerializeToString(), model.spec).content if plugin else showing(graph, HEAD_NAMES)
+    session = open_session(content, "the exported graph", why="the parity report")
+    names = [output.name for output in session.get_outputs()]
     torch_side = TorchRetinaFace(model)
     rows = []
     for name, frame in frames.items():
         box = Letterbox.place((frame.shape[0], frame.shape[1]), size_hw)
         image = box.apply(frame, model.spec.preprocess.mean_bgr)
-        found = run_graph(image[None])
+        found = dict(zip(names, session.run(None, {"images": image[None]}), strict=True))
+        if plugin:
+            found |= decode_nms([found[name] for name in HEAD_NAMES], box.size_hw, model.spec)
         heads = torch_side.heads(image)
         expected = torch_side.decode(heads, box.size_hw)
         raw = np.concatenate(heads, axis=1)
@@ -223,7 +189,7 @@ def _compare(
     found: dict[str, NDArray[Any]],
     tolerance: Tolerance,
 ) -> ParityRow:
-    mine = rows_from_maps([found[name] for name in HEAD_NAMES], spec.anchors.per_cell)
+    mine = rows_from_maps([np.asarray(found[name], np.float32) for name in HEAD_NAMES], spec.anchors.per_cell)
     count = int(found["num_detections"][0])
     boxes, scores, landmarks = (found[name][0, :count] for name in ("boxes", "scores", "landmarks"))
     # match every face to the nearest one of the other side
@@ -240,14 +206,12 @@ def _compare(
     )
     # of those near the floor, NMS may keep another prior of the same face
     sure = expected.scores[left] > margin
-    boxes_apart = (expected.boxes[left] - boxes[right])[sure]
-    landmarks_apart = (expected.landmarks[left] - landmarks[right])[sure]
     return ParityRow(
         image=image,
         size_hw=size_hw,
         heads=_largest(mine - raw),
-        boxes_px=_largest(boxes_apart),
-        landmarks_px=_largest(landmarks_apart),
+        boxes_px=_largest((expected.boxes[left] - boxes[right])[sure]),
+        landmarks_px=_largest((expected.landmarks[left] - landmarks[right])[sure]),
         scores=_largest(expected.scores[left] - scores[right]),
         faces=len(expected.scores),
         unmatched=unmatched,

@@ -1,8 +1,8 @@
-"""Precision as a transformation of the graph: what it says is what an engine runs, never a flag that hopes."""
+"""Precision as a transformation of the graph: fp16, INT8, and float16 as a GPU computes it, emulated on a CPU."""
 
 from __future__ import annotations
 
-from collections import Counter
+import copy
 
 import numpy as np
 import onnx
@@ -12,8 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 from export.options import Int8Recipe, is_depthwise
 from facespec.errors import ModelFileError
 from trt_runtime.gpu.sidecar import Convolutions, precision_shares
-
-"""Precisions a graph can be given; what INT8 leaves in float computes in float16."""
 
 QUIET_CHANNEL = 1e-3
 """Least range of a channel that equalisation goes by, as a share of the greatest."""
@@ -35,8 +33,7 @@ def to_fp16(heads_graph: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         ModelFileError: A weight does not fit in float16.
     """
-    graph = onnx.ModelProto()
-    graph.CopyFrom(heads_graph)
+    graph = copy.deepcopy(heads_graph)
     scales = {node.input[2] for node in graph.graph.node if node.op_type == "Resize" and len(node.input) > 2}
     for tensor in graph.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and tensor.name not in scales:
@@ -73,8 +70,7 @@ def convolutions(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> Convolutio
         graph: Any detector graph, batch first in `images`.
         size_hw: Height and width to count at, for graphs of dynamic size.
     """
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(graph)
+    fixed = copy.deepcopy(graph)
     for dim, size in zip(fixed.graph.input[0].type.tensor_type.shape.dim, (1, *size_hw, 3), strict=True):
         dim.dim_value = size
     del fixed.graph.value_info[:]
@@ -106,16 +102,8 @@ def convolutions(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> Convolutio
     return found
 
 
-def conv_macs(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> dict[str, int]:
-    """Return the multiply-accumulates of all convolutions for one image, by precision; see `convolutions`."""
-    macs: Counter[str] = Counter()
-    for count, kind in convolutions(graph, size_hw).values():
-        macs[kind] += count
-    return dict(macs)
-
-
 def mac_shares(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> dict[str, float]:
-    """Return `conv_macs` as shares of their sum, the greatest first."""
+    """Return the share of the multiply-accumulates in each precision, the greatest first; see `convolutions`."""
     return precision_shares(convolutions(graph, size_hw))
 
 
@@ -137,8 +125,7 @@ def equalize(graph: onnx.ModelProto, ranges: Ranges) -> tuple[onnx.ModelProto, R
 
     Source: cross-layer equalisation (Nagel et al., ICCV 2019), with activation ranges instead of weight ranges.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(graph)
+    result = copy.deepcopy(graph)
     nodes = result.graph.node
     tensors = {tensor.name: tensor for tensor in result.graph.initializer}
     weights = {name: numpy_helper.to_array(tensor).astype(np.float64) for name, tensor in tensors.items()}
@@ -196,8 +183,7 @@ def to_int8(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe | N
     recipe = recipe or Int8Recipe()
     if set(ranges) != set(conv_inputs(heads_graph)):
         raise ModelFileError("the calibration is not of this graph: calibrate again")
-    graph = onnx.ModelProto()
-    graph.CopyFrom(heads_graph)
+    graph = copy.deepcopy(heads_graph)
     if recipe.equalize:
         graph, ranges = equalize(graph, ranges)
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
@@ -231,14 +217,11 @@ def to_int8(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe | N
             graph.graph.initializer.remove(tensors.pop(weight))
             node.input[0] = quantised[data]
         nodes.append(node)
-    kept = [
-        onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes
-    ]  # they belong to the list emptied next
+    nodes = copy.deepcopy(nodes)  # they belong to the list emptied next
     del graph.graph.node[:]
-    graph.graph.node.extend(kept)
+    graph.graph.node.extend(nodes)
     graph.graph.initializer.extend(added)
-    problems = lint_qdq(graph)
-    if problems:
+    if problems := lint_qdq(graph):
         raise ModelFileError(problems[0])
     return graph
 
@@ -290,3 +273,50 @@ def lint_qdq(graph: onnx.ModelProto) -> list[str]:
             if len(node.input) > 2 and comes_from(node.input[2]):
                 problems.append(f"{node.name}: the bias is quantised")
     return problems
+
+
+def computes_in_fp16(graph: onnx.ModelProto) -> bool:
+    """Whether a graph holds float16 values."""
+    casts = (a.i for node in graph.graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to")
+    return TensorProto.FLOAT16 in {*casts, *(tensor.data_type for tensor in graph.graph.initializer)}
+
+
+def emulate_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a float32 graph that rounds to float16 whatever a float16 graph stores between its operators.
+
+    ONNX Runtime computes float16 graphs in float32 on a CPU and leaves that rounding out: they would look too good.
+    Sums inside an operator stay in float32, as they do on a GPU. INT8 is left as it is.
+    """
+    model = copy.deepcopy(graph)
+    inferred = onnx.shape_inference.infer_shapes(graph)
+    known = (*inferred.graph.value_info, *inferred.graph.output)
+    stored = {value.name for value in known if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
+
+    def widen(tensor: onnx.TensorProto) -> None:
+        if tensor.data_type == TensorProto.FLOAT16:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    for tensor in model.graph.initializer:
+        widen(tensor)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                widen(attribute.t)
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if name in stored and node.op_type != "DequantizeLinear":
+                wide, half = f"{name}/wide", f"{name}/half"
+                node.output[index] = wide
+                nodes.append(helper.make_node("Cast", [wide], [half], half, to=TensorProto.FLOAT16))
+                nodes.append(helper.make_node("Cast", [half], [name], f"{name}/back", to=TensorProto.FLOAT))
+    nodes = copy.deepcopy(nodes)  # they belong to the list emptied next
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+    for output in model.graph.output:
+        if output.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            output.type.tensor_type.elem_type = TensorProto.FLOAT
+    return model

@@ -12,15 +12,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import random
 import shlex
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,9 @@ from tqdm import tqdm
 
 from export.graph import HEAD_NAMES
 from export.options import DEMO, MAX_IMAGES, MIN_IMAGES, MIN_INT8_SHARE, WIDERFACE, CalibrationOptions, Int8Recipe
-from facespec.agreement import INT8_LANDMARK_ERROR, INT8_RECALL, landmark_errors, match_faces
-from facespec.cli import ArgumentParser, require, run
+from facespec.agreement import Agreement, Budget
+from facespec.cli import ArgumentParser, argument, json_output, require, run
+from facespec.detections import Detections
 from facespec.errors import DataError, ImageError, ModelFileError, SpecError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, write_text
@@ -58,30 +58,11 @@ PROXY_LOGIT = -1.0
 MAX_STEPS = 20
 BARS = 16
 
+FIGURES = {"recall": 2, "precision": 2, "mean_iou": 3, "landmark_error": 2}
+"""What is recorded of an agreement, and the digits shown of it in a table."""
+
 Heads = list[NDArray[np.float32]]
 """Head maps of one image."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a graph may lose against FP32.
-
-    Attributes:
-        recall: Least share of the faces of FP32 that are found again, in percent.
-        landmark_error: Greatest mean distance of landmarks, in percent of the face size.
-    """
-
-    recall: float = INT8_RECALL
-    landmark_error: float = INT8_LANDMARK_ERROR
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.recall <= 100:
-            raise SpecError(f"--recall {self.recall:g}: recall is a percentage from 0 to 100")
-        if not 0 <= self.landmark_error < math.inf:
-            raise SpecError(f"--landmark-error {self.landmark_error:g}: give a percentage of the face size from 0 on")
-
-    def __str__(self) -> str:
-        return f"recall >= {self.recall:g} %, landmark error <= {self.landmark_error:g} %"
 
 
 @dataclass(frozen=True)
@@ -104,30 +85,6 @@ class SensitivityOptions:
         check_size(self.size_hw)
         if not MIN_IMAGES <= self.held_out <= MAX_IMAGES:
             raise SpecError(f"--held-out {self.held_out}: give a number from {MIN_IMAGES} to {MAX_IMAGES}")
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far the faces of a graph over a score of 0.5 are those of FP32.
-
-    A face of FP32 is found again if a box of the graph overlaps it with an IoU of at least 0.5.
-
-    Attributes:
-        recall: Percent of the faces of FP32 that are found again.
-        precision: Percent of the faces of the graph that FP32 also finds.
-        mean_iou: Of the faces found again; 0 if there are none.
-        landmark_error: Their mean distance of landmarks in percent of the face size, which is the root of the area of
-            its box; 100 if there are none.
-    """
-
-    recall: float
-    precision: float
-    mean_iou: float
-    landmark_error: float
-
-    def holds(self, budget: Budget) -> bool:
-        """Whether this is within a budget."""
-        return self.recall >= budget.recall and self.landmark_error <= budget.landmark_error
 
 
 @dataclass(frozen=True)
@@ -157,12 +114,24 @@ class Step:
     Attributes:
         float_layers: Names of the convolutions in float, for an `Int8Recipe`.
         int8_share: Share of the multiply-accumulates of convolutions in INT8.
-        agreement: With FP32 on the held-out images.
+        agreement: With FP32 on the held-out images, on faces over a score of 0.5.
     """
 
     float_layers: tuple[str, ...]
     int8_share: float
     agreement: Agreement
+
+    def holds(self, budget: Budget) -> bool:
+        """Whether recall and landmarks are within a budget; without a face in common they are not."""
+        recall, error = self.agreement.recall, self.agreement.landmark_error
+        if recall is None or error is None:
+            return False
+        return recall >= budget.recall and error <= budget.landmark_error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python values, ready for JSON; a figure is None if no face tells it."""
+        figures = {name: getattr(self.agreement, name) for name in FIGURES}
+        return {"float_layers": list(self.float_layers), "int8_share": self.int8_share, "agreement": figures}
 
 
 @dataclass(frozen=True)
@@ -201,11 +170,11 @@ class Sensitivity:
         """
         budget = budget or Budget()
         for step in self.steps:
-            if step.int8_share >= MIN_INT8_SHARE and step.agreement.holds(budget):
+            if step.int8_share >= MIN_INT8_SHARE and step.holds(budget):
                 return step
         raise ModelFileError(
-            f"no graph with at least {100 * MIN_INT8_SHARE:.0f} % of its multiply-accumulates in INT8 holds {budget}: "
-            "use --fp16, or a larger budget"
+            f"no graph with at least {100 * MIN_INT8_SHARE:.0f} % of its multiply-accumulates in INT8 holds "
+            f"{_limits(budget)}: use --fp16, or a larger budget"
         )
 
     def recipe(self, budget: Budget | None = None) -> Int8Recipe:
@@ -219,16 +188,17 @@ class Sensitivity:
     def to_json(self, budget: Budget | None = None) -> str:
         """Return everything as JSON: in `results` the step that holds a budget, and date, command and machine."""
         budget = budget or Budget()
-        chosen: dict[str, Any] = {"budget": dataclasses.asdict(budget)}
+        chosen: dict[str, Any] = {"budget": {"recall": budget.recall, "landmark_error": budget.landmark_error}}
         with suppress(ModelFileError):
-            chosen |= dataclasses.asdict(self.step(budget))
+            chosen |= self.step(budget).to_dict()
+        steps = {"steps": [step.to_dict() for step in self.steps], "default": self.default.to_dict()}
         what = (
             f"{self.backbone} at {self.size_hw[0]}x{self.size_hw[1]}, measured on {len(self.held_out_images)} "
             f"images with {self.faces} faces of FP32 over a score of 0.5; what is not INT8 computes in FP32; layers: "
             "RMS error of the head outputs at faces with one convolution alone in INT8"
         )
         origin = machine.environment("torch", "onnx", "onnxruntime", "numpy")
-        return json.dumps({"what": what, **dataclasses.asdict(self), "results": [chosen], **origin}, indent=2) + "\n"
+        return json.dumps({"what": what, **dataclasses.asdict(self), **steps, "results": [chosen], **origin}, indent=2)
 
     def __str__(self) -> str:
         layers = [[one.name, f"{one.cost:.4f}", f"{100 * one.mac_share:.2f}"] for one in self.layers[:BARS]]
@@ -237,9 +207,9 @@ class Sensitivity:
             lines.append(f"and {len(self.layers) - BARS} convolutions that cost less")
         rows = []
         for name, step in [(str(len(step.float_layers)), step) for step in self.steps] + [("default", self.default)]:
-            found = step.agreement
-            row = [name, f"{100 * step.int8_share:.1f}", f"{found.recall:.2f}", f"{found.precision:.2f}"]
-            rows.append([*row, f"{found.mean_iou:.3f}", f"{found.landmark_error:.2f}"])
+            figures = [(getattr(step.agreement, figure), digits) for figure, digits in FIGURES.items()]
+            texts = ["none" if value is None else f"{value:.{digits}f}" for value, digits in figures]
+            rows.append([name, f"{100 * step.int8_share:.1f}", *texts])
         columns = ["in float", "% of MACs in INT8", "recall %", "precision %", "mean IoU", "landmark error, % of face"]
         lines += ["", text_table(columns, rows)]
         lines.append(
@@ -248,6 +218,10 @@ class Sensitivity:
         )
         lines.append(f"one face is {100 / self.faces:.2f} % of recall: --held-out makes it finer")
         return "\n".join(lines)
+
+
+def _limits(budget: Budget) -> str:
+    return f"recall >= {budget.recall:g} %, landmark error <= {budget.landmark_error:g} %"
 
 
 def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitivity:
@@ -270,7 +244,7 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     from export.calibration import calibrate
     from export.parity import rows_from_maps
     from export.portable import build_heads
-    from export.quantize import conv_macs, mac_shares, to_int8
+    from export.quantize import mac_shares, to_int8
     from trainer.checkpoint import load_model
 
     library()  # without a compiler this ends here, not after minutes
@@ -284,7 +258,7 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     names, pixels = _held_out(options, calibration, model.spec)
     reference = _run(graph, pixels)
     faces = [_faces(heads, options.size_hw, spec) for heads in reference]
-    total = sum(len(boxes) for boxes, _ in faces)
+    total = sum(map(len, faces))
     if not total:
         raise DataError(f"--calib {options.calibration.source}: FP32 finds no faces on {len(pixels)} held-out images")
 
@@ -292,7 +266,6 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     seen = [values[:, 5] - values[:, 4] > PROXY_LOGIT for values in rows]
     probes = [index for index, mask in enumerate(seen) if mask.any()][:PROXY_IMAGES]
     convolutions = [node.name for node in graph.graph.node if node.op_type == "Conv"]
-    all_macs = sum(conv_macs(graph, options.size_hw).values())
     layers = []
     for name in tqdm(convolutions, desc="layers", unit="layer", disable=not progress):
         alone = to_int8(graph, calibration.ranges, _only(name))
@@ -301,13 +274,13 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
             for index, heads in zip(probes, _run(alone, [pixels[index] for index in probes]), strict=True)
         ]
         cost = float(np.sqrt(np.mean(np.square(np.concatenate(errors), dtype=np.float64))))
-        layers.append(Layer(name, cost, conv_macs(alone, options.size_hw)["int8"] / all_macs))
+        layers.append(Layer(name, cost, mac_shares(alone, options.size_hw)["int8"]))
 
     def measured(recipe: Int8Recipe) -> Step:
         quantised = to_int8(graph, calibration.ranges, recipe)
         found = [_faces(heads, options.size_hw, spec) for heads in _run(quantised, pixels)]
         share = mac_shares(quantised, options.size_hw).get("int8", 0.0)
-        return Step(recipe.float_layers, share, agreement(faces, found))
+        return Step(recipe.float_layers, share, Agreement.of(faces, found))
 
     order = [layer.name for layer in sorted(layers, key=lambda layer: -layer.priority)]
     counts = [0, *np.unique(np.geomspace(1, len(order), MAX_STEPS - 1).round().astype(int)).tolist()]
@@ -372,34 +345,14 @@ def _run(graph: onnx.ModelProto, pixels: Sequence[Frame]) -> list[Heads]:
     return [session.run(list(HEAD_NAMES), {"images": image[None]}) for image in pixels]
 
 
-Faces = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""Boxes (N, 4) and landmarks (N, 5, 2) of one image, in pixels."""
-
-
-def _faces(heads: Heads, size_hw: tuple[int, int], spec: ModelSpec) -> Faces:
+def _faces(heads: Heads, size_hw: tuple[int, int], spec: ModelSpec) -> Detections:
+    """Return the faces in pixels of the network input."""
     found = decode_nms(heads, size_hw, spec)
     if found["num_candidates"][0] < 0:
         raise ModelFileError("the network gives numbers that are not finite on a held-out image")
     count = int(found["num_detections"][0])
-    return found["boxes"][0, :count], found["landmarks"][0, :count]
-
-
-def agreement(reference: Sequence[Faces], found: Sequence[Faces]) -> Agreement:
-    """Return how far the faces of images are those of a reference; each is matched once, the best overlap first."""
-    overlaps: list[float] = []
-    errors: list[float] = []
-    for (boxes, points), (own_boxes, own_points) in zip(reference, found, strict=True):
-        matches = match_faces(boxes, own_boxes)
-        same = matches.reference
-        overlaps += matches.iou.tolist()
-        errors += landmark_errors(boxes[same], points[same], own_points[matches.candidate]).tolist()
-    total, own = (sum(len(boxes) for boxes, _ in faces) for faces in (reference, found))
-    return Agreement(
-        recall=100 * len(overlaps) / total if total else 100.0,
-        precision=100 * len(overlaps) / own if own else 100.0,
-        mean_iou=float(np.mean(overlaps)) if overlaps else 0.0,
-        landmark_error=float(np.mean(errors)) if errors else 100.0,
-    )
+    boxes, scores, landmarks = (found[name][0, :count] for name in ("boxes", "scores", "landmarks"))
+    return Detections(boxes, scores, landmarks, size_hw)
 
 
 def plot(result: Sensitivity, budget: Budget, path: Path) -> None:
@@ -412,20 +365,18 @@ def plot(result: Sensitivity, budget: Budget, path: Path) -> None:
     with figure_file(path, "train", (12, 5)) as figure:
         left, right = figure.subplots(1, 2)
         shares = [100 * step.int8_share for step in result.steps]
-        lines = (
-            ("faces lost, %", "#c8373a", lambda found: 100 - found.recall, 100 - budget.recall),
-            ("landmark error, % of face size", "#2a6f9d", lambda found: found.landmark_error, budget.landmark_error),
-        )
-        for label, colour, value, limit in lines:
-            left.plot(shares, [value(step.agreement) for step in result.steps], "o-", ms=4, color=colour, label=label)
-            left.plot(100 * result.default.int8_share, value(result.default.agreement), "*", ms=13, color=colour)
+        found = [step.agreement for step in (*result.steps, result.default)]
+        lost, errors = [100 - (one.recall or 0) for one in found], [one.landmark_error for one in found]
+        for label, colour, values, limit in (
+            ("faces lost, %", "#c8373a", lost, 100 - budget.recall),
+            ("landmark error, % of face size", "#2a6f9d", errors, budget.landmark_error),
+        ):
+            left.plot(shares, values[:-1], "o-", ms=4, color=colour, label=label)
+            left.plot([100 * result.default.int8_share], values[-1:], "*", ms=13, color=colour)
             left.axhline(limit, color=colour, ls="--", lw=1)
-        try:
-            chosen = result.step(budget)
-            share = 100 * chosen.int8_share
+        with suppress(ModelFileError):  # no step holds the budget: nothing to mark
+            share = 100 * result.step(budget).int8_share
             left.axvline(share, color="#2a9d4b", lw=1, label=f"{share:.1f} % INT8 holds the budget (dashed)")
-        except ModelFileError:
-            pass  # nothing to mark
         left.plot([], [], "*", ms=13, color="grey", label="default recipe")
         left.set(
             xlabel="convolution multiply-accumulates in INT8, %",
@@ -449,95 +400,64 @@ def _short(name: str) -> str:
     return kept[-1] if kept[:1] == ["body"] and "." in kept[-1] else "/".join(kept[:1] + kept[1:][-1:])
 
 
-@dataclass(frozen=True)
-class OutputFiles:
-    """Files to write: all that was measured, a plot, and the recipe that holds the budget."""
-
-    json: Path | None = None
-    plot: Path | None = None
-    out: Path | None = None
-
-
-def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Budget, OutputFiles]:
-    """Return what to measure, the budget and the files of a command line."""
+def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Budget, Namespace]:
+    """Return what to measure, the budget, and the parsed arguments with the files to write: json, plot and out."""
     parser = ArgumentParser(
         prog="python -m export.sensitivity",
         description="Measure which layers cost accuracy in INT8, against FP32 on images that were not calibrated on, "
         "and find the recipe with the largest share of INT8 that holds a budget; exit code 1 if none does.",
     )
-    budget = Budget()
-    parser.add_argument(
-        "--weights", default=DEFAULT_WEIGHTS, help="checkpoint (.pth), or the name of published weights"
-    )
+    budget, calibration = Budget(), CalibrationOptions(DEMO)
+    add = parser.add_argument
+    add("--weights", default=DEFAULT_WEIGHTS, help="checkpoint (.pth), or the name of published weights")
     names = ", ".join([*WIDERFACE, DEMO])
-    parser.add_argument("--calib", required=True, metavar="NAME|PATH", help=f"{names}, or a folder of images")
-    parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT or data/widerface)")
-    images = CalibrationOptions(DEMO).images
-    parser.add_argument("--images", type=int, default=images, metavar="N", help="images to calibrate on, at most")
-    parser.add_argument("--held-out", type=int, default=96, metavar="N", help="other images to measure on, at most")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice of images")
-    parser.add_argument("--size", default="640x640", help="HEIGHTxWIDTH, multiples of 32")
-    parser.add_argument(
-        "--recall",
-        type=float,
-        default=budget.recall,
-        metavar="RECALL",
-        help="percent of the faces of FP32 that must be found again",
-    )
-    parser.add_argument(
+    add("--calib", required=True, metavar="NAME|PATH", help=f"{names}, or a folder of images")
+    add("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT or data/widerface)")
+    add("--images", type=int, default=calibration.images, metavar="N", help="images to calibrate on, at most")
+    add("--held-out", type=int, default=96, metavar="N", help="other images to measure on, at most")
+    add("--seed", type=int, default=0, metavar="S", help="of the choice of images")
+    add("--size", type=argument(parse_size), default="640x640", help="HEIGHTxWIDTH, multiples of 32")
+    add("--recall", type=float, default=budget.recall, help="percent of the faces of FP32 that must be found again")
+    add(
         "--landmark-error",
         type=float,
         default=budget.landmark_error,
         metavar="PERCENT",
         help="mean landmark error at most, of the face size",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured; '-' prints it")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw it ({', '.join(PLOT_SUFFIXES)})")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="write the recipe that holds the budget, for --int8-recipe",
-    )
+    parser.add_json("all that was measured")
+    add("--plot", type=Path, metavar="FILE", help=f"draw it ({', '.join(PLOT_SUFFIXES)})")
+    add("--out", type=Path, metavar="FILE", help="write the recipe that holds the budget, for --int8-recipe")
     args = parser.parse_args(argv)
-    options = SensitivityOptions(
-        weights=args.weights,
-        calibration=CalibrationOptions(args.calib, args.data, args.images, args.seed),
-        held_out=args.held_out,
-        size_hw=parse_size(args.size),
-    )
-    return options, Budget(args.recall, args.landmark_error), OutputFiles(args.json, args.plot, args.out)
+    images = CalibrationOptions(args.calib, args.data, args.images, args.seed)
+    options = SensitivityOptions(args.weights, images, args.held_out, args.size)
+    return options, Budget(args.recall, args.landmark_error), args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    options, budget, files = parse_arguments(argv)
-    check_plot(files.plot, "train")
+    options, budget, args = parse_arguments(argv)
+    check_plot(args.plot, "train")
     require("onnx", "export", "export.sensitivity")
     from export.calibration import calibration_files
 
     read = [options.weights, *calibration_files(options.calibration)]
-    printed = files.json == Path("-")
-    say = partial(print, file=sys.stderr if printed else sys.stdout)
-    check_outputs([("--json", None if printed else files.json), ("--plot", files.plot), ("--out", files.out)], read)
+    check_outputs([("--json", args.json), ("--plot", args.plot), ("--out", args.out)], read)
     start = time.perf_counter()
-    result = sensitivity(options, progress=sys.stderr.isatty())
-    say(result)
-    if printed:
-        print(result.to_json(budget))
-    elif files.json:
-        write_text(files.json, result.to_json(budget))
-        say(f"wrote {files.json}")
-    if files.plot:
-        plot(result, budget, files.plot)
-        say(f"wrote {files.plot}")
-    chosen, recipe = result.step(budget), result.recipe(budget)
-    say(f"{100 * chosen.int8_share:.1f} % of multiply-accumulates in INT8 hold {budget}; in float:")
-    say("".join(f"  {name}\n" for name in recipe.float_layers) or "  nothing\n", end="")
-    if files.out:
-        write_text(files.out, recipe.to_json())
-        say(f"wrote {files.out}: python -m export.to_trt {_flags(options.calibration, files.out)}")
-    say(f"{time.perf_counter() - start:.1f} s")
+    with json_output(args.json) as write:
+        result = sensitivity(options, progress=sys.stderr.isatty())
+        print(result)
+        write(result.to_json(budget))
+        if args.plot:
+            plot(result, budget, args.plot)
+            print(f"wrote {args.plot}")
+        chosen, recipe = result.step(budget), result.recipe(budget)
+        print(f"{100 * chosen.int8_share:.1f} % of multiply-accumulates in INT8 hold {_limits(budget)}; in float:")
+        print("\n".join(f"  {name}" for name in recipe.float_layers or ["nothing"]))
+        if args.out:
+            write_text(args.out, recipe.to_json())
+            print(f"wrote {args.out}: python -m export.to_trt {_flags(options.calibration, args.out)}")
+        print(f"{time.perf_counter() - start:.1f} s")
     return 0
 
 

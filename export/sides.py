@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.emulation import computes_in_fp16, emulate_fp16
 from export.options import MIN_INT8_SHARE
 from facespec.cli import require
 from facespec.detections import Detections
 from facespec.errors import ModelFileError
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
-from trt_runtime.onnx_model import OnnxModel, open_session
+from trt_runtime.onnx_model import OnnxModel, load_graph, open_session
 
 DEPLOYED_SUFFIXES = (".onnx", ".engine", ".plan")
 
@@ -79,7 +78,8 @@ class Side:
             self.info = ModelInfo(name, inspection.kind, precision, shares, self.fixed_hw)
             self.notes += [f"{name}: {problem}" for problem in inspection.problems]
             if backend:
-                self.notes.append(f"{name}: run as it is deployed, {_as_text(self.detector.environment())}")
+                deployed = ", ".join(f"{key} {value}" for key, value in self.detector.environment().items())
+                self.notes.append(f"{name}: run as it is deployed, {deployed}")
             elif suffix == ".onnx":
                 self._open_graph(Path(name))
         else:
@@ -90,22 +90,23 @@ class Side:
             torch_side = TorchRetinaFace(load_model(name))
             self.detector, self.fixed_hw = torch_side, None
             self.info = ModelInfo(name, "checkpoint", "fp32", {"fp32": 1.0}, None)
-            self.runner = lambda image: _joined(torch_side.heads(image))
+            self.runner = lambda image: np.concatenate(torch_side.heads(image), axis=1)
         self.spec: ModelSpec = self.detector.spec
         self.detector.score_threshold = self.spec.decode.score_threshold
         if self.runner is None:
             self.notes.append(f"{name} does not show its raw heads")
 
     def _open_graph(self, path: Path) -> None:
+        from export.quantize import computes_in_fp16, emulate_fp16
         from trt_runtime.cpu import OrtRetinaFace
 
         model = OnnxModel(path)
         with tempfile.TemporaryDirectory() as folder:
             if model.weights:
                 self.notes.append(f"{self.name}: its weights lie outside: fp16, if it has any, is not emulated")
-            elif computes_in_fp16(model.content):
+            elif computes_in_fp16(graph := load_graph(model.content, "export.verify")):
                 emulated = Path(folder) / "emulated.onnx"
-                emulated.write_bytes(emulate_fp16(model.content))
+                emulated.write_bytes(emulate_fp16(graph).SerializeToString())
                 model = OnnxModel(emulated)
                 self.detector = OrtRetinaFace(model)
                 self.notes.append(f"{self.name}: its fp16 is emulated, the CPU rounds what is stored between operators")
@@ -115,14 +116,6 @@ class Side:
         """Return a detector at a network size; None runs frames at their own."""
         self.detector.size_hw = size_hw
         return Recorder(self.detector)
-
-
-def _as_text(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _joined(heads: tuple[NDArray[np.float32], ...]) -> NDArray[np.float32]:
-    return np.concatenate(heads, axis=1)
 
 
 class Recorder:

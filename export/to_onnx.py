@@ -79,14 +79,13 @@ def export_onnx(options: ExportOptions) -> ParityReport:
     names = options.calibration_list if options.calibration else None
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "export.to_onnx")
-    from export.calibration import calibration_files, report_calibration
+    from export.calibration import calibration_files, report_calibration, with_precision
 
     read = [options.weights, *calibration_files(options.calibration)]
     read += [options.parity_images] if options.parity_images else []
     check_outputs([("--out", options.out), ("--out", names)], read)
     from export.parity import check_parity
     from export.portable import build_heads, build_portable, portable_of
-    from export.precision import with_precision
     from trainer.checkpoint import load_model
 
     frames = parity_frames(options.parity_images)

@@ -174,11 +174,10 @@ def export_plugin_form(options: EngineOptions) -> ExportedGraph:
     """
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "export.to_trt")
-    from export.calibration import report_calibration
+    from export.calibration import report_calibration, with_precision
     from export.parity import check_parity
     from export.plugin_form import build_plugin_form
     from export.portable import build_heads
-    from export.precision import with_precision
     from export.quantize import convolutions
     from trainer.checkpoint import load_model
 

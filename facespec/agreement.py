@@ -1,22 +1,27 @@
-"""How far two sides agree on faces."""
+"""How far two sides agree on faces, what they may differ by, and a picture of where they differ most."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from facespec.boxes import box_areas, iou_matrix
 from facespec.detections import Detections
+from facespec.errors import SpecError
+from facespec.letterbox import Frame
 from facespec.spec import DEFAULT_SCORE_THRESHOLD
 
 MATCH_IOU = 0.5
 """Least overlap of two boxes that are one face."""
 
-INT8_RECALL, INT8_LANDMARK_ERROR = 98.5, 1.0
-"""What INT8 may cost against FP32: least share of faces found again, and largest mean distance of landmarks in percent
-of the face size."""
+_GREEN, _RED, _INK = (80, 220, 60), (60, 60, 255), (235, 235, 235)
+_TILE_PX, _LABEL_PX, _GAP_PX, _COLUMNS, _TILES = 224, 40, 8, 3, 12
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,16 @@ class Agreement:
             badness = float(error) + 100 * (1 - float(overlap))
             self.disagreements.append(Disagreement(image, badness, text, tuple(left.boxes[i].tolist())))
 
+    @classmethod
+    def of(
+        cls, reference: Sequence[Detections], candidate: Sequence[Detections], images: Iterable[int] | None = None
+    ) -> Agreement:
+        """Return how far two sides agree on images, given by their indices; None takes all."""
+        agreement = cls()
+        for index in range(len(reference)) if images is None else images:
+            agreement.add(reference[index], candidate[index], index)
+        return agreement
+
     @property
     def recall(self) -> float | None:
         """Percent of the reference's faces that the candidate has."""
@@ -125,3 +140,107 @@ class Agreement:
     def precision(self) -> float | None:
         """Percent of the candidate's faces that the reference has."""
         return 100 * len(self.iou) / self.candidate_faces if self.candidate_faces else None
+
+    @property
+    def mean_iou(self) -> float | None:
+        """Mean overlap of the faces that both have."""
+        return float(np.mean(self.iou)) if self.iou else None
+
+    @property
+    def landmark_error(self) -> float | None:
+        """Mean distance of their landmarks, in percent of the face size."""
+        return float(np.mean(self.landmarks)) if self.landmarks else None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much worse than its reference a model may be; the defaults are what INT8 may cost.
+
+    Attributes:
+        recall: Least share of the reference's faces that it finds, in percent.
+        landmark_error: Largest mean distance of landmarks, in percent of the face size.
+        precision: Least share of its faces that the reference has, too, in percent.
+        score_drift: Largest mean difference of the scores of a face.
+        case_recall: Least recall of a special case (a size, crowds): of few images, so it has to be wider.
+        case_precision: Least precision of a special case; its landmark error may be twice the other.
+        ap_loss: Largest loss of average precision in points: easy, medium, hard.
+    """
+
+    recall: float = 98.5
+    landmark_error: float = 1.0
+    precision: float = 97.5
+    score_drift: float = 0.02
+    case_recall: float = 95.0
+    case_precision: float = 93.0
+    ap_loss: tuple[float, float, float] = (0.5, 0.5, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.recall <= 100:
+            raise SpecError(f"--recall {self.recall:g}: recall is a percentage from 0 to 100")
+        if not 0 <= self.landmark_error < math.inf:
+            raise SpecError(f"--landmark-error {self.landmark_error:g}: give a percentage of the face size from 0 on")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image that is read when it is needed."""
+
+    name: str
+    load: Callable[[], Frame]
+
+
+def draw_disagreements(
+    disagreements: list[Disagreement], samples: Sequence[Sample], faces: Sequence[Sequence[Detections]]
+) -> Frame:
+    """Return a picture of the worst: the reference in green on the left, the candidate in red on the right.
+
+    Args:
+        disagreements: Of all images; no more than two of each are shown.
+        samples: The images.
+        faces: What the reference and the candidate found on each.
+    """
+    worst: list[Disagreement] = []
+    taken: Counter[int] = Counter()
+    for item in sorted(disagreements, key=lambda item: -item.badness):
+        if taken[item.image] < 2 and len(worst) < _TILES:
+            taken[item.image] += 1
+            worst.append(item)
+    height, width = _TILE_PX + _LABEL_PX + _GAP_PX, 2 * _TILE_PX + 2 * _GAP_PX
+    rows = max(1, -(-len(worst) // _COLUMNS))
+    canvas = np.full((rows * height + _GAP_PX, _COLUMNS * width + _GAP_PX, 3), 32, np.uint8)
+    for index, item in enumerate(worst):
+        top, left = _GAP_PX + index // _COLUMNS * height, _GAP_PX + index % _COLUMNS * width
+        sample = samples[item.image]
+        for line, text in enumerate((sample.name[-52:], item.text)):
+            _write(canvas, text, left, top + 14 + 17 * line)
+        frame = sample.load()
+        for side, colour in enumerate((_GREEN, _RED)):
+            found = faces[side][item.image].with_min_score(DEFAULT_SCORE_THRESHOLD)
+            tile = _tile(frame, found, item.box_xyxy, colour)
+            start = left + side * _TILE_PX
+            canvas[top + _LABEL_PX : top + _LABEL_PX + _TILE_PX, start : start + _TILE_PX] = tile
+    return canvas
+
+
+def _write(canvas: Frame, text: str, x: int, y: int) -> None:
+    plain = text.encode("ascii", "replace").decode()
+    cv2.putText(canvas, plain, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, _INK, 1, cv2.LINE_AA)
+
+
+def _tile(frame: Frame, faces: Detections, box_xyxy: tuple[float, ...], colour: tuple[int, int, int]) -> Frame:
+    """Return the surroundings of a box, with the faces that lie there."""
+    x1, y1, x2, y2 = box_xyxy
+    side = max(2.5 * max(x2 - x1, y2 - y1), 32.0)
+    scale = _TILE_PX / side
+    low = np.array([(x1 + x2 - side) / 2, (y1 + y2 - side) / 2])
+    # pixel centres lie at +0.5 in our coordinates, at whole numbers in cv2's
+    shift = -low * scale + (scale - 1) / 2
+    matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]]])
+    tile = cv2.warpAffine(frame, matrix, (_TILE_PX, _TILE_PX), flags=cv2.INTER_LINEAR, borderValue=(64, 64, 64))
+    limit = 4 * _TILE_PX
+    for box, points in zip(faces.boxes, faces.landmarks, strict=True):
+        corners = np.clip(np.rint((box.reshape(2, 2) - low) * scale), -limit, limit).astype(int).tolist()
+        cv2.rectangle(tile, corners[0], corners[1], colour, 1, cv2.LINE_AA)
+        for point in np.clip(np.rint((points - low) * scale), -limit, limit).astype(int).tolist():
+            cv2.circle(tile, point, 2, colour, -1, cv2.LINE_AA)
+    return np.asarray(tile, np.uint8)

@@ -9,24 +9,24 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.emulation import computes_in_fp16, emulate_fp16
+from export.quantize import computes_in_fp16, emulate_fp16
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 
 
 def _model(
     nodes: list[onnx.NodeProto], kinds: tuple[int, int], *tensors: onnx.TensorProto, shape: tuple[int, ...] = (4,)
-) -> bytes:
+) -> onnx.ModelProto:
     inputs = [helper.make_tensor_value_info("x", kinds[0], shape)]
     outputs = [helper.make_tensor_value_info("y", kinds[1], shape)]
     graph = helper.make_graph(nodes, "g", inputs, outputs, list(tensors))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString()
+    return model
 
 
-def _run(content: bytes, x: NDArray[np.generic]) -> NDArray[np.generic]:
-    (found,) = ort.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+def _run(model: onnx.ModelProto, x: NDArray[np.generic]) -> NDArray[np.generic]:
+    (found,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
     return np.asarray(found)
 
 
@@ -80,8 +80,7 @@ def test_the_operators_keep_their_sums_in_float32() -> None:
     outputs = [helper.make_tensor_value_info("y", HALF, (1, 1, 1, 1))]
     graph = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(weights, "w")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
-    content = emulate_fp16(model.SerializeToString())
-    emulated = onnx.load_model_from_string(content)
+    emulated = emulate_fp16(model)
     assert {tensor.data_type for tensor in emulated.graph.initializer} == {FLOAT}
     assert [node.op_type for node in emulated.graph.node] == ["Conv", "Cast", "Cast", "Identity", "Cast", "Cast"]
     assert [item.type.tensor_type.elem_type for item in emulated.graph.output] == [FLOAT]

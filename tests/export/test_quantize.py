@@ -15,15 +15,13 @@ from onnx import numpy_helper
 
 from export import calibration as calibration_module
 from export import to_onnx, to_trt
-from export.calibration import Calibration, calibrate, find_calibration_images, load_inputs
+from export.calibration import Calibration, calibrate, find_calibration_images, load_inputs, with_precision
 from export.inspect import inspect
 from export.options import CalibrationOptions, Int8Recipe, load_recipe
 from export.portable import build_heads
-from export.precision import with_precision
 from export.quantize import (
     _as_half,
     conv_inputs,
-    conv_macs,
     convolutions,
     equalize,
     lint_qdq,
@@ -271,8 +269,7 @@ def test_multiply_accumulates_by_hand() -> None:
     graph = _layers(*nodes, outputs=["y"], w1=np.ones((8, 3, 3, 3)), w2=np.ones((8, 1, 3, 3)))
     expected = {"node_a": 27 * 8 * 32 * 48, "node_y": 9 * 8 * 32 * 48}
     assert convolutions(graph, (64, 96)) == {name: (macs, "fp32") for name, macs in expected.items()}
-    assert conv_macs(graph, (64, 96)) == {"fp32": 36 * 8 * 32 * 48}
-    assert conv_macs(graph, (128, 96)) == {"fp32": 36 * 8 * 64 * 48}
+    assert sum(macs for macs, _ in convolutions(graph, (128, 96)).values()) == 36 * 8 * 64 * 48
     ranges = {"x": np.ones(3, np.float32), "a": np.ones(8, np.float32)}
     mixed = to_int8(graph, ranges)  # the default recipe leaves the depthwise one in float
     assert convolutions(mixed, (64, 96)) == {
@@ -368,10 +365,10 @@ def test_a_precision_that_is_not_held_fails(
         with_precision(heads, "fp8", None, SIZE, spec)
     assert with_precision(heads, "fp32", None, SIZE, spec) == (heads, None)
     # a transformation that does nothing, as a flag that is ignored would
-    monkeypatch.setattr("export.precision.to_fp16", lambda graph: graph)
+    monkeypatch.setattr("export.calibration.to_fp16", lambda graph: graph)
     with pytest.raises(ModelFileError, match="fp16 was asked for"):
         with_precision(heads, "fp16", None, SIZE, spec)
-    monkeypatch.setattr("export.precision.to_int8", lambda graph, ranges, recipe: graph)
+    monkeypatch.setattr("export.calibration.to_int8", lambda graph, ranges, recipe: graph)
     with pytest.raises(ModelFileError, match="int8 was asked for"):
         with_precision(heads, "int8", DEMO, SIZE, spec)
 

@@ -16,11 +16,7 @@ from export.portable import build_heads
 from export.quantize import mac_shares, to_int8
 from export.sensitivity import (
     MAX_STEPS,
-    Agreement,
-    Budget,
-    Faces,
     Layer,
-    OutputFiles,
     Sensitivity,
     SensitivityOptions,
     Step,
@@ -29,12 +25,13 @@ from export.sensitivity import (
     _held_out,
     _run,
     _short,
-    agreement,
     main,
     parse_arguments,
     plot,
     sensitivity,
 )
+from facespec.agreement import Agreement, Budget
+from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.images import write_image
 from facespec.samples import sample_crops
@@ -110,8 +107,8 @@ def test_a_recipe_holds_what_it_says(measured: Sensitivity, network: tuple[onnx.
     budget = Budget(recall=90, landmark_error=0.7 * measured.steps[0].agreement.landmark_error)
     step = measured.step(budget)
     assert step.float_layers
-    assert step.agreement.holds(budget)
-    assert not any(before.agreement.holds(budget) for before in measured.steps[: measured.steps.index(step)])
+    assert step.holds(budget)
+    assert not any(before.holds(budget) for before in measured.steps[: measured.steps.index(step)])
     recipe = measured.recipe(budget)
     assert recipe == Int8Recipe(float_depthwise=False, float_layers=step.float_layers)
     # again through the calibration and the transformation of a build
@@ -128,7 +125,7 @@ def test_a_recipe_holds_what_it_says(measured: Sensitivity, network: tuple[onnx.
     assert tuple(names) == measured.held_out_images
     spec = dataclasses.replace(model.spec, decode=dataclasses.replace(model.spec.decode, score_threshold=0.5))
     faces, found = ([_faces(heads, SIZE, spec) for heads in _run(form, pixels)] for form in (graph, quantised))
-    again = agreement(faces, found)
+    again = Agreement.of(faces, found)
     assert again.recall == pytest.approx(step.agreement.recall)
     assert again.landmark_error == pytest.approx(step.agreement.landmark_error, rel=1e-3)
 
@@ -191,7 +188,6 @@ def test_command(
     ("arguments", "message"),
     [
         (["--calib", "demo", "--recall", "-1"], "--recall -1: recall is a percentage"),
-        (["--calib", "demo", "--size", "100x100"], "100 is not a multiple of 32"),
         (["--calib", "demo", "--held-out", "3"], "--held-out 3: give a number from 8"),
         (["--calib", "demo", "--images", "1"], "--images 1: give a number from 8"),
         (["--calib", "demo", "--plot", "p.txt"], "--plot p.txt: give a name that ends in .png"),
@@ -206,11 +202,15 @@ def test_wrong_arguments_take_one_line(arguments: list[str], message: str) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_calib_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "--calib"), (["--calib", "demo", "--size", "100x100"], "100 is not a multiple of 32")],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse_arguments([])
+        parse_arguments(arguments)
     assert caught.value.code == 2
-    assert "--calib" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_folders_that_do_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -229,31 +229,45 @@ def test_folders_that_do_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         main(["--calib", str(folder), "--plot", str(next(folder.iterdir()))])
 
 
-def _face(x: float, side: float = 10) -> Faces:
-    points = np.full((1, 5, 2), x + side / 2, np.float32)
-    return np.array([[x, 0, x + side, side]], np.float32), points
+def _face(*places: float, side: float = 10) -> Detections:
+    boxes = np.array([[x, 0, x + side, side] for x in places], np.float32).reshape(-1, 4)
+    points = np.array([np.full((5, 2), x + side / 2) for x in places], np.float32).reshape(-1, 5, 2)
+    return Detections(boxes, np.full(len(boxes), 0.9, np.float32), points, (64, 64))
+
+
+def _figures(reference: list[Detections], found: list[Detections]) -> tuple[float | None, ...]:
+    return tuple(Step((), 1.0, Agreement.of(reference, found)).to_dict()["agreement"].values())
 
 
 def test_agreement() -> None:
-    nobody = np.zeros((0, 4), np.float32), np.zeros((0, 5, 2), np.float32)
-    assert agreement([_face(0)], [_face(0)]) == Agreement(100, 100, 1, 0)
-    assert agreement([_face(0), _face(0)], [_face(0), nobody]) == Agreement(50, 100, 1, 0)
-    assert agreement([_face(0), nobody], [_face(0), _face(0)]) == Agreement(100, 50, 1, 0)
-    assert agreement([_face(0)], [_face(6)]) == Agreement(0, 0, 0, 100)  # an overlap too small
-    assert agreement([nobody], [nobody]) == Agreement(100, 100, 0, 100)
-    moved = agreement([_face(0)], [_face(1)])
-    assert moved.mean_iou == pytest.approx(9 / 11)
-    assert moved.landmark_error == pytest.approx(10 * np.sqrt(2), rel=1e-5)
+    assert _figures([_face(0)], [_face(0)]) == (100, 100, 1, 0)
+    assert _figures([_face(0), _face(0)], [_face(0), _face()]) == (50, 100, 1, 0)
+    assert _figures([_face(0), _face()], [_face(0), _face(0)]) == (100, 50, 1, 0)
+    assert _figures([_face(0)], [_face(6)]) == (0, 0, None, None)  # an overlap too small
+    assert _figures([_face()], [_face()]) == (None, None, None, None)
+    _, _, iou, error = _figures([_face(0)], [_face(1)])
+    assert iou == pytest.approx(9 / 11)
+    assert error == pytest.approx(10 * np.sqrt(2), rel=1e-5)
     # each face is matched once, and the better overlap wins
-    two = tuple(np.concatenate(parts) for parts in zip(_face(1), _face(0), strict=True))
-    assert agreement([_face(0)], [(two[0], two[1])]) == Agreement(100, 50, 1, 0)
+    assert _figures([_face(0)], [_face(1, 0)]) == (100, 50, 1, 0)
+
+
+def _agreed(recall: float, precision: float, iou: float, error: float) -> Agreement:
+    found = round(18 * recall)
+    return Agreement(
+        faces=1800,
+        candidate_faces=round(100 * found / precision),
+        iou=[iou] * found,
+        landmarks=[error] if found else [],
+    )
 
 
 def test_a_step_holds_a_budget_in_both_ways() -> None:
-    step = Step((), 1.0, Agreement(recall=99, precision=50, mean_iou=0.9, landmark_error=1.0))
-    assert step.agreement.holds(Budget(99, 1.0))
-    assert not step.agreement.holds(Budget(99.1, 1.0))
-    assert not step.agreement.holds(Budget(99, 0.9))
+    step = Step((), 1.0, _agreed(recall=99, precision=50, iou=0.9, error=1.0))
+    assert step.holds(Budget(99, 1.0))
+    assert not step.holds(Budget(99.1, 1.0))
+    assert not step.holds(Budget(99, 0.9))
+    assert not Step((), 1.0, _agreed(recall=0, precision=50, iou=0.9, error=0)).holds(Budget(0, 100))
 
 
 def test_the_cost_of_a_layer_by_hand(measured: Sensitivity, network: tuple[onnx.ModelProto, Calibration]) -> None:
@@ -283,7 +297,7 @@ def test_the_cost_of_a_layer_by_hand(measured: Sensitivity, network: tuple[onnx.
 
 
 def _step(share: float, recall: float, error: float, *layers: str) -> Step:
-    return Step(layers, share, Agreement(recall, 90, 0.9, error))
+    return Step(layers, share, _agreed(recall, 90, 0.9, error))
 
 
 def _found(*steps: Step, layers: int = 2, faces: int = 40) -> Sensitivity:
@@ -336,6 +350,8 @@ def test_what_a_table_says() -> None:
     assert lines[23].startswith("40 faces of FP32 on 5 held-out images, calibrated on 3 others")
     assert lines[24] == "one face is 2.50 % of recall: --held-out makes it finer"
     assert "cost less" not in str(_found(_step(1, 99, 1), layers=16))
+    lost = str(_found(_step(1, 0, 0), layers=16)).splitlines()
+    assert lost[19].split() == ["0", "100.0", "0.00", "none", "none", "none"]
 
 
 @pytest.mark.parametrize(
@@ -356,7 +372,8 @@ def test_short_names(name: str, short: str) -> None:
 def test_what_is_measured_by_default() -> None:
     options, budget, files = parse_arguments(["--calib", "demo"])
     assert options == SensitivityOptions("mobilenet0.25", CalibrationOptions(DEMO))
-    assert (budget, files) == (Budget(), OutputFiles())
+    assert budget == Budget()
+    assert (files.json, files.plot, files.out) == (None, None, None)
     line = ["--calib", "c", "--weights", "w", "--data", "d", "--images", "9", "--held-out", "10", "--seed", "3"]
     line += [
         "--size",
@@ -374,7 +391,8 @@ def test_what_is_measured_by_default() -> None:
     ]
     options, budget, files = parse_arguments(line)
     assert options == SensitivityOptions("w", CalibrationOptions("c", Path("d"), 9, 3), 10, (32, 64))
-    assert (budget, files) == (Budget(90, 2), OutputFiles(Path("j"), Path("p"), Path("r")))
+    assert budget == Budget(90, 2)
+    assert (files.json, files.plot, files.out) == (Path("j"), Path("p"), Path("r"))
     said = _flags(options.calibration, Path("r s"))
     assert said == "--int8 --calib c --images 9 --seed 3 --data d --int8-recipe 'r s'"
     assert "--data" not in _flags(CalibrationOptions("c"), Path("r"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-import export.precision
+import export.calibration
 from export.calibration import Calibration, report_calibration
 from export.graph import HEAD_NAMES
 from export.options import CalibrationOptions, parity_frames
@@ -301,13 +301,13 @@ def test_an_int8_export_as_a_command(
     write_image(tmp_path / "face.png", astronaut[:224, 128:320])
     sizes = []
     with pytest.MonkeyPatch.context() as patch:
-        real = export.precision.with_precision
+        real = export.calibration.with_precision
 
         def noted(*arguments: Any) -> Any:
             sizes.append(arguments[3])
             return real(*arguments)
 
-        patch.setattr("export.precision.with_precision", noted)
+        patch.setattr("export.calibration.with_precision", noted)
         patch.setattr("export.to_onnx.CALIBRATION_HW", (160, 128))
         line = ["--int8", "--calib", "demo", "--images", "8", "--out", str(out)]
         line += ["--parity", str(tmp_path / "face.png")]

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.disagreements import Sample, draw_disagreements
-from export.emulation import emulate_fp16
+from export.quantize import emulate_fp16
 from export.sides import ModelInfo, Recorder, Side
 from export.verify import (
     BUDGETS,
@@ -34,7 +35,7 @@ from export.verify import (
     parse_arguments,
     verify,
 )
-from facespec.agreement import Agreement, landmark_errors, match_faces
+from facespec.agreement import Agreement, Sample, draw_disagreements, landmark_errors, match_faces
 from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.images import read_image, write_image
@@ -427,12 +428,8 @@ def test_limits(value: float | None, limit: float | None, at_least: bool, passed
 
 
 def test_identical_models_have_no_differences(dynamic_onnx: Path, tmp_path: Path) -> None:
-    json_file, picture = tmp_path / "verify.json", tmp_path / "worst.png"
-    result = verify(
-        VerifyOptions(
-            str(dynamic_onnx), str(dynamic_onnx), size_hw=(320, 320), images=4, json_file=json_file, plot=picture
-        )
-    )
+    picture = tmp_path / "worst.png"
+    result = verify(VerifyOptions(str(dynamic_onnx), str(dynamic_onnx), size_hw=(320, 320), images=4, plot=picture))
     assert result.passed
     assert "passed, within the fp16 budget" in str(result)
     stages = {row.stage for row in result.rows}
@@ -457,7 +454,7 @@ def test_identical_models_have_no_differences(dynamic_onnx: Path, tmp_path: Path
     assert result.budget == "fp16"
     assert any("sample photographs only" in note for note in result.notes)
 
-    data = json.loads(json_file.read_text())
+    data = json.loads(result.to_json())
     assert data["passed"] is True
     assert data["candidate"]["kind"] == "portable ONNX"
     assert data["candidate"]["precision"] == "fp32"
@@ -577,7 +574,7 @@ def test_fp16_is_emulated_to_the_last_bit() -> None:
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
     x = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
-    session = ort.InferenceSession(emulate_fp16(model.SerializeToString()), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(emulate_fp16(model).SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": x})
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, (x.astype(np.float16) * factor * factor).astype(np.float32))
@@ -593,6 +590,23 @@ def test_missing_models_take_one_line(error_line: Callable[..., str], side: str,
 def test_the_command_takes_one_line(refused: Callable[..., str]) -> None:
     line = refused("export.verify", "--reference", "a.onnx", "--candidate", "b.pth", "--backend", "openvino")
     assert line == "error: --backend is for exported models, the candidate b.pth is none"
+
+
+@pytest.mark.parametrize("words", ["import export", "import export.verify", "from export.verify import verify"])
+def test_the_package_has_it_as_a_function(words: str) -> None:
+    """Whatever was imported before, and as the module that it also is."""
+    code = f"""{words}
+import export
+from export import VerifyOptions, verify
+from facespec.errors import SpecError
+for function in (export.verify, verify, verify.verify):
+    try:
+        function(VerifyOptions("a", "b.pth", backend="openvino"))
+    except SpecError:
+        print("called")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["called"] * 3
 
 
 def test_an_engine_takes_one_line(error_line: Callable[..., str], tmp_path: Path) -> None:
@@ -761,7 +775,7 @@ def test_images_without_faces_are_no_comparison(static_onnx: Path, monkeypatch: 
 
 def test_outputs_never_replace_a_model(static_onnx: Path) -> None:
     with pytest.raises(OutputError, match="is a file that is read"):
-        verify(VerifyOptions(str(static_onnx), str(static_onnx), json_file=static_onnx))
+        verify(VerifyOptions(str(static_onnx), str(static_onnx), json=static_onnx))
 
 
 @pytest.mark.parametrize("changes", [{"images": 0}, {"budget": "int4"}, {"protocol": "other"}])

@@ -6,8 +6,15 @@ import cv2
 import numpy as np
 import pytest
 
-from export.disagreements import Sample, draw_disagreements
-from facespec.agreement import MATCH_IOU, Agreement, Disagreement, landmark_errors, match_faces
+from facespec.agreement import (
+    MATCH_IOU,
+    Agreement,
+    Disagreement,
+    Sample,
+    draw_disagreements,
+    landmark_errors,
+    match_faces,
+)
 from facespec.detections import Detections
 from facespec.letterbox import Frame
 

@@ -37,7 +37,6 @@ from export.to_onnx import ExportOptions, export_onnx
 from export.verify import VerifyOptions, verify
 from facespec.cli import quiet_libraries, run
 from facespec.letterbox import Frame
-from facespec.spec import DecodeSpec
 from facespec.tables import text_table
 from trt_runtime import RetinaFaceDetector, load_detector, machine
 from trt_runtime.measure import Latency, Samples, speed_ratio, take_turns
@@ -74,7 +73,7 @@ def export(folder: Path, data: Path) -> Models:
     models = {precision: folder / f"{precision}.onnx" for precision in ("fp32", "fp16", "int8")}
     for precision, path in models.items():
         chosen = CalibrationOptions("widerface_train", data) if precision == "int8" else None
-        export_onnx(ExportOptions("mobilenet0.25", path, SIZE, DecodeSpec(), precision=precision, calibration=chosen))
+        export_onnx(ExportOptions("mobilenet0.25", path, SIZE, precision=precision, calibration=chosen))
     return models
 
 

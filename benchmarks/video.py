@@ -44,7 +44,6 @@ from facespec.cli import run
 from facespec.draw import draw_detections
 from facespec.letterbox import Frame
 from facespec.samples import sample_frames, spread_frames
-from facespec.spec import DecodeSpec
 from facespec.tables import text_table
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.load import load_detector
@@ -196,11 +195,7 @@ def main() -> int:
         for precision in precisions:
             model = Path(folder) / f"{precision}.onnx"
             calibration = CalibrationOptions("widerface_train", args.data) if precision == "int8" else None
-            export_onnx(
-                ExportOptions(
-                    "mobilenet0.25", model, NETWORK_HW, DecodeSpec(), precision=precision, calibration=calibration
-                )
-            )
+            export_onnx(ExportOptions("mobilenet0.25", model, NETWORK_HW, precision=precision, calibration=calibration))
             runs[f"ours, {precision}"] = pipeline(clip, model, precision)
             runs[f"ours, {precision}, plain loop"] = ours_plain(clip, model, cores)
         runs |= {

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from facespec.cli import ArgumentParser, run
-from facespec.errors import BuildError, MissingToolError
+from facespec.cli import ArgumentParser, argument, run
+from facespec.errors import BuildError, MissingToolError, SpecError
 from facespec.files import atomic_path, cache_folder, write_text
 
 ROOT = Path(__file__).resolve().parent
@@ -365,6 +365,17 @@ def ensure(target: str = "plugin") -> Path:
     return found
 
 
+def parse_capabilities(text: str) -> tuple[int, ...]:
+    """Return compute capabilities, ascending and each once, from a list such as "75,86,89".
+
+    Raises:
+        SpecError: Not of this form.
+    """
+    if not re.fullmatch(r"\d{2,3}(,\d{2,3})*", text, re.ASCII):
+        raise SpecError(f"{text!r}: give numbers like 75,86,89")
+    return tuple(sorted({int(number) for number in text.split(",")}))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = ArgumentParser(
@@ -376,21 +387,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("target", nargs="?", default="plugin", choices=list(TARGETS), help="what to build")
     parser.add_argument(
         "--compute-capability",
+        type=argument(parse_capabilities),
         metavar="LIST",
         help=f"compute capabilities that get machine code (default: {','.join(map(str, ARCHITECTURES))}, those of them "
         "that nvcc knows)",
     )
     parser.add_argument("--out", type=Path, default=LIBRARY_FOLDER, help="folder to write to")
     args = parser.parse_args(argv)
-    architectures: tuple[int, ...] = ARCHITECTURES
-    if args.compute_capability is not None and args.target != "host":
-        if not re.fullmatch(r"\d{2,3}(,\d{2,3})*", args.compute_capability, re.ASCII):
-            raise BuildError(f"--compute-capability {args.compute_capability}: give numbers like 75,86,89")
-        architectures = tuple(sorted({int(number) for number in args.compute_capability.split(",")}))
-        unknown = sorted(set(architectures) - set(_supported(find_nvcc(), architectures)))
+    architectures = args.compute_capability or ARCHITECTURES
+    if args.compute_capability and args.target != "host":
+        nvcc = find_nvcc()
+        unknown = sorted(set(architectures) - set(_supported(nvcc, architectures)))
         if unknown:
-            names = ",".join(map(str, unknown))
-            raise BuildError(f"--compute-capability {args.compute_capability}: {find_nvcc()} does not know {names}")
+            asked, lacking = (",".join(map(str, numbers)) for numbers in (architectures, unknown))
+            raise BuildError(f"--compute-capability {asked}: {nvcc} does not know {lacking}")
     start = time.perf_counter()
     print(f"compiling {', '.join(TARGETS[args.target])}", flush=True)
     report = build(args.target, architectures, args.out)

@@ -160,7 +160,7 @@ def test_how_the_inspector_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(gpu_capability() is not None, reason="there is a GPU: the next test asks it")
 def test_without_a_gpu_the_inspector_ends_in_one_line(tmp_path: Path) -> None:
     profile = Profile((1, 1, 1), ((64, 64),) * 3)
-    options = EngineOptions("mobilenet0.25", tmp_path / "a.engine", profile, "fp16", capabilities=(86,))
+    options = EngineOptions("mobilenet0.25", tmp_path / "a.engine", profile, precision="fp16", capabilities=(86,))
     sidecar = build_engine(options)
     assert sidecar is not None
     with pytest.raises(BuildError, match=r"EngineInspector fails: the engine cannot be loaded.*driver"):

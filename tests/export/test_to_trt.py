@@ -21,11 +21,12 @@ import numpy as np
 import onnx
 import pytest
 
-from export import to_trt
 from export.engine_layers import UNKNOWN
 from export.inspect import inspect
 from export.inspect import main as inspect_main
 from export.options import CalibrationOptions
+from export.parity import ParityReport
+from export.to_onnx import ExportedGraph, export_graph
 from export.to_trt import (
     EngineOptions,
     Profile,
@@ -207,12 +208,11 @@ def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, er
 def test_two_builds_of_one_engine_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engine and sidecar are each that of one build, whole; a mixture is noticed."""
     one_by_one, both = threading.Lock(), threading.Barrier(2, timeout=100)
-    real = to_trt.export_plugin_form
 
-    def export(options: EngineOptions) -> to_trt.ExportedGraph:
+    def export(*arguments: Any, **options: Any) -> ExportedGraph:
         """PyTorch exports in one thread at a time; from there on they run at once."""
         with one_by_one:
-            graph = real(options)
+            graph = export_graph(*arguments, **options)
         both.wait()
         return graph
 
@@ -221,7 +221,7 @@ def test_two_builds_of_one_engine_do_not_mix(tmp_path: Path, monkeypatch: pytest
         return build_engine(_engine(tmp_path, precision=precision, profile=profile, capabilities=(86,)))
 
     mask = os.umask(0o022)  # whether a file is readable is told by it, which two threads may not look at at once
-    monkeypatch.setattr("export.to_trt.export_plugin_form", export)
+    monkeypatch.setattr("export.to_trt.export_graph", export)
     try:
         with ThreadPoolExecutor(2) as pool:
             half, single = pool.map(build, ["fp16", "fp32"])
@@ -390,14 +390,13 @@ def test_without_tensorrt_one_line_says_what_is_there_and_what_to_type(
 def test_a_build_that_fails_keeps_its_log_and_the_old_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = _engine(tmp_path, profile=Profile(sizes_hw=((320, 320),) * 3))
     options.out.write_bytes(b"old")
-    graphs: list[to_trt.ExportedGraph] = []
-    real = to_trt.export_plugin_form
+    graphs: list[ExportedGraph] = []
 
-    def export_once(options: EngineOptions) -> to_trt.ExportedGraph:
-        graphs[:] = graphs or [real(options)]
+    def export_once(*arguments: Any, **options: Any) -> ExportedGraph:
+        graphs[:] = graphs or [export_graph(*arguments, **options)]
         return graphs[0]
 
-    monkeypatch.setattr("export.to_trt.export_plugin_form", export_once)
+    monkeypatch.setattr("export.to_trt.export_graph", export_once)
     monkeypatch.setenv("RETINAFACE_PLUGIN", str(_touch(tmp_path / "no_library.so")))
     with pytest.raises(
         BuildError, match=r"no_library\.so cannot be loaded.*\(log: .*f\.engine\.build\.log\).*f\.plugin\.onnx"
@@ -570,7 +569,7 @@ def test_the_command_that_builds_it_again() -> None:
     assert " --compute-capability 75 " in options.command(capabilities=(75,))
     profile = Profile((2, 2, 2), ((32, 64), (64, 96), (64, 96)))
     every = DecodeSpec(score_threshold=0.3, iou_threshold=0.5, top_k=6, max_detections=7)
-    line = EngineOptions("w", Path("f"), profile, "fp16", decode=every).command()
+    line = EngineOptions("w", Path("f"), profile, precision="fp16", decode=every).command()
     assert " --fp16 --size 32x64:64x96:64x96 --batch 2 --flavor auto " in line
     assert " --score 0.3 --iou 0.5 --top-k 6 --max-detections 7 " in line
     assert "--compute-capability" not in line
@@ -721,7 +720,7 @@ def test_how_the_builder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_files_that_are_read_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before any work: weights, images to compare or calibrate on, recipe; nor two outputs over each other."""
-    monkeypatch.setattr("export.to_trt.export_plugin_form", None)
+    monkeypatch.setattr("export.to_trt.export_graph", None)
     for name in ("f.plugin.onnx", "f.engine", "f.engine.json", "f.engine.build.log", "t.cache"):
         _touch(tmp_path / name)
         kept = _engine(tmp_path, timing_cache=tmp_path / "t.cache")
@@ -806,7 +805,7 @@ def test_large_engines_for_old_gpus_are_explained(
 def test_the_log_of_a_build_that_fails_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing was logged; without it there would be the log of an earlier one."""
     options = _engine(tmp_path)
-    graph = to_trt.ExportedGraph(options.plugin_form, b"graph", ModelSpec(), {}, {}, {})
+    graph = ExportedGraph(options.plugin_form, b"graph", ModelSpec(), {}, {}, ParityReport(ModelSpec(), ()))
     requests = []
 
     def run(request: dict[str, Any], environment: dict[str, str], flavor: Flavor, progress: bool) -> str:

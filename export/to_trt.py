@@ -7,10 +7,8 @@ python -m export.to_trt --size 320x320:640x640:1088x1920 --batch 1:1:8 --flavor 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,11 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from export.engine_layers import UNKNOWN, engine_shares, is_readable
+from export.engine_layers import UNKNOWN, engine_shares, is_readable, run_builder
 from export.options import CALIBRATION_OPTIONS, DECODE_OPTIONS, Export, add_export_arguments, export_fields
 from export.to_onnx import ExportedGraph, check_files, export_graph
 from facespec.cli import ArgumentParser, argument, run, version
@@ -237,7 +232,7 @@ def _build(
             "out": str(work / "engine"),
         }
         try:
-            version = _run_builder(request, environment, flavor, options.progress)
+            version = run_builder(request, environment, flavor, options.progress)
         except BuildError as error:
             log = work / "build.log"
             write_text(options.log, log.read_text(encoding="utf-8") if log.exists() else "")
@@ -246,61 +241,6 @@ def _build(
             with suppress(OutputError), atomic_path(cache) as temporary:  # it saves time, no more
                 temporary.write_bytes((work / "timing.cache").read_bytes())
         return (work / "engine").read_bytes(), version
-
-
-def _run_builder(request: dict[str, Any], environment: dict[str, str], flavor: Flavor, progress: bool) -> str:
-    """Run `export.engine_builder` and follow it; return the version of TensorRT.
-
-    Raises:
-        BuildError: It failed, or died.
-    """
-    last: dict[str, Any] = {}
-    command = [sys.executable, "-m", "export.engine_builder"]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as said:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            text=True,
-            env=environment,
-            cwd=Path(request["out"]).parent,  # not the user's folder, whose modules may have the names of ours
-        )
-        try:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            with suppress(BrokenPipeError):
-                child.stdin.write(json.dumps(request))
-                child.stdin.close()
-            with tqdm(total=100, desc=f"{flavor.title} builds", disable=not progress, bar_format=_BAR) as bar:
-                for line in child.stdout:
-                    try:
-                        event = json.loads(line)
-                    except ValueError:  # printed before the builder had stdout to itself
-                        continue
-                    last = event if isinstance(event, dict) and "event" in event else last
-                    if last.get("event") == "progress":
-                        bar.set_postfix_str(last["phase"][:40], refresh=False)
-                        bar.update(max(100 * last["share"] - bar.n, 0))
-                    elif last.get("event") == "done":
-                        bar.set_postfix_str("", refresh=False)
-                        bar.update(100 - bar.n)
-            code = child.wait()
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        said.seek(0)
-        words = said.read().strip().splitlines()[-1:]
-    if last.get("event") == "done" and code == 0:
-        return str(last["version"])
-    if last.get("event") == "failed":
-        raise BuildError(": ".join([f"{flavor.title}: {last['message']}", *last["detail"]]))
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    raise BuildError(": ".join([f"{flavor.title}: the build process {how}", *words]))
-
-
-_BAR = "{desc}: {percentage:3.0f}%|{bar:24}| {elapsed} {postfix}"
 
 
 def parse_batch(text: str) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export.engine_layers import UNKNOWN
+from export.engine_layers import UNKNOWN, run_builder
 from export.inspect import inspect
 from export.inspect import main as inspect_main
 from export.options import CalibrationOptions
@@ -34,7 +34,6 @@ from export.to_trt import (
     _capabilities,
     _note_missing_code,
     _precision_problems,
-    _run_builder,
     _timing_cache,
     build_engine,
     main,
@@ -436,9 +435,9 @@ def test_a_builder_that_dies_is_reported(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     with pytest.raises(BuildError, match="killed by signal 6: terminate called"):
-        _run_builder(_request(tmp_path, "aborts"), environment, TENSORRT, False)
+        run_builder(_request(tmp_path, "aborts"), environment, TENSORRT, False)
     with pytest.raises(BuildError, match="No module named 'missing_tensorrt'"):
-        _run_builder(_request(tmp_path, "missing_tensorrt"), environment, TENSORRT, False)
+        run_builder(_request(tmp_path, "missing_tensorrt"), environment, TENSORRT, False)
 
 
 @needs_rtx
@@ -450,7 +449,7 @@ def test_what_libraries_print_does_no_harm(engine: Path, tmp_path: Path) -> None
     request = _rtx_request(tmp_path, engine)
     with child_environment(RTX) as environment:
         environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}"
-        assert _run_builder(request, environment, RTX, False) == RTX.version()
+        assert run_builder(request, environment, RTX, False) == RTX.version()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -458,7 +457,7 @@ def test_the_builder_over_stub_libraries_fails_in_one_line(version: str, tmp_pat
     """The real Python bindings of TensorRT without a TensorRT behind them."""
     paths = bindings_environment(version, tmp_path)
     with pytest.raises(BuildError, match=r"TensorRT: .*factory function returned nullptr"):
-        _run_builder(_request(tmp_path, "tensorrt_bindings"), {**os.environ, **paths}, TENSORRT, False)
+        run_builder(_request(tmp_path, "tensorrt_bindings"), {**os.environ, **paths}, TENSORRT, False)
 
 
 @needs_rtx
@@ -490,7 +489,7 @@ def test_the_timing_cache_goes_round(engine: Path, tmp_path: Path) -> None:
         for content in (None, b"", b"rubbish"):
             if content is not None:
                 cache.write_bytes(content or out.read_bytes())
-            assert _run_builder(request | {"timing_cache": str(cache)}, environment, RTX, False) == RTX.version()
+            assert run_builder(request | {"timing_cache": str(cache)}, environment, RTX, False) == RTX.version()
             assert out.stat().st_size > 0
 
 
@@ -703,7 +702,7 @@ def test_how_the_builder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         builder.write_text(
             f"import sys\nprint({chr(10).join(lines)!r})\nprint({stderr!r}, file=sys.stderr)\nsys.exit({code})\n"
         )
-        return _run_builder({"out": str(tmp_path / "engine")}, environment, RTX, False)
+        return run_builder({"out": str(tmp_path / "engine")}, environment, RTX, False)
 
     done = {"event": "done", "version": "1.2"}
     progress = {"event": "progress", "phase": "p", "share": 0.5}
@@ -819,7 +818,7 @@ def test_the_log_of_a_build_that_fails_is_kept(tmp_path: Path, monkeypatch: pyte
         Path(request["timing_cache_out"]).write_bytes(b"measured")
         return "10.1"
 
-    monkeypatch.setattr("export.to_trt._run_builder", run)
+    monkeypatch.setattr("export.to_trt.run_builder", run)
     cache = tmp_path / "t.cache"
     kept = dataclasses.replace(options, timing_cache=cache)
     for said in ("what TensorRT said", ""):

@@ -37,7 +37,6 @@ from export.to_onnx import ExportOptions, export_onnx
 from export.verify import VerifyOptions, verify
 from facespec.cli import quiet_libraries, run
 from facespec.letterbox import Frame
-from facespec.spec import DecodeSpec
 from facespec.tables import text_table
 from trt_runtime import RetinaFaceDetector, load_detector
 from trt_runtime.measure import Samples, speed_ratio, take_turns
@@ -72,7 +71,7 @@ Models = dict[str, Path]
 def export(path: Path, size_hw: tuple[int, int], precision: str, data: Path | None) -> Path:
     """Write the published mobilenet0.25 in a precision, INT8 calibrated on widerface_train; return the path."""
     images = CalibrationOptions("widerface_train", data) if precision == "int8" else None
-    options = ExportOptions("mobilenet0.25", path, size_hw, DecodeSpec(), precision=precision, calibration=images)
+    options = ExportOptions("mobilenet0.25", path, size_hw, precision=precision, calibration=images)
     export_onnx(options)
     return path
 

@@ -58,7 +58,8 @@ def main() -> int:
         for model, goal in GOALS_US.items():
             weights = model if model == "mobilenet0.25" else random_resnet50(Path(folder))
             engine = Path(folder) / f"{model}.engine"
-            build_engine(EngineOptions(weights, engine, Profile(sizes_hw=(SIZE,) * 3, batch=(1, 1, 8)), "fp16"))
+            profile = Profile(sizes_hw=(SIZE,) * 3, batch=(1, 1, 8))
+            build_engine(EngineOptions(weights, engine, profile, precision="fp16"))
             for on_device in (True, False):
                 options = BenchmarkOptions((engine,), batches=(1, 8), repeats=args.repeats, on_device=on_device)
                 with ExitStack() as stack:

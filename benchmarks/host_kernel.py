@@ -58,7 +58,7 @@ def main() -> int:
     spec = ModelSpec()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "retinaface.onnx"
-        export_onnx(ExportOptions("mobilenet0.25", model, SIZE, spec.decode))
+        export_onnx(ExportOptions("mobilenet0.25", model, SIZE, decode=spec.decode))
         network, operators = parts(model)
         maps = [network(frame[None]) for frame in load_frames(args.frames, args.count)]
     priors = make_priors(spec.anchors, SIZE)

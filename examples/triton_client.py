@@ -8,12 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from facespec.cli import ArgumentParser, require, run
+from facespec.cli import ArgumentParser, argument, require, run
 from facespec.detections import Detections, to_detections
 from facespec.draw import draw_detections
 from facespec.errors import ModelFileError, OutputError, RetinaFaceError, SpecError
@@ -103,9 +102,7 @@ class TritonRetinaFace:
     def __enter__(self) -> TritonRetinaFace:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -130,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--server", default="localhost:8001", help="HOST:PORT of the gRPC service")
     parser.add_argument("--model", default="retinaface", help="name of the model on the server")
     parser.add_argument("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
-    parser.add_argument("--size", help="HEIGHTxWIDTH to letterbox to, for models of dynamic size")
+    parser.add_argument(
+        "--size", type=argument(parse_size), help="HEIGHTxWIDTH to letterbox to, for models of dynamic size"
+    )
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in IMAGE_SUFFIXES:
         raise OutputError(f"--out {args.out}: give a name that ends in .jpg or .png")
@@ -138,8 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ServerError(f"--server {args.server}: give HOST:PORT alone, for instance localhost:8001")
     check_outputs([("--out", args.out)], [args.image])
     frame = read_image(args.image)
-    size_hw = parse_size(args.size) if args.size else None
-    with TritonRetinaFace(args.server, args.model, score_threshold=args.score, size_hw=size_hw) as detector:
+    with TritonRetinaFace(args.server, args.model, score_threshold=args.score, size_hw=args.size) as detector:
         faces = detector.detect(frame)
     write_image(args.out, draw_detections(frame, faces))
     for face in faces.to_dict()["faces"]:

@@ -26,7 +26,7 @@ from facespec.files import write_text
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
-from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec
+from facespec.spec import DEFAULT_WEIGHTS
 from trt_runtime import TRTRetinaFace, load_detector
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.gpu.flavor import RTX
@@ -84,7 +84,7 @@ def demo_engine(out: Path, photographs: Sequence[Frame]) -> str:
     """
     path = out / "retinaface.engine"
     profile = Profile(batch=(1, 1, 4), sizes_hw=((320, 320), NETWORK_HW, (1088, 1920)))
-    options = EngineOptions(DEFAULT_WEIGHTS, path, profile, "fp16", flavor=RTX.name)
+    options = EngineOptions(DEFAULT_WEIGHTS, path, profile, precision="fp16", flavor=RTX.name)
     try:
         sidecar = build_engine(options)
     except (MissingPackageError, MissingToolError) as error:
@@ -121,8 +121,8 @@ def demo(out: Path) -> None:
     model = out / "retinaface.onnx"
 
     start = time.perf_counter()
-    report = export_onnx(ExportOptions(DEFAULT_WEIGHTS, model, NETWORK_HW, DecodeSpec()))
-    print(f"1. exported {DEFAULT_WEIGHTS} to {model} in {time.perf_counter() - start:.1f} s\n{report}\n")
+    export_onnx(ExportOptions(DEFAULT_WEIGHTS, model, NETWORK_HW))
+    print(f"1. exported {DEFAULT_WEIGHTS} to {model} in {time.perf_counter() - start:.1f} s\n")
 
     detector = load_detector(model)
     photographs = [read_image(path) for path in samples]

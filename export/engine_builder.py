@@ -1,7 +1,8 @@
-"""The child process in which TensorRT parses and builds, so that neither its aborts nor its prints reach the caller.
+"""The child process in which TensorRT works, so that neither its aborts nor its prints reach the caller.
 
-It reads one JSON request on stdin, writes the engine to a file, and tells on stdout, one JSON object a line, how far it
-is and how it ended. `export.to_trt` starts it; it imports nothing but TensorRT.
+It reads one JSON request on stdin, writes what is asked for to a file, and tells on stdout, one JSON object a line, how
+far it is and how it ended. `export.to_trt` starts it to build an engine; `export.engine_layers` starts it to read what
+the layers of an engine compute in, which needs the GPU of the engine. It imports nothing but TensorRT.
 
 The same code serves TensorRT 10, TensorRT 11 and TensorRT-RTX. `tests/export/test_api_surface.py` checks every name of
 their API that is used here.
@@ -143,8 +144,29 @@ def build(request: dict[str, Any], trt: Any, logger: Any) -> Any:
     return engine
 
 
+def read_layers(request: dict[str, Any], trt: Any, logger: Any) -> str:
+    """Return what EngineInspector says of the engine at one shape: types are not known before there is one.
+
+    Raises:
+        BuildFailedError: The plugin or the engine cannot be loaded.
+    """
+    runtime = trt.Runtime(logger)
+    registry = runtime.get_plugin_registry()
+    if registry.load_library(request["plugin"]) is None:
+        raise BuildFailedError(f"the plugin library {request['plugin']} cannot be loaded")
+    engine = runtime.deserialize_cuda_engine(Path(request["engine"]).read_bytes())
+    if engine is None:
+        raise BuildFailedError("the engine cannot be loaded")
+    context = engine.create_execution_context()
+    if context is None or not context.set_input_shape("images", tuple(request["shape"])):
+        raise BuildFailedError("no execution context can be made")
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
 def main() -> int:
-    """Build what the request on stdin asks for; return 0, or 1 after an event that says why not."""
+    """Do what the request on stdin asks for; return 0, or 1 after an event that says why not."""
     request = json.load(sys.stdin)
     os.dup2(2, 1)
     errors: list[str] = []
@@ -152,15 +174,15 @@ def main() -> int:
         try:
             trt = importlib.import_module(request["module"])
             logger = make_logger(trt, log, errors)
-            engine = build(request, trt, logger)
-        except (BuildFailedError, ImportError, TypeError) as error:  # TypeError: a Builder cannot be made
+            made = read_layers(request, trt, logger).encode() if "engine" in request else build(request, trt, logger)
+        except (BuildFailedError, ImportError, TypeError) as error:  # TypeError: a Builder or Runtime cannot be made
             log.write(f"{error}\n")
             tell(event="failed", message=str(error), detail=errors[:1])
             return 1
-        if engine is None:
+        if made is None:
             tell(event="failed", message="the builder failed", detail=errors[:1])
             return 1
-        Path(request["out"]).write_bytes(memoryview(engine))
+        Path(request["out"]).write_bytes(memoryview(made))
         tell(event="done", version=trt.__version__)
     return 0
 

@@ -1,4 +1,7 @@
-"""What the layers of an engine compute in, as TensorRT's EngineInspector tells where the engine's GPU is present."""
+"""What TensorRT is asked in a child process, and what the layers of an engine compute in.
+
+TensorRT's EngineInspector tells the latter where the engine's GPU is present.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,19 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from facespec.errors import BuildError
-from trt_runtime.gpu.flavor import FLAVORS, child_environment, gpu_capability
+from trt_runtime.gpu.flavor import FLAVORS, Flavor, child_environment, gpu_capability
 from trt_runtime.gpu.sidecar import Convolutions, Sidecar, precision_shares
 from trt_runtime.kernels import ensure_library
 
 UNKNOWN = "unknown"
+_BAR = "{desc}: {percentage:3.0f}%|{bar:24}| {elapsed} {postfix}"
 
 # words of a "Format/Datatype" or of a weight's type
 _WORDS = {
@@ -28,6 +35,58 @@ _WORDS = {
     "float": "fp32",
 }
 _WIDEST_LAST = ("int8", "bf16", "fp16", "fp32")
+
+
+def run_builder(request: dict[str, Any], environment: dict[str, str], flavor: Flavor, progress: bool = False) -> str:
+    """Run `export.engine_builder` and follow it; return the version of TensorRT.
+
+    Raises:
+        BuildError: It failed, or died.
+    """
+    last: dict[str, Any] = {}
+    command = [sys.executable, "-m", "export.engine_builder"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as said:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env=environment,
+            cwd=Path(request["out"]).parent,  # not the user's folder, whose modules may have the names of ours
+        )
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            with suppress(BrokenPipeError):
+                child.stdin.write(json.dumps(request))
+                child.stdin.close()
+            with tqdm(total=100, desc=f"{flavor.title} builds", disable=not progress, bar_format=_BAR) as bar:
+                for line in child.stdout:
+                    try:
+                        event = json.loads(line)
+                    except ValueError:  # printed before the builder had stdout to itself
+                        continue
+                    last = event if isinstance(event, dict) and "event" in event else last
+                    if last.get("event") == "progress":
+                        bar.set_postfix_str(last["phase"][:40], refresh=False)
+                        bar.update(max(100 * last["share"] - bar.n, 0))
+                    elif last.get("event") == "done":
+                        bar.set_postfix_str("", refresh=False)
+                        bar.update(100 - bar.n)
+            code = child.wait()
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        said.seek(0)
+        words = said.read().strip().splitlines()[-1:]
+    if last.get("event") == "done" and code == 0:
+        return str(last["version"])
+    if last.get("event") == "failed":
+        raise BuildError(": ".join([f"{flavor.title}: {last['message']}", *last["detail"]]))
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    raise BuildError(": ".join([f"{flavor.title}: the build process {how}", *words]))
 
 
 def is_readable(sidecar: Sidecar) -> bool:
@@ -55,13 +114,10 @@ def read_information(engine: Path, sidecar: Sidecar) -> dict[str, Any]:
             "log": str(Path(folder) / "log"),
             "out": str(out),
         }
-        command = [sys.executable, "-m", "export.engine_inspector"]
-        options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
-        # not in the user's folder, whose modules may have the names of ours
-        done = subprocess.run(command, input=json.dumps(request), env=environment, cwd=folder, **options)
-        if done.returncode:
-            said = done.stderr.strip().splitlines()
-            raise BuildError(f"{engine}: EngineInspector fails: {said[-1] if said else f'exit code {done.returncode}'}")
+        try:
+            run_builder(request, environment, flavor)
+        except BuildError as error:
+            raise BuildError(f"{engine}: EngineInspector fails: {error}") from None
         try:
             found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         except ValueError as error:

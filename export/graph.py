@@ -243,12 +243,10 @@ def add_decoding(heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[i
         size_hw: Fixed height and width, or None for dynamic ones.
     """
     g = GraphBuilder("decode_")
-    heads = [
-        g.op("Cast", head.name, to=TensorProto.FLOAT)
-        if head.type.tensor_type.elem_type == TensorProto.FLOAT16
-        else head.name
-        for head in heads_graph.graph.output
-    ]
+    heads = []
+    for head in heads_graph.graph.output:
+        half = head.type.tensor_type.elem_type == TensorProto.FLOAT16
+        heads.append(g.op("Cast", head.name, to=TensorProto.FLOAT) if half else head.name)
     add_decode_nms(g, heads, spec, size_hw)
     heads_graph.graph.node.extend(g.nodes)
     heads_graph.graph.initializer.extend(g.initializers)
@@ -256,16 +254,13 @@ def add_decoding(heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[i
     heads_graph.graph.output.extend(detector_outputs(spec))
 
 
-def assemble(
-    network: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None, *, heads_only: bool = False
-) -> onnx.ModelProto:
-    """Return the detector graph around a network from float32 (B, 3, H, W) `input` to the three head maps.
+def assemble(network: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the detector graph up to the head maps: preprocessing before a network.
 
     Args:
-        network: As exported by `export.portable.export_network`.
-        spec: Geometry, preprocessing, decoding.
+        network: As exported by `export.portable.export_network`, from float32 (B, 3, H, W) `input` to the head maps.
+        spec: Its preprocessing.
         size_hw: Fixed height and width, or None for dynamic ones.
-        heads_only: Stop at the head maps.
     """
     g = GraphBuilder()
     network_input = network.graph.input[0].name
@@ -276,14 +271,9 @@ def assemble(
                 node.input[index] = pixels
     g.nodes.extend(network.graph.node)
     g.initializers.extend(network.graph.initializer)
-    if heads_only:
-        outputs = list(network.graph.output)
-    else:
-        add_decode_nms(g, HEAD_NAMES, spec, size_hw)
-        outputs = detector_outputs(spec)
     height, width = size_hw or ("height", "width")
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", height, width, 3])
-    graph = helper.make_graph(g.nodes, "RetinaFace", [images], outputs, g.initializers)
+    graph = helper.make_graph(g.nodes, "RetinaFace", [images], network.graph.output, g.initializers)
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="retinaface-trt"
     )

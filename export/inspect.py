@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from export.engine_layers import engine_shares, is_readable
-from facespec.cli import ArgumentParser, require, run
+from facespec.cli import ArgumentParser, json_output, require, run
 from facespec.errors import ModelFileError, RetinaFaceError, SpecError
-from facespec.files import check_outputs, write_text
+from facespec.files import check_outputs
 from facespec.spec import CHECKPOINT_SUFFIXES, SPEC_KEY, DecodeSpec, ModelSpec
 from trt_runtime.gpu.flavor import FLAVORS, gpu_capability
 from trt_runtime.gpu.sidecar import RTX_HEADER_BYTES, Sidecar, check_engine, read_header, read_sidecar
 from trt_runtime.kernels import PLUGIN
 from trt_runtime.onnx_file import read_onnx
-from trt_runtime.onnx_model import find_plugin, load_graph, plugin_attributes, plugin_problem, text
+from trt_runtime.onnx_model import find_plugin, load_graph, plugin_attributes, plugin_problem, reason, text
 
 COUNTED_HW = (640, 640)
 """Size at which the convolutions of a graph of dynamic size are counted."""
@@ -180,9 +180,11 @@ def inspect_onnx(path: Path) -> Inspection:
         except ModelFileError as error:
             found.problems.append(str(error))
     # weights beside the file are found from its path alone
-    problem = _checker_problem(str(path) if header.external_files else model)
-    if problem:
-        found.problems.append(problem)
+    onnx = require("onnx", "cpu", "export.inspect")
+    try:
+        onnx.checker.check_model(str(path) if header.external_files else model)
+    except Exception as error:  # it has more than one class of its own
+        found.problems.append(f"the ONNX checker finds a fault: {reason(error)}")
     if SPEC_KEY not in header.metadata:
         found.problems.append("not written by this toolkit: there is no model spec in its metadata")
         return found
@@ -203,20 +205,11 @@ def inspect_onnx(path: Path) -> Inspection:
         found.problems += lint_qdq(model)
         found.precision = mac_shares(model, size_hw)
     except Exception as error:  # whatever shape inference makes of a foreign or damaged graph
-        found.problems.append(f"its convolutions cannot be counted: {' '.join(str(error).split())[:200]}")
+        found.problems.append(f"its convolutions cannot be counted: {reason(error)}")
     problem = plugin_problem(found.plugin, spec) if found.plugin else None
     if problem:
         found.problems.append(problem)
     return found
-
-
-def _checker_problem(model: Any) -> str | None:
-    onnx = require("onnx", "cpu", "export.inspect")
-    try:
-        onnx.checker.check_model(model)
-    except Exception as error:  # it has more than one class of its own
-        return f"the ONNX checker finds a fault: {' '.join(str(error).split())[:200]}"
-    return None
 
 
 def _tensor(value: Any) -> dict[str, Any]:
@@ -258,15 +251,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "says.",
     )
     parser.add_argument("file", type=Path, help="engine, or ONNX file")
-    parser.add_argument("--json", metavar="FILE", help="write what was found; '-' prints it instead of a table")
+    parser.add_json("what was found")
     args = parser.parse_args(argv)
-    if args.json not in (None, "-"):
-        check_outputs([("--json", args.json)], [args.file])
-    found = inspect(args.file)
-    print(found.to_json() if args.json == "-" else found)
-    if args.json not in (None, "-"):
-        write_text(args.json, found.to_json() + "\n")
-        print(f"wrote {args.json}")
+    check_outputs([("--json", args.json)], [args.file])
+    with json_output(args.json) as write:
+        found = inspect(args.file)
+        print(found)
+        write(found.to_json())
     return 0 if found.valid else 1
 
 

@@ -6,10 +6,11 @@ Reading a command line needs none of the packages that exporting does.
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from facespec.errors import DataError, SpecError
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_frames
-from facespec.spec import DecodeSpec
+from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -40,6 +41,14 @@ MAX_RECIPE_BYTES = 1 << 20
 
 MAX_PARITY_IMAGES = 8
 
+CALIBRATION_OPTIONS = {
+    "--calib": "source",
+    "--images": "images",
+    "--seed": "seed",
+    "--data": "data",
+    "--int8-recipe": "recipe",
+}
+"""Options of every export, and the fields of `CalibrationOptions` they set."""
 
 DECODE_OPTIONS = {
     "--score": "score_threshold",
@@ -84,6 +93,37 @@ def check_calibration(precision: str, calibration: CalibrationOptions | None) ->
         raise SpecError("--int8 needs images to calibrate on: --calib widerface_val, or --calib FOLDER")
     if precision != "int8" and calibration is not None:
         raise SpecError(f"--calib is for --int8, not for --{precision}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What every export of a checkpoint is told.
+
+    Attributes:
+        weights: Checkpoint, or the name of published weights.
+        out: File to write.
+        decode: Thresholds and limits built in.
+        precision: One of `PRECISIONS`.
+        calibration: Images for INT8.
+        parity_images: Image file or folder for the parity report; None takes sample photographs of installed packages.
+        progress: Whether to draw progress bars.
+    """
+
+    weights: str
+    out: Path
+    decode: DecodeSpec = field(default_factory=DecodeSpec, kw_only=True)
+    precision: str = field(default="fp32", kw_only=True)
+    calibration: CalibrationOptions | None = field(default=None, kw_only=True)
+    parity_images: Path | None = field(default=None, kw_only=True)
+    progress: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_calibration(self.precision, self.calibration)
+
+    @property
+    def calibration_list(self) -> Path:
+        """The names of the images INT8 was calibrated on, one a line."""
+        return Path(f"{self.out}.calibration.txt")
 
 
 @dataclass(frozen=True)
@@ -137,8 +177,11 @@ def load_recipe(path: Path) -> Int8Recipe:
         raise SpecError(f"{path}: {error}") from None
 
 
-def add_precision_arguments(parser: ArgumentParser) -> None:
-    """Add what every export takes about precision."""
+def add_export_arguments(parser: ArgumentParser) -> None:
+    """Add what every export takes: weights, precision, thresholds and limits, and images to compare on."""
+    parser.add_argument(
+        "--weights", default=DEFAULT_WEIGHTS, help="checkpoint (.pth), or the name of published weights"
+    )
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network")
     for name, text in (
@@ -149,42 +192,22 @@ def add_precision_arguments(parser: ArgumentParser) -> None:
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=text)
     parser.add_argument(
         "--calib",
+        dest="source",
         metavar="NAME|PATH",
         help="images to calibrate --int8 on: widerface_val, widerface_train, a folder, or demo (a last resort)",
     )
-    default = CalibrationOptions(DEMO)
-    parser.add_argument("--images", type=int, default=default.images, help="how many of them at most")
-    parser.add_argument("--seed", type=int, default=default.seed, help="of their choice")
+    calibration = CalibrationOptions(DEMO)
+    parser.add_argument("--images", type=int, default=calibration.images, help="how many of them at most")
+    parser.add_argument("--seed", type=int, default=calibration.seed, help="of their choice")
     parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
     parser.add_argument(
         "--int8-recipe",
+        dest="recipe",
         type=Path,
         metavar="FILE",
         help="which layers --int8 leaves in half precision, as export.sensitivity --out writes it (default: what "
         "suits the published weights)",
     )
-
-
-def calibration_options(args: Namespace) -> CalibrationOptions | None:
-    """Return what INT8 is calibrated on from parsed arguments; see `add_precision_arguments`."""
-    if args.calib is None:
-        default = CalibrationOptions(DEMO)
-        for option, value, usual in (
-            ("--int8-recipe", args.int8_recipe, None),
-            ("--data", args.data, None),
-            ("--images", args.images, default.images),
-            ("--seed", args.seed, default.seed),
-        ):
-            if value != usual:
-                raise SpecError(f"{option} goes with --int8 --calib")
-        return None
-    if args.int8_recipe:
-        load_recipe(args.int8_recipe)  # refused now, not after the calibration
-    return CalibrationOptions(args.calib, args.data, args.images, args.seed, args.int8_recipe)
-
-
-def add_decode_arguments(parser: ArgumentParser) -> None:
-    """Add what every export takes: thresholds and limits, and images to compare on."""
     default = DecodeSpec()
     texts = {
         "--score": "floor: lower scores are never seen",
@@ -197,15 +220,33 @@ def add_decode_arguments(parser: ArgumentParser) -> None:
         parser.add_argument(option, dest=name, type=type(value), default=value, help=texts[option])
     parser.add_argument(
         "--parity",
+        dest="parity_images",
         type=Path,
         help=f"image, or folder of which {MAX_PARITY_IMAGES} are taken, to compare on (default: sample photographs "
         "that packages ship)",
     )
 
 
-def decode_spec(args: Namespace) -> DecodeSpec:
-    """Return the thresholds and limits of parsed arguments; see `add_decode_arguments`."""
-    return DecodeSpec(**{name: getattr(args, name) for name in DECODE_OPTIONS.values()})
+def export_fields(args: Namespace) -> dict[str, Any]:
+    """Return parsed arguments as fields of an `Export`; see `add_export_arguments`.
+
+    Raises:
+        SpecError: Impossible values, or options of the calibration without `--calib`.
+    """
+    given = vars(args)
+    decode = DecodeSpec(**{name: given.pop(name) for name in DECODE_OPTIONS.values()})
+    chosen = {name: given.pop(name) for name in CALIBRATION_OPTIONS.values()}
+    calibration = None
+    if chosen["source"] is not None:
+        calibration = CalibrationOptions(**chosen)
+        if calibration.recipe:
+            load_recipe(calibration.recipe)  # refused now, not after the calibration
+    else:
+        usual = {**asdict(CalibrationOptions(DEMO)), "source": None}
+        for option, name in CALIBRATION_OPTIONS.items():
+            if chosen[name] != usual[name]:
+                raise SpecError(f"{option} goes with --int8 --calib")
+    return {**given, "decode": decode, "calibration": calibration, "progress": sys.stderr.isatty()}
 
 
 def parity_frames(source: Path | None) -> dict[str, Frame]:

@@ -1,4 +1,4 @@
-"""The portable detector: network exported by torch, pre- and post-processing around it, simplified and checked."""
+"""The detector graphs: network exported by torch, pre- and post-processing around it, simplified and checked."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import onnxsim
 import torch
 from torch import Tensor, nn
 
-from export.graph import HEAD_NAMES, OPSET, add_decoding, assemble
+from export.graph import HEAD_NAMES, OPSET, add_decoding, add_plugin, assemble
 from facespec.errors import ModelFileError
 from facespec.spec import SPEC_KEY, ModelSpec
 from trainer.model import RetinaFace
+from trt_runtime.kernels import make_params
 
 
 class MergedHeads(nn.Module):
@@ -60,11 +61,11 @@ def export_network(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.M
     return onnx.load_model_from_string(buffer.getvalue())
 
 
-def build_portable(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
-    """Return the portable detector graph of a model: simplified, checked, with its spec in the metadata.
+def build_heads(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the detector graph up to the three head maps: simplified, checked, with its spec in the metadata.
 
     Args:
-        model: From `trainer.load_model`; `model.spec.decode` gives thresholds and limits.
+        model: From `trainer.load_model`.
         size_hw: Fixed network size (multiples of 32), or None for dynamic height and width.
 
     Raises:
@@ -73,19 +74,39 @@ def build_portable(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.M
     return finished(assemble(export_network(model, size_hw), model.spec, size_hw), model.spec)
 
 
-def build_heads(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
-    """Return the detector graph up to the three head maps; see `build_portable`."""
-    return finished(assemble(export_network(model, size_hw), model.spec, size_hw, heads_only=True), model.spec)
+def build_portable(heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the portable detector around a heads graph: decoding and NMS in operators.
 
+    Args:
+        heads_graph: From `build_heads`, in any precision; decoding and NMS compute in float32.
+        spec: `spec.decode` gives thresholds and limits.
+        size_hw: Fixed network size (multiples of 32), or None for dynamic height and width.
 
-def portable_of(heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
-    """Return the portable detector around a heads graph of any precision; see `build_portable`.
-
-    It is not simplified again: that would fold the Q/DQ pairs of INT8 away.
+    Raises:
+        ModelFileError: The ONNX checker finds the graph at fault.
     """
     graph = onnx.ModelProto()
     graph.CopyFrom(heads_graph)
     add_decoding(graph, spec, size_hw)
+    if any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.graph.initializer):
+        check_graph(graph)  # simplified again, it would lose the Q/DQ pairs of INT8
+        return graph
+    return finished(graph, spec)
+
+
+def build_plugin_form(
+    heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None
+) -> onnx.ModelProto:
+    """Return the graph that TensorRT builds: decoding and NMS are one plugin node; see `build_portable`.
+
+    Raises:
+        SpecError: The plugin is not made for so many levels or priors per cell.
+        ModelFileError: The ONNX checker finds the graph at fault.
+    """
+    make_params(1, size_hw or (320, 320), spec)
+    graph = onnx.ModelProto()
+    graph.CopyFrom(heads_graph)
+    add_plugin(graph, spec)
     check_graph(graph)
     return graph
 

@@ -9,24 +9,17 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from export.options import (
-    CalibrationOptions,
-    add_decode_arguments,
-    add_precision_arguments,
-    calibration_options,
-    check_calibration,
-    decode_spec,
-    parity_frames,
-)
-from facespec.cli import ArgumentParser, require, run
+from export.options import Export, add_export_arguments, export_fields, parity_frames
+from facespec.cli import ArgumentParser, argument, require, run
 from facespec.errors import OutputError
 from facespec.files import atomic_path, check_outputs
-from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec, parse_size
+from facespec.spec import ModelSpec, parse_size
+from trt_runtime.gpu.sidecar import Convolutions, precision_shares
 
 if TYPE_CHECKING:
     from export.parity import ParityReport
@@ -36,37 +29,113 @@ CALIBRATION_HW = (640, 640)
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """What to export.
+class ExportOptions(Export):
+    """What to export; see `Export` for the other fields.
 
     Attributes:
-        weights: Name or file for `trainer.load_model`.
-        out: ONNX file to write.
         size_hw: Fixed network size, or None for any multiple of 32.
-        decode: Thresholds and limits built into the graph.
-        parity_images: Image file or folder for the parity report; None takes sample photographs of installed packages.
-        precision: "fp32", "fp16" or "int8".
-        calibration: Images for INT8.
     """
 
-    weights: str
-    out: Path
     size_hw: tuple[int, int] | None
-    decode: DecodeSpec
-    parity_images: Path | None = None
-    precision: str = "fp32"
-    calibration: CalibrationOptions | None = None
 
     def __post_init__(self) -> None:
-        check_calibration(self.precision, self.calibration)
+        super().__post_init__()
+        if self.out.suffix.lower() != ".onnx":
+            raise OutputError(f"--out {self.out}: give a name that ends in .onnx")
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """An ONNX file that was written.
+
+    Attributes:
+        path: The file.
+        content: What was written to it.
+        spec: Its model.
+        convolutions: Multiply-accumulates and precision of each convolution.
+        calibration: What INT8 was calibrated with, as a sidecar has it; {} for the others.
+        report: The comparison with PyTorch.
+    """
+
+    path: Path
+    content: bytes
+    spec: ModelSpec
+    convolutions: Convolutions
+    calibration: dict[str, Any]
+    report: ParityReport
 
     @property
-    def calibration_list(self) -> Path:
-        """The names of the images INT8 was calibrated on, one a line."""
-        return Path(f"{self.out}.calibration.txt")
+    def shares(self) -> str:
+        """What the convolutions compute in, by multiply-accumulates: "88% int8, 12% fp16"."""
+        return ", ".join(f"{share:.0%} {kind}" for kind, share in precision_shares(self.convolutions).items())
 
 
-def export_onnx(options: ExportOptions) -> ParityReport:
+def check_files(options: Export, outputs: Iterable[tuple[str, Path | None]]) -> None:
+    """Refuse, before any work, outputs that cannot be written or are read, and missing packages.
+
+    Args:
+        options: Of the export; the list of its calibration images is an output, too.
+        outputs: As in `facespec.files.check_outputs`.
+
+    Raises:
+        OutputError: A file cannot be written there.
+        MissingPackageError: torch, onnx or onnxsim is not installed.
+    """
+    for module in ("torch", "onnx", "onnxsim"):
+        require(module, "export", "the export")
+    from export.calibration import calibration_files
+
+    read = [options.weights, *calibration_files(options.calibration)]
+    read += [options.parity_images] if options.parity_images else []
+    check_outputs([*outputs, ("--out", options.calibration_list if options.calibration else None)], read)
+
+
+def export_graph(
+    options: Export, path: Path, size_hw: tuple[int, int] | None, best_hw: tuple[int, int], *, plugin: bool = False
+) -> ExportedGraph:
+    """Write the graph of a checkpoint if it finds the faces that PyTorch finds, and print the comparison.
+
+    Args:
+        options: Of the export.
+        path: File to write.
+        size_hw: Fixed network size, or None for any multiple of 32.
+        best_hw: Size that INT8 is calibrated and multiply-accumulates are counted at.
+        plugin: Write the plugin form, which is compared at `best_hw`; portable graphs are compared at `size_hw`.
+
+    Raises:
+        ParityError: It differs by more than the tolerances of its precision.
+        BuildError: The host kernels, which stand in for the plugin in the comparison, cannot be compiled.
+    """
+    from export.calibration import report_calibration, with_precision
+    from export.parity import check_parity
+    from export.portable import build_heads, build_plugin_form, build_portable
+    from export.quantize import convolutions
+    from trainer.checkpoint import load_model
+
+    frames = parity_frames(options.parity_images)
+    model = load_model(options.weights)
+    spec = model.spec = dataclasses.replace(model.spec, decode=options.decode)
+    heads, used = with_precision(
+        build_heads(model, size_hw), options.precision, options.calibration, best_hw, spec, options.progress
+    )
+    graph = (build_plugin_form if plugin else build_portable)(heads, spec, size_hw)
+    report = check_parity(graph, model, frames, best_hw if plugin else size_hw, options.precision)
+    print(report, flush=True)
+    report.require_equal()
+    record: dict[str, Any] = {}
+    if used and used.recipe:
+        report_calibration(used, options.calibration_list)
+        record = {"source": used.options.source, "images": len(used.images), "seed": used.options.seed}
+        record["recipe"] = dataclasses.asdict(used.recipe)
+    else:
+        options.calibration_list.unlink(missing_ok=True)  # of what was there before
+    content = graph.SerializeToString()
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    return ExportedGraph(path, content, spec, convolutions(graph, best_hw), record, report)
+
+
+def export_onnx(options: ExportOptions) -> ExportedGraph:
     """Export, compare with PyTorch on real images, and write the file only if they agree.
 
     Raises:
@@ -74,42 +143,13 @@ def export_onnx(options: ExportOptions) -> ParityReport:
         OutputError: The file cannot be written there.
         MissingPackageError: torch, onnx or onnxsim is not installed.
     """
-    if options.out.suffix.lower() != ".onnx":
-        raise OutputError(f"--out {options.out}: give a name that ends in .onnx")
-    names = options.calibration_list if options.calibration else None
-    for module in ("torch", "onnx", "onnxsim"):
-        require(module, "export", "export.to_onnx")
-    from export.calibration import calibration_files, report_calibration, with_precision
+    check_files(options, [("--out", options.out)])
+    return export_graph(options, options.out, options.size_hw, options.size_hw or CALIBRATION_HW)
 
-    read = [options.weights, *calibration_files(options.calibration)]
-    read += [options.parity_images] if options.parity_images else []
-    check_outputs([("--out", options.out), ("--out", names)], read)
-    from export.parity import check_parity
-    from export.portable import build_heads, build_portable, portable_of
-    from trainer.checkpoint import load_model
 
-    frames = parity_frames(options.parity_images)
-    model = load_model(options.weights)
-    model.spec = dataclasses.replace(model.spec, decode=options.decode)
-    used = None
-    if options.precision == "fp32":
-        graph = build_portable(model, options.size_hw)
-    else:
-        heads = build_heads(model, options.size_hw)
-        size_hw = options.size_hw or CALIBRATION_HW
-        heads, used = with_precision(
-            heads, options.precision, options.calibration, size_hw, model.spec, sys.stderr.isatty()
-        )
-        graph = portable_of(heads, model.spec, options.size_hw)
-    report = check_parity(graph, model, frames, options.size_hw, options.precision)
-    report.require_equal()
-    if used:
-        report_calibration(used, options.calibration_list)
-    else:
-        options.calibration_list.unlink(missing_ok=True)  # of what was there before
-    with atomic_path(options.out) as temporary:
-        temporary.write_bytes(graph.SerializeToString())
-    return report
+def parse_network_size(text: str) -> tuple[int, int] | None:
+    """Return (height, width), or None for "dynamic"; see `facespec.spec.parse_size`."""
+    return None if text == "dynamic" else parse_size(text)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
@@ -120,39 +160,26 @@ def parse_arguments(argv: Sequence[str] | None) -> ExportOptions:
         "and compare it with PyTorch on real images. The file is written only if they agree.",
     )
     parser.add_argument(
-        "--weights", default=DEFAULT_WEIGHTS, help="checkpoint (.pth), or the name of published weights"
-    )
-    parser.add_argument(
-        "--size", default="640x640", help="HEIGHTxWIDTH, multiples of 32; or 'dynamic' for any such size"
+        "--size",
+        dest="size_hw",
+        type=argument(parse_network_size),
+        default="640x640",
+        help="HEIGHTxWIDTH, multiples of 32; or 'dynamic' for any such size",
     )
     parser.add_argument("--out", type=Path, default=Path("retinaface.onnx"), help="file to write")
-    add_precision_arguments(parser)
-    add_decode_arguments(parser)
-    args = parser.parse_args(argv)
-    return ExportOptions(
-        weights=args.weights,
-        out=args.out,
-        size_hw=None if args.size == "dynamic" else parse_size(args.size),
-        decode=decode_spec(args),
-        precision=args.precision,
-        calibration=calibration_options(args),
-        parity_images=args.parity,
-    )
+    add_export_arguments(parser)
+    return ExportOptions(**export_fields(parser.parse_args(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    from export.inspect import inspect_onnx
-
     options = parse_arguments(argv)
     start = time.perf_counter()
-    report = export_onnx(options)
-    print(report)
+    graph = export_onnx(options)
     size = "x".join(map(str, options.size_hw)) if options.size_hw else "dynamic"
-    shares = ", ".join(f"{share:.0%} {kind}" for kind, share in inspect_onnx(options.out).precision.items())
     print(
-        f"wrote {options.out}: {report.spec.backbone}, {size}, convolutions {shares}, "
-        f"{options.out.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
+        f"wrote {options.out}: {graph.spec.backbone}, {size}, convolutions {graph.shares}, "
+        f"{len(graph.content) / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
     )
     return 0
 

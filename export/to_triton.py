@@ -13,11 +13,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from export.triton_config import TritonModel, to_pbtxt
 from facespec.cli import ArgumentParser, run
 from facespec.errors import BuildError, ModelFileError, OutputError, SpecError
-from facespec.spec import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
+from facespec.spec import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES, SPEC_KEY, ModelSpec
 from plugins.build import read_report
 from trt_runtime.cpu import OrtRetinaFace
 from trt_runtime.gpu.flavor import TENSORRT
@@ -30,6 +30,11 @@ ONNX_BATCH = 8
 
 PLUGIN_FILE = "libretinaface_plugin.so"
 PLUGIN_REPORT = "libretinaface_plugin.json"
+
+SIZE_KEY = "retinaface.size_hw"
+"""Parameter: HEIGHTxWIDTH clients letterbox to; missing where each frame is sent at its own size, padded."""
+
+_TYPES = {"int32": "TYPE_INT32", "float32": "TYPE_FP32"}
 
 
 @dataclass(frozen=True)
@@ -81,16 +86,142 @@ class Layout:
     """What goes into the folder of a model.
 
     Attributes:
-        model: Its configuration.
+        options: What was asked for.
+        spec: The model.
+        fixed_hw: The one network size it takes, or None if it takes several.
+        size_hw: Network size it does best, which clients should letterbox to; None if no size is special.
+        best_batch: Frames in a call that it is fastest with.
+        max_batch: Most frames in a call.
+        sidecar: Of an engine; None for an ONNX file.
         versioned: File to copy, by its name in the folder of the version.
         shared: File to copy, by its name beside the configuration.
-        readme: How to serve it.
     """
 
-    model: TritonModel
+    options: TritonOptions
+    spec: ModelSpec
+    fixed_hw: tuple[int, int] | None
+    size_hw: tuple[int, int] | None
+    best_batch: int
+    max_batch: int
+    sidecar: Sidecar | None
     versioned: dict[str, Path]
     shared: dict[str, Path]
-    readme: str
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on a GPU."""
+        return self.options.gpu or self.sidecar is not None
+
+    def config(self) -> dict[str, Any]:
+        """Return config.pbtxt as a message: the fields of model_config.proto."""
+        height, width = self.fixed_hw or (-1, -1)
+        config: dict[str, Any] = {
+            "name": self.options.name,
+            **({"platform": "tensorrt_plan"} if self.sidecar else {"backend": "onnxruntime"}),
+            "max_batch_size": self.max_batch,
+            "input": [{"name": "images", "data_type": Keyword("TYPE_UINT8"), "dims": [height, width, 3]}],
+            "output": [_output(name, *found) for name, found in self.spec.decode.outputs.items()],
+            "instance_group": [
+                {"count": self.options.instances, "kind": Keyword("KIND_GPU" if self.on_gpu else "KIND_CPU")}
+            ],
+            "version_policy": {"latest": {"num_versions": 1}},
+        }
+        if self.max_batch > 1:
+            config["dynamic_batching"] = {
+                "preferred_batch_size": sorted({self.best_batch, self.max_batch} - {1}),
+                "max_queue_delay_microseconds": self.options.max_queue_delay_us,
+            }
+        if self.sidecar and self.fixed_hw:  # a graph serves one shape; Triton captures batch 1 and the preferred ones
+            config["optimization"] = {"cuda": {"graphs": True}}
+        config["model_warmup"] = [self._warmup(batch) for batch in sorted({1, self.best_batch, self.max_batch})]
+        config["parameters"] = [
+            {"key": key, "value": {"string_value": value}} for key, value in self.parameters().items()
+        ]
+        return config
+
+    def parameters(self) -> dict[str, str]:
+        """Return what clients must know; backends pass over parameters whose names they do not know."""
+        size = {SIZE_KEY: "x".join(map(str, self.size_hw))} if self.size_hw else {}
+        fitted = "scaled by one factor, bilinear, until it touches the size" if size else "not scaled"
+        colour = ",".join(map(str, self.spec.preprocess.mean_bgr))
+        return {
+            SPEC_KEY: self.spec.to_json(),
+            f"{SPEC_KEY}_sha256": self.spec.sha256(),
+            "retinaface.score_floor": repr(self.spec.decode.score_threshold),
+            **size,
+            "retinaface.letterbox": f"a uint8 BGR frame, {fitted}, top left, padded right and below to "
+            f"{'it' if size else 'multiples of 32'} with BGR {colour}; boxes and landmarks are in pixels of that input",
+        }
+
+    def _warmup(self, batch: int) -> dict[str, Any]:
+        height, width = self.fixed_hw or self.size_hw or (640, 640)
+        images = {"data_type": Keyword("TYPE_UINT8"), "dims": [height, width, 3], "zero_data": True}
+        return {"name": f"batch {batch}", "batch_size": batch, "inputs": [{"key": "images", "value": images}]}
+
+    def readme(self) -> str:
+        """Return how to serve it."""
+        name, sidecar = self.options.name, self.sidecar
+        server = ["tritonserver --model-repository=/models"]
+        if sidecar:
+            gpus = " ".join(f"sm_{number}" for number in sidecar.compute_capabilities)
+            about = (
+                f"A TensorRT {sidecar.version} engine for {gpus}, {sidecar.precision}. It runs on that GPU, in the "
+                f"release of the container whose TensorRT is\n{sidecar.version}: https://docs.nvidia.com/deeplearning/frameworks/"
+                "support-matrix. The plugin library needs a glibc no older than\nthat of the machine that compiled it."
+            )
+            server.append(f"--backend-config=tensorrt,plugins=/models/{name}/{PLUGIN_FILE}")
+        else:
+            about = "A portable ONNX file; ONNX Runtime runs it, in any recent release of the container."
+        gpus = "--gpus all " if self.on_gpu else ""
+        container = f'docker run --rm {gpus}-p 8000:8000 -p 8001:8001 -v "$PWD":/models:ro'
+        command = " \\\n      ".join([container, "nvcr.io/nvidia/tritonserver:YY.MM-py3", *server])
+        return f"""# {name}
+
+{about}
+
+Serve it, from the folder above this one:
+
+    {command}
+
+Ask it, from a checkout of the toolkit (pip install -e '.[serve]'):
+
+    python -m examples.triton_client photo.jpg --out faces.jpg --server localhost:8001 --model {name}
+
+Other clients send `images`, uint8 (B, H, W, 3), BGR; what else they must know stands in `parameters` of config.pbtxt,
+which the server hands out. The first `num_detections` rows of `boxes`, `scores` and `landmarks` are faces, best first.
+`num_candidates` of -1 means that the network gave NaN or infinity.
+"""
+
+
+class Keyword(str):
+    """A value of an enum: written without quotes."""
+
+
+def _output(name: str, kind: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return a field of ModelConfig; of shape (B,) it is `dims: [1]` with an empty reshape, as Triton's guide asks."""
+    output = {"name": name, "data_type": Keyword(_TYPES[kind])}
+    return {**output, "dims": list(shape)} if shape else {**output, "dims": [1], "reshape": {"shape": []}}
+
+
+def to_pbtxt(message: dict[str, Any], indent: str = "") -> str:
+    """Return the protobuf text form of a message: dicts are messages, lists are repeated fields."""
+    return "".join(f"{indent}{name}{_value(value, indent)}\n" for name, value in message.items())
+
+
+def _value(value: Any, indent: str) -> str:
+    if isinstance(value, dict):
+        return f" {{\n{to_pbtxt(value, indent + '  ')}{indent}}}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        inner = indent + "  "
+        return " [\n" + ",\n".join(f"{inner}{_value(item, inner)[1:]}" for item in value) + f"\n{indent}]"
+    if isinstance(value, list):
+        return f": [{', '.join(map(str, value))}]"
+    if isinstance(value, bool):
+        return f": {str(value).lower()}"
+    if isinstance(value, str) and not isinstance(value, Keyword):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f': "{escaped}"'
+    return f": {value}"
 
 
 def plan(options: TritonOptions) -> Layout:
@@ -122,20 +253,18 @@ def _plan_onnx(options: TritonOptions) -> Layout:
     with OrtRetinaFace(opened) as detector:  # it checks inputs and outputs
         spec, fixed = detector.spec, detector.size_hw if isinstance(detector.size_hw, tuple) else None
     max_batch = options.max_batch or ONNX_BATCH
-    model = TritonModel(
-        name=options.name,
-        is_engine=False,
-        spec=spec,
+    weights = {str(path.relative_to(options.model.resolve().parent)): path for path in opened.weights}
+    return Layout(
+        options,
+        spec,
         fixed_hw=fixed,
         size_hw=fixed,
         best_batch=max_batch,
         max_batch=max_batch,
-        instances=options.instances,
-        on_gpu=options.gpu,
-        max_queue_delay_us=options.max_queue_delay_us,
+        sidecar=None,
+        versioned={"model.onnx": options.model, **weights},
+        shared={},
     )
-    weights = {str(path.relative_to(options.model.resolve().parent)): path for path in opened.weights}
-    return Layout(model, {"model.onnx": options.model, **weights}, {}, _readme(model))
 
 
 def _plan_engine(options: TritonOptions) -> Layout:
@@ -160,19 +289,6 @@ def _plan_engine(options: TritonOptions) -> Layout:
             f"--max-batch {options.max_batch}: {options.model} takes {most[0]} frames in a call at most: "
             f"build it again with --batch 1:{best[0]}:{options.max_batch}"
         )
-    max_batch = options.max_batch or most[0]
-    model = TritonModel(
-        name=options.name,
-        is_engine=True,
-        spec=sidecar.spec,
-        fixed_hw=_height_width(best) if least[1:3] == most[1:3] else None,
-        size_hw=_height_width(best),
-        best_batch=min(best[0], max_batch),
-        max_batch=max_batch,
-        instances=options.instances,
-        on_gpu=True,
-        max_queue_delay_us=options.max_queue_delay_us,
-    )
     plugin = ensure_library("plugin")
     headers = str(read_report(plugin).get("headers_version") or sidecar.version)
     if headers.split(".")[0] != sidecar.version.split(".")[0]:  # the registry it joins has another layout
@@ -183,12 +299,19 @@ def _plan_engine(options: TritonOptions) -> Layout:
     shared = {PLUGIN_FILE: plugin}
     if plugin.with_suffix(".json").is_file():
         shared[PLUGIN_REPORT] = plugin.with_suffix(".json")
-    files = {"model.plan": options.model, "model.plan.json": sidecar_path(options.model)}
-    return Layout(model, files, shared, _readme(model, sidecar))
-
-
-def _height_width(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[1], shape[2]
+    max_batch = options.max_batch or most[0]
+    size_hw = (best[1], best[2])
+    return Layout(
+        options,
+        sidecar.spec,
+        fixed_hw=size_hw if least[1:3] == most[1:3] else None,
+        size_hw=size_hw,
+        best_batch=min(best[0], max_batch),
+        max_batch=max_batch,
+        sidecar=sidecar,
+        versioned={"model.plan": options.model, "model.plan.json": sidecar_path(options.model)},
+        shared=shared,
+    )
 
 
 def _for_tensorrt(command: str) -> str:
@@ -196,46 +319,13 @@ def _for_tensorrt(command: str) -> str:
     return re.sub(r" --compute-capability \S+", "", re.sub(r"--flavor \S+", f"--flavor {TENSORRT.name}", command))
 
 
-def _readme(model: TritonModel, sidecar: Sidecar | None = None) -> str:
-    server = ["tritonserver --model-repository=/models"]
-    if sidecar:
-        gpus = " ".join(f"sm_{number}" for number in sidecar.compute_capabilities)
-        about = (
-            f"A TensorRT {sidecar.version} engine for {gpus}, {sidecar.precision}. It runs on that GPU, in the release "
-            f"of the container whose TensorRT is\n{sidecar.version}: https://docs.nvidia.com/deeplearning/frameworks/"
-            "support-matrix. The plugin library needs a glibc no older than\nthat of the machine that compiled it."
-        )
-        server.append(f"--backend-config=tensorrt,plugins=/models/{model.name}/{PLUGIN_FILE}")
-    else:
-        about = "A portable ONNX file; ONNX Runtime runs it, in any recent release of the container."
-    gpus = "--gpus all " if model.on_gpu else ""
-    container = f'docker run --rm {gpus}-p 8000:8000 -p 8001:8001 -v "$PWD":/models:ro'
-    command = " \\\n      ".join([container, "nvcr.io/nvidia/tritonserver:YY.MM-py3", *server])
-    return f"""# {model.name}
-
-{about}
-
-Serve it, from the folder above this one:
-
-    {command}
-
-Ask it, from a checkout of the toolkit (pip install -e '.[serve]'):
-
-    python -m examples.triton_client photo.jpg --out faces.jpg --server localhost:8001 --model {model.name}
-
-Other clients send `images`, uint8 (B, H, W, 3), BGR; what else they must know stands in `parameters` of config.pbtxt,
-which the server hands out. The first `num_detections` rows of `boxes`, `scores` and `landmarks` are faces, best first.
-`num_candidates` of -1 means that the network gave NaN or infinity.
-"""
-
-
-def write(options: TritonOptions, layout: Layout) -> Path:
+def write(layout: Layout) -> Path:
     """Write the folder of the model, or of one more version of it, whole or not at all; return it.
 
     Raises:
         OutputError: It is there already, is of another model, or cannot be written.
     """
-    folder, config = options.folder, to_pbtxt(layout.model.config())
+    options, folder, config = layout.options, layout.options.folder, to_pbtxt(layout.config())
     read = [path.resolve() for path in (*layout.versioned.values(), *layout.shared.values())]
     if any(path.is_relative_to(folder.resolve()) for path in read):
         raise OutputError(f"--out {options.out}: {options.model} lies in {folder}, which would be written")
@@ -254,7 +344,7 @@ def write(options: TritonOptions, layout: Layout) -> Path:
             if not only_version:
                 _fill(new, layout.shared)
                 (new / "config.pbtxt").write_text(config, encoding="utf-8")
-                (new / "README.md").write_text(layout.readme, encoding="utf-8")
+                (new / "README.md").write_text(layout.readme(), encoding="utf-8")
             if target.exists():
                 target.rename(old)
             try:
@@ -315,11 +405,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parse_arguments(argv)
     layout = plan(options)
-    written = write(options, layout)
-    model = layout.model
-    size = f"{model.fixed_hw[0]}x{model.fixed_hw[1]}" if model.fixed_hw else "any size"
+    written = write(layout)
+    size = f"{layout.fixed_hw[0]}x{layout.fixed_hw[1]}" if layout.fixed_hw else "any size"
     print(
-        f"wrote {written}: {size}, up to {model.max_batch} frames in a call; {options.folder / 'README.md'} serves it"
+        f"wrote {written}: {size}, up to {layout.max_batch} frames in a call; {options.folder / 'README.md'} serves it"
     )
     return 0
 

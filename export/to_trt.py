@@ -6,13 +6,9 @@ python -m export.to_trt --size 320x320:640x640:1088x1920 --batch 1:1:8 --flavor 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import importlib.metadata
-import json
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,35 +17,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from export.engine_layers import UNKNOWN, engine_shares, is_readable
-from export.options import (
-    DECODE_OPTIONS,
-    CalibrationOptions,
-    add_decode_arguments,
-    add_precision_arguments,
-    calibration_options,
-    check_calibration,
-    decode_spec,
-    parity_frames,
-)
-from facespec.cli import ArgumentParser, require, run
-from facespec.errors import (
-    BuildError,
-    MissingPackageError,
-    MissingToolError,
-    OutputError,
-    RetinaFaceError,
-    SpecError,
-)
-from facespec.files import atomic_path, cache_folder, check_outputs, write_text
-from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec, ModelSpec, parse_size
-from plugins.build import ARCHITECTURES, PTX_ARCHITECTURE, read_report
+from export.engine_layers import UNKNOWN, engine_shares, is_readable, run_builder
+from export.options import CALIBRATION_OPTIONS, DECODE_OPTIONS, Export, add_export_arguments, export_fields
+from export.to_onnx import ExportedGraph, check_files, export_graph
+from facespec.cli import ArgumentParser, argument, run, version
+from facespec.errors import BuildError, MissingPackageError, MissingToolError, OutputError, RetinaFaceError, SpecError
+from facespec.files import atomic_path, cache_folder, write_text
+from facespec.spec import DecodeSpec, parse_size
+from plugins.build import ARCHITECTURES, PTX_ARCHITECTURE, parse_capabilities, read_report
 from trt_runtime.gpu.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
-from trt_runtime.gpu.sidecar import Convolutions, Profile, Sidecar, check_engine, precision_shares, sidecar_path
+from trt_runtime.gpu.sidecar import Profile, Sidecar, check_engine, sidecar_path
 from trt_runtime.kernels import PLUGIN, ensure_library, find_library
 
 AHEAD_OF_TIME = (75, 80, 86, 89, 120)
@@ -57,43 +35,29 @@ AHEAD_OF_TIME = (75, 80, 86, 89, 120)
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """What to build.
+class EngineOptions(Export):
+    """What to build; `out` is the engine, the plugin form goes beside it. See `Export` for the other fields.
 
     Attributes:
-        weights: Checkpoint, or the name of published weights.
-        out: Engine to write; the plugin form goes beside it, see `plugin_form`.
         profile: Batches and sizes.
-        precision: "fp32", "fp16" or "int8".
-        calibration: Images for INT8.
-        decode: Thresholds and limits built in.
         flavor: "auto", "tensorrt" or "rtx".
         capabilities: Compute capabilities of a TensorRT-RTX engine; empty for the GPU at hand, or `AHEAD_OF_TIME`.
         onnx_only: Stop after the plugin form.
-        parity_images: Image file or folder for the parity report; None takes sample photographs of installed packages.
         timing_cache: File that makes the next build faster; None for a file in the user's cache folder. TensorRT only.
-        progress: Whether to draw a progress bar.
     """
 
-    weights: str
-    out: Path
     profile: Profile = field(default_factory=Profile)
-    precision: str = "fp32"
-    calibration: CalibrationOptions | None = None
-    decode: DecodeSpec = field(default_factory=DecodeSpec)
-    flavor: str = AUTO
-    capabilities: tuple[int, ...] = ()
-    onnx_only: bool = False
-    parity_images: Path | None = None
-    timing_cache: Path | None = None
-    progress: bool = False
+    flavor: str = field(default=AUTO, kw_only=True)
+    capabilities: tuple[int, ...] = field(default=(), kw_only=True)
+    onnx_only: bool = field(default=False, kw_only=True)
+    timing_cache: Path | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.out.name:
             raise OutputError(f"--out {str(self.out)!r}: give the name of a file")
         if self.out.suffix.lower() == ".onnx" and not self.onnx_only:
             raise OutputError(f"--out {self.out}: an engine is no ONNX file: name it .engine, or add --onnx-only")
-        check_calibration(self.precision, self.calibration)
+        super().__post_init__()
         if self.capabilities and self.flavor == TENSORRT.name:
             raise SpecError("--compute-capability is for --flavor rtx: TensorRT builds for the GPU at hand")
         unknown = sorted(set(self.capabilities) - set(RTX.capabilities))
@@ -112,11 +76,6 @@ class EngineOptions:
         return self.out.with_name(f"{name}.plugin.onnx")
 
     @property
-    def calibration_list(self) -> Path:
-        """The names of the images INT8 was calibrated on, one a line."""
-        return Path(f"{self.out}.calibration.txt")
-
-    @property
     def log(self) -> Path:
         """The build log, kept if the build fails."""
         return Path(f"{self.out}.build.log")
@@ -127,10 +86,9 @@ class EngineOptions:
         batch = [str(number) for number in self.profile.batch]
         words = ["python", "-m", "export.to_trt", "--weights", self.weights, f"--{self.precision}"]
         if self.calibration:
-            words += ["--calib", self.calibration.source, "--images", str(self.calibration.images)]
-            words += ["--seed", str(self.calibration.seed)]
-            words += ["--data", str(self.calibration.data)] if self.calibration.data else []
-            words += ["--int8-recipe", str(self.calibration.recipe)] if self.calibration.recipe else []
+            for option, name in CALIBRATION_OPTIONS.items():
+                value = getattr(self.calibration, name)
+                words += [] if value is None else [option, str(value)]
         words += ["--size", ":".join(sizes if len(set(sizes)) > 1 else sizes[:1])]
         words += ["--batch", ":".join(batch if len(set(batch)) > 1 else batch[:1])]
         words += ["--flavor", flavor or self.flavor]
@@ -144,69 +102,6 @@ class EngineOptions:
         return shlex.join([*words, "--out", f"./{out}" if out.startswith("-") else out])
 
 
-@dataclass(frozen=True)
-class ExportedGraph:
-    """A plugin form that was written.
-
-    Attributes:
-        path: The file.
-        content: What was written to it.
-        spec: Its model.
-        convolutions: Multiply-accumulates and precision of each convolution.
-        calibration: What INT8 was calibrated with, as the sidecar has it; {} for the others.
-        parity: How far it is from PyTorch, as the sidecar has it.
-    """
-
-    path: Path
-    content: bytes
-    spec: ModelSpec
-    convolutions: Convolutions
-    calibration: dict[str, Any]
-    parity: dict[str, float]
-
-
-def export_plugin_form(options: EngineOptions) -> ExportedGraph:
-    """Write the plugin form of a model, if it finds the faces that PyTorch finds, and print the comparison.
-
-    Raises:
-        ParityError: It differs by more than the tolerances of its precision.
-        BuildError: The host kernels, which stand in for the plugin in the comparison, cannot be compiled.
-    """
-    for module in ("torch", "onnx", "onnxsim"):
-        require(module, "export", "export.to_trt")
-    from export.calibration import report_calibration, with_precision
-    from export.parity import check_parity
-    from export.plugin_form import build_plugin_form
-    from export.portable import build_heads
-    from export.quantize import convolutions
-    from trainer.checkpoint import load_model
-
-    frames = parity_frames(options.parity_images)
-    model = load_model(options.weights)
-    model.spec = dataclasses.replace(model.spec, decode=options.decode)
-    fixed_hw, best_hw = options.profile.fixed_hw, options.profile.sizes_hw[1]
-    heads, used = with_precision(
-        build_heads(model, fixed_hw), options.precision, options.calibration, best_hw, model.spec, options.progress
-    )
-    graph = build_plugin_form(heads, model.spec, fixed_hw)
-    report = check_parity(graph, model, frames, best_hw, options.precision)
-    print(report, flush=True)
-    report.require_equal()
-    record: dict[str, Any] = {}
-    if used and used.recipe:
-        report_calibration(used, options.calibration_list)
-        record = {"source": used.options.source, "images": len(used.images), "seed": used.options.seed}
-        record["recipe"] = dataclasses.asdict(used.recipe)
-    else:
-        options.calibration_list.unlink(missing_ok=True)  # of what was there before
-    content = graph.SerializeToString()
-    with atomic_path(options.plugin_form) as temporary:
-        temporary.write_bytes(content)
-    return ExportedGraph(
-        options.plugin_form, content, model.spec, convolutions(graph, best_hw), record, report.summary()
-    )
-
-
 def build_engine(options: EngineOptions) -> Sidecar | None:
     """Write the plugin form, the engine and its sidecar; return the sidecar, or None with `onnx_only`.
 
@@ -214,22 +109,13 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         RetinaFaceError: A step failed. If the plugin form was written by then, the message says so.
     """
     outputs: list[tuple[str, Path | None]] = [("--out", options.plugin_form)]
-    outputs.append(("--out", options.calibration_list if options.calibration else None))
     if not options.onnx_only:
         outputs += [("--out", path) for path in (options.out, sidecar_path(options.out), options.log)]
         outputs.append(("--timing-cache", options.timing_cache))
-    inputs: list[str | Path] = [options.weights]
-    if options.parity_images:
-        inputs.append(options.parity_images)
-    if options.calibration:
-        require("onnx", "export", "export.to_trt")
-        from export.calibration import calibration_files
-
-        inputs += calibration_files(options.calibration)
-    check_outputs(outputs, inputs)
-    graph = export_plugin_form(options)
-    shares = ", ".join(f"{share:.0%} {kind}" for kind, share in precision_shares(graph.convolutions).items())
-    print(f"wrote {graph.path}: {graph.spec.backbone}, convolutions {shares}, {len(graph.content) / 1e6:.1f} MB")
+    check_files(options, outputs)
+    profile = options.profile
+    graph = export_graph(options, options.plugin_form, profile.fixed_hw, profile.sizes_hw[1], plugin=True)
+    print(f"wrote {graph.path}: {graph.spec.backbone}, convolutions {graph.shares}, {len(graph.content) / 1e6:.1f} MB")
     if options.onnx_only:
         return None
     try:
@@ -239,7 +125,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
             print(f"compiling the plugin for {len(ARCHITECTURES)} architectures, once; about 15 s", flush=True)
         plugin = ensure_library("plugin")
         _note_missing_code(plugin, capabilities)
-        engine, version = _build(options, graph, flavor, capabilities, plugin)
+        engine, built_with = _build(options, graph, flavor, capabilities, plugin)
     except RetinaFaceError as error:
         missing = isinstance(error, (MissingPackageError, MissingToolError))
         again = f"; then {options.command()}" if missing else ""
@@ -248,7 +134,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         engine_sha256=hashlib.sha256(engine).hexdigest(),
         engine_bytes=len(engine),
         flavor=flavor.name,
-        version=version,
+        version=built_with,
         compute_capabilities=capabilities,
         plugin={
             "name": PLUGIN.name,
@@ -259,12 +145,12 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         precision=options.precision,
         convolutions=graph.convolutions,
         calibration=graph.calibration,
-        parity=graph.parity,
-        profile=options.profile.shapes,
+        parity=graph.report.summary(),
+        profile=profile.shapes,
         onnx_sha256=hashlib.sha256(graph.content).hexdigest(),
         spec=graph.spec,
         built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        toolkit=_toolkit_version(),
+        toolkit=version(),
         command=options.command(flavor.name, capabilities if flavor is RTX else ()),
     )
     with atomic_path(options.out) as temporary:
@@ -298,13 +184,6 @@ def _note_missing_code(plugin: Path, capabilities: Sequence[int]) -> None:
         lacking = ", ".join(f"sm_{c}" for c in capabilities if c not in served)
         if lacking:
             print(f"note: the plugin library here has no code for {lacking}: there, python -m plugins.build")
-
-
-def _toolkit_version() -> str:
-    try:
-        return importlib.metadata.version("retinaface-trt")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "?"
 
 
 def _capabilities(options: EngineOptions, flavor: Flavor) -> tuple[int, ...]:
@@ -353,7 +232,7 @@ def _build(
             "out": str(work / "engine"),
         }
         try:
-            version = _run_builder(request, environment, flavor, options.progress)
+            version = run_builder(request, environment, flavor, options.progress)
         except BuildError as error:
             log = work / "build.log"
             write_text(options.log, log.read_text(encoding="utf-8") if log.exists() else "")
@@ -364,61 +243,6 @@ def _build(
         return (work / "engine").read_bytes(), version
 
 
-def _run_builder(request: dict[str, Any], environment: dict[str, str], flavor: Flavor, progress: bool) -> str:
-    """Run `export.engine_builder` and follow it; return the version of TensorRT.
-
-    Raises:
-        BuildError: It failed, or died.
-    """
-    last: dict[str, Any] = {}
-    command = [sys.executable, "-m", "export.engine_builder"]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as said:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            text=True,
-            env=environment,
-            cwd=Path(request["out"]).parent,  # not the user's folder, whose modules may have the names of ours
-        )
-        try:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            with suppress(BrokenPipeError):
-                child.stdin.write(json.dumps(request))
-                child.stdin.close()
-            with tqdm(total=100, desc=f"{flavor.title} builds", disable=not progress, bar_format=_BAR) as bar:
-                for line in child.stdout:
-                    try:
-                        event = json.loads(line)
-                    except ValueError:  # printed before the builder had stdout to itself
-                        continue
-                    last = event if isinstance(event, dict) and "event" in event else last
-                    if last.get("event") == "progress":
-                        bar.set_postfix_str(last["phase"][:40], refresh=False)
-                        bar.update(max(100 * last["share"] - bar.n, 0))
-                    elif last.get("event") == "done":
-                        bar.set_postfix_str("", refresh=False)
-                        bar.update(100 - bar.n)
-            code = child.wait()
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        said.seek(0)
-        words = said.read().strip().splitlines()[-1:]
-    if last.get("event") == "done" and code == 0:
-        return str(last["version"])
-    if last.get("event") == "failed":
-        raise BuildError(": ".join([f"{flavor.title}: {last['message']}", *last["detail"]]))
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    raise BuildError(": ".join([f"{flavor.title}: the build process {how}", *words]))
-
-
-_BAR = "{desc}: {percentage:3.0f}%|{bar:24}| {elapsed} {postfix}"
-
-
 def parse_batch(text: str) -> tuple[int, int, int]:
     """Return (min, opt, max) from "N" or "MIN:OPT:MAX".
 
@@ -426,7 +250,7 @@ def parse_batch(text: str) -> tuple[int, int, int]:
         SpecError: Not of this form.
     """
     if not re.fullmatch(r"\d{1,5}(:\d{1,5}:\d{1,5})?", text, re.ASCII):
-        raise SpecError(f"--batch {text}: give one number, or MIN:OPT:MAX, for instance 1:1:8")
+        raise SpecError(f"{text!r}: give one number, or MIN:OPT:MAX, for instance 1:1:8")
     numbers = [int(part) for part in text.split(":")]
     return (numbers[0], numbers[len(numbers) // 2], numbers[-1])
 
@@ -439,7 +263,7 @@ def parse_sizes(text: str) -> tuple[tuple[int, int], tuple[int, int], tuple[int,
     """
     parts = text.split(":")
     if len(parts) not in (1, 3):
-        raise SpecError(f"--size {text}: give HEIGHTxWIDTH, or three of them, for instance 320x320:640x640:1088x1920")
+        raise SpecError(f"{text!r}: give HEIGHTxWIDTH, or three of them, for instance 320x320:640x640:1088x1920")
     sizes = [parse_size(part) for part in parts]
     return (sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
@@ -453,14 +277,15 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
         "beside it, which is compared with PyTorch on real images first.",
     )
     parser.add_argument(
-        "--weights", default=DEFAULT_WEIGHTS, help="checkpoint (.pth), or the name of published weights"
-    )
-    parser.add_argument(
         "--size",
+        dest="sizes_hw",
+        type=argument(parse_sizes),
         default="640x640",
         help="HEIGHTxWIDTH, multiples of 32; or MIN:OPT:MAX, as 320x320:640x640:1088x1920",
     )
-    parser.add_argument("--batch", default="1:1:8", help="frames in a call: a number, or MIN:OPT:MAX")
+    parser.add_argument(
+        "--batch", type=argument(parse_batch), default="1:1:8", help="frames in a call: a number, or MIN:OPT:MAX"
+    )
     parser.add_argument(
         "--flavor",
         default=AUTO,
@@ -468,39 +293,26 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
         help="tensorrt: 10 or 11, builds on the GPU it is for; rtx: TensorRT-RTX, builds ahead of time, without a GPU; "
         "auto: tensorrt where it and a GPU are at hand, else rtx",
     )
-    add_precision_arguments(parser)
     parser.add_argument(
         "--compute-capability",
+        dest="capabilities",
+        type=argument(parse_capabilities),
+        default=(),
         metavar="LIST",
         help=f"GPUs of a TensorRT-RTX engine, for instance 86,89 (default: the one at hand, else "
         f"{','.join(map(str, AHEAD_OF_TIME))})",
     )
     parser.add_argument("--out", type=Path, default=Path("retinaface.engine"), help="engine to write")
     parser.add_argument("--onnx-only", action="store_true", help="write the plugin form alone")
-    add_decode_arguments(parser)
     parser.add_argument(
         "--timing-cache",
         type=Path,
         metavar="FILE",
         help="what TensorRT measured (default: in ~/.cache/retinaface-trt)",
     )
-    args = parser.parse_args(argv)
-    if args.compute_capability and not re.fullmatch(r"\d{2,3}(,\d{2,3})*", args.compute_capability, re.ASCII):
-        raise SpecError(f"--compute-capability {args.compute_capability}: give numbers like 86,89,120")
-    return EngineOptions(
-        weights=args.weights,
-        out=args.out,
-        profile=Profile(parse_batch(args.batch), parse_sizes(args.size)),
-        precision=args.precision,
-        calibration=calibration_options(args),
-        decode=decode_spec(args),
-        flavor=args.flavor,
-        capabilities=tuple(int(number) for number in (args.compute_capability or "").split(",") if number),
-        onnx_only=args.onnx_only,
-        parity_images=args.parity,
-        timing_cache=args.timing_cache,
-        progress=sys.stderr.isatty(),
-    )
+    add_export_arguments(parser)
+    given = export_fields(parser.parse_args(argv))
+    return EngineOptions(profile=Profile(given.pop("batch"), given.pop("sizes_hw")), **given)
 
 
 def engine_line(path: Path, sidecar: Sidecar) -> str:

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from facespec.cli import ArgumentParser, run
-from facespec.errors import BuildError, MissingToolError
+from facespec.cli import ArgumentParser, argument, run
+from facespec.errors import BuildError, MissingToolError, SpecError
 from facespec.files import atomic_path, cache_folder, write_text
 
 ROOT = Path(__file__).resolve().parent
@@ -176,7 +176,6 @@ def find_tensorrt_headers() -> tuple[Path, str]:
 def _header_version(path: Path) -> str:
     text = path.read_text(encoding="utf-8", errors="replace")
     values: dict[str, str] = dict(re.findall(r"#define\s+(\w+)\s+(\w+)", text))
-
     numbers = [values.get(f"NV_TENSORRT_{part}", "0") for part in ("MAJOR", "MINOR", "PATCH")]
     return ".".join(values.get(number, number) for number in numbers)  # some are names of other macros
 
@@ -259,45 +258,44 @@ def build(
         OutputError: The folder cannot be written.
     """
     out = library_path(target, folder)
-    compiler = find_compiler()
+    compiler = tool = find_compiler()
     digest = sources_sha256(target, sorted(architectures) if target != "host" else ())
-    include: list[str | Path] = [f"-I{ROOT / 'include'}", f"-I{ROOT / 'src'}"]
-    sources = [ROOT / "src" / name for name in TARGETS[target]]
-    if target == "host":
-        with atomic_path(out) as temporary:
-            _call([compiler, *HOST_FLAGS, *include, "-shared", *sources, "-o", temporary])
-        version = _call([compiler, "--version"]).splitlines()[0]
-        report = BuildReport(target, out.name, _sha256(out), platform.machine(), digest, str(compiler), version)
-    else:
-        nvcc = find_nvcc()
-        headers, headers_version = find_tensorrt_headers() if target == "plugin" else (None, "")
-        supported = _supported(nvcc, architectures)
+    flags: list[str | Path] = [*HOST_FLAGS, "-shared"]
+    supported: tuple[int, ...] = ()
+    headers: Path | None = None
+    headers_version = ""
+    if target != "host":
+        tool = find_nvcc()
+        if target == "plugin":
+            headers, headers_version = find_tensorrt_headers()
+        supported = _supported(tool, architectures)
         if not supported:
-            raise BuildError(f"{nvcc} knows none of the architectures {list(architectures)}")
-        if headers:
-            include += ["-isystem", headers]
-        flags: list[str | Path] = [*NVCC_FLAGS, "-ccbin", compiler, *toolkit_paths(nvcc)]
+            raise BuildError(f"{tool} knows none of the architectures {list(architectures)}")
+        flags = [*NVCC_FLAGS, "-ccbin", compiler, *toolkit_paths(tool)]
+        flags += ["-isystem", headers] if headers else []
         for architecture in supported:
             flags += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-        if _supported(nvcc, (PTX_ARCHITECTURE,)):
+        if _supported(tool, (PTX_ARCHITECTURE,)):
             flags += ["-gencode", f"arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"]
-        with atomic_path(out) as temporary:
-            log = _call([nvcc, *flags, *include, *sources, "-o", temporary])
-        said = _call([nvcc, "--version"]).strip().splitlines()
-        report = BuildReport(
-            target,
-            out.name,
-            _sha256(out),
-            platform.machine(),
-            digest,
-            str(nvcc),
-            next((line for line in said if "release" in line), "?").strip(),
-            supported,
-            tuple(a for a in architectures if a not in supported),
-            str(headers or ""),
-            headers_version,
-            _resources(log),
-        )
+    include = [f"-I{ROOT / 'include'}", f"-I{ROOT / 'src'}"]
+    with atomic_path(out) as temporary:
+        log = _call([tool, *flags, *include, *(ROOT / "src" / name for name in TARGETS[target]), "-o", temporary])
+    said = _call([tool, "--version"]).strip().splitlines() or ["?"]
+    version = next((line for line in said if "release" in line), said[0])  # nvcc names itself first
+    report = BuildReport(
+        target,
+        library=out.name,
+        library_sha256=_sha256(out),
+        machine=platform.machine(),
+        sources_sha256=digest,
+        compiler=str(tool),
+        compiler_version=version.strip(),
+        architectures=supported,
+        left_out=() if target == "host" else tuple(a for a in architectures if a not in supported),
+        headers=str(headers or ""),
+        headers_version=headers_version,
+        kernels=_resources(log),
+    )
     if not out.read_bytes().startswith(b"\x7fELF"):
         raise BuildError(f"{compiler} made no library of the sources: is it a C++ compiler?")
     write_text(out.with_suffix(".json"), json.dumps(asdict(report), indent=2) + "\n")
@@ -365,6 +363,17 @@ def ensure(target: str = "plugin") -> Path:
     return found
 
 
+def parse_capabilities(text: str) -> tuple[int, ...]:
+    """Return compute capabilities, ascending and each once, from a list such as "75,86,89".
+
+    Raises:
+        SpecError: Not of this form.
+    """
+    if not re.fullmatch(r"\d{2,3}(,\d{2,3})*", text, re.ASCII):
+        raise SpecError(f"{text!r}: give numbers like 75,86,89")
+    return tuple(sorted({int(number) for number in text.split(",")}))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = ArgumentParser(
@@ -376,21 +385,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("target", nargs="?", default="plugin", choices=list(TARGETS), help="what to build")
     parser.add_argument(
         "--compute-capability",
+        type=argument(parse_capabilities),
         metavar="LIST",
         help=f"compute capabilities that get machine code (default: {','.join(map(str, ARCHITECTURES))}, those of them "
         "that nvcc knows)",
     )
     parser.add_argument("--out", type=Path, default=LIBRARY_FOLDER, help="folder to write to")
     args = parser.parse_args(argv)
-    architectures: tuple[int, ...] = ARCHITECTURES
-    if args.compute_capability is not None and args.target != "host":
-        if not re.fullmatch(r"\d{2,3}(,\d{2,3})*", args.compute_capability, re.ASCII):
-            raise BuildError(f"--compute-capability {args.compute_capability}: give numbers like 75,86,89")
-        architectures = tuple(sorted({int(number) for number in args.compute_capability.split(",")}))
-        unknown = sorted(set(architectures) - set(_supported(find_nvcc(), architectures)))
+    architectures = args.compute_capability or ARCHITECTURES
+    if args.compute_capability and args.target != "host":
+        nvcc = find_nvcc()
+        unknown = sorted(set(architectures) - set(_supported(nvcc, architectures)))
         if unknown:
-            names = ",".join(map(str, unknown))
-            raise BuildError(f"--compute-capability {args.compute_capability}: {find_nvcc()} does not know {names}")
+            asked, lacking = (",".join(map(str, numbers)) for numbers in (architectures, unknown))
+            raise BuildError(f"--compute-capability {asked}: {nvcc} does not know {lacking}")
     start = time.perf_counter()
     print(f"compiling {', '.join(TARGETS[args.target])}", flush=True)
     report = build(args.target, architectures, args.out)

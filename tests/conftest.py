@@ -128,18 +128,22 @@ def exported(make_once: MakeOnce, calibration_cache: Path) -> Exported:
             from export.options import CalibrationOptions
             from export.to_onnx import ExportOptions, export_onnx
             from export.to_trt import EngineOptions, Profile, build_engine
-            from facespec.spec import DecodeSpec
 
             path, size = folder / "model.onnx", (320, 320)
             calibration = CalibrationOptions("demo", images=16) if precision == "int8" else None
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("XDG_CACHE_HOME", str(calibration_cache))
                 if form == "portable":
-                    options = ExportOptions("mobilenet0.25", path, size, DecodeSpec(), None, precision, calibration)
-                    export_onnx(options)
+                    export_onnx(
+                        ExportOptions("mobilenet0.25", path, size, precision=precision, calibration=calibration)
+                    )
                 else:
                     profile = Profile(sizes_hw=(size,) * 3)
-                    build_engine(EngineOptions("mobilenet0.25", path, profile, precision, calibration, onnx_only=True))
+                    build_engine(
+                        EngineOptions(
+                            "mobilenet0.25", path, profile, precision=precision, calibration=calibration, onnx_only=True
+                        )
+                    )
 
         return make_once(f"{precision}-{form}", make) / "model.onnx"
 
@@ -158,9 +162,8 @@ def dynamic_onnx(make_once: MakeOnce) -> Path:
 
     def make(folder: Path) -> None:
         from export.to_onnx import ExportOptions, export_onnx
-        from facespec.spec import DecodeSpec
 
-        export_onnx(ExportOptions("mobilenet0.25", folder / "model.onnx", None, DecodeSpec()))
+        export_onnx(ExportOptions("mobilenet0.25", folder / "model.onnx", None))
 
     return make_once("dynamic", make) / "model.onnx"
 

@@ -13,11 +13,9 @@ from trt_runtime.gpu.sidecar import Sidecar, sidecar_path
 from trt_runtime.kernels import PLUGIN
 
 
-def write_engine(folder: Path, content: bytes = b"ftrt" + bytes(range(200)), **changes: object) -> Path:
-    """Write `f.engine`, which begins as TensorRT's engines do, and a sidecar that describes it; return its path."""
-    path = folder / "f.engine"
-    path.write_bytes(content)
-    sidecar = Sidecar(
+def make_sidecar(content: bytes) -> Sidecar:
+    """Return the sidecar of an engine with this content."""
+    return Sidecar(
         engine_sha256=hashlib.sha256(content).hexdigest(),
         engine_bytes=len(content),
         flavor="tensorrt",
@@ -35,7 +33,13 @@ def write_engine(folder: Path, content: bytes = b"ftrt" + bytes(range(200)), **c
         toolkit="0.1.0",
         command="python -m export.to_trt --weights w --fp16 --flavor rtx --compute-capability 86,89 --out f.engine",
     )
-    sidecar_path(path).write_text(dataclasses.replace(sidecar, **changes).to_json())  # type: ignore[arg-type]
+
+
+def write_engine(folder: Path, content: bytes = b"ftrt" + bytes(range(200)), **changes: object) -> Path:
+    """Write `f.engine`, which begins as TensorRT's engines do, and a sidecar that describes it; return its path."""
+    path = folder / "f.engine"
+    path.write_bytes(content)
+    sidecar_path(path).write_text(dataclasses.replace(make_sidecar(content), **changes).to_json())  # type: ignore[arg-type]
     return path
 
 

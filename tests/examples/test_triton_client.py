@@ -192,7 +192,7 @@ def test_the_command(server: _Server, tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {out}: 2 faces"
 
 
-def test_the_command_refuses_before_it_asks_the_server(tmp_path: Path) -> None:
+def test_the_command_refuses_before_it_asks_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo = tmp_path / "photo.png"
     write_image(photo, FRAME)
     none = ["--server", "localhost:1"]
@@ -201,12 +201,15 @@ def test_the_command_refuses_before_it_asks_the_server(tmp_path: Path) -> None:
         ([str(photo), "--server", "http://localhost:1"], ServerError, "give HOST:PORT alone"),
         ([str(photo), "--out", str(photo), *none], OutputError, "is a file that is read"),
         ([str(tmp_path / "none.png"), "--out", str(tmp_path / "x.png"), *none], ImageError, "no such file"),
-        ([str(photo), "--out", str(tmp_path / "x.png"), "--size", "9x", *none], SpecError, "HEIGHTxWIDTH"),
         ([str(photo), "--out", str(tmp_path / "x.png"), *none], ServerError, "localhost:1: no answer"),
     ]
     for arguments, error, words in refused:
         with pytest.raises(error, match=words):
             main(arguments)
+    with pytest.raises(SystemExit) as left:
+        main([str(photo), "--out", str(tmp_path / "x.png"), "--size", "9x", *none])
+    assert left.value.code == 2
+    assert "HEIGHTxWIDTH" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
 
 

@@ -23,7 +23,6 @@ from tests.export.trt_stubs import VERSIONS, bindings_environment
 ROOT = Path(__file__).parents[2]
 SOURCES = (
     ROOT / "export" / "engine_builder.py",
-    ROOT / "export" / "engine_inspector.py",
     ROOT / "trt_runtime" / "gpu" / "tensorrt_api.py",
 )
 

@@ -17,8 +17,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from export import engine_builder
-from export.engine_builder import BuildFailedError, build, make_logger, make_monitor, parse
-from export.engine_inspector import read_layers
+from export.engine_builder import BuildFailedError, build, make_logger, make_monitor, parse, read_layers
 
 
 @pytest.fixture

@@ -134,24 +134,28 @@ def test_how_the_inspector_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_engine(tmp_path)
     sidecar = read_sidecar("f.engine")
     child = "import json, sys\nrequest = json.load(sys.stdin)\n"
-    place = tmp_path / "export" / "engine_inspector.py"
+    done = "\nprint(json.dumps({'event': 'done', 'version': '1'}))"
+    place = tmp_path / "export" / "engine_builder.py"
 
     def ask(rest: str) -> Any:
-        place.write_text(child + rest)
+        place.write_text(child + rest + done)
         return read_information(Path("f.engine"), sidecar)
 
     asked = ask("open(request['out'], 'w').write(json.dumps({'asked': request}))")["asked"]
     assert (asked["shape"], asked["module"]) == ([4, 320, 640, 3], "tensorrt")
     assert (asked["engine"], asked["plugin"]) == (str(tmp_path / "f.engine"), str(tmp_path / "p.so"))
     assert not Path(asked["out"]).parent.exists()
-    with pytest.raises(BuildError, match=r"^f\.engine: EngineInspector fails: last$"):
+    with pytest.raises(
+        BuildError,
+        match=r"^f\.engine: EngineInspector fails: TensorRT: the build process ended with exit code 1: last$",
+    ):
         ask("print('first\\nlast', file=sys.stderr); sys.exit(1)")
-    with pytest.raises(BuildError, match="EngineInspector fails: exit code 3"):
+    with pytest.raises(BuildError, match="EngineInspector fails: TensorRT: the build process ended with exit code 3"):
         ask("sys.exit(3)")
     with pytest.raises(BuildError, match="EngineInspector's answer is not JSON"):
         ask("open(request['out'], 'w').write('rubbish')")
     layers = {"Layers": [_layer("[ONNX Layer: c]", "Float", "FP32")]}
-    place.write_text(f"{child}open(request['out'], 'w').write({json.dumps(layers)!r})")
+    place.write_text(f"{child}open(request['out'], 'w').write({json.dumps(layers)!r}){done}")
     problem = "c computes in fp32 in the engine, the graph has it in fp16"
     assert engine_shares(Path("f.engine"), sidecar) == ({"fp32": 1.0}, [problem])
 
@@ -160,10 +164,10 @@ def test_how_the_inspector_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(gpu_capability() is not None, reason="there is a GPU: the next test asks it")
 def test_without_a_gpu_the_inspector_ends_in_one_line(tmp_path: Path) -> None:
     profile = Profile((1, 1, 1), ((64, 64),) * 3)
-    options = EngineOptions("mobilenet0.25", tmp_path / "a.engine", profile, "fp16", capabilities=(86,))
+    options = EngineOptions("mobilenet0.25", tmp_path / "a.engine", profile, precision="fp16", capabilities=(86,))
     sidecar = build_engine(options)
     assert sidecar is not None
-    with pytest.raises(BuildError, match=r"EngineInspector fails: the engine cannot be loaded.*driver"):
+    with pytest.raises(BuildError, match=r"EngineInspector fails: TensorRT-RTX: the engine cannot be loaded.*driver"):
         read_information(options.out, sidecar)
 
 

@@ -19,8 +19,7 @@ from export.parity import (
     check_parity,
     rows_from_maps,
 )
-from export.plugin_form import build_plugin_form
-from export.portable import portable_of
+from export.portable import build_plugin_form, build_portable
 from export.quantize import to_fp16
 from facespec.boxes import Decoded
 from facespec.errors import ParityError
@@ -199,7 +198,7 @@ def test_both_forms_in_both_precisions(
     """By the tolerances of the precision, at the size of the network."""
     model = load_model()
     network = to_fp16(heads) if precision == "fp16" else heads
-    graph = (portable_of if form == "portable" else build_plugin_form)(network, model.spec, (320, 320))
+    graph = (build_portable if form == "portable" else build_plugin_form)(network, model.spec, (320, 320))
     report = check_parity(graph, model, photographs, (320, 320), precision)
     assert report.title == ("ONNX" if form == "portable" else "plugin form")
     assert [row.image for row in report.rows] == list(photographs)
@@ -212,7 +211,7 @@ def test_both_forms_in_both_precisions(
     report.require_equal()
     if form == "portable":  # a threshold that is higher than the model's shows
         strict = dataclasses.replace(model.spec, decode=DecodeSpec(score_threshold=0.9))
-        rows = check_parity(portable_of(network, strict, (320, 320)), model, photographs, (320, 320)).rows
+        rows = check_parity(build_portable(network, strict, (320, 320)), model, photographs, (320, 320)).rows
         assert sum(row.unmatched for row in rows) > 0
 
 

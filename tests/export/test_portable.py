@@ -12,8 +12,15 @@ import torch
 from onnx import TensorProto, helper
 
 from export.graph import HEAD_NAMES, IR_VERSION, OPSET
-from export.plugin_form import build_plugin_form
-from export.portable import MergedHeads, build_heads, check_graph, export_network, finished, portable_of
+from export.portable import (
+    MergedHeads,
+    build_heads,
+    build_plugin_form,
+    build_portable,
+    check_graph,
+    export_network,
+    finished,
+)
 from export.quantize import to_fp16
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import SPEC_KEY, AnchorSpec, ModelSpec
@@ -78,7 +85,7 @@ def test_both_forms_are_built_on_copies(small: onnx.ModelProto, half: bool) -> N
     heads = to_fp16(small) if half else small
     before = heads.SerializeToString()
     spec = load_model().spec
-    portable, plugin = portable_of(heads, spec, SIZE), build_plugin_form(heads, spec, SIZE)
+    portable, plugin = build_portable(heads, spec, SIZE), build_plugin_form(heads, spec, SIZE)
     assert heads.SerializeToString() == before
     names = list(spec.decode.outputs)
     for graph in (portable, plugin):

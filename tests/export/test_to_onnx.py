@@ -18,7 +18,7 @@ from export.calibration import Calibration, report_calibration
 from export.graph import HEAD_NAMES
 from export.options import CalibrationOptions, parity_frames
 from export.parity import check_parity
-from export.portable import build_portable
+from export.portable import build_heads, build_portable
 from export.to_onnx import CALIBRATION_HW, ExportOptions, export_onnx, main, parse_arguments
 from facespec.errors import DataError, ParityError, SpecError
 from facespec.images import write_image
@@ -79,7 +79,8 @@ def test_every_backbone_exports_with_parity(backbone: str) -> None:
     # each takes seconds to export: but for the smallest, the larger are of one kind, in turns
     turns = {"mobilenet1.0": [(64, 96)], "resnet18": [None], "resnet34": [(64, 96)], "resnet50": [None]}
     for size_hw in turns.get(backbone, [(64, 96), None]):
-        report = check_parity(build_portable(model, size_hw), model, {"noise": frame}, size_hw)
+        graph = build_portable(build_heads(model, size_hw), model.spec, size_hw)
+        report = check_parity(graph, model, {"noise": frame}, size_hw)
         assert report.rows[0].faces > 0
         assert report.rows[0].equal
 
@@ -131,11 +132,11 @@ def test_nothing_is_written_without_parity(tmp_path: Path, monkeypatch: pytest.M
         changed = copy.deepcopy(model)
         with torch.no_grad():
             next(changed.parameters()).add_(0.01)
-        return build_portable(changed, size_hw)
+        return build_heads(changed, size_hw)
 
-    monkeypatch.setattr(export.portable, "build_portable", other_weights)
+    monkeypatch.setattr(export.portable, "build_heads", other_weights)
     (tmp_path / "m.onnx").write_text("old")
-    options = ExportOptions("mobilenet0.25", tmp_path / "m.onnx", (320, 320), DecodeSpec())
+    options = ExportOptions("mobilenet0.25", tmp_path / "m.onnx", (320, 320))
     with pytest.raises(ParityError, match="nothing was written"):
         export_onnx(options)
     assert (tmp_path / "m.onnx").read_text() == "old"
@@ -144,7 +145,7 @@ def test_nothing_is_written_without_parity(tmp_path: Path, monkeypatch: pytest.M
 
 def test_images_without_faces_prove_nothing(tmp_path: Path) -> None:
     write_image(tmp_path / "grey.png", np.full((64, 64, 3), 128, np.uint8))
-    options = ExportOptions("mobilenet0.25", tmp_path / "m.onnx", (320, 320), DecodeSpec(), tmp_path / "grey.png")
+    options = ExportOptions("mobilenet0.25", tmp_path / "m.onnx", (320, 320), parity_images=tmp_path / "grey.png")
     with pytest.raises(ParityError, match="finds no face"):
         export_onnx(options)
 
@@ -184,15 +185,16 @@ def test_checkpoints_keep_their_hash_through_the_export(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "own.pth", model)
     loaded = load_model(tmp_path / "own.pth")
     assert loaded.spec.weights_sha256 not in ("", load_model().spec.weights_sha256)
-    report = export_onnx(ExportOptions(str(tmp_path / "own.pth"), tmp_path / "m.onnx", (96, 96), DecodeSpec()))
-    assert report.spec == dataclasses.replace(loaded.spec, decode=DecodeSpec())
+    graph = export_onnx(ExportOptions(str(tmp_path / "own.pth"), tmp_path / "m.onnx", (96, 96)))
+    assert graph.spec == dataclasses.replace(loaded.spec, decode=DecodeSpec())
 
 
 def test_sizes_are_height_first() -> None:
     assert parse_arguments(["--size", "320x640"]).size_hw == (320, 640)
     assert parse_arguments(["--size", "dynamic"]).size_hw is None
-    with pytest.raises(SpecError):
+    with pytest.raises(SystemExit) as left:
         parse_arguments(["--size", "large"])
+    assert left.value.code == 2
 
 
 @pytest.mark.parametrize(
@@ -230,12 +232,20 @@ def test_missing_packages_are_named_in_one_line(
 
 
 def test_what_is_exported_by_default() -> None:
-    assert parse_arguments([]) == ExportOptions("mobilenet0.25", Path("retinaface.onnx"), (640, 640), DecodeSpec())
+    assert parse_arguments([]) == ExportOptions("mobilenet0.25", Path("retinaface.onnx"), (640, 640))
     line = ["--weights", "w.pth", "--out", "o.onnx", "--size", "32x64", "--int8", "--calib", "c", "--images", "9"]
     line += ["--seed", "4", "--data", "d", "--parity", "p", "--iou", "0.5", "--top-k", "6"]
     decode = DecodeSpec(iou_threshold=0.5, top_k=6)
     calibration = CalibrationOptions("c", Path("d"), 9, 4)
-    expected = ExportOptions("w.pth", Path("o.onnx"), (32, 64), decode, Path("p"), "int8", calibration)
+    expected = ExportOptions(
+        "w.pth",
+        Path("o.onnx"),
+        (32, 64),
+        decode=decode,
+        parity_images=Path("p"),
+        precision="int8",
+        calibration=calibration,
+    )
     assert parse_arguments(line) == expected
     assert str(expected.calibration_list) == "o.onnx.calibration.txt"
     assert parse_arguments(["--fp16"]).precision == "fp16"

@@ -68,7 +68,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _export(model: Path, out: Path, **options: Any) -> Path:
     options_ = TritonOptions(model, out, **options)
-    write(options_, plan(options_))
+    write(plan(options_))
     return options_.folder
 
 
@@ -413,31 +413,31 @@ def test_what_is_laid_out_by_default(static_onnx: Path, tmp_path: Path) -> None:
     line += ["--max-queue-delay-us", "9", "--gpu", "--force"]
     assert parse_arguments(line) == TritonOptions(Path("m.engine"), Path("r"), "n", 3, 2, 4, 9, True, True)
     layout = plan(TritonOptions(static_onnx, tmp_path, max_batch=5))
-    assert (layout.model.best_batch, layout.model.max_batch, layout.model.on_gpu) == (5, 5, False)
+    assert (layout.best_batch, layout.max_batch, layout.on_gpu) == (5, 5, False)
     assert (layout.versioned, layout.shared) == ({"model.onnx": static_onnx}, {})
-    assert "--gpus" not in layout.readme
-    assert '-v "$PWD":/models:ro' in layout.readme
-    assert "plugins=" not in layout.readme
-    assert "--model retinaface\n" in layout.readme
+    assert "--gpus" not in layout.readme()
+    assert '-v "$PWD":/models:ro' in layout.readme()
+    assert "plugins=" not in layout.readme()
+    assert "--model retinaface\n" in layout.readme()
     gpu = plan(TritonOptions(static_onnx, tmp_path, gpu=True))
-    assert gpu.model.on_gpu
-    assert "--gpus all" in gpu.readme
+    assert gpu.on_gpu
+    assert "--gpus all" in gpu.readme()
 
 
 def test_batches_of_an_engine(tmp_path: Path, plugin: Path) -> None:
     """All that its profile allows; the best one only as far as it is allowed."""
     engine = write_engine(tmp_path)
     for asked, best, most in ((None, 4, 16), (16, 4, 16), (3, 3, 3), (4, 4, 4)):
-        model = plan(TritonOptions(engine, tmp_path, max_batch=asked)).model
+        model = plan(TritonOptions(engine, tmp_path, max_batch=asked))
         assert (model.best_batch, model.max_batch) == (best, most)
     layout = plan(TritonOptions(engine, tmp_path))
     assert layout.versioned == {"model.plan": engine, "model.plan.json": engine.with_name("f.engine.json")}
     assert layout.shared == {PLUGIN_FILE: plugin, PLUGIN_REPORT: plugin.with_suffix(".json")}
-    assert (layout.model.fixed_hw, layout.model.size_hw, layout.model.is_engine) == ((320, 640), (320, 640), True)
-    assert "A TensorRT 10.14.1 engine for sm_86, fp16." in layout.readme
+    assert (layout.fixed_hw, layout.size_hw, layout.sidecar is not None) == ((320, 640), (320, 640), True)
+    assert "A TensorRT 10.14.1 engine for sm_86, fp16." in layout.readme()
     # one version of a size in one direction only is no fixed size
     shapes = {"min": (1, 320, 640, 3), "opt": (1, 320, 640, 3), "max": (1, 320, 672, 3)}
-    model = plan(TritonOptions(write_engine(tmp_path, profile=shapes), tmp_path)).model
+    model = plan(TritonOptions(write_engine(tmp_path, profile=shapes), tmp_path))
     assert (model.fixed_hw, model.size_hw) == (None, (320, 640))
     # without a report there is nothing to go by: the headers are taken to fit
     plugin.with_suffix(".json").unlink()

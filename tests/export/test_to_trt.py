@@ -21,11 +21,12 @@ import numpy as np
 import onnx
 import pytest
 
-from export import to_trt
-from export.engine_layers import UNKNOWN
+from export.engine_layers import UNKNOWN, run_builder
 from export.inspect import inspect
 from export.inspect import main as inspect_main
 from export.options import CalibrationOptions
+from export.parity import ParityReport
+from export.to_onnx import ExportedGraph, export_graph
 from export.to_trt import (
     EngineOptions,
     Profile,
@@ -33,7 +34,6 @@ from export.to_trt import (
     _capabilities,
     _note_missing_code,
     _precision_problems,
-    _run_builder,
     _timing_cache,
     build_engine,
     main,
@@ -207,12 +207,11 @@ def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, er
 def test_two_builds_of_one_engine_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engine and sidecar are each that of one build, whole; a mixture is noticed."""
     one_by_one, both = threading.Lock(), threading.Barrier(2, timeout=100)
-    real = to_trt.export_plugin_form
 
-    def export(options: EngineOptions) -> to_trt.ExportedGraph:
+    def export(*arguments: Any, **options: Any) -> ExportedGraph:
         """PyTorch exports in one thread at a time; from there on they run at once."""
         with one_by_one:
-            graph = real(options)
+            graph = export_graph(*arguments, **options)
         both.wait()
         return graph
 
@@ -221,7 +220,7 @@ def test_two_builds_of_one_engine_do_not_mix(tmp_path: Path, monkeypatch: pytest
         return build_engine(_engine(tmp_path, precision=precision, profile=profile, capabilities=(86,)))
 
     mask = os.umask(0o022)  # whether a file is readable is told by it, which two threads may not look at at once
-    monkeypatch.setattr("export.to_trt.export_plugin_form", export)
+    monkeypatch.setattr("export.to_trt.export_graph", export)
     try:
         with ThreadPoolExecutor(2) as pool:
             half, single = pool.map(build, ["fp16", "fp32"])
@@ -390,14 +389,13 @@ def test_without_tensorrt_one_line_says_what_is_there_and_what_to_type(
 def test_a_build_that_fails_keeps_its_log_and_the_old_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = _engine(tmp_path, profile=Profile(sizes_hw=((320, 320),) * 3))
     options.out.write_bytes(b"old")
-    graphs: list[to_trt.ExportedGraph] = []
-    real = to_trt.export_plugin_form
+    graphs: list[ExportedGraph] = []
 
-    def export_once(options: EngineOptions) -> to_trt.ExportedGraph:
-        graphs[:] = graphs or [real(options)]
+    def export_once(*arguments: Any, **options: Any) -> ExportedGraph:
+        graphs[:] = graphs or [export_graph(*arguments, **options)]
         return graphs[0]
 
-    monkeypatch.setattr("export.to_trt.export_plugin_form", export_once)
+    monkeypatch.setattr("export.to_trt.export_graph", export_once)
     monkeypatch.setenv("RETINAFACE_PLUGIN", str(_touch(tmp_path / "no_library.so")))
     with pytest.raises(
         BuildError, match=r"no_library\.so cannot be loaded.*\(log: .*f\.engine\.build\.log\).*f\.plugin\.onnx"
@@ -437,9 +435,9 @@ def test_a_builder_that_dies_is_reported(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     with pytest.raises(BuildError, match="killed by signal 6: terminate called"):
-        _run_builder(_request(tmp_path, "aborts"), environment, TENSORRT, False)
+        run_builder(_request(tmp_path, "aborts"), environment, TENSORRT, False)
     with pytest.raises(BuildError, match="No module named 'missing_tensorrt'"):
-        _run_builder(_request(tmp_path, "missing_tensorrt"), environment, TENSORRT, False)
+        run_builder(_request(tmp_path, "missing_tensorrt"), environment, TENSORRT, False)
 
 
 @needs_rtx
@@ -451,7 +449,7 @@ def test_what_libraries_print_does_no_harm(engine: Path, tmp_path: Path) -> None
     request = _rtx_request(tmp_path, engine)
     with child_environment(RTX) as environment:
         environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}"
-        assert _run_builder(request, environment, RTX, False) == RTX.version()
+        assert run_builder(request, environment, RTX, False) == RTX.version()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -459,7 +457,7 @@ def test_the_builder_over_stub_libraries_fails_in_one_line(version: str, tmp_pat
     """The real Python bindings of TensorRT without a TensorRT behind them."""
     paths = bindings_environment(version, tmp_path)
     with pytest.raises(BuildError, match=r"TensorRT: .*factory function returned nullptr"):
-        _run_builder(_request(tmp_path, "tensorrt_bindings"), {**os.environ, **paths}, TENSORRT, False)
+        run_builder(_request(tmp_path, "tensorrt_bindings"), {**os.environ, **paths}, TENSORRT, False)
 
 
 @needs_rtx
@@ -491,7 +489,7 @@ def test_the_timing_cache_goes_round(engine: Path, tmp_path: Path) -> None:
         for content in (None, b"", b"rubbish"):
             if content is not None:
                 cache.write_bytes(content or out.read_bytes())
-            assert _run_builder(request | {"timing_cache": str(cache)}, environment, RTX, False) == RTX.version()
+            assert run_builder(request | {"timing_cache": str(cache)}, environment, RTX, False) == RTX.version()
             assert out.stat().st_size > 0
 
 
@@ -570,7 +568,7 @@ def test_the_command_that_builds_it_again() -> None:
     assert " --compute-capability 75 " in options.command(capabilities=(75,))
     profile = Profile((2, 2, 2), ((32, 64), (64, 96), (64, 96)))
     every = DecodeSpec(score_threshold=0.3, iou_threshold=0.5, top_k=6, max_detections=7)
-    line = EngineOptions("w", Path("f"), profile, "fp16", decode=every).command()
+    line = EngineOptions("w", Path("f"), profile, precision="fp16", decode=every).command()
     assert " --fp16 --size 32x64:64x96:64x96 --batch 2 --flavor auto " in line
     assert " --score 0.3 --iou 0.5 --top-k 6 --max-detections 7 " in line
     assert "--compute-capability" not in line
@@ -704,7 +702,7 @@ def test_how_the_builder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         builder.write_text(
             f"import sys\nprint({chr(10).join(lines)!r})\nprint({stderr!r}, file=sys.stderr)\nsys.exit({code})\n"
         )
-        return _run_builder({"out": str(tmp_path / "engine")}, environment, RTX, False)
+        return run_builder({"out": str(tmp_path / "engine")}, environment, RTX, False)
 
     done = {"event": "done", "version": "1.2"}
     progress = {"event": "progress", "phase": "p", "share": 0.5}
@@ -721,7 +719,7 @@ def test_how_the_builder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_files_that_are_read_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before any work: weights, images to compare or calibrate on, recipe; nor two outputs over each other."""
-    monkeypatch.setattr("export.to_trt.export_plugin_form", None)
+    monkeypatch.setattr("export.to_trt.export_graph", None)
     for name in ("f.plugin.onnx", "f.engine", "f.engine.json", "f.engine.build.log", "t.cache"):
         _touch(tmp_path / name)
         kept = _engine(tmp_path, timing_cache=tmp_path / "t.cache")
@@ -806,7 +804,7 @@ def test_large_engines_for_old_gpus_are_explained(
 def test_the_log_of_a_build_that_fails_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing was logged; without it there would be the log of an earlier one."""
     options = _engine(tmp_path)
-    graph = to_trt.ExportedGraph(options.plugin_form, b"graph", ModelSpec(), {}, {}, {})
+    graph = ExportedGraph(options.plugin_form, b"graph", ModelSpec(), {}, {}, ParityReport(ModelSpec(), ()))
     requests = []
 
     def run(request: dict[str, Any], environment: dict[str, str], flavor: Flavor, progress: bool) -> str:
@@ -820,7 +818,7 @@ def test_the_log_of_a_build_that_fails_is_kept(tmp_path: Path, monkeypatch: pyte
         Path(request["timing_cache_out"]).write_bytes(b"measured")
         return "10.1"
 
-    monkeypatch.setattr("export.to_trt._run_builder", run)
+    monkeypatch.setattr("export.to_trt.run_builder", run)
     cache = tmp_path / "t.cache"
     kept = dataclasses.replace(options, timing_cache=cache)
     for said in ("what TensorRT said", ""):

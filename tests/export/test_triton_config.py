@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from export.triton_config import SIZE_KEY, Keyword, TritonModel, to_pbtxt
+from export.to_triton import SIZE_KEY, Keyword, Layout, TritonOptions, to_pbtxt
 from facespec.spec import DecodeSpec, ModelSpec, PreprocessSpec
+from tests.engines import make_sidecar
 
 SPEC = ModelSpec(
     decode=DecodeSpec(score_threshold=0.3, max_detections=99), preprocess=PreprocessSpec(mean_bgr=(1, 2, 3))
 )
-MODEL = TritonModel(
-    name="faces",
-    is_engine=True,
+MODEL = Layout(
+    options=TritonOptions(Path("m"), Path("out"), name="faces", instances=3, max_queue_delay_us=77),
     spec=SPEC,
     fixed_hw=(320, 640),
     size_hw=(320, 640),
     best_batch=4,
     max_batch=16,
-    instances=3,
-    on_gpu=True,
-    max_queue_delay_us=77,
+    sidecar=make_sidecar(b"engine"),
+    versioned={},
+    shared={},
 )
 
 
@@ -75,7 +76,7 @@ def test_sizes() -> None:
     assert free["model_warmup"][0]["inputs"][0]["value"]["dims"] == [320, 640, 3]
     anywhere = _config(fixed_hw=None, size_hw=None)
     assert anywhere["model_warmup"][0]["inputs"][0]["value"]["dims"] == [640, 640, 3]
-    onnx = _config(is_engine=False, on_gpu=False)
+    onnx = _config(sidecar=None)
     assert "optimization" not in onnx
     assert "platform" not in onnx
     assert onnx["backend"] == "onnxruntime"

@@ -295,8 +295,10 @@ def test_what_an_older_nvcc_is_asked_for(
     with pytest.raises(BuildError, match=r"--compute-capability 75,100,120: .* does not know 100,120"):
         main(["kernels", "--compute-capability", "75,100,120"])
     for text in ("", "sm_86", "86,", "7", "1000", "86 89", "८६"):
-        with pytest.raises(BuildError, match=r"--compute-capability .*: give numbers like 75,86,89"):
+        with pytest.raises(SystemExit) as left:
             main(["kernels", "--compute-capability", text])
+        assert left.value.code == 2
+        assert re.search(r"--compute-capability: .*: give numbers like 75,86,89", capsys.readouterr().err)
 
 
 def test_headers_that_are_too_old_or_incomplete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +423,7 @@ def test_what_is_missing_is_named(
         (tmp_path / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 6\n")
         assert "are 8.6.0, IPluginV3 needs 10.0" in fails(env={"TENSORRT_INCLUDE_DIR": str(tmp_path)})
         assert "does not know 13" in fails("kernels", "--compute-capability", "13,86")
-    assert "give numbers" in fails("--compute-capability", "sm_86")
+    assert "give numbers" in refused("plugins.build", "--compute-capability", "sm_86")
     assert "is it a C++ compiler" in fails("host", "--out", tmp_path / "o", env={"CXX": "true"})
     with pytest.raises(SystemExit) as caught:
         main(["everything"])
@@ -437,7 +439,7 @@ def test_what_is_built_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such")
     assert library_path() == ROOT / "trt_runtime" / "lib" / "libretinaface_plugin.so"
-    for arguments in ([], ["plugin"], ["host", "--compute-capability", "nonsense"]):  # the host has no architecture
+    for arguments in ([], ["plugin"], ["host", "--compute-capability", "99"]):  # the host has no architecture
         with pytest.raises(MissingToolError, match=r"no C\+\+ compiler"):
             main(arguments)
     assert ARCHITECTURES == (75, 80, 86, 87, 89, 90, 100, 120)

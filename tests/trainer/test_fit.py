@@ -27,7 +27,7 @@ from facespec.boxes import iou_matrix
 from facespec.errors import ConfigError, DataError, NonFiniteError, OutputError, RetinaFaceError, WeightsError
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
-from facespec.spec import DecodeSpec, ModelSpec
+from facespec.spec import ModelSpec
 from tests.trainer.conftest import label_lines
 from trainer import RetinaFace, load_model, loop
 from trainer.backbones import Features
@@ -112,7 +112,7 @@ def test_a_run_leaves_logs_and_checkpoints_that_evaluate(
 
 @pytest.mark.slow
 def test_a_checkpoint_exports(trained: tuple[TrainConfig, Path, list[dict[str, float]]], tmp_path: Path) -> None:
-    options = ExportOptions(str(trained[1] / "last.pth"), tmp_path / "m.onnx", (64, 64), DecodeSpec())
+    options = ExportOptions(str(trained[1] / "last.pth"), tmp_path / "m.onnx", (64, 64))
     export_onnx(options)
     assert options.out.stat().st_size > 1_000_000
 

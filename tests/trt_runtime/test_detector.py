@@ -203,7 +203,7 @@ def test_truncation_shows_in_graphs_that_decode_by_themselves(crowd: Frame, tmp_
     for decode, score, truncated in TRUNCATIONS[1:]:
         if decode not in exported:
             exported[decode] = tmp_path / f"{len(exported)}.onnx"
-            export_onnx(ExportOptions("mobilenet0.25", exported[decode], (256, 768), decode))
+            export_onnx(ExportOptions("mobilenet0.25", exported[decode], (256, 768), decode=decode))
         with OrtRetinaFace(exported[decode], score_threshold=score, threads=1) as detector:
             assert detector.detect(crowd).truncated == truncated
 

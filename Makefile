@@ -27,9 +27,12 @@ $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	@$(RUN) -c "from plugins.build import find_nvcc; find_nvcc()" 2>/dev/null || $(PIP) --editable ".[nvcc]"
 	@touch $@
 
-# the real Python bindings of two TensorRT versions, to check names against; side by side, so outside site-packages
+# the real Python bindings of TensorRT, to check names against; side by side, so outside site-packages
+BINDINGS := $(addprefix $(VENV)/tensorrt-,10.3 10.13 10.16 11.4)
+$(VENV)/tensorrt-10.3: CUDA := 12
 $(VENV)/tensorrt-%: | $(VENV)/bin/python
-	@$(PIP) --no-deps --target $@.part "tensorrt-cu13-bindings==$*.*" && mv $@.part $@
+	@$(PIP) --no-deps --target $@.part "tensorrt-cu$(or $(CUDA),13)-bindings==$*.*" && mv $@.part $@ || \
+	  echo "no bindings of TensorRT $* for this Python: what checks names against them is skipped"
 
 demo: $(VENV)/.demo
 	@$(RUN) -m export.demo --out build/demo
@@ -37,13 +40,13 @@ demo: $(VENV)/.demo
 # the tests marked slow, a sixth of them by time, are for before a push: .ci/run runs both
 # bytecode is kept whatever the environment says: hundreds of processes import the same files
 PYTEST := PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 10
-test: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
+test: $(VENV)/.dev $(BINDINGS)
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
+test-slow: $(VENV)/.dev $(BINDINGS)
 	$(PYTEST) -m slow
 
-mutants: $(VENV)/.dev $(VENV)/tensorrt-10.16 $(VENV)/tensorrt-11.4
+mutants: $(VENV)/.dev $(BINDINGS)
 	$(RUN) -m tests.mutants $(FAULTS)
 
 lint: $(VENV)/.dev

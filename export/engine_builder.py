@@ -117,6 +117,8 @@ def build(request: dict[str, Any], trt: Any, logger: Any) -> Any:
 
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; fp32 is to mean fp32
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX: without it a CUDA graph is not promised
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names and types of layers, for EngineInspector
     config.progress_monitor = make_monitor(trt)
     if request["capabilities"]:

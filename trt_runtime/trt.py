@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from itertools import pairwise
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.cli import require
-from facespec.errors import FrameError, GpuError, SpecError
+from facespec.errors import DeviceLostError, FrameError, GpuError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
 from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, network_size
@@ -77,7 +79,7 @@ class TRTRetinaFace(RetinaFaceDetector):
                 raise SpecError(f"device is the index of a GPU, pycuda, cpu or a Device, got {device!r}")
             device = f"cuda:{device}"
         self.device: Device = open_device(device) if isinstance(device, str) else device
-        self._graphs = graphs and self.device.can_capture
+        self._graphs = _Graphs(graphs and self.device.can_capture)
         self.engine: Engine
         with self.device.activate():
             if isinstance(self.device, HostDevice):
@@ -100,7 +102,7 @@ class TRTRetinaFace(RetinaFaceDetector):
 
     def environment(self) -> dict[str, Any]:
         """Return backend, versions, GPU, and whether CUDA graphs are used."""
-        return {**self.engine.environment(), "device": self.device.name, "cuda_graphs": self._graphs}
+        return {**self.engine.environment(), "device": self.device.name, "cuda_graphs": self._graphs.used}
 
     def to_device(self, frame: Frame) -> DeviceArray:
         """Return a copy of a frame on the device, to be detected in several times without another upload.
@@ -190,6 +192,20 @@ class DeviceArray:
         }
 
 
+class _Graphs:
+    """Whether a detector uses CUDA graphs: until a capture fails, which is said once."""
+
+    def __init__(self, used: bool) -> None:
+        self.used = used
+        self._lock = threading.Lock()
+
+    def fail(self, why: str) -> None:
+        with self._lock:
+            if self.used:
+                self.used = False
+                warnings.warn(f"CUDA graphs are not used, calls take longer: {why}", RuntimeWarning, stacklevel=2)
+
+
 class _GpuLane:
     """A stream with its memory and contexts; it runs one batch after the other.
 
@@ -197,7 +213,7 @@ class _GpuLane:
     and graphs are made anew, because they hold its addresses.
     """
 
-    def __init__(self, device: Device, engine: Engine, graphs: bool) -> None:
+    def __init__(self, device: Device, engine: Engine, graphs: _Graphs) -> None:
         self._device, self._engine, self._graphs = device, engine, graphs
         self._stream = device.stream()
         self._workspace = device.allocate(engine.workspace_bytes, "the network's workspace")
@@ -219,7 +235,7 @@ class _GpuLane:
                 if getattr(stage, "fine", False):
                     plan.run_timed(self._stream, stage.add)  # type: ignore[attr-defined]
                 else:
-                    with stage("graph" if self._graphs else "network"):
+                    with stage("graph" if self._graphs.used else "network"):
                         plan.run(self._stream, self._graphs)
             except BaseException:
                 with suppress(GpuError):  # the caller may free its frames now: no work may still read them
@@ -338,18 +354,30 @@ class _Plan:
                 place.address, place.pitch, place.frame_hw, box.scaled_hw, place.pixel_format, *chroma
             )
 
-    def run(self, stream: Stream, graphs: bool) -> None:
+    def run(self, stream: Stream, graphs: _Graphs) -> None:
         """Run the network on the described frames, and wait for the results."""
-        if graphs and self._graph is None and self._has_run:
-            with stream.capture() as capture:
-                self._enqueue(stream)
-            self._graph = capture.graph
+        if graphs.used and self._graph is None and self._has_run:
+            self._capture(stream, graphs)
         if self._graph is not None:
             self._graph.launch(stream)
         else:
             self._enqueue(stream)
         stream.synchronize()
         self._has_run = True
+
+    def _capture(self, stream: Stream, graphs: _Graphs) -> None:
+        if not self._context.can_capture(stream):
+            return graphs.fail(
+                "TensorRT-RTX cannot capture this engine; python -m export.to_trt builds one that it can"
+            )
+        try:
+            with stream.capture() as capture:
+                self._enqueue(stream)
+            self._graph = capture.graph
+        except DeviceLostError:
+            raise
+        except GpuError as error:
+            graphs.fail(str(error))
 
     def run_timed(self, stream: Stream, add: Callable[[str, float], None]) -> None:
         """Run the network on the described frames, and report the milliseconds of each stage to `add`."""

@@ -52,6 +52,15 @@ void report(const char* message) {
   std::fprintf(stderr, "%s\n", line);
 }
 
+// Major version of the TensorRT whose library has an object's class; 0 if it cannot be told.
+int32_t major_version(const void* object) {
+  Dl_info info;
+  void* library = nullptr;
+  if (!object || !dladdr1(*static_cast<void* const*>(object), &info, &library, RTLD_DL_LINKMAP)) return 0;
+  void* const symbol = dlsym(library, "getInferLibVersion");
+  return symbol ? reinterpret_cast<int32_t (*)()>(symbol)() / 10000 : 0;
+}
+
 // The attributes of a node, as ONNX has them and as an engine stores them.
 struct Attributes {
   std::vector<int32_t> strides;        // of each level, pixels
@@ -350,8 +359,9 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
 }  // namespace
 }  // namespace retinaface
 
+// Loggers of another major version have their functions at other places: then messages go to stderr.
 extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
-  retinaface::logger_finder = finder;
+  retinaface::logger_finder = retinaface::major_version(finder) == NV_TENSORRT_MAJOR ? finder : nullptr;
 }
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(

@@ -1,6 +1,6 @@
 """Every name of TensorRT's API that the code uses, checked against the real bindings of each flavour.
 
-No name that the sources use can be missing from what is looked up. TensorRT 10.16 and 11.4 are their real Python
+No name that the sources use can be missing from what is looked up. TensorRT 10.3 to 11.4 are their real Python
 bindings over stub libraries (`make test` installs them side by side), TensorRT-RTX is the real thing.
 """
 
@@ -33,8 +33,8 @@ MEMBERS = {
     "INetworkDefinition": "num_outputs",
     "OnnxParser": "parse num_errors get_error",
     "ParserError": "desc",
-    "IBuilderConfig": "clear_flag profiling_verbosity progress_monitor num_compute_capabilities set_compute_capability "
-    "add_optimization_profile create_timing_cache set_timing_cache get_timing_cache",
+    "IBuilderConfig": "clear_flag set_flag profiling_verbosity progress_monitor num_compute_capabilities "
+    "set_compute_capability add_optimization_profile create_timing_cache set_timing_cache get_timing_cache",
     "IOptimizationProfile": "set_shape",
     "ITimingCache": "serialize",
     "IPluginRegistry": "load_library get_creator",
@@ -42,7 +42,7 @@ MEMBERS = {
     "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_dtype get_tensor_mode get_tensor_shape "
     "device_memory_size_v2 create_runtime_config create_execution_context create_engine_inspector",
     "IExecutionContext": "set_device_memory set_input_shape set_tensor_address execute_async_v3 nvtx_verbosity "
-    "profiler enqueue_emits_profile report_to_profiler",
+    "profiler enqueue_emits_profile report_to_profiler is_stream_capturable",
     "EngineInspector": "execution_context get_engine_information",
     "IRuntimeConfig": "create_runtime_cache set_runtime_cache set_execution_context_allocation_strategy "
     "cuda_graph_strategy dynamic_shapes_kernel_specialization_strategy",
@@ -50,6 +50,7 @@ MEMBERS = {
 # attributes that these have are not looked up
 PLAIN = (str, list, dict, deque, Path, TextIOWrapper)
 RTX_ONLY = {
+    "BuilderFlag.REQUIRE_USER_ALLOCATION",
     "ComputeCapability",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
@@ -57,11 +58,16 @@ RTX_ONLY = {
     "CudaGraphStrategy.DISABLED",
     "DynamicShapesKernelSpecializationStrategy",
     "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "IExecutionContext.is_stream_capturable",
     "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.cuda_graph_strategy",
     "IRuntimeConfig.set_runtime_cache",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
 }
+LACKS = {
+    "10.3": {"ICudaEngine.create_runtime_config", "IRuntimeConfig.set_execution_context_allocation_strategy"},
+}
+"""What a version has not; the code asks before it uses it."""
 
 
 def _used() -> tuple[dict[str, int | None], list[tuple[str, str]]]:
@@ -171,7 +177,7 @@ def test_tensorrt(version: str, tmp_path: Path) -> None:
     found_version, found = _look_up("tensorrt_bindings", bindings_environment(version, tmp_path))
     assert found_version.startswith(version + ".")
     assert found["ComputeCapability"] is None  # a name that is missing is noticed
-    _check(found, RTX_ONLY)
+    _check(found, RTX_ONLY | LACKS.get(version, set()))
 
 
 def test_tensorrt_rtx() -> None:

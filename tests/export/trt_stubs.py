@@ -1,8 +1,8 @@
 """Stub TensorRT libraries, so that the real Python bindings import on a machine without TensorRT.
 
-The wheels of `tensorrt-cu13-bindings` hold every class, method and enum of the Python API and are linked against three
-libraries that pip cannot install everywhere. The stubs export the C functions the bindings look for and answer null:
-importing and looking works, creating a Builder raises TypeError.
+The wheels of `tensorrt-cu12-bindings` and `tensorrt-cu13-bindings` hold every class, method and enum of the Python API
+and are linked against three libraries that pip cannot install everywhere. The stubs export the C functions the bindings
+look for and answer null: importing and looking works, creating a Builder raises TypeError.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-VERSIONS = ("10.16", "11.4")
-"""Versions whose bindings `make test` installs, side by side."""
+VERSIONS = ("10.3", "10.13", "10.16", "11.4")
+"""Versions whose bindings `make test` installs, side by side: of JetPack 6, JetPack 7.1 and 7.2, and the newest."""
 
 EXPORTS = {
     "nvinfer": (

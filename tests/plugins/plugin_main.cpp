@@ -125,7 +125,12 @@ class Log final : public ILogger, public ILoggerFinder {
   std::string last;
 };
 
+int32_t version = NV_TENSORRT_MAJOR * 10000;
+
 }  // namespace
+
+// This program takes TensorRT's place: the plugin asks for the version of what its logger belongs to.
+extern "C" __attribute__((visibility("default"))) int32_t getInferLibVersion() noexcept { return version; }
 
 int main(int, char** argv) {
   void* library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
@@ -394,14 +399,22 @@ int main(int, char** argv) {
 
   // reports go to TensorRT's logger, where there is one
   Log log;
-  reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"))(&log);
+  const auto set_finder = reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
+  set_finder(&log);
   refuse([](Fields& f) { f.top_k = 0; }, "top_k 0 again");
   expect(log.last == std::string(creator->getPluginName()) + ": top_k must be in 1..1000000", "the logger hears why");
   log.last.clear();
   log.there = false;
   refuse([](Fields& f) { f.top_k = 0; }, "and again");
   expect(log.last.empty(), "without a logger stderr does");
-  reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"))(nullptr);
+  log.there = true;
+  for (const int32_t other : {NV_TENSORRT_MAJOR + 1, NV_TENSORRT_MAJOR - 1, 1}) {
+    version = other * 10000 + 401;
+    set_finder(&log);
+    refuse([](Fields& f) { f.top_k = 0; }, "of another version");
+    expect(log.last.empty(), "the logger of another major version is not called");
+  }
+  set_finder(nullptr);
   std::printf("passed\n");
   return 0;
 }

@@ -94,7 +94,7 @@ def _compile_driver(source: Path, program: Path) -> None:
     include = ["-isystem", find_tensorrt_headers()[0], f"-I{plugins.build.ROOT / 'include'}"]
     nvcc = find_nvcc()
     flags = ["-std=c++17", *include, *plugins.build.toolkit_paths(nvcc)]
-    subprocess.run([nvcc, *flags, source, "-o", program, "-ldl"], check=True)
+    subprocess.run([nvcc, *flags, "-Xlinker", "--export-dynamic", source, "-o", program, "-ldl"], check=True)
 
 
 def test_the_plugin_through_its_interfaces(device_library: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class FakeTensorRT(ModuleType):
 
     Attributes:
         fails: What fails, and the error that TensorRT logs of it: "runtime", "plugin", "engine", "context", "shape",
-            "enqueue".
+            "enqueue", "capturable" (what TensorRT-RTX says of it), "capture".
         contexts: Those that are alive.
         enqueued: Runs that were put on a stream, outside of captures.
         misplaced: What was made or freed where the device was not active: TensorRT takes whatever context is current.
@@ -186,11 +186,16 @@ class Engine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self._trt.tensors[name][2]
 
-    def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig(self._trt)
+    def __getattr__(self, name: str) -> Any:
+        if name == "create_runtime_config" and not self._trt.__version__.startswith("10.3."):
+            return lambda: RuntimeConfig(self._trt)
+        raise AttributeError(name)
 
-    def create_execution_context(self, config: RuntimeConfig) -> Context | None:
-        return None if self._trt.refuses("context") else Context(self._trt, self, config)
+    def create_execution_context(self, settings: Any) -> Context | None:
+        if not isinstance(settings, RuntimeConfig):
+            settings, strategy = RuntimeConfig(self._trt), settings
+            settings.set_execution_context_allocation_strategy(strategy)
+        return None if self._trt.refuses("context") else Context(self._trt, self, settings)
 
 
 class RuntimeConfig:
@@ -257,6 +262,11 @@ class Context:
         self.addresses[name] = address
         return True
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "is_stream_capturable" and self._trt.is_rtx:
+            return lambda handle: not self._trt.refuses("capturable")
+        raise AttributeError(name)
+
     def execute_async_v3(self, handle: int) -> bool:
         trt, device = self._trt, self._trt.device
         stream = device.find_stream(handle)
@@ -272,6 +282,8 @@ class Context:
             why = "the default stream waits for others"
         elif stream.capturing and self.profiler is not None:
             why = "what is profiled cannot be captured"
+        elif stream.capturing and "capture" in trt.fails:
+            why = trt.fails["capture"]
         elif trt.is_rtx and stream.capturing:
             if self.config.dynamic_shapes_kernel_specialization_strategy.name != "EAGER":
                 why = "a kernel is compiled during a capture"

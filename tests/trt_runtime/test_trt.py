@@ -655,7 +655,7 @@ def test_stages(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None
         expected = detector.detect(astronaut, plain)
         assert_identical(detector.detect(astronaut, fine), expected)
         other = StageTimer()
-        detector._idle[0]._graphs = False  # type: ignore[attr-defined]
+        detector._graphs.used = False
         detector.detect(astronaut, other)
     assert list(other.total_ms) == ["upload", "network", "results"]
     assert list(plain.total_ms) == ["upload", "graph", "results"]

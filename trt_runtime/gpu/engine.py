@@ -30,6 +30,9 @@ class Context(Protocol):
             GpuError: The engine refused the run.
         """
 
+    def can_capture(self, stream: Any) -> bool:
+        """Whether a run on a stream can be captured in a CUDA graph, as far as that is known before."""
+
     def plugin_share(self, stream: Any) -> float:
         """Return the share of its time that decoding and NMS take, 0 to 1; 0 if it cannot be measured.
 
@@ -181,6 +184,9 @@ class TrtContext:
     def enqueue(self, stream: Stream) -> None:
         if not api.enqueue(self._context, stream.handle):
             raise GpuError(f"TensorRT cannot run the network{self._owner._reason()}")
+
+    def can_capture(self, stream: Stream) -> bool:
+        return api.can_capture(self._context, stream.handle)
 
     def plugin_share(self, stream: Stream) -> float:
         times = api.start_profile(self._owner._trt, self._context)

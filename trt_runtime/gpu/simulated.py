@@ -501,6 +501,9 @@ class HostContext:
     def enqueue(self, stream: HostStream) -> None:
         stream.submit(self._work)
 
+    def can_capture(self, stream: HostStream) -> bool:
+        return True
+
     def plugin_share(self, stream: HostStream) -> float:
         self.enqueue(stream)
         stream.synchronize()

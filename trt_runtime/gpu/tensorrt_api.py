@@ -71,15 +71,17 @@ def make_context(trt: Any, engine: Any, cache: Any) -> Any:
 
     The cache, from `make_runtime_cache`, must outlive it.
     """
-    runtime_config = engine.create_runtime_config()
-    runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    settings = strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if hasattr(engine, "create_runtime_config"):  # since TensorRT 10.13 at the latest; 10.3 has none
+        settings = runtime_config = engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(strategy)
     if cache is not None:  # TensorRT-RTX compiles kernels at run time: compile all now, a capture forbids it later
         runtime_config.set_runtime_cache(cache)
         runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         runtime_config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
-    context = engine.create_execution_context(runtime_config)
+    context = engine.create_execution_context(settings)
     if context is not None:
         # engines contain all names of layers; to annotate them would cost time at each launch
         context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
@@ -106,6 +108,11 @@ def bind(context: Any, shape: tuple[int, ...], addresses: dict[str, int], worksp
 def enqueue(context: Any, stream: int) -> bool:
     """Put the network on a stream; return whether that worked."""
     return bool(context.execute_async_v3(stream))
+
+
+def can_capture(context: Any, stream: int) -> bool:
+    """Whether a run on a stream can be captured in a CUDA graph; TensorRT-RTX alone can be asked."""
+    return not hasattr(context, "is_stream_capturable") or bool(context.is_stream_capturable(stream))
 
 
 def start_profile(trt: Any, context: Any) -> Any:

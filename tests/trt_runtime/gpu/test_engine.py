@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import importlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -378,6 +379,41 @@ def test_an_engine_runs_in_the_version_that_built_it(
     assert f"f.engine: built by {title} {built}, and {installed} is installed: build it again: python" in str(
         caught.value
     )
+
+
+def test_an_engine_of_tensorrt_10_3_runs(rig: Rig, frames: list[Frame]) -> None:
+    """Its contexts have no runtime config."""
+    with rig.detector() as detector:
+        expected = detector.detect(frames[0])
+    rig.path = write_engine(rig.folder, version="10.3.0", spec=rig.network.spec, profile=PROFILE)
+    rig.install(version="10.3.0")
+    with rig.detector() as detector:
+        assert_identical(detector.detect(frames[0]), expected)
+
+
+@pytest.mark.parametrize("what", ["capturable", "capture"])
+def test_where_a_capture_fails_the_detector_works_without_graphs(rig: Rig, frames: list[Frame], what: str) -> None:
+    with rig.detector() as detector:
+        expected = [detector.detect(frame) for frame in frames]
+    rig.path = write_rtx_engine(rig.folder, version="1.7.1.116", spec=rig.network.spec, profile=PROFILE)
+    trt = rig.install(rtx=True, version="1.7.1.116")
+    trt.fails[what] = "a tensor's size is known at run time only"
+    with pytest.warns(RuntimeWarning, match="CUDA graphs are not used, calls take longer") as warned:
+        detector = rig.detector()
+    assert len(warned) == 1
+    with detector, warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        assert detector.environment()["cuda_graphs"] is False
+        for _ in range(3):
+            for frame, faces in zip(frames, expected, strict=True):
+                assert_identical(detector.detect(frame), faces)
+        runs = trt.enqueued
+        with detector.stream(4) as stream:  # other lanes do not try again
+            for index, (_, found) in enumerate(stream.map(frames * 4)):
+                assert_identical(found, expected[index % len(frames)])
+        assert trt.enqueued == runs + 4 * len(frames)
+    if what == "capture":
+        assert "a tensor's size is known" in str(warned[0].message)
 
 
 def test_what_an_engine_knows(rig: Rig) -> None:

@@ -43,8 +43,9 @@ class TRTRetinaFace(RetinaFaceDetector):
     later calls launch.
 
     Args:
-        engine: Engine, written by `python -m export.to_trt`, with its sidecar beside it; with device "cpu" a plugin
-            form (.plugin.onnx), which then goes through the same code on the CPU, slowly: for developing without a GPU.
+        engine: File written by `python -m export.to_trt`, with its sidecar beside it; with device "cpu" a plugin
+            form (.plugin.onnx), which then goes through the same code on the CPU, slowly: for developing without a GPU;
+            or an `Engine`, which the detector closes.
         score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
         size_hw: Network size that frames are letterboxed to, for engines of several; see `facespec.spec.NetworkSize`.
         device: Index of the GPU; "pycuda", the caller's current PyCUDA context; "cpu"; or a `Device`, which the caller
@@ -66,7 +67,7 @@ class TRTRetinaFace(RetinaFaceDetector):
 
     def __init__(
         self,
-        engine: str | Path,
+        engine: str | Path | Engine,
         *,
         score_threshold: float | None = None,
         size_hw: NetworkSize = None,
@@ -82,7 +83,9 @@ class TRTRetinaFace(RetinaFaceDetector):
         self._graphs = _Graphs(graphs and self.device.can_capture)
         self.engine: Engine
         with self.device.activate():
-            if isinstance(self.device, HostDevice):
+            if not isinstance(engine, (str, Path)):
+                self.engine = engine
+            elif isinstance(self.device, HostDevice):
                 self.engine = HostEngine(engine, self.device)
             else:
                 self.engine = TrtEngine(engine, self.device)
@@ -90,10 +93,11 @@ class TRTRetinaFace(RetinaFaceDetector):
                 self.backend = self.engine.backend
                 profile = self.engine.profile
                 self.max_batch = profile.batch[2]
-                size = network_size(profile.fixed_hw, size_hw, engine)
+                name = engine if isinstance(engine, (str, Path)) else self.backend
+                size = network_size(profile.fixed_hw, size_hw, name)
                 super().__init__(self.engine.spec, self.engine.files, score_threshold, size)
                 if isinstance(size, tuple) and not profile.takes(size):
-                    raise SpecError(f"{engine} takes network sizes of {profile}, not {size[0]}x{size[1]}")
+                    raise SpecError(f"{name} takes network sizes of {profile}, not {size[0]}x{size[1]}")
                 if warm_up:
                     self._warm_up()
             except BaseException:

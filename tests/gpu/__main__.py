@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one command: python -m tests.gpu.
 
 It needs nvcc, g++, python3 with torch (CUDA) and numpy, and this checkout. It builds the kernels for the present GPU,
-compares them with the host version bit for bit, drives the TensorRT plugin where TensorRT's headers are, runs the
-kernels under compute-sanitizer and times them.
+compares them with the host version bit for bit, runs TRTRetinaFace as a whole with a network of torch, drives the
+TensorRT plugin where TensorRT's headers are, runs engines where TensorRT is, runs the kernels under compute-sanitizer
+and times them. What cannot run is named with the reason. Without a GPU TRTRetinaFace runs on the simulated device.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from facespec.cli import ArgumentParser, run
-from facespec.errors import BuildError, MissingToolError, RetinaFaceError
+from facespec.errors import BuildError, MissingToolError
 from facespec.files import check_outputs, write_text
 from plugins.build import find_compiler, find_nvcc, find_tensorrt_headers, read_report, toolkit_paths
 from tests.gpu.kernel import ROOT, build_kernels, capability, gpu_problem
@@ -35,6 +36,7 @@ TESTS_S, PLUGIN_S, TOOL_S, BENCHMARK_S, OTHERS_S = 180, 60, 60, 150, 600
 """Seconds a step, and for the plugin its compilation too, may take."""
 
 ERROR_EXITCODE = 9
+NO_BINDINGS = "cuda-bindings is not installed"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def call(name: str, command: Sequence[object], limit_s: float, read_summaries: b
     """
     print(f"\n== {name}: {' '.join(map(str, command))}", flush=True)
     start = time.perf_counter()
-    environment = {**os.environ, "RETINAFACE_REQUIRE_GPU": "1", "PYTHONUNBUFFERED": "1"}
+    required = {} if gpu_problem() else {"RETINAFACE_REQUIRE_GPU": "1"}
+    environment = {**os.environ, **required, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
@@ -141,62 +144,108 @@ def plugin_step() -> Step:
     return replace(step, seconds=time.perf_counter() - start)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
-    parser = ArgumentParser(
-        prog="python -m tests.gpu", description="Build, test, sanitize and time the kernels on a GPU."
+def prepare() -> int:
+    """Write what a machine with torch and numpy alone lacks: the published weights and a photograph."""
+    import numpy as np
+
+    from tests.gpu.test_detector import load_photograph
+    from tests.gpu.torch_engine import KIT, open_model
+    from trainer.checkpoint import save_checkpoint
+
+    save_checkpoint(KIT / "mobilenet0.25.pth", open_model())
+    np.save(KIT / "astronaut.npy", load_photograph())
+    print(
+        f"wrote {KIT / 'mobilenet0.25.pth'} and astronaut.npy beside it: python -m tests.gpu reads them where it runs"
     )
-    parser.add_argument("--skip-benchmark", action="store_true", help="no timing")
-    parser.add_argument("--skip-sanitizer", action="store_true", help="no compute-sanitizer")
-    parser.add_argument("--out", type=Path, default=RESULT, help="result file of the benchmark")
-    args = parser.parse_args(argv)
-    out = args.out.resolve()
-    if not args.skip_benchmark:
-        check_outputs([("--out", out)], [])
-    problem = gpu_problem()
-    if problem:
-        raise RetinaFaceError(f"the GPU tests need an NVIDIA GPU and torch with CUDA: {problem}")
-    start = time.perf_counter()
-    library = build_kernels(capability())
-    kernels.library()
-    steps = [Step("build", "passed", time.perf_counter() - start)]
+    return 0
+
+
+def kernel_steps(library: Path) -> list[Step]:
+    """Test the kernels, the device layer and the plugin on the GPU."""
     report = read_report(library)
     print(f"{library}: {report['compiler']} ({report['compiler_version']})")
     print(f"machine code for sm_{capability()}")
     for kernel in report["kernels"]:  # type: ignore[attr-defined]
         print("  " + ", ".join(f"{key} {value}" for key, value in kernel.items()))
     modules = ["tests.gpu.test_kernel", "tests.gpu.test_letterbox"]
-    steps.append(call("tests", [sys.executable, "-m", "unittest", "-v", *modules], TESTS_S))
-    if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
-        device = [sys.executable, "-m", "unittest", "-v", "tests.gpu.test_device"]
-        steps.append(call("device", device, TESTS_S))
+    steps = [call("tests", [sys.executable, "-m", "unittest", "-v", *modules], TESTS_S)]
+    if has_cuda_bindings():
+        steps.append(call("device", [sys.executable, "-m", "unittest", "-v", "tests.gpu.test_device"], TESTS_S))
     else:
-        steps.append(Step("device", "not run", 0, "cuda-bindings is not installed"))
-    steps.append(plugin_step())
+        steps.append(Step("device", "not run", 0, NO_BINDINGS))
+    return [*steps, plugin_step()]
+
+
+def has_cuda_bindings() -> bool:
+    """Whether the package that the device layer calls CUDA with is installed."""
+    return bool(importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"))
+
+
+def detector_step(on_gpu: bool) -> Step:
+    """Run TRTRetinaFace as a whole with a network of torch."""
+    if on_gpu and not has_cuda_bindings():
+        return Step("detector", "not run", 0, NO_BINDINGS)
+    if not importlib.util.find_spec("torch"):
+        return Step("detector", "not run", 0, "torch is not installed")
+    step = call("detector", [sys.executable, "-m", "unittest", "-v", "tests.gpu.test_detector"], TESTS_S)
+    where = "" if on_gpu else "on the simulated device"
+    return replace(step, note=", ".join(filter(None, (step.note, where))))
+
+
+def engine_steps() -> list[Step]:
+    """Run the other tests that need a GPU, and engines of TensorRT."""
     runtime = "tests/trt_runtime/test_trt_gpu.py"
     pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu"]
     missing = [name for name in ("pytest", "cv2", "onnx", "onnxsim") if not importlib.util.find_spec(name)]
     if missing:
-        steps.append(Step("other tests", "not run", 0, f"not installed: {', '.join(missing)}"))
+        return [Step(name, "not run", 0, f"not installed: {', '.join(missing)}") for name in ("other tests", "engines")]
+    steps = [call("other tests", [*pytest, "--ignore", "tests/gpu", "--ignore", runtime], OTHERS_S)]
+    if any(flavor.installed() for flavor in FLAVORS.values()):
+        return [*steps, call("engines", [*pytest, runtime], OTHERS_S)]
+    return [*steps, Step("engines", "not run", 0, "neither TensorRT nor TensorRT-RTX is installed")]
+
+
+def benchmark_steps(out: Path) -> list[Step]:
+    """Time the kernels, and engines where TensorRT is."""
+    steps = []
+    if TENSORRT.installed() and importlib.util.find_spec("onnxsim"):
+        command = [sys.executable, "-m", "benchmarks.gpu_runtime", "--out", out.with_name(RUNTIME_RESULT)]
+        steps.append(call("runtime", command, OTHERS_S))
     else:
-        steps.append(call("other tests", [*pytest, "--ignore", "tests/gpu", "--ignore", runtime], OTHERS_S))
-    if missing or not any(flavor.installed() for flavor in FLAVORS.values()):
-        steps.append(Step("engines", "not run", 0, "neither TensorRT nor TensorRT-RTX, or no onnxsim, is installed"))
-    else:
-        steps.append(call("engines", [*pytest, runtime], OTHERS_S))
-    steps += (
-        [Step(tool, "not run", 0, "--skip-sanitizer") for tool in TOOLS] if args.skip_sanitizer else sanitize(library)
+        steps.append(Step("runtime", "not run", 0, "TensorRT, or what export.to_trt needs, is not installed"))
+    return [*steps, call("benchmark", [sys.executable, "-m", "benchmarks.gpu_kernel", "--out", out], BENCHMARK_S)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = ArgumentParser(
+        prog="python -m tests.gpu", description="Build, test, sanitize and time the kernels on a GPU."
     )
-    if args.skip_benchmark:
-        steps.append(Step("benchmark", "not run", 0, "--skip-benchmark"))
+    parser.add_argument("--prepare", action="store_true", help="write what to carry to a machine with torch alone")
+    parser.add_argument("--skip-benchmark", action="store_true", help="no timing")
+    parser.add_argument("--skip-sanitizer", action="store_true", help="no compute-sanitizer")
+    parser.add_argument("--out", type=Path, default=RESULT, help="result file of the benchmark")
+    args = parser.parse_args(argv)
+    if args.prepare:
+        return prepare()
+    out = args.out.resolve()
+    problem = gpu_problem()
+    if problem:
+        print(f"no GPU: {problem}", file=sys.stderr)
+        names = ["build", "tests", "device", "plugin", "other tests", "engines", *TOOLS, "runtime", "benchmark"]
+        steps = [detector_step(False), *(Step(name, "not run", 0, problem) for name in names)]
     else:
-        if TENSORRT.installed() and importlib.util.find_spec("onnxsim"):
-            command = [sys.executable, "-m", "benchmarks.gpu_runtime", "--out", out.with_name(RUNTIME_RESULT)]
-            steps.append(call("runtime", command, OTHERS_S))
-        else:
-            steps.append(Step("runtime", "not run", 0, "TensorRT, or what export.to_trt needs, is not installed"))
+        if not args.skip_benchmark:
+            check_outputs([("--out", out)], [])
+        start = time.perf_counter()
+        library = build_kernels(capability())
+        kernels.library()
+        steps = [Step("build", "passed", time.perf_counter() - start)]
+        steps += [*kernel_steps(library), detector_step(True), *engine_steps()]
+        skipped = [Step(tool, "not run", 0, "--skip-sanitizer") for tool in TOOLS]
+        steps += skipped if args.skip_sanitizer else sanitize(library)
         before = out.stat().st_mtime_ns if out.is_file() else 0
-        steps.append(call("benchmark", [sys.executable, "-m", "benchmarks.gpu_kernel", "--out", out], BENCHMARK_S))
+        steps += [Step("benchmark", "not run", 0, "--skip-benchmark")] if args.skip_benchmark else benchmark_steps(out)
         if out.is_file() and out.stat().st_mtime_ns != before:
             record = json.loads(out.read_text(encoding="utf-8"))
             record["checks"] = {step.name: " ".join(filter(None, (step.state, step.note))) for step in steps}

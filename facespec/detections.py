@@ -6,16 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from facespec.align import aligned_crops
 from facespec.errors import FrameError, MissingPackageError, NonFiniteError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import DecodeSpec
 
 LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
 """Order of the landmarks; left and right as seen in the image."""
+
+ARCFACE_LANDMARKS_112 = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
+)
+"""(5, 2) x, y of the landmarks in an aligned 112x112 crop. Source: ArcFace (Deng et al., CVPR 2019) and insightface."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +112,44 @@ class Detections:
         )
 
     def aligned_crops(self, frame: Frame, size: int = 112) -> NDArray[np.uint8]:
-        """Return (n, size, size, 3) uint8 crops for face recognition; see `facespec.align.aligned_crops`.
+        """Return (n, size, size, 3) uint8 crops with the eyes level and in the place ArcFace models expect.
+
+        Args:
+            frame: The frame these faces were found in.
+            size: Side of a crop; the standard positions scale with it.
 
         Raises:
-            FrameError: Not the frame these faces were found in, by its size.
+            FrameError: The frame has another size, or all landmarks of a face coincide.
         """
         if check_frame(frame).shape[:2] != self.frame_hw:
             raise FrameError(f"the faces were found in a frame of {self.frame_hw}, this one is {frame.shape[:2]}")
-        return aligned_crops(frame, self.landmarks, size)
+        crops = np.empty((len(self), size, size, 3), np.uint8)
+        target = ARCFACE_LANDMARKS_112 * np.float32(size / 112)
+        for crop, matrix in zip(crops, similarity_transforms(self.landmarks, target), strict=True):
+            crop[:] = cv2.warpAffine(frame, matrix, (size, size), flags=cv2.INTER_LINEAR)
+        return crops
+
+
+def similarity_transforms(landmarks: NDArray[np.float32], target: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return (N, 2, 3) matrices of the similarity transforms that map points (N, 5, 2) closest to `target` (5, 2).
+
+    Rotation, one scale and translation, least squares without reflection: Umeyama's solution, which in the plane is
+    one division of complex numbers.
+
+    Raises:
+        FrameError: All points of a face coincide.
+    """
+    source = landmarks[..., 0].astype(np.float64) + 1j * landmarks[..., 1]
+    goal = target[:, 0].astype(np.float64) + 1j * target[:, 1]
+    source_mean, goal_mean = source.mean(axis=1), goal.mean()
+    centred = source - source_mean[:, None]
+    spread = (np.abs(centred) ** 2).sum(axis=1)
+    if not (spread > 0).all():
+        raise FrameError("cannot align a face whose landmarks all lie on one point")
+    factor = (centred.conj() * (goal - goal_mean)).sum(axis=1) / spread
+    shift = goal_mean - factor * source_mean
+    rows = [[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]]
+    return np.moveaxis(np.array(rows), -1, 0)
 
 
 def to_detections(

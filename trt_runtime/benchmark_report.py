@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from facespec.cli import text_table
 from facespec.figures import figure_file
 from facespec.spec import NetworkSize
-from facespec.tables import text_table
 from trt_runtime.machine import busy
 from trt_runtime.measure import Latency, Ratio, Samples
 

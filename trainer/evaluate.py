@@ -267,7 +267,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     }
     if options.detector:
         result |= {"detector": options.detector, "protocol": options.protocol, "size_hw": size_hw and list(size_hw)}
-    from trt_runtime.machine import environment
+    from trt_runtime.measure import environment
 
     result |= environment("numpy", "scipy", "opencv-python", "torch", "onnxruntime", "openvino")
     if options.plot:

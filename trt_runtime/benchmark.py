@@ -28,12 +28,10 @@ from facespec.images import find_images
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_frames, spread_frames, tiled
 from facespec.spec import NetworkSize, parse_network_size
-from trt_runtime import machine
 from trt_runtime.benchmark_report import Measurement, Setting, heading, plot, setting_table, summary_table
 from trt_runtime.detector import RetinaFaceDetector
 from trt_runtime.load import BACKENDS, load_detector
-from trt_runtime.measure import PAUSE_S, speed_ratio, take_turns
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import PAUSE_S, StageTimer, environment, load_average, speed_ratio, take_turns
 from trt_runtime.trt import TRTRetinaFace
 
 MAX_FRAMES = 32
@@ -377,9 +375,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(options: BenchmarkOptions, write: Callable[[str], None]) -> int:
     """Measure, print and write; return the exit code."""
     outputs = [("--json", options.json), ("--plot", options.plot)]
-    load = machine.load_average()
+    load = load_average()
     record = {
-        **machine.environment("retinaface-trt", "numpy"),
+        **environment("retinaface-trt", "numpy"),
         "opencv": cv2.__version__,
         "load_average": load,
         "repeats": options.repeats,

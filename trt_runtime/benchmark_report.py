@@ -13,8 +13,7 @@ import numpy as np
 from facespec.cli import text_table
 from facespec.figures import figure_file
 from facespec.spec import NetworkSize
-from trt_runtime.machine import busy
-from trt_runtime.measure import Latency, Ratio, Samples
+from trt_runtime.measure import Latency, Ratio, Samples, busy
 
 WIDTH = 100
 """Columns of a terminal that everything fits in."""

@@ -160,12 +160,7 @@ def decode_detections(
     Selection and order go by the difference of logits, face minus background: unlike a float32 softmax it does not
     saturate, so it has no false ties.
 
-    Args:
-        box_deltas: (N, 4) network outputs.
-        class_logits: (N, 2) background, face.
-        landmark_deltas: (N, 10) network outputs.
-        priors_cxcywh: (N, 4) from `make_priors`.
-        decode: Thresholds and limits.
+    The network's outputs are (N, 4), (N, 2) background and face, and (N, 10); the priors (N, 4).
     """
     heads: tuple[Any, ...] = (box_deltas, class_logits, landmark_deltas)
     if not all(np.isfinite(head).all() for head in heads):

@@ -80,6 +80,11 @@ class ArgumentParser(argparse.ArgumentParser):
         """Add `--json FILE`, for `json_output`."""
         self.add_argument("--json", type=Path, metavar="FILE", help=f"write {what}; '-' prints it, the rest to stderr")
 
+    def add_device(self) -> None:
+        """Add `--device`, for `trt_runtime.load.load_detector`."""
+        words = "cpu, cuda or cuda:N; auto is the GPU for engines"
+        self.add_argument("--device", type=argument(parse_device), default="auto", help=words)
+
     def error(self, message: str) -> NoReturn:
         """Print one line and leave with exit code 2."""
         import difflib
@@ -181,12 +186,7 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def require(module: str, extra: str, why: str) -> ModuleType:
-    """Import an optional package.
-
-    Args:
-        module: Name to import.
-        extra: The extra of this project that brings it.
-        why: What needs it, for the message.
+    """Import an optional package, which an extra of this project brings; `why` says what needs it, for the message.
 
     Raises:
         MissingPackageError: Not installed, or its own import fails.

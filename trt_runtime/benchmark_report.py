@@ -25,29 +25,17 @@ _COLOURS = ("#2a6f9d", "#e09f1f", "#2a9d4b", "#c8373a", "#7d5ba6", "#8c8c8c", "#
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What was measured of one detector at one size and batch.
-
-    Attributes:
-        name: Name of the detector, unlike the others'.
-        environment: `environment()` of the detector.
-        size_hw: What frames were letterboxed to; None where every frame ran at its own size.
-        batch: Frames a call.
-        total_ms: Whole calls, without a timer.
-        stages_ms: Other calls, by stage.
-        pipelined_fps: Frames a second with `depth` calls under way.
-        depth: Calls handed over at once for that.
-        faces: Faces found in each frame.
-    """
+    """What was measured of one detector, which has a name of its own, at one size and batch."""
 
     name: str
     environment: dict[str, Any]
     size_hw: NetworkSize
     batch: int
-    total_ms: Samples
-    stages_ms: dict[str, Samples]
-    pipelined_fps: float
+    total_ms: Samples  # whole calls, without a timer
+    stages_ms: dict[str, Samples]  # other calls, by stage
+    pipelined_fps: float  # frames a second with `depth` calls under way
     depth: int
-    faces: list[int]
+    faces: list[int]  # found in each frame
 
     @property
     def fps(self) -> float:
@@ -73,15 +61,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything measured at one size and batch.
+    """Everything measured at one size and batch."""
 
-    Attributes:
-        measurements: One for each detector.
-        ratios: How many times as fast as the first each of the others is.
-    """
-
-    measurements: list[Measurement]
-    ratios: list[Ratio]
+    measurements: list[Measurement]  # one for each detector
+    ratios: list[Ratio]  # of each of the others to the first
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Return the figures of each detector, ready for JSON."""
@@ -95,11 +78,7 @@ class Setting:
 
 
 def heading(record: dict[str, Any]) -> str:
-    """Return the lines that say where and on what it was measured.
-
-    Args:
-        record: What is recorded of the run: machine, versions, load_average, frames, repeats, warm_up.
-    """
+    """Return the lines that say where and on what it was measured, as recorded of the run."""
     machine, load = record["machine"], record["load_average"]
     cores = machine["cores"]
     lines = [

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import cv2
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, argument, parse_device, quiet_libraries, run
+from facespec.cli import ArgumentParser, argument, quiet_libraries, run
 from facespec.draw import draw_detections
 from facespec.errors import DataError, FrameError, ImageError, OutputError
 from facespec.files import atomic_path, check_outputs
@@ -467,32 +467,29 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
         description="Find faces and their landmarks in images or, several at once, in videos, webcams and streams.",
         epilog="A model comes from: python -m export.to_onnx --out retinaface.onnx",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "source",
         nargs="+",
         help="image, folder or glob pattern (in quotes); or video file, webcam's index or address, as rtsp://host/path",
     )
-    parser.add_argument("--model", type=Path, required=True, help="detector written by export.to_onnx or export.to_trt")
-    parser.add_argument("--out", type=Path, help="annotated image or H.264 video (.mp4); a folder for several")
-    parser.add_argument("--json", help="write one JSON line a frame, in pixels of the original frame; '-' prints them")
-    parser.add_argument("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
-    parser.add_argument(
+    add("--model", type=Path, required=True, help="detector written by export.to_onnx or export.to_trt")
+    add("--out", type=Path, help="annotated image or H.264 video (.mp4); a folder for several")
+    add("--json", help="write one JSON line a frame, in pixels of the original frame; '-' prints them")
+    add("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
+    add(
         "--size",
         dest="size_hw",
         type=argument(parse_network_size),
         help="HEIGHTxWIDTH, or longer side, frames are letterboxed to, for models of dynamic size",
     )
-    parser.add_argument("--threads", type=int, help="threads of the network (default: every core)")
-    parser.add_argument("--streams", type=int, default=1, help="frames a CPU computes at once")
-    parser.add_argument("--backend", default="auto", help=", ".join(BACKENDS))
-    parser.add_argument(
-        "--device", type=argument(parse_device), default="auto", help="cpu, cuda or cuda:N; auto is the GPU for engines"
-    )
-    parser.add_argument("--show", action="store_true", help="show the newest frames in a window; q ends")
-    parser.add_argument(
-        "--batch", type=int, help="frames of videos in one run of the network (default: what is ready and worth it)"
-    )
-    parser.add_argument(
+    add("--threads", type=int, help="threads of the network (default: every core)")
+    add("--streams", type=int, default=1, help="frames a CPU computes at once")
+    add("--backend", default="auto", help=", ".join(BACKENDS))
+    parser.add_device()
+    add("--show", action="store_true", help="show the newest frames in a window; q ends")
+    add("--batch", type=int, help="frames of videos in one run of the network (default: what is ready and worth it)")
+    add(
         "--stride",
         type=int,
         default=1,

@@ -338,16 +338,10 @@ def describe_frame(
     chroma_address: int = 0,
     chroma_pitch: int = 0,
 ) -> LetterboxFrame:
-    """Return the description of a frame that the kernel reads.
+    """Return the description of a frame that the kernel reads; it is scaled to `Letterbox.scaled_hw`.
 
-    Args:
-        address: Of the first pixel, or of the luma plane.
-        pitch: Bytes from row to row.
-        frame_hw: Height and width of the frame in pixels.
-        scaled_hw: What it is scaled to: `Letterbox.scaled_hw`.
-        pixel_format: Of the frame.
-        chroma_address: Of the U and V plane of NV12.
-        chroma_pitch: Bytes from row to row of that plane.
+    The addresses are those of the first pixel or the luma plane, and of the U and V plane of NV12; a pitch is the bytes
+    from row to row.
 
     Raises:
         FrameError: There can be no such frame, or it is too large.

@@ -103,11 +103,8 @@ def speed_ratio(base_ms: Samples, other_ms: Samples) -> Ratio:
     """Return how many times as fast `other` is as `base`.
 
     The interval is a bootstrap over whole rounds, the same rounds for both: calls of one round are alike because the
-    machine was in one state, and treating them as independent would make the interval too narrow.
-
-    Args:
-        base_ms: (rounds, calls).
-        other_ms: (rounds, calls), measured in turns with it.
+    machine was in one state, and treating them as independent would make the interval too narrow. The samples must have
+    been measured in turns.
     """
     random = np.random.default_rng(0)
     draws = random.integers(0, len(base_ms), (RESAMPLES, len(base_ms)))

@@ -70,7 +70,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(prog=prog, allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Name a mistyped option first: argparse would tell what is missing for want of it."""
+        """Name a mistyped option first: argparse would name another one that is missing because of it."""
         for word in takewhile(lambda word: word != "--", sys.argv[1:] if args is None else args):
             if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
                 self.error(f"unrecognized arguments: {word}")
@@ -240,13 +240,13 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Call a command's main function and leave with its exit code; errors that a user can mend take one line.
 
     SIGTERM and SIGHUP, as the end of a container or a terminal sends them, count as an interrupt: temporary files go, a
-    video is finished. What the caller has told to be ignored stays so.
+    video is finished. A signal that the caller ignores stays ignored.
     """
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, signal.default_int_handler)
-    # where a daemon has closed them, nothing that is printed may go astray
+    # a daemon may have closed them: what is printed must not end in another file, or in an error
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):

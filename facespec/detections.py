@@ -63,13 +63,8 @@ class Detections:
         """Return the chosen faces: by slice, by boolean mask, by list of indices, or one by an integer."""
         if isinstance(index, (int, np.integer)):
             index = [index]
-        return Detections(
-            self.boxes[index].copy(),
-            self.scores[index].copy(),
-            self.landmarks[index].copy(),
-            self.frame_hw,
-            self.truncated,
-        )
+        boxes, scores, landmarks = self.boxes[index].copy(), self.scores[index].copy(), self.landmarks[index].copy()
+        return Detections(boxes, scores, landmarks, self.frame_hw, self.truncated)
 
     def with_min_score(self, score: float) -> Detections:
         """Return the faces with at least this score."""
@@ -164,15 +159,9 @@ def to_detections(
 ) -> Detections:
     """Turn one image's outputs of a detector graph into faces in pixels of its frame; copies, never views.
 
-    Args:
-        box: How the frame lies in the network input.
-        decode: Limits the outputs were made with.
-        score_threshold: Lowest score kept.
-        num_detections: Valid rows of the next three.
-        boxes: (K, 4) in pixels of the network input.
-        scores: (K,) falling.
-        landmarks: (K, 5, 2) in pixels of the network input.
-        num_candidates: Priors over the floor before top-k, or -1.
+    Boxes (K, 4) and landmarks (K, 5, 2) are in pixels of the network input, scores (K,) fall; the first
+    `num_detections` rows are valid. `num_candidates` counts the priors over the floor before top-k; it is -1 where the
+    network gave a value that is not finite.
 
     Raises:
         NonFiniteError: The network gave NaN or infinity.
@@ -181,19 +170,13 @@ def to_detections(
     scores = np.minimum.accumulate(scores[:num_detections])
     # greedy NMS: what passes a higher threshold is a prefix of what passed the model's own
     count = int(np.count_nonzero(scores >= score_threshold))
-    in_frame = box.to_frame(boxes[:count]), box.to_frame(landmarks[:count])
-    if num_candidates < 0 or not all(np.isfinite(values).all() for values in in_frame):
+    boxes, landmarks = box.to_frame(boxes[:count]), box.to_frame(landmarks[:count])
+    if num_candidates < 0 or not (np.isfinite(boxes).all() and np.isfinite(landmarks).all()):
         raise NonFiniteError("the network gave values that are not finite: its weights or its file are damaged")
-    return Detections(
-        in_frame[0],
-        scores[:count].copy(),
-        in_frame[1],
-        box.frame_hw,
-        # a cut below the threshold loses nothing
-        truncated=bool(
-            count == num_detections and (num_candidates > decode.top_k or num_detections >= decode.max_detections)
-        ),
-    )
+    cut = num_candidates > decode.top_k or num_detections >= decode.max_detections
+    # a cut below the threshold loses nothing
+    truncated = bool(cut and count == num_detections)
+    return Detections(boxes, scores[:count].copy(), landmarks, box.frame_hw, truncated)
 
 
 class Detector(Protocol):

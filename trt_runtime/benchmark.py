@@ -93,7 +93,7 @@ class Frames:
     """What the detectors are run on: uint8 (H, W, 3) BGR each, numpy arrays or on a device."""
 
     images: list[Any]
-    what: str  # they are, for people
+    what: str  # where they come from, in words
 
     def of(self, detector: RetinaFaceDetector, on_device: bool) -> Frames:
         """Return them where a detector is to find them."""
@@ -177,7 +177,7 @@ def benchmark(
     """Yield what was measured at each size and batch.
 
     Whole calls are timed without a `StageTimer`, so that it does not slow them. As many others, in turns with them,
-    are timed by stage. All detectors of a setting take turns. `opened` is of `open_detectors`.
+    are timed by stage. All detectors of a setting take turns. `opened` is what `open_detectors` returned.
 
     Raises:
         RetinaFaceError: A model does not take a frame, or fails.

@@ -25,7 +25,7 @@ _COLOURS = ("#2a6f9d", "#e09f1f", "#2a9d4b", "#c8373a", "#7d5ba6", "#8c8c8c", "#
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What was measured of one detector, which has a name of its own, at one size and batch."""
+    """What was measured of one detector at one size and batch; each detector has another name."""
 
     name: str
     environment: dict[str, Any]
@@ -120,13 +120,13 @@ def setting_table(setting: Setting) -> str:
 
 def summary_table(settings: Sequence[Setting]) -> str:
     """Return one line for each detector at each size and batch."""
-    rows = [found for setting in settings for found in setting.measurements]
-    lines = []
-    for found in rows:
-        p50 = float(np.median(found.total_ms))
-        line = [found.name, _size(found.size_hw), f"{found.batch}", f"{p50:.3f}", f"{p50 / found.batch:.3f}"]
-        lines.append([*line, f"{found.fps:.1f}", f"{found.pipelined_fps:.1f}"])
-    return text_table(["", "size", "batch", "p50, ms", "ms a frame", "frames/s", "pipelined"], lines)
+    rows = []
+    for setting in settings:
+        for found in setting.measurements:
+            p50 = float(np.median(found.total_ms))
+            row = [found.name, _size(found.size_hw), f"{found.batch}", f"{p50:.3f}", f"{p50 / found.batch:.3f}"]
+            rows.append([*row, f"{found.fps:.1f}", f"{found.pipelined_fps:.1f}"])
+    return text_table(["", "size", "batch", "p50, ms", "ms a frame", "frames/s", "pipelined"], rows)
 
 
 def _measurement_lines(found: Measurement) -> list[str]:

@@ -79,29 +79,17 @@ class DetectOptions:
 
 @dataclass
 class Summary:
-    """What a run did; `str()` gives the closing lines.
+    """What a run did; `str()` gives the closing lines."""
 
-    Attributes:
-        timer: Time by stage, over all threads.
-        frames: Frames that came through.
-        detected: Those of them the network ran on.
-        faces: Faces found.
-        truncated: Frames with more faces than the model's limits.
-        failures: What failed of several.
-        sources: Of videos, what became of each.
-        seconds: Wall time.
-        interrupted: Ctrl-C ended it.
-    """
-
-    timer: StageTimer = field(default_factory=StageTimer)
+    timer: StageTimer = field(default_factory=StageTimer)  # time by stage, over all threads
     frames: int = 0
-    detected: int = 0
+    detected: int = 0  # frames the network ran on
     faces: int = 0
-    truncated: int = 0
-    failures: list[str] = field(default_factory=list)
-    sources: list[SourceReport] = field(default_factory=list)
-    seconds: float = 0.0
-    interrupted: bool = False
+    truncated: int = 0  # frames with more faces than the model's limits
+    failures: list[str] = field(default_factory=list)  # what failed, where there are several images or videos
+    sources: list[SourceReport] = field(default_factory=list)  # what became of each video
+    seconds: float = 0.0  # wall time
+    interrupted: bool = False  # Ctrl-C ended it
 
     def __str__(self) -> str:
         passed = f" ({self.detected} through the network)" if self.detected != self.frames else ""
@@ -200,7 +188,7 @@ class _QuitError(Exception):
 
 
 class _LinesError(Exception):
-    """The JSON lines cannot be written. It is no OSError, which the video's file would take for its own."""
+    """The JSON lines cannot be written. An OSError would be taken for one of the video that is written meanwhile."""
 
 
 class _Sink:
@@ -443,9 +431,8 @@ def _check_outputs(
             if out.resolve().is_relative_to(folder.resolve()):
                 raise OutputError(f"--out {out} lies in the source folder: choose one outside")
         targets = _video_targets(sources, out) if images is None else _targets(sources, images, out)
-    report = None if options.json == "-" else options.json
     files = images if images is not None else [Path(source) for source in sources if "://" not in source]
-    check_outputs([*(("--out", path) for path in targets.values()), ("--json", report)], [*model_files, *files])
+    check_outputs([*(("--out", path) for path in targets.values()), ("--json", options.json)], [*model_files, *files])
     return targets
 
 

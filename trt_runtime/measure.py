@@ -130,9 +130,6 @@ def take_turns(
         repeats: Least number of calls of each that are recorded.
         pause_s: Seconds before a turn; 0 for no pause.
         progress: Called with the number of recorded calls that were made since it was last called.
-
-    Returns:
-        For each callable (rounds, calls) milliseconds.
     """
     turn = -(-repeats // ROUNDS)
     rounds = -(-repeats // turn)

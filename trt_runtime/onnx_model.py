@@ -17,14 +17,12 @@ from trt_runtime.onnx_file import read_onnx
 
 
 class OnnxModel:
-    """An ONNX detector that has been read and checked; whatever runs it need not read the file again.
+    """An ONNX detector, `content`, that has been read and checked; whatever runs it need not read the file again.
 
     Args:
         path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`.
 
     Attributes:
-        path: The file.
-        content: Its bytes.
         spec: The `ModelSpec` it carries.
         is_plugin_form: Whether it ends in the plugin, which only TensorRT and the host kernels run.
         weights: Other files that hold its weights, links resolved; most models have none.

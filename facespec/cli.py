@@ -42,14 +42,19 @@ COMMANDS = {
 """Names of the commands, the module of each, and what it does."""
 
 
-def version() -> str:
-    """Return the version of this project."""
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     import importlib.metadata as metadata  # what few calls need does not slow the start of all
 
     try:
-        return metadata.version(PROGRAM)
-    except metadata.PackageNotFoundError:  # files that were copied, without an installation
-        return "unknown"
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def version() -> str:
+    """Return the version of this project; files that were copied, without an installation, have none."""
+    return package_version(PROGRAM) or "unknown"
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -67,10 +67,8 @@ def find_library(target: str = "plugin") -> Path | None:
     """Return a library that is compiled already, or None.
 
     It is looked for in the environment (RETINAFACE_PLUGIN names the file of the plugin), beside this package and in the
-    user's cache folder. Where the sources lie beside this package, it must have been made of them as they are.
-
-    Args:
-        target: "plugin", for GPUs, or "host".
+    user's cache folder. Where the sources lie beside this package, it must have been made of them as they are. `target`
+    is "plugin", for GPUs, or "host".
 
     Raises:
         MissingToolError: RETINAFACE_PLUGIN names no file.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
 import os
 import platform
 import re
@@ -11,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from facespec.cli import PROGRAM
+from facespec.cli import PROGRAM, package_version
 
 Samples = NDArray[np.float64]
 """(rounds, calls) milliseconds of each call."""
@@ -58,8 +55,7 @@ class StageTimer:
         self.total_ms[stage] = self.total_ms.get(stage, 0.0) + ms
 
 
-@dataclass(frozen=True)
-class Latency:
+class Latency(NamedTuple):
     """How long calls took, in milliseconds."""
 
     mean: float
@@ -76,7 +72,7 @@ class Latency:
 
     def to_dict(self) -> dict[str, float]:
         """Return the figures to a tenth of a microsecond, ready for JSON."""
-        return {name: round(value, 4) for name, value in dataclasses.asdict(self).items()}
+        return {name: round(value, 4) for name, value in self._asdict().items()}
 
 
 class Ratio(NamedTuple):
@@ -158,7 +154,7 @@ def environment(*packages: str) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join([program, *sys.argv[1:]]),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in packages}},
     }
 
 
@@ -189,10 +185,3 @@ def load_average() -> float | None:
 def busy(load: float | None, cores: int) -> bool:
     """Whether a load leaves too little of the machine for a measurement to be trusted."""
     return load is not None and load > BUSY_SHARE * cores
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from facespec.priors import make_priors
+from facespec.boxes import make_priors
 from facespec.spec import ModelSpec
 from trt_runtime.kernels import PLUGIN
 

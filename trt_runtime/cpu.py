@@ -19,7 +19,7 @@ from facespec.letterbox import Frame, Letterbox
 from facespec.spec import ModelSpec, NetworkSize, check_size
 from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, letterboxed, network_size
 from trt_runtime.kernels import decode_nms, library
-from trt_runtime.machine import cores
+from trt_runtime.measure import cores
 from trt_runtime.onnx_model import OnnxModel, open_session, reason
 
 COMPILED_SIZES = 4

@@ -19,7 +19,7 @@ from facespec.detections import Detections, to_detections
 from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, NetworkSize, check_size
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import StageTimer
 
 SHAPES = 256
 """Shapes of frames for which a detector remembers how they lie in the network input."""

@@ -32,9 +32,8 @@ from trainer.detector import TorchRetinaFace
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, cpu, load_detector
 from trt_runtime.cpu import COMPILED_SIZES, best_backend
 from trt_runtime.kernels import decode_nms
-from trt_runtime.machine import cores
+from trt_runtime.measure import StageTimer, cores
 from trt_runtime.onnx_model import OnnxModel, reason
-from trt_runtime.timing import StageTimer
 
 openvino = pytest.importorskip("openvino", reason="pip install -e '.[cpu]'")
 

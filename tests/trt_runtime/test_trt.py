@@ -40,7 +40,7 @@ from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
 from trt_runtime.gpu.engine import check_runs_here
 from trt_runtime.gpu.sidecar import read_sidecar
 from trt_runtime.gpu.simulated import HostArray, HostDevice, HostEngine
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import StageTimer
 from trt_runtime.trt import GRAPHS
 
 LATE_S = 0.002

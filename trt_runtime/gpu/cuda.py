@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
-from trt_runtime.gpu.device import Bytes, Capture, Memory, PinnedArray, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.gpu.device import Bytes, Memory, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.gpu.frame import DeviceFrame, read_frame
 
 OLDEST_DRIVER = 12000
@@ -166,14 +166,14 @@ class CudaDevice:
             raise out_of_memory(what, nbytes, *self.free_and_total()) from None
         return Memory(int(address), nbytes, self.free, "cuMemFree", int(address))
 
-    def pinned(self, nbytes: int) -> PinnedArray:
+    def pinned(self, nbytes: int) -> Bytes:
         try:
             address = self.cuda("cuMemHostAlloc", check_nbytes(nbytes), self.cuda.driver.CU_MEMHOSTALLOC_PORTABLE)
         except DeviceMemoryError:
             raise DeviceMemoryError(f"the host has no {nbytes} bytes that can be page-locked") from None
         buffer = (ctypes.c_uint8 * nbytes).from_address(int(address))
         weakref.finalize(buffer, self.free, "cuMemFreeHost", int(address))  # the buffer lives as long as any view
-        return PinnedArray(np.ctypeslib.as_array(buffer))
+        return np.ctypeslib.as_array(buffer)
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
         self.cuda("cuMemcpyHtoDAsync", address, check_bytes(source).ctypes.data, source.nbytes, stream.handle)
@@ -233,19 +233,18 @@ class CudaStream:
     def synchronize(self) -> None:
         self._device.cuda("cuStreamSynchronize", self.handle)
 
-    @contextmanager
-    def capture(self) -> Iterator[Capture]:
-        cuda, capture = self._device.cuda, Capture()
+    def capture(self, work: Callable[[], object]) -> CudaGraph:
+        cuda = self._device.cuda
         cuda("cuStreamBeginCapture", self.handle, cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
-            yield capture
+            work()
         except BaseException:
-            with suppress(GpuError):  # the capture is usually invalid; the error of the block says why
+            with suppress(GpuError):  # the capture is usually invalid; the error of the work says why
                 cuda("cuGraphDestroy", cuda("cuStreamEndCapture", self._handle))
             raise
         graph = cuda("cuStreamEndCapture", self._handle)
         try:
-            capture.end(CudaGraph(self._device, cuda("cuGraphInstantiate", graph, 0)))
+            return CudaGraph(self._device, cuda("cuGraphInstantiate", graph, 0))
         finally:
             cuda("cuGraphDestroy", graph)
 

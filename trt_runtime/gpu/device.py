@@ -59,32 +59,6 @@ class Memory:
         self._free()
 
 
-class PinnedArray:
-    """Page-locked memory of the host: only copies from and to such memory run beside other work.
-
-    Args:
-        array: The memory, uint8 (N,); it is freed with its last view.
-    """
-
-    def __init__(self, array: Bytes) -> None:
-        self._array: Bytes | None = array
-
-    @property
-    def array(self) -> Bytes:
-        """The memory, uint8 (N,), undefined until it is written.
-
-        Raises:
-            GpuError: It has been closed.
-        """
-        if self._array is None:
-            raise GpuError("this memory has been closed")
-        return self._array
-
-    def close(self) -> None:
-        """Drop this reference; the memory is freed with the last view of `array`. May be called again."""
-        self._array = None
-
-
 class Graph(Protocol):
     """Captured work that can be repeated: it uses the same addresses each time, with their content at that time."""
 
@@ -93,28 +67,6 @@ class Graph(Protocol):
 
     def close(self) -> None:
         """Free it. May be called again."""
-
-
-class Capture:
-    """What `Stream.capture` yields."""
-
-    def __init__(self) -> None:
-        self._graph: Graph | None = None
-
-    @property
-    def graph(self) -> Graph:
-        """The captured work.
-
-        Raises:
-            GpuError: The block has not ended.
-        """
-        if self._graph is None:
-            raise GpuError("there is no graph before the end of the capture")
-        return self._graph
-
-    def end(self, graph: Graph) -> None:
-        """Set the captured work, at the end of the block."""
-        self._graph = graph
 
 
 class Stream(Protocol):
@@ -135,13 +87,13 @@ class Stream(Protocol):
             GpuError: Some of the work failed.
         """
 
-    def capture(self) -> AbstractContextManager[Capture]:
-        """Record the work that a block puts on the stream, in thread-local mode, instead of running it.
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Return what a function puts on the stream, which is recorded, in thread-local mode, instead of run.
 
-        In the block the calling thread must not allocate, synchronise or copy from or to memory that is not pinned.
+        The function must not allocate, synchronise or copy from or to memory that is not pinned.
 
         Raises:
-            GpuError: The device cannot capture (`Device.can_capture`), or the block did what cannot be captured.
+            GpuError: The device cannot capture (`Device.can_capture`), or the function did what cannot be captured.
         """
 
     def wait_for(self, handle: int) -> None:
@@ -195,49 +147,30 @@ class Device(Protocol):
         """Return a new stream that does not wait for the default one; or the caller's if the device was given one."""
 
     def allocate(self, nbytes: int, what: str) -> Memory:
-        """Return new memory on the device, with undefined content.
+        """Return new memory on the device, with undefined content; `nbytes` is at least 1.
 
         Args:
-            nbytes: At least 1.
+            nbytes: Its size.
             what: Its purpose, for the error: "the network's workspace".
 
         Raises:
             DeviceMemoryError: Not enough memory is free.
         """
 
-    def pinned(self, nbytes: int) -> PinnedArray:
-        """Return new page-locked memory of the host, with undefined content.
+    def pinned(self, nbytes: int) -> Bytes:
+        """Return new page-locked memory of the host, uint8 (nbytes,), undefined; it is freed with its last view.
 
-        Args:
-            nbytes: At least 1.
+        Only copies from and to such memory run beside other work.
 
         Raises:
             DeviceMemoryError: The host cannot page-lock so much memory.
         """
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
-        """Put a copy from an array to the device on a stream.
-
-        Args:
-            address: Destination on the device.
-            source: uint8, C-contiguous.
-            stream: A stream of this device.
-
-        Raises:
-            ValueError: `source` has another type or layout.
-        """
+        """Put a copy from an array, uint8 and C-contiguous, to the device on a stream; ValueError for other arrays."""
 
     def copy_out(self, target: Bytes, address: int, stream: Any) -> None:
-        """Put a copy from the device to an array on a stream.
-
-        Args:
-            target: uint8, C-contiguous, writeable; it is filled.
-            address: Source on the device.
-            stream: A stream of this device.
-
-        Raises:
-            ValueError: `target` has another type or layout, or is read-only.
-        """
+        """Put a copy from the device to an array on a stream: as `copy_in`, and the array must be writeable."""
 
     def free_and_total(self) -> tuple[int, int]:
         """Return the free bytes of its memory, and all bytes."""

@@ -28,9 +28,7 @@ from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
 from trt_runtime.gpu.device import (
     ALIGNMENT,
     Bytes,
-    Capture,
     Memory,
-    PinnedArray,
     check_bytes,
     check_nbytes,
     out_of_memory,
@@ -121,12 +119,12 @@ class HostDevice:
             self.allocated_bytes += nbytes
             return Memory(address, nbytes, self.release, address, room, what)
 
-    def pinned(self, nbytes: int) -> PinnedArray:
+    def pinned(self, nbytes: int) -> Bytes:
         self.check(may_capture=False)
         array = _aligned(check_nbytes(nbytes))
         array[:] = POISON
         self._pinned[array.ctypes.data] = array.base  # type: ignore[assignment]
-        return PinnedArray(array)
+        return array
 
     def view(self, address: int, nbytes: int) -> Bytes:
         """Return the memory of an address as uint8 (nbytes,), for host kernels and tests.
@@ -305,21 +303,20 @@ class HostStream:
             self.put(done.set)
             done.wait()
 
-    @contextmanager
-    def capture(self) -> Iterator[Capture]:
+    def capture(self, work: Callable[[], object]) -> HostGraph:
         self._device.check(may_capture=False)
         if self.capturing:
             raise GpuError(f"stream {self.handle:#x} is being captured already")
-        capture, work = Capture(), list[Work]()
-        self._captured, self._spoilt = work, ""
+        self._captured = captured = list[Work]()
+        self._spoilt = ""
         self._device.thread.capturing = self
         try:
-            yield capture
+            work()
         finally:
             self._captured = self._device.thread.capturing = None
         if self._spoilt:
             raise GpuError(f"the capture failed: {self._spoilt} in it")
-        capture.end(HostGraph(work))
+        return HostGraph(captured)
 
     def spoil(self, what: str) -> None:
         """Refuse a call that cannot be captured; the capture fails even if the caller catches this error.

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.cli import require
-from facespec.errors import BuildError, ModelFileError, SpecError
+from facespec.errors import BuildError, ModelFileError, SpecError, reason
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import ModelSpec, NetworkSize, check_size
 from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, letterboxed, network_size
 from trt_runtime.kernels import decode_nms, library
 from trt_runtime.machine import cores
-from trt_runtime.onnx_model import OnnxModel, open_session, reason
+from trt_runtime.onnx_model import OnnxModel, open_session
 
 COMPILED_SIZES = 4
 """Network sizes for which OpenVINO keeps a compiled model."""

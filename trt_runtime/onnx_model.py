@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from facespec.cli import require
-from facespec.errors import ModelFileError, SpecError
+from facespec.errors import ModelFileError, SpecError, reason
 from facespec.spec import SPEC_KEY, ModelSpec
 from trt_runtime.kernels import PLUGIN
 from trt_runtime.onnx_file import read_onnx
@@ -82,11 +82,6 @@ def open_session(
         raise ModelFileError(f"{name}: ONNX Runtime cannot load it ({reason(error)})") from None
 
 
-def reason(error: Exception) -> str:
-    """Return what a library says of its failure, in one line that is not too long."""
-    return " ".join(str(error).split())[:200]
-
-
 def load_graph(content: bytes, why: str) -> Any:
     """Return a decoded ONNX model.
 
@@ -102,7 +97,7 @@ def load_graph(content: bytes, why: str) -> Any:
     try:
         return onnx.load_model_from_string(content)
     except Exception as error:  # of protobuf, which is not ours to import
-        raise ModelFileError(f"not an ONNX file, or damaged ({reason(error)[:100]})") from None
+        raise ModelFileError(f"not an ONNX file, or damaged ({reason(error, 100)})") from None
 
 
 def find_plugin(model: Any) -> Any:

@@ -20,7 +20,7 @@ import pytest
 from export.verify import BUDGETS
 from facespec.agreement import Agreement
 from facespec.detections import Detections
-from facespec.errors import BuildError, ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
+from facespec.errors import BuildError, ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError, reason
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_crops
@@ -33,7 +33,7 @@ from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, cpu, load_detector
 from trt_runtime.cpu import COMPILED_SIZES, best_backend
 from trt_runtime.kernels import decode_nms
 from trt_runtime.machine import cores
-from trt_runtime.onnx_model import OnnxModel, reason
+from trt_runtime.onnx_model import OnnxModel
 from trt_runtime.timing import StageTimer
 
 openvino = pytest.importorskip("openvino", reason="pip install -e '.[cpu]'")

@@ -91,7 +91,8 @@ class Lane(Protocol):
         """
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free what it holds; unless a lane has more to do, its memory goes with it."""
+        return
 
 
 class RetinaFaceDetector:

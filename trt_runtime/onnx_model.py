@@ -12,7 +12,7 @@ import numpy as np
 from facespec.cli import require
 from facespec.errors import ModelFileError, SpecError, reason
 from facespec.spec import SPEC_KEY, ModelSpec
-from trt_runtime.kernels import PLUGIN
+from trt_runtime.kernels import PLUGIN, decode_attributes
 from trt_runtime.onnx_file import read_onnx
 
 
@@ -138,18 +138,9 @@ def plain(value: Any) -> Any:
 
 def plugin_problem(attributes: dict[str, Any], spec: ModelSpec) -> str | None:
     """Return where the attributes of a plugin node are not what a spec says, or None."""
-    expected = {
-        "plugin_version": PLUGIN.version,
-        "plugin_namespace": PLUGIN.namespace,
-        "strides": list(spec.anchors.strides),
-        "min_sizes": [plain(float(size)) for level in spec.anchors.min_sizes for size in level],
-        "variances": plain(spec.decode.variances),
-        "logit_threshold": plain(spec.decode.logit_threshold),
-        "iou_threshold": plain(spec.decode.iou_threshold),
-        "top_k": spec.decode.top_k,
-        "max_detections": spec.decode.max_detections,
-    }
-    for name, value in expected.items():
+    identity = {"plugin_version": PLUGIN.version, "plugin_namespace": PLUGIN.namespace}
+    for name, value in {**identity, **decode_attributes(spec)}.items():
+        value = plain(value)
         if attributes.get(name) != value:
             return f"the plugin's {name} is {attributes.get(name)}, the spec says {value}"
     return None

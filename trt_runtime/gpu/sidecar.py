@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from facespec.codec import build, parse_json
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, check_size
-from trt_runtime.kernels import PLUGIN
+from trt_runtime.kernels import PLUGIN, decode_attributes
 
 FORMAT_VERSION = 1
 MAX_SIDECAR_BYTES = 1 << 20
@@ -299,19 +301,10 @@ def _missing_from_rtx(content: mmap.mmap, sidecar: Sidecar) -> list[str]:
     start = content.find(PLUGIN.name.encode())
     if start < 0:
         return [f"there is no {PLUGIN.name} in it"]
-    anchors, decode = sidecar.spec.anchors, sidecar.spec.decode
-    sizes = [size for level in anchors.min_sizes for size in level]
-    attributes = {
-        "strides": struct.pack(f"<{len(anchors.strides)}i", *anchors.strides),
-        "min_sizes": struct.pack(f"<{len(sizes)}f", *sizes),
-        "variances": struct.pack("<2f", *decode.variances),
-        "logit_threshold": struct.pack("<f", decode.logit_threshold),
-        "iou_threshold": struct.pack("<f", decode.iou_threshold),
-        "top_k": struct.pack("<i", decode.top_k),
-        "max_detections": struct.pack("<i", decode.max_detections),
-    }
-    for name, value in attributes.items():
+    for name, value in decode_attributes(sidecar.spec).items():
+        numbers = np.ravel(value)
+        stored = numbers.astype("<f4" if numbers.dtype.kind == "f" else "<i4").tobytes()
         at = content.find(name.encode(), start, start + 4096)
-        if at < 0 or content.find(value, at, at + 256) < 0:
+        if at < 0 or content.find(stored, at, at + 256) < 0:
             return [f"the plugin in it does not have the {name} its sidecar says"]
     return []

@@ -170,7 +170,7 @@ class OpenVinoRetinaFace(_CpuRetinaFace):
             "CPU_RUNTIME_CACHE_CAPACITY": _DYNAMIC_KERNELS,
             **({} if self._graph.half else {"INFERENCE_PRECISION_HINT": "f32"}),
         }
-        # not a method: that would make a circle, and what is closed would wait for the garbage collector
+        # not a method: that would make a reference cycle, and its memory would wait for the garbage collector
         make = functools.partial(_compile, self._core, self._graph.content, self._options, path)
         self._compiled: ShapeCache[tuple[int, int] | None, Any] = ShapeCache(COMPILED_SIZES, make)
         if not isinstance(size, int):  # now, not with the first frame

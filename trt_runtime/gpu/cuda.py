@@ -49,23 +49,13 @@ CPU_INSTEAD = "; the .onnx file runs on the CPU"
 
 
 class Cuda:
-    """Calls functions of CUDA's driver and turns their errors into ours.
-
-    Raises:
-        MissingPackageError: cuda-bindings is not installed.
-    """
+    """Calls functions of CUDA's driver and turns their errors into `GpuError` and its kinds."""
 
     def __init__(self) -> None:
         self.driver = require("cuda.bindings.driver", "gpu", "running engines on a GPU")
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        """Call a function; return its results: None, a value, or a tuple.
-
-        Raises:
-            DeviceMemoryError: Not enough memory is free.
-            DeviceLostError: The context cannot be used any more.
-            GpuError: Any other error, or the driver is missing.
-        """
+        """Call a function; return its results: None, a value, or a tuple."""
         try:
             status, *values = getattr(self.driver, name)(*arguments)
         except RuntimeError as error:  # cuda.bindings does not find libcuda, or the function in it
@@ -100,11 +90,7 @@ class CudaDevice:
             `handle`, such as a `pycuda.driver.Stream`. None makes new streams.
 
     Attributes:
-        name: "NVIDIA H200, device 0".
-        compute_capability: 90 for 9.0.
-        can_capture: Whether no stream was given: a capture of a shared stream would record what others put on it.
         index: Number of the GPU.
-        cuda: Calls functions of CUDA.
 
     Raises:
         GpuError: The driver is missing or too old, there is no such GPU, or no context is current.
@@ -143,7 +129,7 @@ class CudaDevice:
         minor = cuda("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self.compute_capability = 10 * major + minor
         self._stream = stream
-        self.can_capture = stream is None
+        self.can_capture = stream is None  # a capture of a shared stream would record what others put on it
 
     @contextmanager
     def activate(self) -> Iterator[None]:
@@ -197,15 +183,16 @@ class CudaDevice:
 
     def free(self, name: str, handle: Any) -> None:
         """Call a function that frees something; works on any thread, also during a capture and at exit."""
-        with suppress(GpuError), self.activate(), relaxed(self.cuda):
-            self.cuda(name, handle)
+        mode = self.cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED  # else it would spoil the capture
+        with suppress(GpuError), self.activate():
+            before = self.cuda("cuThreadExchangeStreamCaptureMode", mode)
+            try:
+                self.cuda(name, handle)
+            finally:
+                self.cuda("cuThreadExchangeStreamCaptureMode", before)
 
     def _locate(self, address: int) -> int:
-        """Return the GPU that an address belongs to.
-
-        Raises:
-            FrameError: The address is not in CUDA's memory.
-        """
+        """Return the GPU that an address belongs to; FrameError if it is not in CUDA's memory."""
         ordinal = self.cuda.driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         try:
             return int(self.cuda("cuPointerGetAttribute", ordinal, address))
@@ -259,17 +246,6 @@ class CudaStream:
 
     def close(self) -> None:
         self._destroy()
-
-
-@contextmanager
-def relaxed(cuda: Cuda) -> Iterator[None]:
-    """Let the calling thread free things in a block although it captures; else that would spoil the capture."""
-    mode = cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    before = cuda("cuThreadExchangeStreamCaptureMode", mode)
-    try:
-        yield
-    finally:
-        cuda("cuThreadExchangeStreamCaptureMode", before)
 
 
 class CudaGraph:

@@ -28,7 +28,7 @@ class Memory:
     """Memory on a device. It is freed with its last reference, or before that by `close`.
 
     Args:
-        address: Address of its first byte, a multiple of ALIGNMENT.
+        address: A multiple of ALIGNMENT.
         nbytes: The size that was asked for.
         free: Frees it once all streams of the device have done their work; it may be called on any thread.
         arguments: For `free`; none of them may refer to this object.
@@ -41,11 +41,7 @@ class Memory:
 
     @property
     def address(self) -> int:
-        """Address of its first byte.
-
-        Raises:
-            GpuError: It has been closed.
-        """
+        """Address of its first byte; GpuError if it has been closed."""
         if not self._free.alive:
             raise GpuError("this memory has been closed")
         return self._address
@@ -74,18 +70,10 @@ class Stream(Protocol):
 
     @property
     def handle(self) -> int:
-        """The CUstream, for TensorRT and for functions that launch kernels.
-
-        Raises:
-            GpuError: The stream has been closed, where the device can tell.
-        """
+        """The CUstream, for TensorRT and for functions that launch kernels."""
 
     def synchronize(self) -> None:
-        """Wait until all of its work is done.
-
-        Raises:
-            GpuError: Some of the work failed.
-        """
+        """Wait until all of its work is done; GpuError if some of it failed."""
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Return what a function puts on the stream, which is recorded, in thread-local mode, instead of run.
@@ -117,11 +105,7 @@ class Event(Protocol):
         """Wait until the stream has reached the mark."""
 
     def elapsed_ms(self, since: Any) -> float:
-        """Return the milliseconds between another event of the device and this one.
-
-        Raises:
-            GpuError: One of the two was not recorded, or its stream has not reached it.
-        """
+        """Return the milliseconds from another event to this one; GpuError if a stream has not reached both."""
 
 
 class Device(Protocol):
@@ -141,20 +125,16 @@ class Device(Protocol):
     can_capture: bool
 
     def activate(self) -> AbstractContextManager[None]:
-        """Make its context current on the calling thread in a block; afterwards the one of before is current again."""
+        """Make its context current on the calling thread in a block; at its end the one before is current again."""
 
     def stream(self) -> Stream:
         """Return a new stream that does not wait for the default one; or the caller's if the device was given one."""
 
     def allocate(self, nbytes: int, what: str) -> Memory:
-        """Return new memory on the device, with undefined content; `nbytes` is at least 1.
-
-        Args:
-            nbytes: Its size.
-            what: Its purpose, for the error: "the network's workspace".
+        """Return new memory of at least 1 byte on the device, with undefined content.
 
         Raises:
-            DeviceMemoryError: Not enough memory is free.
+            DeviceMemoryError: Not enough memory is free for `what`, as in "the network's workspace".
         """
 
     def pinned(self, nbytes: int) -> Bytes:
@@ -181,15 +161,8 @@ class Device(Protocol):
     def frame(self, frame: object, stream: Any) -> DeviceFrame | None:
         """Return where a frame lies on this device; None if it lies in the host's memory or is no frame.
 
-        Nothing is copied. Further work of `stream` waits for the work that produces the frame.
-
-        Args:
-            frame: uint8 (H, W, 3) BGR of anything with `__dlpack__` or `__cuda_array_interface__` (PyTorch, CuPy,
-                Numba, PyCUDA), or an `Nv12Frame` of two such arrays.
-            stream: The stream that will read it.
-
-        Raises:
-            FrameError: It lies on another device, or has another type, shape or layout.
+        Nothing is copied. Further work of `stream`, which will read it, waits for the work that produces the frame.
+        `trt_runtime.gpu.frame.read_frame` says what is a frame, and which are refused.
         """
 
     def close(self) -> None:

@@ -69,24 +69,14 @@ class Nv12Frame:
 
 @dataclass(frozen=True)
 class _Array:
-    """An array on a device.
-
-    Attributes:
-        address: Address of its first element.
-        shape: Number of elements in each dimension.
-        strides: Bytes from element to element in each dimension; None if it is C-contiguous.
-        kind: Type of the elements, such as "uint8".
-        device_index: Number of its GPU; None if the array does not say.
-        stream: Handle of the stream that the reader must wait for, or None.
-        owner: Keeps the memory alive.
-    """
+    """An array on a device; `owner` keeps its memory alive."""
 
     address: int
     shape: tuple[int, ...]
-    strides: tuple[int, ...] | None
-    kind: str
-    device_index: int | None
-    stream: int | None
+    strides: tuple[int, ...] | None  # bytes from element to element; None if it is C-contiguous
+    kind: str  # such as "uint8"
+    device_index: int | None  # None if the array does not say
+    stream: int | None  # handle of the stream that the reader must wait for
     owner: object
 
     def __str__(self) -> str:
@@ -103,7 +93,8 @@ def read_frame(
     """Return where a frame lies on a device, or None if it lies on none; see `Device.frame`.
 
     Args:
-        frame: An object with DLPack or the CUDA array interface, an `Nv12Frame`, or any other object.
+        frame: uint8 (H, W, 3) BGR of anything with `__dlpack__` or `__cuda_array_interface__` (PyTorch, CuPy, Numba,
+            PyCUDA), an `Nv12Frame` of two such arrays, or any other object.
         stream: The `Stream` that will read it; its device is active on this thread.
         device_index: Number of the GPU that the frame must lie on; None does not check.
         locate: Returns the number of the GPU that an address belongs to, or None; called for arrays that do not say.

@@ -96,8 +96,6 @@ class Sidecar:
     """What the builder recorded about an engine.
 
     Attributes:
-        engine_sha256: SHA-256 of the engine file.
-        engine_bytes: Size of the engine file.
         flavor: "tensorrt" or "rtx".
         version: Version of that TensorRT.
         compute_capabilities: Compute capabilities that it was built for, 86 for 8.6.
@@ -108,8 +106,7 @@ class Sidecar:
         calibration: Source, number of images, seed and recipe of the INT8 calibration; {} for other precisions.
         parity: Difference between its graph and PyTorch on a few photographs: the largest differences of raw heads, of
             boxes and landmarks in pixels and of scores, and the numbers of images and of faces.
-        onnx_sha256: SHA-256 of the plugin form it was built from.
-        spec: The model.
+        onnx_sha256: Of the plugin form it was built from.
         built: Date, ISO 8601.
         toolkit: Version of this project.
         command: Command that builds it again.
@@ -197,13 +194,11 @@ def _is_profile(shapes: dict[str, tuple[int, ...]]) -> bool:
 
 @dataclass(frozen=True)
 class EngineHeader:
-    """The header of an engine file, which can be read without a GPU.
+    """The header of an engine file, which can be read without a GPU: "rtx", which tells the rest, or another kind.
 
     Attributes:
         kind: "rtx", "tensorrt" or "unknown".
-        version: Version of TensorRT-RTX; "" for other kinds.
-        compute_capabilities: Compute capabilities of a TensorRT-RTX engine; () for other kinds.
-        size: Size of the file in bytes according to the header; 0 for other kinds.
+        size: Of the file in bytes according to the header.
     """
 
     kind: str
@@ -260,9 +255,8 @@ def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
         ModelFileError: The file is missing or cannot be read.
     """
     problems = []
-    if [sidecar.plugin.get(part) for part in ("name", "version", "namespace")] != [
-        *(PLUGIN.name, PLUGIN.version, PLUGIN.namespace)
-    ]:
+    plugin = {"name": PLUGIN.name, "version": PLUGIN.version, "namespace": PLUGIN.namespace}
+    if not plugin.items() <= sidecar.plugin.items():
         problems.append(
             f"its plugin is {sidecar.plugin.get('name')} {sidecar.plugin.get('version')}, this version has "
             f"{PLUGIN.name} {PLUGIN.version}: build the engine again: {sidecar.command}"

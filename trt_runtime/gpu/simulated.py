@@ -61,9 +61,6 @@ class HostDevice:
         delay_s: Seconds that every piece of work waits before it starts, so that a result read too early is noticed.
 
     Attributes:
-        name: "CPU".
-        compute_capability: 0.
-        can_capture: True.
         allocated_bytes: Bytes that are allocated now, without pinned memory.
         thread: What a thread has of its own: the `depth` of `activate`, and the stream that it captures.
     """
@@ -127,11 +124,7 @@ class HostDevice:
         return array
 
     def view(self, address: int, nbytes: int) -> Bytes:
-        """Return the memory of an address as uint8 (nbytes,), for host kernels and tests.
-
-        Raises:
-            GpuError: The bytes do not lie in one live allocation.
-        """
+        """Return memory as uint8 (nbytes,), for host kernels and tests; GpuError if it is in no live allocation."""
         for start, content in tuple(self._live.items()):
             if start <= address and address + nbytes <= start + len(content):
                 return content[address - start : address - start + nbytes]
@@ -189,11 +182,7 @@ class HostDevice:
             stream.close()
 
     def find_stream(self, handle: int) -> HostStream | None:
-        """Return the stream of a handle; None for the default streams, which never have work.
-
-        Raises:
-            GpuError: There is no such stream.
-        """
+        """Return the stream of a handle; None for the default streams, which never have work."""
         if handle in (1, 2):
             return None
         try:
@@ -202,15 +191,7 @@ class HostDevice:
             raise GpuError(f"stream {handle:#x} is none of this device") from None
 
     def check(self, may_capture: bool = True) -> None:
-        """Raise an error if CUDA would refuse a call now.
-
-        Args:
-            may_capture: Whether a capture allows the call.
-
-        Raises:
-            GpuError: The device is not active on this thread, or the thread captures.
-            DeviceLostError: Some work has failed.
-        """
+        """Raise GpuError if CUDA would refuse a call now; `may_capture`: whether a capture allows the call."""
         if self._failure is not None:
             raise DeviceLostError(
                 f"work on the device failed ({type(self._failure).__name__}: {self._failure}): it is lost, start again"
@@ -268,11 +249,7 @@ class HostStream:
         return self._captured is not None
 
     def submit(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Put a call of a function on the stream. If the function raises an exception, the device is lost.
-
-        Raises:
-            GpuError: The stream has been closed.
-        """
+        """Put a call of a function on the stream. If the function raises an exception, the device is lost."""
         self._device.check()
         device = self._device
 
@@ -319,11 +296,7 @@ class HostStream:
         return HostGraph(captured)
 
     def spoil(self, what: str) -> None:
-        """Refuse a call that cannot be captured; the capture fails even if the caller catches this error.
-
-        Raises:
-            GpuError: Always.
-        """
+        """Raise GpuError for a call that cannot be captured; the capture fails even if the caller catches it."""
         self._spoilt = what
         raise GpuError(f"{what} while stream {self.handle:#x} is being captured")
 

@@ -91,18 +91,10 @@ class Source:
 
 
 def load_av(why: str) -> Any:
-    """Import PyAV, and keep FFmpeg from writing to stderr.
-
-    Args:
-        why: What needs it, for the message.
-
-    Raises:
-        MissingPackageError: It is not installed.
-    """
+    """Import PyAV, and keep FFmpeg from writing to stderr; `why`: what needs it, for the message."""
     av = require("av", "cpu", why)
-    # Any level but None has decoder threads wait for the GIL, whatever they log; the thread that frees the decoder may
-    # hold it.
-    # What matters of the messages is counted in `damaged`.
+    # With any level but None decoder threads wait for the GIL, whatever they log, and the thread that frees the decoder
+    # may hold it. What matters of the messages is counted in `damaged`.
     av.logging.set_level(None)
     return av
 
@@ -157,11 +149,9 @@ class Pictures:
         self._reformatter = av.video.reformatter.VideoReformatter()
 
     def __call__(self, frame: Any) -> Frame:
-        """Return uint8 (H, W, 3) BGR, upright. The frame's own matrix and range hold; without them BT.601, limited.
+        """Return uint8 (H, W, 3) BGR, upright; raise one of `errors` if the frame cannot be converted.
 
-        Raises:
-            FFmpegError: It cannot be converted.
-            ValueError: Likewise.
+        The frame's own matrix and range hold; without them BT.601, limited.
         """
         image = self._reformatter.reformat(frame, format="bgr24").to_ndarray()
         if rotation := round(getattr(frame, "rotation", 0) / 90) % 4:  # as phones record upright video

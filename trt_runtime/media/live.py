@@ -115,8 +115,8 @@ class NetworkStream(Source):
 
     A thread of its own reads, so that the connection is emptied while a frame is decoded, and so that `stop` ends the
     iteration within half a second, whatever the network does. Packets read while FFmpeg finds out about the stream are
-    kept: without them (`nobuffer`) the picture would start with the next key frame; they are decoded faster than they
-    came.
+    kept: without them (`nobuffer`) the picture would start with the next key frame; they are decoded faster
+    than in real time.
 
     Args:
         url: Address that starts with one of `SCHEMES`. User and password may stand in it; they are never shown.

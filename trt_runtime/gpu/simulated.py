@@ -25,14 +25,7 @@ from numpy.typing import NDArray
 from facespec.cli import require
 from facespec.errors import DeviceLostError, GpuError, ModelFileError
 from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
-from trt_runtime.gpu.device import (
-    ALIGNMENT,
-    Bytes,
-    Memory,
-    check_bytes,
-    check_nbytes,
-    out_of_memory,
-)
+from trt_runtime.gpu.device import ALIGNMENT, Bytes, Memory, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.gpu.engine import Shape
 from trt_runtime.gpu.frame import DeviceFrame, read_frame
 from trt_runtime.gpu.sidecar import Profile

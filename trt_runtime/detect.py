@@ -34,8 +34,8 @@ from facespec.spec import NetworkSize, parse_network_size
 from trt_runtime.detector import RetinaFaceDetector
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import StageTimer
-from trt_runtime.media.files import VIDEO_SUFFIXES, Source, VideoWriter, open_source, require_display
-from trt_runtime.media.live import without_secrets
+from trt_runtime.media.files import VIDEO_SUFFIXES, Source, VideoWriter, require_display
+from trt_runtime.media.live import open_source, without_secrets
 from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
 
 

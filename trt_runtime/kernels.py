@@ -162,6 +162,20 @@ class Schedule(ctypes.Structure):
     )
 
 
+def decode_attributes(spec: ModelSpec) -> dict[str, Any]:
+    """Return the attributes by which the plugin knows how to decode: whole numbers, floats, or a list of either."""
+    anchors, decode = spec.anchors, spec.decode
+    return {
+        "strides": list(anchors.strides),
+        "min_sizes": [float(size) for level in anchors.min_sizes for size in level],
+        "variances": [float(variance) for variance in decode.variances],
+        "logit_threshold": float(decode.logit_threshold),
+        "iou_threshold": float(decode.iou_threshold),
+        "top_k": decode.top_k,
+        "max_detections": decode.max_detections,
+    }
+
+
 def make_params(batch: int, size_hw: tuple[int, int], spec: ModelSpec) -> DecodeParams:
     """Return the parameters of a call for a batch of images of `size_hw` pixels.
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from facespec.cli import require
-from facespec.errors import ModelFileError, SpecError
+from facespec.errors import ModelFileError, SpecError, reason
 from facespec.spec import SPEC_KEY, ModelSpec
-from trt_runtime.kernels import PLUGIN
+from trt_runtime.kernels import PLUGIN, decode_attributes
 from trt_runtime.onnx_file import read_onnx
 
 
@@ -76,11 +76,6 @@ def open_session(
         raise ModelFileError(f"{name}: ONNX Runtime cannot load it ({reason(error)})") from None
 
 
-def reason(error: Exception) -> str:
-    """Return what a library says of its failure, in one line that is not too long."""
-    return " ".join(str(error).split())[:200]
-
-
 def load_graph(content: bytes, why: str) -> Any:
     """Return a decoded ONNX model; `why` says what needs the package onnx, for the message.
 
@@ -92,7 +87,7 @@ def load_graph(content: bytes, why: str) -> Any:
     try:
         return onnx.load_model_from_string(content)
     except Exception as error:  # of protobuf, which is not ours to import
-        raise ModelFileError(f"not an ONNX file, or damaged ({reason(error)[:100]})") from None
+        raise ModelFileError(f"not an ONNX file, or damaged ({reason(error, 100)})") from None
 
 
 def find_plugin(model: Any) -> Any:
@@ -133,18 +128,9 @@ def plain(value: Any) -> Any:
 
 def plugin_problem(attributes: dict[str, Any], spec: ModelSpec) -> str | None:
     """Return where the attributes of a plugin node are not what a spec says, or None."""
-    expected = {
-        "plugin_version": PLUGIN.version,
-        "plugin_namespace": PLUGIN.namespace,
-        "strides": list(spec.anchors.strides),
-        "min_sizes": [plain(float(size)) for level in spec.anchors.min_sizes for size in level],
-        "variances": plain(spec.decode.variances),
-        "logit_threshold": plain(spec.decode.logit_threshold),
-        "iou_threshold": plain(spec.decode.iou_threshold),
-        "top_k": spec.decode.top_k,
-        "max_detections": spec.decode.max_detections,
-    }
-    for name, value in expected.items():
+    identity = {"plugin_version": PLUGIN.version, "plugin_namespace": PLUGIN.namespace}
+    for name, value in {**identity, **decode_attributes(spec)}.items():
+        value = plain(value)
         if attributes.get(name) != value:
             return f"the plugin's {name} is {attributes.get(name)}, the spec says {value}"
     return None

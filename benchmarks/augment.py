@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 
 from benchmarks.environment import benchmark_parser, parse, write_result
 from benchmarks.loss import add_original, load_original
-from facespec.cli import run
+from facespec.cli import run, text_table
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.spec import PreprocessSpec
-from facespec.tables import text_table
 from trainer.data import AugmentSettings, FileSample, open_dataset
 from trainer.data.augment import augment
 from trainer.data.targets import Faces

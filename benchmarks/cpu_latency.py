@@ -35,9 +35,8 @@ from benchmarks.peers import SCORE, SIZE, boxes_of, load_frames, open_tiny, same
 from export.options import PRECISIONS, CalibrationOptions
 from export.to_onnx import ExportOptions, export_onnx
 from export.verify import VerifyOptions, verify
-from facespec.cli import quiet_libraries, run
+from facespec.cli import quiet_libraries, run, text_table
 from facespec.letterbox import Frame
-from facespec.tables import text_table
 from trt_runtime import RetinaFaceDetector, load_detector
 from trt_runtime.measure import Samples, speed_ratio, take_turns
 

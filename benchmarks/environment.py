@@ -12,7 +12,7 @@ from typing import Any
 
 from facespec.cli import ArgumentParser
 from facespec.files import check_outputs, write_text
-from trt_runtime import machine
+from trt_runtime import measure
 from trt_runtime.measure import Samples, take_turns
 
 
@@ -24,7 +24,7 @@ def environment(*packages: str) -> dict[str, Any]:
         ).stdout.strip()
     except OSError:
         commit = ""
-    return {**machine.environment(*packages), "commit": commit}
+    return {**measure.environment(*packages), "commit": commit}
 
 
 def write_result(
@@ -70,8 +70,8 @@ def parse(parser: ArgumentParser, **quick: Any) -> argparse.Namespace:
         folder = Path("build/quick" if args.quick else "benchmarks/results")
         args.out = folder / f"{parser.prog.rpartition('.')[2]}.json"
     check_outputs([("--out", args.out)], [])
-    args.load_average = machine.load_average()
-    if machine.busy(args.load_average, machine.cores()):
+    args.load_average = measure.load_average()
+    if measure.busy(args.load_average, measure.cores()):
         print(f"warning: the machine is busy (load average {args.load_average:.1f})", file=sys.stderr)
     return args
 

@@ -25,7 +25,7 @@ from typing import Any
 from facespec.cli import ArgumentParser, run
 from facespec.errors import DataError
 from facespec.files import check_outputs, write_text
-from trt_runtime import machine
+from trt_runtime.measure import environment
 
 WHAT = {
     "dev_ap": "WIDER FACE AP in percent of the published mobilenet0.25; score 0.02, NMS 0.4, top 5000, keep 750; "
@@ -109,7 +109,7 @@ def gather(name: str, files: list[Path]) -> dict[str, Any]:
             raise DataError(f"{file}: not a file for {name} ({type(error).__name__}: {error})") from None
     origin = {key: found[0][key] for key in ("machine", "versions")}
     commands = [each["command"] for each in found]
-    return {"what": WHAT[name], "commands": commands, "results": rows, **machine.environment(), **origin}
+    return {"what": WHAT[name], "commands": commands, "results": rows, **environment(), **origin}
 
 
 def main() -> int:

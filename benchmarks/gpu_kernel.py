@@ -32,9 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.environment import benchmark_parser, parse, write_result
+from facespec.boxes import make_priors
 from facespec.cli import run
 from facespec.errors import RetinaFaceError
-from facespec.priors import make_priors
 from facespec.spec import ModelSpec
 from plugins.build import read_report
 from tests.gpu import heads as content

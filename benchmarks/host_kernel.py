@@ -22,11 +22,9 @@ from benchmarks.peers import SIZE, frames_origin, load_frames
 from export.graph import HEAD_NAMES
 from export.parity import rows_from_maps
 from export.to_onnx import ExportOptions, export_onnx
-from facespec.boxes import decode_detections
-from facespec.cli import run
-from facespec.priors import make_priors
+from facespec.boxes import decode_detections, make_priors
+from facespec.cli import run, text_table
 from facespec.spec import DecodeSpec, ModelSpec
-from facespec.tables import text_table
 from trt_runtime.kernels import decode_nms
 from trt_runtime.measure import Latency
 from trt_runtime.onnx_model import open_session

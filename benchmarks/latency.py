@@ -25,10 +25,9 @@ from tqdm import tqdm
 from benchmarks.environment import benchmark_parser, by_index, parse, write_result
 from benchmarks.peers import SCORE, SIZE, Contender, frames_origin, load_frames, open_peers
 from facespec.agreement import match_faces
-from facespec.cli import quiet_libraries, run
+from facespec.cli import quiet_libraries, run, text_table
 from facespec.files import check_outputs
 from facespec.letterbox import Frame
-from facespec.tables import text_table
 from trt_runtime.load import load_detector
 from trt_runtime.measure import Latency, Ratio, Samples, speed_ratio, take_turns
 

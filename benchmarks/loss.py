@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import benchmark_parser, in_turns, parse, write_result
-from facespec.cli import ArgumentParser, run
-from facespec.priors import make_priors
+from facespec.boxes import make_priors
+from facespec.cli import ArgumentParser, run, text_table
 from facespec.spec import ModelSpec
-from facespec.tables import text_table
 from trainer.data.targets import Faces, Targets, collate
 from trainer.losses import MultiBoxLoss
 from trt_runtime.measure import Latency

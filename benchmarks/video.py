@@ -38,16 +38,15 @@ import retinaface
 from benchmarks.cpu_latency import export
 from benchmarks.environment import benchmark_parser, parse, write_result
 from benchmarks.peers import open_tiny
-from facespec.cli import run
+from facespec.cli import run, text_table
 from facespec.draw import draw_detections
 from facespec.letterbox import Frame
 from facespec.samples import sample_frames, spread_frames, tiled
-from facespec.tables import text_table
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.load import load_detector
+from trt_runtime.measure import StageTimer
 from trt_runtime.media.files import VideoFile, VideoWriter
 from trt_runtime.media.pipeline import PipelineOptions
-from trt_runtime.timing import StageTimer
 
 CLIP_HW = (1080, 1920)
 NETWORK_HW = (384, 640)  # 640x360 padded to a multiple of 32

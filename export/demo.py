@@ -30,8 +30,8 @@ from facespec.spec import DEFAULT_WEIGHTS
 from trt_runtime import TRTRetinaFace, load_detector
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.gpu.flavor import RTX
+from trt_runtime.measure import StageTimer
 from trt_runtime.media.files import VideoWriter
-from trt_runtime.timing import StageTimer
 
 NETWORK_HW = (640, 640)
 VIDEO_HW = (480, 640)

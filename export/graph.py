@@ -11,9 +11,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from facespec.priors import make_priors
+from facespec.boxes import make_priors
 from facespec.spec import ModelSpec
-from trt_runtime.kernels import PLUGIN
+from trt_runtime.kernels import PLUGIN, decode_attributes
 
 OPSET = 19
 IR_VERSION = 9
@@ -210,7 +210,6 @@ def add_plugin(model: onnx.ModelProto, spec: ModelSpec) -> None:
         model: A graph whose outputs are the head maps, float32 or float16.
         spec: Its `anchors` and `decode` become the attributes of the node.
     """
-    anchors, decode = spec.anchors, spec.decode
     outputs = detector_outputs(spec)
     node = helper.make_node(
         PLUGIN.name,
@@ -220,13 +219,7 @@ def add_plugin(model: onnx.ModelProto, spec: ModelSpec) -> None:
         domain=PLUGIN.domain,
         plugin_version=PLUGIN.version,
         plugin_namespace=PLUGIN.namespace,
-        strides=list(anchors.strides),
-        min_sizes=[float(size) for level in anchors.min_sizes for size in level],
-        variances=list(decode.variances),
-        logit_threshold=decode.logit_threshold,
-        iou_threshold=decode.iou_threshold,
-        top_k=decode.top_k,
-        max_detections=decode.max_detections,
+        **decode_attributes(spec),
     )
     model.graph.node.append(node)
     del model.graph.output[:]

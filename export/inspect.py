@@ -16,14 +16,14 @@ from typing import Any
 
 from export.engine_layers import engine_shares, is_readable
 from facespec.cli import ArgumentParser, json_output, require, run
-from facespec.errors import ModelFileError, RetinaFaceError, SpecError
+from facespec.errors import ModelFileError, RetinaFaceError, SpecError, reason
 from facespec.files import check_outputs
 from facespec.spec import CHECKPOINT_SUFFIXES, SPEC_KEY, DecodeSpec, ModelSpec
 from trt_runtime.gpu.flavor import FLAVORS, gpu_capability
 from trt_runtime.gpu.sidecar import RTX_HEADER_BYTES, Sidecar, check_engine, read_header, read_sidecar
 from trt_runtime.kernels import PLUGIN
 from trt_runtime.onnx_file import read_onnx
-from trt_runtime.onnx_model import find_plugin, load_graph, plugin_attributes, plugin_problem, reason, text
+from trt_runtime.onnx_model import find_plugin, load_graph, plugin_attributes, plugin_problem, text
 
 COUNTED_HW = (640, 640)
 """Size at which the convolutions of a graph of dynamic size are counted."""

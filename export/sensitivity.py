@@ -30,7 +30,7 @@ from tqdm import tqdm
 from export.graph import HEAD_NAMES
 from export.options import DEMO, MAX_IMAGES, MIN_IMAGES, MIN_INT8_SHARE, WIDERFACE, CalibrationOptions, Int8Recipe
 from facespec.agreement import Agreement, Budget
-from facespec.cli import ArgumentParser, argument, json_output, require, run
+from facespec.cli import ArgumentParser, argument, json_output, require, run, text_table
 from facespec.detections import Detections
 from facespec.errors import DataError, ImageError, ModelFileError, SpecError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
@@ -39,9 +39,8 @@ from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_crops
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, DEFAULT_WEIGHTS, ModelSpec, check_size, parse_size
-from facespec.tables import text_table
-from trt_runtime import machine
 from trt_runtime.kernels import decode_nms, library
+from trt_runtime.measure import environment
 from trt_runtime.onnx_model import open_session
 
 if TYPE_CHECKING:
@@ -197,7 +196,7 @@ class Sensitivity:
             f"images with {self.faces} faces of FP32 over a score of 0.5; what is not INT8 computes in FP32; layers: "
             "RMS error of the head outputs at faces with one convolution alone in INT8"
         )
-        origin = machine.environment("torch", "onnx", "onnxruntime", "numpy")
+        origin = environment("torch", "onnx", "onnxruntime", "numpy")
         return json.dumps({"what": what, **dataclasses.asdict(self), **steps, "results": [chosen], **origin}, indent=2)
 
     def __str__(self) -> str:

@@ -31,8 +31,8 @@ from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_crops, sample_photographs, tiled
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, parse_size
-from trt_runtime import machine
 from trt_runtime.load import BACKENDS
+from trt_runtime.measure import environment
 
 DEFAULT_HW = (640, 640)
 EXTRA_SIZES = ((640, 640), (480, 640), (640, 384))
@@ -176,7 +176,7 @@ class Verification:
     def to_json(self) -> str:
         """Return everything as one JSON object, with date, command, machine and versions."""
         rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
-        origin = machine.environment("numpy", "opencv-python", "torch", "onnx", "onnxruntime", "openvino")
+        origin = environment("numpy", "opencv-python", "torch", "onnx", "onnxruntime", "openvino")
         return json.dumps({**asdict(self), "rows": rows, "passed": self.passed, **origin}, indent=2, allow_nan=False)
 
     def __str__(self) -> str:

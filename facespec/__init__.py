@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from facespec.priors import make_priors
+from facespec.boxes import make_priors
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec, PreprocessSpec
 
 if TYPE_CHECKING:

@@ -51,13 +51,7 @@ def match_faces(reference_xyxy: NDArray[np.float32], candidate_xyxy: NDArray[np.
 def landmark_errors(
     boxes_xyxy: NDArray[np.float32], reference: NDArray[np.float32], candidate: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Return (n,) mean distances of the five landmarks in percent of the face size, sqrt(w * h) of its box.
-
-    Args:
-        boxes_xyxy: (n, 4) boxes of the reference.
-        reference: (n, 5, 2) its landmarks.
-        candidate: (n, 5, 2) those of the same faces on the other side.
-    """
+    """Return (n,) mean distances of landmarks (n, 5, 2), in percent of the face size: sqrt(w * h) of its box (n, 4)."""
     size = np.sqrt(box_areas(boxes_xyxy))
     distance = np.linalg.norm(reference - candidate, axis=2).mean(axis=1)
     return np.asarray(100 * distance / np.maximum(size, 1e-6), np.float32)
@@ -194,10 +188,7 @@ def draw_disagreements(
 ) -> Frame:
     """Return a picture of the worst: the reference in green on the left, the candidate in red on the right.
 
-    Args:
-        disagreements: Of all images; no more than two of each are shown.
-        samples: The images.
-        faces: What the reference and the candidate found on each.
+    No more than two of an image are shown. `faces` is what the reference and what the candidate found on each.
     """
     worst: list[Disagreement] = []
     taken: Counter[int] = Counter()

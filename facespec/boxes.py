@@ -1,4 +1,4 @@
-"""Box and landmark coding, IoU, greedy NMS: the reference that every backend is tested against.
+"""Priors, box and landmark coding, IoU, greedy NMS: the reference that every backend is tested against.
 
 Boxes are x1, y1, x2, y2 in pixels, with area (x2 - x1) * (y2 - y1). Simple and vectorised; not tuned for speed.
 """
@@ -11,9 +11,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from facespec.spec import DecodeSpec
+from facespec.spec import AnchorSpec, DecodeSpec
 
 Array = NDArray[np.float32]
+
+
+def make_priors(anchors: AnchorSpec, size_hw: tuple[int, int]) -> Array:
+    """Return the priors of a network input as (N, 4) float32 rows (centre x, centre y, width, height) in pixels.
+
+    Levels come in the order of `anchors.strides`, cells in row-major order, the priors of a cell next to each other.
+    Cell (i, j) has its centre at ((j + 0.5) * stride, (i + 0.5) * stride). Every value is exact in float32.
+
+    Source: the prior boxes of RetinaFace (Deng et al., CVPR 2020, section 3.3), in pixels instead of fractions.
+
+    `size_hw` need not be multiples of the strides.
+    """
+    levels = []
+    for (rows, columns), stride, sizes in zip(
+        anchors.grids_hw(size_hw), anchors.strides, anchors.min_sizes, strict=True
+    ):
+        level = np.empty((rows, columns, len(sizes), 4), np.float32)
+        level[..., 0] = ((np.arange(columns) + 0.5) * stride)[None, :, None]
+        level[..., 1] = ((np.arange(rows) + 0.5) * stride)[:, None, None]
+        level[..., 2] = level[..., 3] = np.asarray(sizes, np.float32)
+        levels.append(level.reshape(-1, 4))
+    return np.concatenate(levels)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Array) -> Array:
@@ -138,19 +160,12 @@ def decode_detections(
     Selection and order go by the difference of logits, face minus background: unlike a float32 softmax it does not
     saturate, so it has no false ties.
 
-    Args:
-        box_deltas: (N, 4) network outputs.
-        class_logits: (N, 2) background, face.
-        landmark_deltas: (N, 10) network outputs.
-        priors_cxcywh: (N, 4) from `make_priors`.
-        decode: Thresholds and limits.
+    The network's outputs are (N, 4), (N, 2) background and face, and (N, 10); the priors (N, 4).
     """
     heads: tuple[Any, ...] = (box_deltas, class_logits, landmark_deltas)
     if not all(np.isfinite(head).all() for head in heads):
-        empty = np.zeros(0, np.int64)
-        return Decoded(
-            np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2), np.float32), empty, -1
-        )
+        boxes, landmarks = np.zeros((0, 4), np.float32), np.zeros((0, 5, 2), np.float32)
+        return Decoded(boxes, np.zeros(0, np.float32), landmarks, np.zeros(0, np.int64), num_candidates=-1)
     with np.errstate(over="ignore", invalid="ignore"):  # a size that overflows is not finite: detectors report that
         difference = class_logits[:, 1] - class_logits[:, 0]
         candidates = np.flatnonzero(difference >= np.float32(decode.logit_threshold))

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -42,14 +42,19 @@ COMMANDS = {
 """Names of the commands, the module of each, and what it does."""
 
 
-def version() -> str:
-    """Return the version of this project."""
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     import importlib.metadata as metadata  # what few calls need does not slow the start of all
 
     try:
-        return metadata.version(PROGRAM)
-    except metadata.PackageNotFoundError:  # files that were copied, without an installation
-        return "unknown"
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def version() -> str:
+    """Return the version of this project; files that were copied, without an installation, have none."""
+    return package_version(PROGRAM) or "unknown"
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -70,7 +75,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(prog=prog, allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Name a mistyped option first: argparse would tell what is missing for want of it."""
+        """Name a mistyped option first: argparse would name another one that is missing because of it."""
         for word in takewhile(lambda word: word != "--", sys.argv[1:] if args is None else args):
             if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
                 self.error(f"unrecognized arguments: {word}")
@@ -79,6 +84,11 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_json(self, what: str = "the result") -> None:
         """Add `--json FILE`, for `json_output`."""
         self.add_argument("--json", type=Path, metavar="FILE", help=f"write {what}; '-' prints it, the rest to stderr")
+
+    def add_device(self) -> None:
+        """Add `--device`, for `trt_runtime.load.load_detector`."""
+        words = "cpu, cuda or cuda:N; auto is the GPU for engines"
+        self.add_argument("--device", type=argument(parse_device), default="auto", help=words)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and leave with exit code 2."""
@@ -137,6 +147,17 @@ def json_output(file: Path | None) -> Iterator[Callable[[str], None]]:
         yield write
 
 
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return lines of aligned columns, two spaces apart: the first column to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
+
+
 def command(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `retinaface-trt COMMAND ARGUMENTS`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -170,12 +191,7 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def require(module: str, extra: str, why: str) -> ModuleType:
-    """Import an optional package.
-
-    Args:
-        module: Name to import.
-        extra: The extra of this project that brings it.
-        why: What needs it, for the message.
+    """Import an optional package, which an extra of this project brings; `why` says what needs it, for the message.
 
     Raises:
         MissingPackageError: Not installed, or its own import fails.
@@ -229,13 +245,13 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Call a command's main function and leave with its exit code; errors that a user can mend take one line.
 
     SIGTERM and SIGHUP, as the end of a container or a terminal sends them, count as an interrupt: temporary files go, a
-    video is finished. What the caller has told to be ignored stays so.
+    video is finished. A signal that the caller ignores stays ignored.
     """
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, signal.default_int_handler)
-    # where a daemon has closed them, nothing that is printed may go astray
+    # a daemon may have closed them: what is printed must not end in another file, or in an error
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):

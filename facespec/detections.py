@@ -9,13 +9,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from facespec.align import aligned_crops
 from facespec.errors import FrameError, MissingPackageError, NonFiniteError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import DecodeSpec
 
 LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
 """Order of the landmarks; left and right as seen in the image."""
+
+ARCFACE_LANDMARKS_112 = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
+)
+"""(5, 2) x, y of the landmarks in an aligned 112x112 crop. Source: ArcFace (Deng et al., CVPR 2019) and insightface."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +62,8 @@ class Detections:
         """Return the chosen faces: by slice, by boolean mask, by list of indices, or one by an integer."""
         if isinstance(index, (int, np.integer)):
             index = [index]
-        return Detections(
-            self.boxes[index].copy(),
-            self.scores[index].copy(),
-            self.landmarks[index].copy(),
-            self.frame_hw,
-            self.truncated,
-        )
+        boxes, scores, landmarks = self.boxes[index].copy(), self.scores[index].copy(), self.landmarks[index].copy()
+        return Detections(boxes, scores, landmarks, self.frame_hw, self.truncated)
 
     def with_min_score(self, score: float) -> Detections:
         """Return the faces with at least this score."""
@@ -107,14 +106,46 @@ class Detections:
         )
 
     def aligned_crops(self, frame: Frame, size: int = 112) -> NDArray[np.uint8]:
-        """Return (n, size, size, 3) uint8 crops for face recognition; see `facespec.align.aligned_crops`.
+        """Return (n, size, size, 3) uint8 crops with the eyes level and in the place ArcFace models expect.
+
+        Args:
+            frame: The frame these faces were found in.
+            size: Side of a crop; the standard positions scale with it.
 
         Raises:
-            FrameError: Not the frame these faces were found in, by its size.
+            FrameError: The frame has another size, or all landmarks of a face coincide.
         """
+        import cv2  # a GPU needs it for nothing else
+
         if check_frame(frame).shape[:2] != self.frame_hw:
             raise FrameError(f"the faces were found in a frame of {self.frame_hw}, this one is {frame.shape[:2]}")
-        return aligned_crops(frame, self.landmarks, size)
+        crops = np.empty((len(self), size, size, 3), np.uint8)
+        target = ARCFACE_LANDMARKS_112 * np.float32(size / 112)
+        for crop, matrix in zip(crops, similarity_transforms(self.landmarks, target), strict=True):
+            crop[:] = cv2.warpAffine(frame, matrix, (size, size), flags=cv2.INTER_LINEAR)
+        return crops
+
+
+def similarity_transforms(landmarks: NDArray[np.float32], target: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return (N, 2, 3) matrices of the similarity transforms that map points (N, 5, 2) closest to `target` (5, 2).
+
+    Rotation, one scale and translation, least squares without reflection: Umeyama's solution, which in the plane is
+    one division of complex numbers.
+
+    Raises:
+        FrameError: All points of a face coincide.
+    """
+    source = landmarks[..., 0].astype(np.float64) + 1j * landmarks[..., 1]
+    goal = target[:, 0].astype(np.float64) + 1j * target[:, 1]
+    source_mean, goal_mean = source.mean(axis=1), goal.mean()
+    centred = source - source_mean[:, None]
+    spread = (np.abs(centred) ** 2).sum(axis=1)
+    if not (spread > 0).all():
+        raise FrameError("cannot align a face whose landmarks all lie on one point")
+    factor = (centred.conj() * (goal - goal_mean)).sum(axis=1) / spread
+    shift = goal_mean - factor * source_mean
+    rows = [[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]]
+    return np.moveaxis(np.array(rows), -1, 0)
 
 
 def to_detections(
@@ -129,15 +160,9 @@ def to_detections(
 ) -> Detections:
     """Turn one image's outputs of a detector graph into faces in pixels of its frame; copies, never views.
 
-    Args:
-        box: How the frame lies in the network input.
-        decode: Limits the outputs were made with.
-        score_threshold: Lowest score kept.
-        num_detections: Valid rows of the next three.
-        boxes: (K, 4) in pixels of the network input.
-        scores: (K,) falling.
-        landmarks: (K, 5, 2) in pixels of the network input.
-        num_candidates: Priors over the floor before top-k, or -1.
+    Boxes (K, 4) and landmarks (K, 5, 2) are in pixels of the network input, scores (K,) fall; the first
+    `num_detections` rows are valid. `num_candidates` counts the priors over the floor before top-k; it is -1 where the
+    network gave a value that is not finite.
 
     Raises:
         NonFiniteError: The network gave NaN or infinity.
@@ -146,19 +171,13 @@ def to_detections(
     scores = np.minimum.accumulate(scores[:num_detections])
     # greedy NMS: what passes a higher threshold is a prefix of what passed the model's own
     count = int(np.count_nonzero(scores >= score_threshold))
-    in_frame = box.to_frame(boxes[:count]), box.to_frame(landmarks[:count])
-    if num_candidates < 0 or not all(np.isfinite(values).all() for values in in_frame):
+    boxes, landmarks = box.to_frame(boxes[:count]), box.to_frame(landmarks[:count])
+    if num_candidates < 0 or not (np.isfinite(boxes).all() and np.isfinite(landmarks).all()):
         raise NonFiniteError("the network gave values that are not finite: its weights or its file are damaged")
-    return Detections(
-        in_frame[0],
-        scores[:count].copy(),
-        in_frame[1],
-        box.frame_hw,
-        # a cut below the threshold loses nothing
-        truncated=bool(
-            count == num_detections and (num_candidates > decode.top_k or num_detections >= decode.max_detections)
-        ),
-    )
+    cut = num_candidates > decode.top_k or num_detections >= decode.max_detections
+    # a cut below the threshold loses nothing
+    truncated = bool(cut and count == num_detections)
+    return Detections(boxes, scores[:count].copy(), landmarks, box.frame_hw, truncated)
 
 
 class Detector(Protocol):

@@ -75,3 +75,9 @@ class DeviceMemoryError(GpuError):
 
 class DeviceLostError(GpuError):
     """A kernel broke CUDA's context: everything on the GPU in this process fails from now on; only a restart helps."""
+
+
+def reason(error: BaseException, limit: int | None = 200) -> str:
+    """Return what a library or the system says of its failure: one line, not empty, without the name of a file."""
+    said = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return said[:limit] or type(error).__name__

@@ -17,10 +17,6 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 def check_plot(path: Path | None, extra: str) -> None:
     """Refuse, before any work, a figure that could not be drawn; None is no figure.
 
-    Args:
-        path: File to write.
-        extra: The extra of this project that brings matplotlib.
-
     Raises:
         MissingPackageError: matplotlib is not installed.
         OutputError: The suffix is not one of `PLOT_SUFFIXES`.
@@ -36,11 +32,7 @@ def check_plot(path: Path | None, extra: str) -> None:
 def figure_file(path: Path, extra: str, size_inches: tuple[float, float], dpi: int = 150) -> Iterator[Any]:
     """Yield an empty figure of matplotlib; what was drawn on it is then written to a file, whole or not at all.
 
-    Args:
-        path: File to write.
-        extra: The extra of this project that brings matplotlib.
-        size_inches: Width and height.
-        dpi: Pixels per inch.
+    `extra` names the extra of this project that brings matplotlib; the size is width and height.
 
     Raises:
         MissingPackageError: matplotlib is not installed.

@@ -72,7 +72,7 @@ def check_outputs(outputs: Iterable[tuple[str, str | Path | None]], inputs: Iter
         inputs: Files that are read.
 
     Raises:
-        OutputError: An output is an input, two outputs are one file, or there is no writing in its folder.
+        OutputError: An output is an input, two outputs are one file, or a folder cannot be written to.
     """
     wanted = [(option, Path(path)) for option, path in outputs if path is not None and str(path) != "-"]
     if not wanted:

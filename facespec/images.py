@@ -140,12 +140,8 @@ _FORMATS = (
 def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> Frame:
     """Decode an encoded image: JPEG, PNG, BMP, WebP, TIFF or PNM.
 
-    Grey, CMYK and 16-bit images are converted, transparency is dropped and the EXIF orientation is applied.
-
-    Args:
-        data: The file's content.
-        name: What to call it in errors.
-        max_pixels: Larger images are refused before they are decoded.
+    Grey, CMYK and 16-bit images are converted, transparency is dropped and the EXIF orientation is applied. `name` is
+    what the image is called in errors; one of more than `max_pixels` is refused before it is decoded.
 
     Returns:
         uint8 (H, W, 3) BGR.

@@ -62,22 +62,15 @@ class AnchorSpec:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _require(
-            all(0 < s <= 1024 for s in self.strides) and list(self.strides) == sorted(set(self.strides)),
-            f"strides must be ascending positive integers, got {self.strides}",
-        )
-        _require(
-            len(self.min_sizes) == len(self.strides) > 0,
-            f"min_sizes has {len(self.min_sizes)} levels, strides has {len(self.strides)}",
-        )
-        _require(
-            all(len(level) == len(self.min_sizes[0]) > 0 for level in self.min_sizes),
-            f"every level must have the same number of min_sizes, got {self.min_sizes}",
-        )
-        _require(
-            all(_single(size) > 0 for level in self.min_sizes for size in level),
-            f"min_sizes must be positive, got {self.min_sizes}",
-        )
+        strides, sizes = self.strides, self.min_sizes
+        ascending = all(0 < stride <= 1024 for stride in strides) and list(strides) == sorted(set(strides))
+        _require(ascending, f"strides must be ascending positive integers, got {strides}")
+        levels = len(sizes)
+        _require(levels == len(strides) > 0, f"min_sizes has {levels} levels, strides has {len(strides)}")
+        alike = all(len(level) == len(sizes[0]) > 0 for level in sizes)
+        _require(alike, f"every level must have the same number of min_sizes, got {sizes}")
+        positive = all(_single(size) > 0 for level in sizes for size in level)
+        _require(positive, f"min_sizes must be positive, got {sizes}")
 
     @property
     def per_cell(self) -> int:
@@ -132,14 +125,11 @@ class DecodeSpec:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _require(
-            all(_single(value) > 0 for value in self.variances),
-            f"variances must be two positive numbers, got {self.variances}",
-        )
+        positive = all(_single(value) > 0 for value in self.variances)
+        _require(positive, f"variances must be two positive numbers, got {self.variances}")
         _require(0 < self.score_threshold < 1, f"score_threshold must lie between 0 and 1, got {self.score_threshold}")
-        _require(
-            0 < _single(self.iou_threshold) < 1, f"iou_threshold must lie between 0 and 1, got {self.iou_threshold}"
-        )
+        iou = self.iou_threshold
+        _require(0 < _single(iou) < 1, f"iou_threshold must lie between 0 and 1, got {iou}")
         for name in ("top_k", "max_detections"):
             value = getattr(self, name)
             _require(0 < value <= 1_000_000, f"{name} must be in 1..1000000, got {value}")
@@ -202,14 +192,10 @@ class ModelSpec:
     def __post_init__(self) -> None:
         check_types(self)
         _require(bool(self.backbone), f"backbone must be a name, got {self.backbone!r}")
-        _require(
-            0 < self.fpn_channels <= 2048 and self.fpn_channels % 4 == 0,
-            f"fpn_channels must be a multiple of 4 up to 2048, got {self.fpn_channels}",
-        )
-        _require(
-            len(self.weights_sha256) in (0, 64),
-            f"weights_sha256 must be 64 hex digits or empty, got {self.weights_sha256!r}",
-        )
+        channels, digits = self.fpn_channels, self.weights_sha256
+        possible = 0 < channels <= 2048 and channels % 4 == 0
+        _require(possible, f"fpn_channels must be a multiple of 4 up to 2048, got {channels}")
+        _require(len(digits) in (0, 64), f"weights_sha256 must be 64 hex digits or empty, got {digits!r}")
 
     def to_json(self) -> str:
         """Return the canonical JSON form: sorted keys, no spaces, equal for equal specs."""

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from facespec.boxes import Decoded, decode_detections
+from facespec.boxes import Decoded, decode_detections, make_priors
 from facespec.detections import Detections, to_detections
 from facespec.letterbox import Frame, Letterbox, check_frame
-from facespec.priors import make_priors
 from trainer.model import RetinaFace
 
 

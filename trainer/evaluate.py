@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, argument, json_output, quiet_libraries, require, run
+from facespec.cli import ArgumentParser, argument, json_output, quiet_libraries, require, run, text_table
 from facespec.detections import Detections, Detector
 from facespec.errors import DataError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, widerface_root, write_text
 from facespec.images import read_image
 from facespec.spec import parse_size
-from facespec.tables import text_table
 from trainer.average_precision import LEVELS, Array, Curve, ImageKey, ImageTruth, average_precision, load_ground_truth
 
 PROTOCOLS = ("original", "letterbox")
@@ -268,7 +267,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     }
     if options.detector:
         result |= {"detector": options.detector, "protocol": options.protocol, "size_hw": size_hw and list(size_hw)}
-    from trt_runtime.machine import environment
+    from trt_runtime.measure import environment
 
     result |= environment("numpy", "scipy", "opencv-python", "torch", "onnxruntime", "openvino")
     if options.plot:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from facespec.boxes import make_priors
 from facespec.errors import SpecError
-from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, ModelSpec
 from trainer.data.targets import Targets
 from trainer.matching import match_faces

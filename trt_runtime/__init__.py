@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trt_runtime.gpu.frame import Nv12Frame as Nv12Frame
     from trt_runtime.load import load_detector as load_detector
     from trt_runtime.media.files import VideoWriter as VideoWriter
-    from trt_runtime.media.files import open_source as open_source
+    from trt_runtime.media.live import open_source as open_source
     from trt_runtime.media.pipeline import Job as Job
     from trt_runtime.media.pipeline import PipelineOptions as PipelineOptions
     from trt_runtime.media.pipeline import run_pipeline as run_pipeline
@@ -39,7 +39,7 @@ _PLACES = {
     "__version__": "",
     "draw_detections": "facespec.draw",
     "load_detector": "trt_runtime.load",
-    "open_source": "trt_runtime.media.files",
+    "open_source": "trt_runtime.media.live",
     "run_pipeline": "trt_runtime.media.pipeline",
 }
 

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, argument, json_output, parse_device, quiet_libraries, run
+from facespec.cli import ArgumentParser, argument, json_output, quiet_libraries, run
 from facespec.errors import DataError, SpecError
 from facespec.figures import PLOT_SUFFIXES, check_plot
 from facespec.files import check_outputs
@@ -28,12 +28,10 @@ from facespec.images import find_images
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_frames, spread_frames, tiled
 from facespec.spec import NetworkSize, parse_network_size
-from trt_runtime import machine
 from trt_runtime.benchmark_report import Measurement, Setting, heading, plot, setting_table, summary_table
 from trt_runtime.detector import RetinaFaceDetector
 from trt_runtime.load import BACKENDS, load_detector
-from trt_runtime.measure import PAUSE_S, speed_ratio, take_turns
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import PAUSE_S, StageTimer, environment, load_average, speed_ratio, take_turns
 from trt_runtime.trt import TRTRetinaFace
 
 MAX_FRAMES = 32
@@ -49,23 +47,10 @@ GRIDS = ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4))
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What to measure.
+    """What to measure, as the command's options say.
 
-    Attributes:
-        models: Model files for `load_detector`; several are compared, call by call.
-        backends: Backends to run each of them on, compared as well.
-        batches: Frames in one call.
-        sizes: What frames are letterboxed to; None is the model's own size, or each frame's where it takes any.
-        frames: Folder of images; None makes frames.
-        repeats: Recorded calls of each kind, at least.
-        warm_up: Calls before them.
-        threads: Threads of the network; None is the backend's choice.
-        streams: Calls the backend runs at once.
-        depth: Calls that are handed over at once to measure throughput; None is `streams`, 2 at least.
-        device: Where the models run, as for `load_detector`.
-        on_device: Frames lie on the GPU already, as behind a hardware decoder.
-        json: File of all figures.
-        plot: Picture of them.
+    Several models, and several backends, are compared call by call. A size of None is the model's own, or each frame's
+    where it takes any; `frames` None makes frames.
     """
 
     models: tuple[Path, ...]
@@ -105,15 +90,10 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class Frames:
-    """What the detectors are run on.
-
-    Attributes:
-        images: uint8 (H, W, 3) BGR each, numpy arrays or on a device.
-        what: Where they come from, for people.
-    """
+    """What the detectors are run on: uint8 (H, W, 3) BGR each, numpy arrays or on a device."""
 
     images: list[Any]
-    what: str
+    what: str  # where they come from, in words
 
     def of(self, detector: RetinaFaceDetector, on_device: bool) -> Frames:
         """Return them where a detector is to find them."""
@@ -197,12 +177,7 @@ def benchmark(
     """Yield what was measured at each size and batch.
 
     Whole calls are timed without a `StageTimer`, so that it does not slow them. As many others, in turns with them,
-    are timed by stage. All detectors of a setting take turns.
-
-    Args:
-        opened: For each size the detectors by name.
-        frames: What they are run on.
-        options: How.
+    are timed by stage. All detectors of a setting take turns. `opened` is what `open_detectors` returned.
 
     Raises:
         RetinaFaceError: A model does not take a frame, or fails.
@@ -311,13 +286,12 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
         "called that.",
         epilog="Close other programs first: the load of the machine is recorded, and a busy one is warned of.",
     )
+    add = parser.add_argument
     models = parser.add_mutually_exclusive_group(required=True)
     models.add_argument("--model", type=Path, metavar="FILE", help="detector: .onnx (CPU) or .engine (GPU)")
     models.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help="several; ratios are to the first")
-    parser.add_argument(
-        "--batch", dest="batches", type=argument(_numbers), default="1", metavar="N[,N]", help="frames in one call"
-    )
-    parser.add_argument(
+    add("--batch", dest="batches", type=argument(_numbers), default="1", metavar="N[,N]", help="frames in one call")
+    add(
         "--size",
         dest="sizes",
         type=argument(_sizes),
@@ -325,26 +299,22 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
         metavar="SIZE[,SIZE]",
         help="HEIGHTxWIDTH or longer side, for models of dynamic size (default: the model's own)",
     )
-    parser.add_argument(
+    add(
         "--frames",
         type=Path,
         metavar="DIR",
         help=f"folder of images, {MAX_FRAMES} are used (default: sample photographs)",
     )
-    parser.add_argument("--repeats", type=int, default=200, metavar="N", help="recorded calls, at least")
-    parser.add_argument("--warm-up", type=int, default=20, metavar="N", help="calls before them")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of the network (default: every core)")
-    parser.add_argument("--streams", type=int, default=1, metavar="N", help="calls the backend may run at once")
-    parser.add_argument("--depth", type=int, metavar="N", help="calls handed over at once in the pipeline (default: 2)")
-    parser.add_argument(
-        "--backend", dest="backends", type=_words, default="auto", metavar="NAME[,NAME]", help=", ".join(BACKENDS)
-    )
-    parser.add_argument(
-        "--device", type=argument(parse_device), default="auto", help="cpu, cuda or cuda:N; auto is the GPU for engines"
-    )
-    parser.add_argument("--on-device", action="store_true", help="frames lie on the GPU already; for engines")
+    add("--repeats", type=int, default=200, metavar="N", help="recorded calls, at least")
+    add("--warm-up", type=int, default=20, metavar="N", help="calls before them")
+    add("--threads", type=int, metavar="N", help="threads of the network (default: every core)")
+    add("--streams", type=int, default=1, metavar="N", help="calls the backend may run at once")
+    add("--depth", type=int, metavar="N", help="calls handed over at once in the pipeline (default: 2)")
+    add("--backend", dest="backends", type=_words, default="auto", metavar="NAME[,NAME]", help=", ".join(BACKENDS))
+    parser.add_device()
+    add("--on-device", action="store_true", help="frames lie on the GPU already; for engines")
     parser.add_json("every figure")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw them ({', '.join(PLOT_SUFFIXES)})")
+    add("--plot", type=Path, metavar="FILE", help=f"draw them ({', '.join(PLOT_SUFFIXES)})")
     given = vars(parser.parse_args(argv))
     model, compared = given.pop("model"), given.pop("compare")
     if compared and len(compared) < 2:
@@ -370,18 +340,11 @@ def _numbers(text: str) -> tuple[int, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; an interrupted one reports what is complete."""
     options = parse_arguments(argv)
-    with json_output(options.json) as write:
-        return _report(options, write)
-
-
-def _report(options: BenchmarkOptions, write: Callable[[str], None]) -> int:
-    """Measure, print and write; return the exit code."""
     outputs = [("--json", options.json), ("--plot", options.plot)]
-    load = machine.load_average()
     record = {
-        **machine.environment("retinaface-trt", "numpy"),
+        **environment("retinaface-trt", "numpy"),
         "opencv": cv2.__version__,
-        "load_average": load,
+        "load_average": load_average(),
         "repeats": options.repeats,
         "warm_up": options.warm_up,
     }
@@ -390,7 +353,7 @@ def _report(options: BenchmarkOptions, write: Callable[[str], None]) -> int:
     record["frames"] = frames.what
     settings: list[Setting] = []
     interrupted = False
-    with ExitStack() as stack:
+    with json_output(options.json) as write, ExitStack() as stack:
         opened = open_detectors(options, stack)
         check_outputs(outputs, [file for detectors in opened for each in detectors.values() for file in each.files])
         print(heading(record))
@@ -401,15 +364,15 @@ def _report(options: BenchmarkOptions, write: Callable[[str], None]) -> int:
         except KeyboardInterrupt:
             interrupted = True
             print(f"interrupted: {len(settings)} settings were measured", file=sys.stderr)
-    if len(settings) > 1:
-        print(f"\n{summary_table(settings)}")
-    results = [row for setting in settings for row in setting.to_dict()]
-    what = "uint8 frame in, faces out, times in ms a call"
-    if results:
-        write(json.dumps({"what": what, **record, "interrupted": interrupted, "results": results}, indent=2))
-    if options.plot and settings:
-        plot(settings, record, options.plot)
-        print(f"wrote {options.plot}")
+        if len(settings) > 1:
+            print(f"\n{summary_table(settings)}")
+        results = [row for setting in settings for row in setting.to_dict()]
+        what = "uint8 frame in, faces out, times in ms a call"
+        if results:
+            write(json.dumps({"what": what, **record, "interrupted": interrupted, "results": results}, indent=2))
+        if options.plot and settings:
+            plot(settings, record, options.plot)
+            print(f"wrote {options.plot}")
     return 130 if interrupted else 0
 
 

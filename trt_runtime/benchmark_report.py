@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from facespec.cli import text_table
 from facespec.figures import figure_file
 from facespec.spec import NetworkSize
-from facespec.tables import text_table
-from trt_runtime.machine import busy
-from trt_runtime.measure import Latency, Ratio, Samples
+from trt_runtime.measure import Latency, Ratio, Samples, busy
 
 WIDTH = 100
 """Columns of a terminal that everything fits in."""
@@ -26,29 +25,17 @@ _COLOURS = ("#2a6f9d", "#e09f1f", "#2a9d4b", "#c8373a", "#7d5ba6", "#8c8c8c", "#
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What was measured of one detector at one size and batch.
-
-    Attributes:
-        name: Name of the detector, unlike the others'.
-        environment: `environment()` of the detector.
-        size_hw: What frames were letterboxed to; None where every frame ran at its own size.
-        batch: Frames a call.
-        total_ms: Whole calls, without a timer.
-        stages_ms: Other calls, by stage.
-        pipelined_fps: Frames a second with `depth` calls under way.
-        depth: Calls handed over at once for that.
-        faces: Faces found in each frame.
-    """
+    """What was measured of one detector at one size and batch; each detector has another name."""
 
     name: str
     environment: dict[str, Any]
     size_hw: NetworkSize
     batch: int
-    total_ms: Samples
-    stages_ms: dict[str, Samples]
-    pipelined_fps: float
+    total_ms: Samples  # whole calls, without a timer
+    stages_ms: dict[str, Samples]  # other calls, by stage
+    pipelined_fps: float  # frames a second with `depth` calls under way
     depth: int
-    faces: list[int]
+    faces: list[int]  # found in each frame
 
     @property
     def fps(self) -> float:
@@ -74,15 +61,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything measured at one size and batch.
+    """Everything measured at one size and batch."""
 
-    Attributes:
-        measurements: One for each detector.
-        ratios: How many times as fast as the first each of the others is.
-    """
-
-    measurements: list[Measurement]
-    ratios: list[Ratio]
+    measurements: list[Measurement]  # one for each detector
+    ratios: list[Ratio]  # of each of the others to the first
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Return the figures of each detector, ready for JSON."""
@@ -96,11 +78,7 @@ class Setting:
 
 
 def heading(record: dict[str, Any]) -> str:
-    """Return the lines that say where and on what it was measured.
-
-    Args:
-        record: What is recorded of the run: machine, versions, load_average, frames, repeats, warm_up.
-    """
+    """Return the lines that say where and on what it was measured, as recorded of the run."""
     machine, load = record["machine"], record["load_average"]
     cores = machine["cores"]
     lines = [
@@ -142,13 +120,13 @@ def setting_table(setting: Setting) -> str:
 
 def summary_table(settings: Sequence[Setting]) -> str:
     """Return one line for each detector at each size and batch."""
-    rows = [found for setting in settings for found in setting.measurements]
-    lines = []
-    for found in rows:
-        p50 = float(np.median(found.total_ms))
-        line = [found.name, _size(found.size_hw), f"{found.batch}", f"{p50:.3f}", f"{p50 / found.batch:.3f}"]
-        lines.append([*line, f"{found.fps:.1f}", f"{found.pipelined_fps:.1f}"])
-    return text_table(["", "size", "batch", "p50, ms", "ms a frame", "frames/s", "pipelined"], lines)
+    rows = []
+    for setting in settings:
+        for found in setting.measurements:
+            p50 = float(np.median(found.total_ms))
+            row = [found.name, _size(found.size_hw), f"{found.batch}", f"{p50:.3f}", f"{p50 / found.batch:.3f}"]
+            rows.append([*row, f"{found.fps:.1f}", f"{found.pipelined_fps:.1f}"])
+    return text_table(["", "size", "batch", "p50, ms", "ms a frame", "frames/s", "pipelined"], rows)
 
 
 def _measurement_lines(found: Measurement) -> list[str]:

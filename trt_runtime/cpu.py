@@ -5,22 +5,22 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from facespec.cli import require
-from facespec.errors import BuildError, ModelFileError, SpecError
+from facespec.errors import BuildError, ModelFileError, SpecError, reason
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import ModelSpec, NetworkSize, check_size
 from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, letterboxed, network_size
 from trt_runtime.kernels import decode_nms, library
-from trt_runtime.machine import cores
-from trt_runtime.onnx_model import OnnxModel, open_session, reason
+from trt_runtime.measure import cores
+from trt_runtime.onnx_model import OnnxModel, open_session
 
 COMPILED_SIZES = 4
 """Network sizes for which OpenVINO keeps a compiled model."""
@@ -46,7 +46,31 @@ def best_backend(model: OnnxModel, size: NetworkSize) -> str:
     return "openvino"
 
 
-class OrtRetinaFace(RetinaFaceDetector):
+class _CpuRetinaFace(RetinaFaceDetector):
+    """What both detectors share: how a model is opened, and which threads its calls have."""
+
+    def __init__(
+        self,
+        path: str | Path | OnnxModel,
+        *,
+        score_threshold: float | None = None,
+        size_hw: NetworkSize = None,
+        threads: int | None = None,
+        streams: int = 1,
+    ) -> None:
+        for name, value in (("threads", threads), ("streams", streams)):
+            if value is not None and (type(value) is not int or not 1 <= value <= 256):
+                raise SpecError(f"{name} must be a number from 1 to 256, got {value!r}")
+        model = path if isinstance(path, OnnxModel) else OnnxModel(path)
+        size = self._open(model, size_hw, threads, streams)
+        super().__init__(model.spec, [model.path, *model.weights], score_threshold, size)
+
+    def _open(self, model: OnnxModel, size: NetworkSize, threads: int | None, streams: int) -> NetworkSize:
+        """Prepare a model to run; return what frames are letterboxed to."""
+        raise NotImplementedError
+
+
+class OrtRetinaFace(_CpuRetinaFace):
     """An exported ONNX detector on the CPU, through ONNX Runtime.
 
     Of a plugin form, which TensorRT builds, the network runs in ONNX Runtime and the plugin on the host
@@ -69,16 +93,7 @@ class OrtRetinaFace(RetinaFaceDetector):
 
     backend = "onnxruntime"
 
-    def __init__(
-        self,
-        path: str | Path | OnnxModel,
-        *,
-        score_threshold: float | None = None,
-        size_hw: NetworkSize = None,
-        threads: int | None = None,
-        streams: int = 1,
-    ) -> None:
-        model = path if isinstance(path, OnnxModel) else OnnxModel(path)
+    def _open(self, model: OnnxModel, size: NetworkSize, threads: int | None, streams: int) -> NetworkSize:
         path = model.path
         # a model whose weights lie beside it is opened by the path that was checked, links resolved
         content: str | bytes = str(path.resolve()) if model.weights else model.content
@@ -88,11 +103,9 @@ class OrtRetinaFace(RetinaFaceDetector):
                 raise ModelFileError(f"{path}: a plugin form with weights in other files cannot be run on the CPU")
             content, self._heads = model.heads_graph.content, model.heads_graph.heads
             library()  # compiled now, if need be, and not with the first frame
-        self._threads = _threads(threads, streams)
+        self._threads = threads if streams == 1 else max((threads or cores()) // streams, 1)
         self._session = open_session(content, path, self._threads)
-        fixed = _check_contract(self._session, path, model.spec, self._heads)
-        size = network_size(fixed, size_hw, path)
-        super().__init__(model.spec, [path, *model.weights], score_threshold, size)
+        return network_size(_check_contract(self._session, path, model.spec, self._heads), size, path)
 
     def environment(self) -> dict[str, Any]:
         """Return backend, its version, and the threads of a call."""
@@ -103,7 +116,7 @@ class OrtRetinaFace(RetinaFaceDetector):
         return _OrtLane(self._session, self._heads, self.spec)
 
 
-class _OrtLane:
+class _OrtLane(Lane):
     """A session serves any number of threads, so there is nothing to keep."""
 
     def __init__(self, session: Any, heads: list[str], spec: ModelSpec) -> None:
@@ -125,11 +138,8 @@ class _OrtLane:
                 outputs = _decode(outputs, boxes[0].size_hw, self._spec)
         return list(outputs)
 
-    def close(self) -> None:
-        pass
 
-
-class OpenVinoRetinaFace(RetinaFaceDetector):
+class OpenVinoRetinaFace(_CpuRetinaFace):
     """An exported ONNX detector on the CPU: its network in OpenVINO, decoding and NMS by the plugin's host kernels.
 
     A model exported in FP32 computes in FP32. In one exported with --fp16 or --int8 whatever is not INT8 computes in
@@ -143,16 +153,7 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
 
     backend = "openvino"
 
-    def __init__(
-        self,
-        path: str | Path | OnnxModel,
-        *,
-        score_threshold: float | None = None,
-        size_hw: NetworkSize = None,
-        threads: int | None = None,
-        streams: int = 1,
-    ) -> None:
-        model = path if isinstance(path, OnnxModel) else OnnxModel(path)
+    def _open(self, model: OnnxModel, size: NetworkSize, threads: int | None, streams: int) -> NetworkSize:
         path = model.path
         if model.weights:
             raise ModelFileError(f"{path}: a model with weights in other files runs in ONNX Runtime only")
@@ -160,23 +161,21 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
         self._graph = model.heads_graph
         if self._graph.fixed_hw:
             check_size(self._graph.fixed_hw)
-        size = network_size(self._graph.fixed_hw, size_hw, path)
-        super().__init__(model.spec, [path], score_threshold, size)
+        size = network_size(self._graph.fixed_hw, size, path)
         library()
-        _threads(threads, streams)
-        total = threads or cores()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": total,
+            "INFERENCE_NUM_THREADS": threads or cores(),
             "NUM_STREAMS": streams,
             "CPU_RUNTIME_CACHE_CAPACITY": _DYNAMIC_KERNELS,
             **({} if self._graph.half else {"INFERENCE_PRECISION_HINT": "f32"}),
         }
-        # not a method: that would make a circle, and what is closed would wait for the garbage collector
+        # not a method: that would make a reference cycle, and its memory would wait for the garbage collector
         make = functools.partial(_compile, self._core, self._graph.content, self._options, path)
-        self._compiled: ShapeCache[tuple[int, int] | None, _Compiled] = ShapeCache(COMPILED_SIZES, make)
-        if not isinstance(self.size_hw, int):  # now, not with the first frame
-            self._compiled.get(self.size_hw)
+        self._compiled: ShapeCache[tuple[int, int] | None, Any] = ShapeCache(COMPILED_SIZES, make)
+        if not isinstance(size, int):  # now, not with the first frame
+            self._compiled.get(size)
+        return size
 
     def environment(self) -> dict[str, Any]:
         """Return backend, its version, threads, streams, and what the CPU computes in where the model is not INT8."""
@@ -204,56 +203,35 @@ class OpenVinoRetinaFace(RetinaFaceDetector):
         self._compiled.clear()
 
 
-class _Compiled:
-    """A compiled model with the requests that calls take from it and put back; they go when it goes.
+class _OpenVinoLane(Lane):
+    """Keeps a request of each compiled model and, of a fixed size, the letterboxed frame it reads."""
 
-    Args:
-        model: OpenVINO's.
-        size_hw: Network size, or None for any.
-    """
-
-    def __init__(self, model: Any, size_hw: tuple[int, int] | None) -> None:
-        self._model, self._size_hw = model, size_hw
-        self._idle: list[tuple[Any, Frame | None]] = []
-
-    @contextmanager
-    def request(self) -> Iterator[tuple[Any, Frame | None]]:
-        """Lend a request and, of a fixed size, the letterboxed frame it reads."""
-        try:
-            pair = self._idle.pop()
-        except IndexError:  # asking first would leave a gap for other threads
-            buffer = np.empty((*self._size_hw, 3), np.uint8) if self._size_hw else None
-            pair = self._model.create_infer_request(), buffer
-        yield pair
-        self._idle.append(pair)  # not after an error
-
-
-class _OpenVinoLane:
-    """Requests belong to the compiled models, so there is nothing to keep."""
-
-    def __init__(self, detector: OpenVinoRetinaFace, compiled: ShapeCache[tuple[int, int] | None, _Compiled]) -> None:
+    def __init__(self, detector: OpenVinoRetinaFace, compiled: ShapeCache[tuple[int, int] | None, Any]) -> None:
         self._detector, self._compiled = detector, compiled
+        # requests go with their model, when the detector gives that up
+        self._requests: WeakKeyDictionary[Any, tuple[Any, Frame | None]] = WeakKeyDictionary()
 
     def run(
         self, frames: Sequence[Frame], boxes: Sequence[Letterbox], stage: Callable[[str], Any]
     ) -> list[NDArray[Any]]:
         (frame,), (box,) = frames, boxes
         spec = self._detector.spec
-        compiled = self._compiled.get(None if self._detector.size_hw is None else box.size_hw)
-        with compiled.request() as (request, buffer):
-            with stage("letterbox"):
-                fits = box.frame_hw == box.size_hw
-                pixels = box.apply(frame, spec.preprocess.mean_bgr, out=None if fits else buffer)
-            with stage("network"):
-                try:
-                    found = request.infer({0: pixels[None]}, share_inputs=True, share_outputs=True)
-                except Exception as error:
-                    raise ModelFileError(f"OpenVINO failed on a frame of {box.size_hw}: {reason(error)}") from None
-            with stage("decode+NMS"):  # copies: the request's memory serves the next call
-                return _decode(list(found.values()), box.size_hw, spec)
-
-    def close(self) -> None:
-        pass
+        size_hw = None if self._detector.size_hw is None else box.size_hw
+        compiled = self._compiled.get(size_hw)
+        if compiled not in self._requests:
+            made = np.empty((*size_hw, 3), np.uint8) if size_hw else None
+            self._requests[compiled] = compiled.create_infer_request(), made
+        request, buffer = self._requests[compiled]
+        with stage("letterbox"):
+            fits = box.frame_hw == box.size_hw
+            pixels = box.apply(frame, spec.preprocess.mean_bgr, out=None if fits else buffer)
+        with stage("network"):
+            try:
+                found = request.infer({0: pixels[None]}, share_inputs=True, share_outputs=True)
+            except Exception as error:
+                raise ModelFileError(f"OpenVINO failed on a frame of {box.size_hw}: {reason(error)}") from None
+        with stage("decode+NMS"):  # copies: the request's memory serves the next call
+            return _decode(list(found.values()), box.size_hw, spec)
 
 
 _loading_openvino = threading.Lock()
@@ -282,12 +260,12 @@ def _make_core() -> tuple[Any, Any]:
 
 def _compile(
     core: Any, content: bytes, options: dict[str, Any], path: str | Path, size_hw: tuple[int, int] | None
-) -> _Compiled:
+) -> Any:
     """Return a network in OpenVINO, compiled for one frame of a size, or of any size."""
     try:
         model = core.read_model(content)
         model.reshape({"images": [1, *(size_hw or (-1, -1)), 3]})
-        return _Compiled(core.compile_model(model, "CPU", options), size_hw)
+        return core.compile_model(model, "CPU", options)
     except Exception as error:  # OpenVINO raises RuntimeError for everything
         raise ModelFileError(f"{path}: OpenVINO cannot run it ({reason(error)})") from None
 
@@ -304,16 +282,6 @@ def _decode(heads: Sequence[NDArray[Any]], size_hw: tuple[int, int], spec: Model
         return list(decode_nms(heads, size_hw, spec).values())
     except ValueError as error:
         raise ModelFileError(f"the head maps are at odds with the model's spec: {error}") from None
-
-
-def _threads(threads: int | None, streams: int) -> int | None:
-    """Return the threads of one call, of those that `streams` calls share; None leaves it to the backend."""
-    for name, value in (("threads", threads), ("streams", streams)):
-        if value is not None and (type(value) is not int or not 1 <= value <= 256):
-            raise SpecError(f"{name} must be a number from 1 to 256, got {value!r}")
-    if streams == 1:
-        return threads
-    return max((threads or cores()) // streams, 1)
 
 
 def _check_contract(session: Any, path: str | Path, spec: ModelSpec, heads: list[str]) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import cv2
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, argument, parse_device, quiet_libraries, run
+from facespec.cli import ArgumentParser, argument, quiet_libraries, run
 from facespec.draw import draw_detections
 from facespec.errors import DataError, FrameError, ImageError, OutputError
 from facespec.files import atomic_path, check_outputs
@@ -33,10 +33,10 @@ from facespec.letterbox import Frame
 from facespec.spec import NetworkSize, parse_network_size
 from trt_runtime.detector import RetinaFaceDetector
 from trt_runtime.load import BACKENDS, load_detector
-from trt_runtime.media.files import VIDEO_SUFFIXES, Source, VideoWriter, open_source, require_display
-from trt_runtime.media.live import without_secrets
+from trt_runtime.measure import StageTimer
+from trt_runtime.media.files import VIDEO_SUFFIXES, Source, VideoWriter, require_display
+from trt_runtime.media.live import open_source, without_secrets
 from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
-from trt_runtime.timing import StageTimer
 
 
 @dataclass(frozen=True)
@@ -79,29 +79,17 @@ class DetectOptions:
 
 @dataclass
 class Summary:
-    """What a run did; `str()` gives the closing lines.
+    """What a run did; `str()` gives the closing lines."""
 
-    Attributes:
-        timer: Time by stage, over all threads.
-        frames: Frames that came through.
-        detected: Those of them the network ran on.
-        faces: Faces found.
-        truncated: Frames with more faces than the model's limits.
-        failures: What failed of several.
-        sources: Of videos, what became of each.
-        seconds: Wall time.
-        interrupted: Ctrl-C ended it.
-    """
-
-    timer: StageTimer = field(default_factory=StageTimer)
+    timer: StageTimer = field(default_factory=StageTimer)  # time by stage, over all threads
     frames: int = 0
-    detected: int = 0
+    detected: int = 0  # frames the network ran on
     faces: int = 0
-    truncated: int = 0
-    failures: list[str] = field(default_factory=list)
-    sources: list[SourceReport] = field(default_factory=list)
-    seconds: float = 0.0
-    interrupted: bool = False
+    truncated: int = 0  # frames with more faces than the model's limits
+    failures: list[str] = field(default_factory=list)  # what failed, where there are several images or videos
+    sources: list[SourceReport] = field(default_factory=list)  # what became of each video
+    seconds: float = 0.0  # wall time
+    interrupted: bool = False  # Ctrl-C ended it
 
     def __str__(self) -> str:
         passed = f" ({self.detected} through the network)" if self.detected != self.frames else ""
@@ -200,7 +188,7 @@ class _QuitError(Exception):
 
 
 class _LinesError(Exception):
-    """The JSON lines cannot be written. It is no OSError, which the video's file would take for its own."""
+    """The JSON lines cannot be written. An OSError would be taken for one of the video that is written meanwhile."""
 
 
 class _Sink:
@@ -443,9 +431,8 @@ def _check_outputs(
             if out.resolve().is_relative_to(folder.resolve()):
                 raise OutputError(f"--out {out} lies in the source folder: choose one outside")
         targets = _video_targets(sources, out) if images is None else _targets(sources, images, out)
-    report = None if options.json == "-" else options.json
     files = images if images is not None else [Path(source) for source in sources if "://" not in source]
-    check_outputs([*(("--out", path) for path in targets.values()), ("--json", report)], [*model_files, *files])
+    check_outputs([*(("--out", path) for path in targets.values()), ("--json", options.json)], [*model_files, *files])
     return targets
 
 
@@ -467,32 +454,29 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
         description="Find faces and their landmarks in images or, several at once, in videos, webcams and streams.",
         epilog="A model comes from: python -m export.to_onnx --out retinaface.onnx",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "source",
         nargs="+",
         help="image, folder or glob pattern (in quotes); or video file, webcam's index or address, as rtsp://host/path",
     )
-    parser.add_argument("--model", type=Path, required=True, help="detector written by export.to_onnx or export.to_trt")
-    parser.add_argument("--out", type=Path, help="annotated image or H.264 video (.mp4); a folder for several")
-    parser.add_argument("--json", help="write one JSON line a frame, in pixels of the original frame; '-' prints them")
-    parser.add_argument("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
-    parser.add_argument(
+    add("--model", type=Path, required=True, help="detector written by export.to_onnx or export.to_trt")
+    add("--out", type=Path, help="annotated image or H.264 video (.mp4); a folder for several")
+    add("--json", help="write one JSON line a frame, in pixels of the original frame; '-' prints them")
+    add("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
+    add(
         "--size",
         dest="size_hw",
         type=argument(parse_network_size),
         help="HEIGHTxWIDTH, or longer side, frames are letterboxed to, for models of dynamic size",
     )
-    parser.add_argument("--threads", type=int, help="threads of the network (default: every core)")
-    parser.add_argument("--streams", type=int, default=1, help="frames a CPU computes at once")
-    parser.add_argument("--backend", default="auto", help=", ".join(BACKENDS))
-    parser.add_argument(
-        "--device", type=argument(parse_device), default="auto", help="cpu, cuda or cuda:N; auto is the GPU for engines"
-    )
-    parser.add_argument("--show", action="store_true", help="show the newest frames in a window; q ends")
-    parser.add_argument(
-        "--batch", type=int, help="frames of videos in one run of the network (default: what is ready and worth it)"
-    )
-    parser.add_argument(
+    add("--threads", type=int, help="threads of the network (default: every core)")
+    add("--streams", type=int, default=1, help="frames a CPU computes at once")
+    add("--backend", default="auto", help=", ".join(BACKENDS))
+    parser.add_device()
+    add("--show", action="store_true", help="show the newest frames in a window; q ends")
+    add("--batch", type=int, help="frames of videos in one run of the network (default: what is ready and worth it)")
+    add(
         "--stride",
         type=int,
         default=1,

@@ -19,7 +19,7 @@ from facespec.detections import Detections, to_detections
 from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, NetworkSize, check_size
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import StageTimer
 
 SHAPES = 256
 """Shapes of frames for which a detector remembers how they lie in the network input."""
@@ -91,17 +91,12 @@ class Lane(Protocol):
         """
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free what it holds; unless a lane has more to do, its memory goes with it."""
+        return
 
 
 class RetinaFaceDetector:
     """Base of the detectors. One object may be used by any number of threads; each call has a lane of its own.
-
-    Args:
-        spec: The model.
-        files: Its files.
-        score_threshold: Lowest score reported; None is 0.5, or the floor of the model if that is higher.
-        size: What frames are letterboxed to; see `NetworkSize`.
 
     Attributes:
         backend: What runs the network.
@@ -123,7 +118,7 @@ class RetinaFaceDetector:
         self.size_hw = size
         self._score_threshold = spec.decode.run_threshold(score_threshold)
         self._shapes = [shape for _, shape in spec.decode.outputs.values()]
-        # of a proxy: a method of its own would make a circle, and what is closed would wait for the garbage collector
+        # of a proxy: its own method would make a reference cycle, and its memory would wait for the garbage collector
         place = functools.partial(type(self)._place, weakref.proxy(self))
         self._placements: ShapeCache[tuple[tuple[int, int], NetworkSize], _Placement] = ShapeCache(SHAPES, place)
         self._changed = threading.Condition()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,6 @@ from numpy.typing import NDArray
 from facespec.errors import BuildError, FrameError, MissingToolError, RetinaFaceError, SpecError
 from facespec.files import cache_folder
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
-
-if TYPE_CHECKING:
-    from facespec.letterbox import Letterbox  # needs cv2, which machines that only test the kernels lack
 
 _HERE = Path(__file__).resolve().parent
 _BUILD = "retinaface_plugins_build"
@@ -70,10 +67,8 @@ def find_library(target: str = "plugin") -> Path | None:
     """Return a library that is compiled already, or None.
 
     It is looked for in the environment (RETINAFACE_PLUGIN names the file of the plugin), beside this package and in the
-    user's cache folder. Where the sources lie beside this package, it must have been made of them as they are.
-
-    Args:
-        target: "plugin", for GPUs, or "host".
+    user's cache folder. Where the sources lie beside this package, it must have been made of them as they are. `target`
+    is "plugin", for GPUs, or "host".
 
     Raises:
         MissingToolError: RETINAFACE_PLUGIN names no file.
@@ -83,8 +78,7 @@ def find_library(target: str = "plugin") -> Path | None:
         if not Path(chosen).is_file():
             raise MissingToolError(f"RETINAFACE_PLUGIN={chosen}: no such file")
         return Path(chosen).resolve()
-    build = _build_module()
-    if build is not None:
+    if build := _build_module():
         found: Path | None = build.find_library(target)
         return found
     places = [folder / f"libretinaface_{target}.so" for folder in (_HERE / "lib", cache_folder() / "lib")]
@@ -99,8 +93,7 @@ def ensure_library(target: str = "plugin") -> Path:
         BuildError: It does not compile.
         OutputError: There is no folder it could be written to.
     """
-    found = find_library(target)
-    if found is not None:
+    if found := find_library(target):
         return found
     build = _build_module()
     if build is None:
@@ -167,6 +160,20 @@ class Schedule(ctypes.Structure):
         ("skipped_line", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
     )
+
+
+def decode_attributes(spec: ModelSpec) -> dict[str, Any]:
+    """Return the attributes by which the plugin knows how to decode: whole numbers, floats, or a list of either."""
+    anchors, decode = spec.anchors, spec.decode
+    return {
+        "strides": list(anchors.strides),
+        "min_sizes": [float(size) for level in anchors.min_sizes for size in level],
+        "variances": [float(variance) for variance in decode.variances],
+        "logit_threshold": float(decode.logit_threshold),
+        "iou_threshold": float(decode.iou_threshold),
+        "top_k": decode.top_k,
+        "max_detections": decode.max_detections,
+    }
 
 
 def make_params(batch: int, size_hw: tuple[int, int], spec: ModelSpec) -> DecodeParams:
@@ -343,16 +350,10 @@ def describe_frame(
     chroma_address: int = 0,
     chroma_pitch: int = 0,
 ) -> LetterboxFrame:
-    """Return the description of a frame that the kernel reads.
+    """Return the description of a frame that the kernel reads; it is scaled to `Letterbox.scaled_hw`.
 
-    Args:
-        address: Of the first pixel, or of the luma plane.
-        pitch: Bytes from row to row.
-        frame_hw: Height and width of the frame in pixels.
-        scaled_hw: What it is scaled to: `Letterbox.scaled_hw`.
-        pixel_format: Of the frame.
-        chroma_address: Of the U and V plane of NV12.
-        chroma_pitch: Bytes from row to row of that plane.
+    The addresses are those of the first pixel or the luma plane, and of the U and V plane of NV12; a pitch is the bytes
+    from row to row.
 
     Raises:
         FrameError: There can be no such frame, or it is too large.
@@ -420,97 +421,3 @@ def pack_bgr(colour: tuple[int, int, int]) -> int:
         raise ValueError(f"a colour has three values from 0 to 255, not {colour}")
     blue, green, red = colour
     return blue | green << 8 | red << 16
-
-
-def host_letterbox(
-    frames: Sequence[NDArray[np.uint8]],
-    boxes: Sequence[Letterbox],
-    pad_bgr: tuple[int, int, int],
-    out: NDArray[np.uint8] | None = None,
-) -> NDArray[np.uint8]:
-    """Return the network's input (B, H, W, 3) for a batch of BGR frames, by the kernel on the host.
-
-    Args:
-        frames: uint8 (h, w, 3) each, of any sizes; what has contiguous rows is read where it lies.
-        boxes: How each frame lies in the input; all of one `size_hw`, its width a multiple of 32.
-        pad_bgr: Padding colour.
-        out: Contiguous array to fill and return.
-
-    Raises:
-        FrameError: A frame is not what it should be.
-        ValueError: Frames, boxes and `out` do not fit together.
-        BuildError: The library must be compiled, and there is no C++ compiler.
-    """
-    for frame in frames:
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-            raise FrameError(f"frame must be uint8 HxWx3 BGR, got {frame.dtype} of shape {frame.shape}")
-    return _letterbox([(frame,) for frame in frames], boxes, pad_bgr, PixelFormat.BGR, out)
-
-
-def host_letterbox_nv12(
-    frames: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]],
-    boxes: Sequence[Letterbox],
-    pad_bgr: tuple[int, int, int],
-    pixel_format: PixelFormat = PixelFormat.NV12_BT709,
-    out: NDArray[np.uint8] | None = None,
-) -> NDArray[np.uint8]:
-    """Return the network's input (B, H, W, 3), BGR, for a batch of NV12 frames, by the kernel on the host.
-
-    Args:
-        frames: Luma (h, w) and chroma (h / 2, w / 2, 2), uint8, of each frame.
-        boxes: As in `host_letterbox`.
-        pad_bgr: Padding colour.
-        pixel_format: One of the NV12 formats, of all frames.
-        out: As in `host_letterbox`.
-
-    Raises:
-        FrameError: A frame is not what it should be.
-        ValueError, BuildError: As for `host_letterbox`.
-    """
-    for luma, chroma in frames:
-        expected = (luma.shape[0] // 2, luma.shape[1] // 2, 2) if luma.ndim == 2 else ()
-        if chroma.shape != expected or {luma.dtype, chroma.dtype} != {np.dtype(np.uint8)}:
-            raise FrameError(
-                "NV12 is uint8 luma (h, w) and uint8 chroma (h / 2, w / 2, 2), got "
-                f"{luma.dtype} {luma.shape} and {chroma.dtype} {chroma.shape}"
-            )
-    return _letterbox(frames, boxes, pad_bgr, pixel_format, out)
-
-
-def _with_rows(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return an array whose rows are contiguous and lie one after the other: a copy only if they do not."""
-    row = int(np.prod(array.shape[1:]))
-    contiguous = array[:1].flags.c_contiguous and array.strides[0] >= row
-    return array if contiguous else np.ascontiguousarray(array)
-
-
-def _letterbox(
-    frames: Sequence[tuple[NDArray[np.uint8], ...]],
-    boxes: Sequence[Letterbox],
-    pad_bgr: tuple[int, int, int],
-    pixel_format: PixelFormat,
-    out: NDArray[np.uint8] | None,
-) -> NDArray[np.uint8]:
-    planes = [[_with_rows(plane) for plane in frame] for frame in frames]  # kept until the kernel has read them
-    described = []
-    for (pixels, *chroma), box in zip(planes, boxes, strict=True):
-        frame_hw = (pixels.shape[0], pixels.shape[1])
-        place = [part for plane in chroma for part in (plane.ctypes.data, plane.strides[0])]
-        described.append(
-            describe_frame(pixels.ctypes.data, pixels.strides[0], frame_hw, box.scaled_hw, pixel_format, *place)
-        )
-    sizes = {box.size_hw for box in boxes}
-    if len(sizes) != 1:
-        raise ValueError(f"the frames of a batch go into one size, not {sorted(sizes)}")
-    (size_hw,) = sizes
-    for frame, box in zip(described, boxes, strict=True):
-        if (frame.height, frame.width) != box.frame_hw:
-            raise ValueError(f"frame of {frame.height, frame.width} pixels, its box is for {box.frame_hw}")
-    shape = (len(frames), *size_hw, 3)
-    if out is None:
-        out = np.empty(shape, np.uint8)
-    elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        raise ValueError(f"out must be contiguous uint8 {shape}, got {out.dtype} {out.shape}")
-    array = (LetterboxFrame * len(frames))(*described)
-    load_letterbox(library())(ctypes.addressof(array), len(frames), size_hw, pad_bgr, out.ctypes.data, 0)
-    return out

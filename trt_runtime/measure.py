@@ -1,15 +1,22 @@
-"""Timing calls against each other, and what the samples say."""
+"""Timing stages of a frame and calls against each other, what the samples say, and what they depend on."""
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import platform
+import re
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from facespec.cli import PROGRAM, package_version
 
 Samples = NDArray[np.float64]
 """(rounds, calls) milliseconds of each call."""
@@ -19,9 +26,36 @@ PAUSE_S = 0.1
 SETTLE_CALLS = 2
 RESAMPLES = 2000
 
+BUSY_SHARE = 0.25
+"""Share of the cores that others may use before a measurement is doubtful."""
 
-@dataclass(frozen=True)
-class Latency:
+
+class StageTimer:
+    """Adds up the time spent in named stages, in the order they first occur. One thread at a time may use it.
+
+    Args:
+        fine: On a GPU, time what otherwise runs as one graph, part by part; the parts together take longer.
+    """
+
+    def __init__(self, fine: bool = False) -> None:
+        self.fine = fine
+        self.total_ms: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a block as part of a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, (time.perf_counter() - start) * 1e3)
+
+    def add(self, stage: str, ms: float) -> None:
+        """Add a time that was measured elsewhere."""
+        self.total_ms[stage] = self.total_ms.get(stage, 0.0) + ms
+
+
+class Latency(NamedTuple):
     """How long calls took, in milliseconds."""
 
     mean: float
@@ -38,7 +72,7 @@ class Latency:
 
     def to_dict(self) -> dict[str, float]:
         """Return the figures to a tenth of a microsecond, ready for JSON."""
-        return {name: round(value, 4) for name, value in dataclasses.asdict(self).items()}
+        return {name: round(value, 4) for name, value in self._asdict().items()}
 
 
 class Ratio(NamedTuple):
@@ -65,11 +99,8 @@ def speed_ratio(base_ms: Samples, other_ms: Samples) -> Ratio:
     """Return how many times as fast `other` is as `base`.
 
     The interval is a bootstrap over whole rounds, the same rounds for both: calls of one round are alike because the
-    machine was in one state, and treating them as independent would make the interval too narrow.
-
-    Args:
-        base_ms: (rounds, calls).
-        other_ms: (rounds, calls), measured in turns with it.
+    machine was in one state, and treating them as independent would make the interval too narrow. The samples must have
+    been measured in turns.
     """
     random = np.random.default_rng(0)
     draws = random.integers(0, len(base_ms), (RESAMPLES, len(base_ms)))
@@ -95,9 +126,6 @@ def take_turns(
         repeats: Least number of calls of each that are recorded.
         pause_s: Seconds before a turn; 0 for no pause.
         progress: Called with the number of recorded calls that were made since it was last called.
-
-    Returns:
-        For each callable (rounds, calls) milliseconds.
     """
     turn = -(-repeats // ROUNDS)
     rounds = -(-repeats // turn)
@@ -116,3 +144,44 @@ def take_turns(
                 samples[which, number, index] = (time.perf_counter() - start) * 1e3
             progress(turn)
     return list(samples)
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Return date, command line, machine and versions of the named packages; what is not installed is None."""
+    module = sys.modules["__main__"].__spec__
+    program = sys.argv[0] if module is None or sys.argv[0].startswith(PROGRAM) else f"python -m {module.name}"
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": " ".join([program, *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in packages}},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Return processor, cores that may be used, vector extensions and system; a caller that uses a GPU sets `gpu`."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo)
+    return {
+        "cpu": cpu[1].strip() if cpu else platform.processor() or platform.machine(),
+        "cores": cores(),
+        "avx512": "avx512f" in cpuinfo,
+        "amx": "amx_tile" in cpuinfo,
+        "system": platform.system(),
+        "gpu": None,
+    }
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Return how many processes ran or waited to run, averaged over the last minute; None if unknown."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def busy(load: float | None, cores: int) -> bool:
+    """Whether a load leaves too little of the machine for a measurement to be trusted."""
+    return load is not None and load > BUSY_SHARE * cores

@@ -31,21 +31,13 @@ _FIELDS: dict[str, dict[int, str]] = {
 
 @dataclass
 class OnnxHeader:
-    """What a file says about itself.
-
-    Attributes:
-        metadata: `metadata_props` of the model.
-        domains: Operator sets the model imports; "" is ONNX itself.
-        external_files: Paths, as written, of the files that hold tensors.
-        has_graph: Whether there is a graph at all.
-        fields: Number of fields read.
-    """
+    """What a file says about itself."""
 
     metadata: dict[str, str] = field(default_factory=dict)
-    domains: set[str] = field(default_factory=set)
-    external_files: list[str] = field(default_factory=list)
+    domains: set[str] = field(default_factory=set)  # operator sets it imports; "" is ONNX itself
+    external_files: list[str] = field(default_factory=list)  # that hold tensors, as written
     has_graph: bool = False
-    fields: int = 0
+    fields: int = 0  # how many were read
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:

@@ -10,21 +10,19 @@ from typing import Any
 import numpy as np
 
 from facespec.cli import require
-from facespec.errors import ModelFileError, SpecError
+from facespec.errors import ModelFileError, SpecError, reason
 from facespec.spec import SPEC_KEY, ModelSpec
-from trt_runtime.kernels import PLUGIN
+from trt_runtime.kernels import PLUGIN, decode_attributes
 from trt_runtime.onnx_file import read_onnx
 
 
 class OnnxModel:
-    """An ONNX detector that has been read and checked; whatever runs it need not read the file again.
+    """An ONNX detector, `content`, that has been read and checked; whatever runs it need not read the file again.
 
     Args:
         path: File written by `python -m export.to_onnx`, or a plugin form written by `python -m export.to_trt`.
 
     Attributes:
-        path: The file.
-        content: Its bytes.
         spec: The `ModelSpec` it carries.
         is_plugin_form: Whether it ends in the plugin, which only TensorRT and the host kernels run.
         weights: Other files that hold its weights, links resolved; most models have none.
@@ -59,13 +57,9 @@ class OnnxModel:
 def open_session(
     model: str | bytes, name: str | Path, threads: int | None = None, *, why: str = "OrtRetinaFace"
 ) -> Any:
-    """Return an ONNX Runtime session on the CPU.
+    """Return an ONNX Runtime session on the CPU, of an encoded model or the path of one.
 
-    Args:
-        model: An encoded model, or the path of one.
-        name: Of the model, for messages.
-        threads: Threads of a call; None takes every core.
-        why: What needs ONNX Runtime, for the message.
+    `threads` are those of a call, None is every core; `name` and `why`, which says what needs it, are for messages.
 
     Raises:
         ModelFileError: ONNX Runtime cannot load the model.
@@ -82,17 +76,8 @@ def open_session(
         raise ModelFileError(f"{name}: ONNX Runtime cannot load it ({reason(error)})") from None
 
 
-def reason(error: Exception) -> str:
-    """Return what a library says of its failure, in one line that is not too long."""
-    return " ".join(str(error).split())[:200]
-
-
 def load_graph(content: bytes, why: str) -> Any:
-    """Return a decoded ONNX model.
-
-    Args:
-        content: The file.
-        why: What needs the package onnx, for the message.
+    """Return a decoded ONNX model; `why` says what needs the package onnx, for the message.
 
     Raises:
         ModelFileError: It cannot be decoded.
@@ -102,7 +87,7 @@ def load_graph(content: bytes, why: str) -> Any:
     try:
         return onnx.load_model_from_string(content)
     except Exception as error:  # of protobuf, which is not ours to import
-        raise ModelFileError(f"not an ONNX file, or damaged ({reason(error)[:100]})") from None
+        raise ModelFileError(f"not an ONNX file, or damaged ({reason(error, 100)})") from None
 
 
 def find_plugin(model: Any) -> Any:
@@ -143,18 +128,9 @@ def plain(value: Any) -> Any:
 
 def plugin_problem(attributes: dict[str, Any], spec: ModelSpec) -> str | None:
     """Return where the attributes of a plugin node are not what a spec says, or None."""
-    expected = {
-        "plugin_version": PLUGIN.version,
-        "plugin_namespace": PLUGIN.namespace,
-        "strides": list(spec.anchors.strides),
-        "min_sizes": [plain(float(size)) for level in spec.anchors.min_sizes for size in level],
-        "variances": plain(spec.decode.variances),
-        "logit_threshold": plain(spec.decode.logit_threshold),
-        "iou_threshold": plain(spec.decode.iou_threshold),
-        "top_k": spec.decode.top_k,
-        "max_detections": spec.decode.max_detections,
-    }
-    for name, value in expected.items():
+    identity = {"plugin_version": PLUGIN.version, "plugin_namespace": PLUGIN.namespace}
+    for name, value in {**identity, **decode_attributes(spec)}.items():
+        value = plain(value)
         if attributes.get(name) != value:
             return f"the plugin's {name} is {attributes.get(name)}, the spec says {value}"
     return None
@@ -162,27 +138,18 @@ def plugin_problem(attributes: dict[str, Any], spec: ModelSpec) -> str | None:
 
 @dataclass(frozen=True)
 class HeadsGraph:
-    """A detector graph that ends at its head maps.
-
-    Attributes:
-        content: Encoded ONNX model.
-        heads: Names of its outputs, one for each pyramid level.
-        fixed_hw: The one size its input has, or None.
-        half: Whether it computes in fp16 where it does not in INT8.
-    """
+    """A detector graph that ends at its head maps, as an encoded ONNX model."""
 
     content: bytes
-    heads: list[str]
-    fixed_hw: tuple[int, int] | None
-    half: bool
+    heads: list[str]  # names of its outputs, one for each pyramid level
+    fixed_hw: tuple[int, int] | None  # the one size its input has
+    half: bool  # it computes in fp16 where it does not in INT8
 
 
 def cut_heads(content: bytes, spec: ModelSpec) -> HeadsGraph:
     """Return a detector graph without its decoding and NMS, which `trt_runtime.kernels.decode_nms` does.
 
-    Args:
-        content: An encoded ONNX model: a plugin form, or a portable graph, whose head maps are named `head_STRIDE`.
-        spec: What the plugin must do.
+    It is a plugin form, whose plugin must do what `spec` says, or a portable graph with head maps named `head_STRIDE`.
 
     Raises:
         ModelFileError: It has no head maps, or its plugin does something else.

@@ -21,7 +21,7 @@ from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
 from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, network_size
 from trt_runtime.gpu.cuda import CudaDevice
-from trt_runtime.gpu.device import ALIGNMENT, Device, Graph, Memory, PinnedArray, Stream
+from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, Stream
 from trt_runtime.gpu.engine import Engine, Shape, TrtEngine
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
 from trt_runtime.gpu.simulated import HostDevice, HostEngine
@@ -222,7 +222,7 @@ class _GpuLane:
         self._stream = device.stream()
         self._workspace = device.allocate(engine.workspace_bytes, "the network's workspace")
         self._room: _Room | None = None
-        self._uploads: tuple[PinnedArray, Memory] | None = None
+        self._uploads: tuple[Bytes, Memory] | None = None
         self._plans: ShapeCache[Shape, _Plan] = ShapeCache(GRAPHS, self._make_plan, _Plan.close)
 
     def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[NDArray[Any]]:
@@ -250,7 +250,20 @@ class _GpuLane:
     def close(self) -> None:
         with self._device.activate():  # TensorRT frees in whatever context is current
             self._plans.clear()
-            _close(*self._room or (), *self._uploads or (), self._workspace, self._stream)
+            self._free_room()
+            self._free_uploads()
+            self._workspace.close()
+            self._stream.close()
+
+    def _free_room(self) -> None:
+        if self._room:
+            self._room.block.close()
+            self._room = None
+
+    def _free_uploads(self) -> None:
+        if self._uploads:
+            self._uploads[1].close()
+            self._uploads = None
 
     def _upload(self, frames: Sequence[Any]) -> list[DeviceFrame]:
         """Return where the frames lie on the device, after copying those of the host to it."""
@@ -260,8 +273,7 @@ class _GpuLane:
             return [place for place in places if place]
         starts = _starts([frame.size for frame in hosts])
         if self._uploads is None or self._uploads[1].nbytes < starts[-1]:
-            _close(*self._uploads or ())
-            self._uploads = None
+            self._free_uploads()
             megapixels = sum(frame.size for frame in hosts) / 3e6
             memory = self._device.allocate(starts[-1], f"{len(hosts)} frames of {megapixels:.1f} megapixels")
             self._uploads = self._device.pinned(starts[-1]), memory
@@ -269,7 +281,7 @@ class _GpuLane:
         uploaded = []
         for frame, start in zip(hosts, starts, strict=False):
             height, width = frame.shape[:2]
-            room = pinned.array[start : start + frame.size]
+            room = pinned[start : start + frame.size]
             np.copyto(room.reshape(frame.shape), frame)
             self._device.copy_in(memory.address + start, room, self._stream)
             uploaded.append(DeviceFrame(memory.address + start, 3 * width, (height, width), None, memory))
@@ -288,8 +300,7 @@ class _GpuLane:
         if all(have >= need for have, need in zip(held, needed, strict=True)):
             return
         self._plans.clear()
-        _close(*self._room or ())
-        self._room = None
+        self._free_room()
         nbytes, results, descriptions = map(max, zip(held, needed, strict=True))
         block = self._device.allocate(nbytes, f"a batch of {shape[0]} at {shape[1]}x{shape[2]}")
         self._room = _Room(block, self._device.pinned(results), self._device.pinned(descriptions))
@@ -303,12 +314,12 @@ class _Room(NamedTuple):
     """A lane's memory: a block on the device, and what is copied from it and to it."""
 
     block: Memory
-    results: PinnedArray
-    descriptions: PinnedArray
+    results: Bytes
+    descriptions: Bytes
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        return self.block.nbytes, len(self.results.array), len(self.descriptions.array)
+        return self.block.nbytes, len(self.results), len(self.descriptions)
 
 
 class _Layout:
@@ -332,8 +343,8 @@ class _Plan:
         self._device, self._engine, self._shape = device, engine, shape
         layout, block = _Layout(engine, shape), room.block.address
         self._block, self._images, self._found = block, block + layout.images_at, block + layout.outputs_at
-        self._results = room.results.array[: layout.nbytes - layout.outputs_at]
-        self._descriptions = room.descriptions.array[: shape[0] * _FRAME_BYTES]
+        self._results = room.results[: layout.nbytes - layout.outputs_at]
+        self._descriptions = room.descriptions[: shape[0] * _FRAME_BYTES]
         self.outputs: list[NDArray[Any]] = []
         addresses = {"images": self._images}
         for (name, (kind, rest)), start in zip(layout.outputs.items(), layout.starts[2:], strict=False):
@@ -375,9 +386,7 @@ class _Plan:
                 "TensorRT-RTX cannot capture this engine; python -m export.to_trt builds one that it can"
             )
         try:
-            with stream.capture() as capture:
-                self._enqueue(stream)
-            self._graph = capture.graph
+            self._graph = stream.capture(lambda: self._enqueue(stream))
         except DeviceLostError:
             raise
         except GpuError as error:
@@ -428,11 +437,6 @@ def _starts(sizes: Sequence[int]) -> list[int]:
     for size in sizes:
         starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
     return starts
-
-
-def _close(*items: Any) -> None:
-    for item in items:
-        item.close()
 
 
 def _shape(array: Any) -> tuple[int, ...] | None:

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from export.graph import HEAD_NAMES, OPSET, GraphBuilder, add_decode_nms, add_preprocessing, detector_outputs
-from facespec.boxes import Decoded, decode_detections
-from facespec.priors import make_priors
+from facespec.boxes import Decoded, decode_detections, make_priors
 from facespec.spec import DecodeSpec, ModelSpec
 
 Heads = list[NDArray[np.float32]]

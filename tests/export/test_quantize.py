@@ -457,7 +457,12 @@ def test_a_recipe_from_a_file(tmp_path: Path, shared_cache: None) -> None:
     path.write_text('{"float_depthwise": false, "float_layers": ["/heads."]}')
     calibration = CalibrationOptions("demo", images=16, recipe=path)
     options = EngineOptions(
-        "mobilenet0.25", tmp_path / "f.onnx", Profile((1, 1, 1), ((320, 320),) * 3), "int8", calibration, onnx_only=True
+        "mobilenet0.25",
+        tmp_path / "f.onnx",
+        Profile((1, 1, 1), ((320, 320),) * 3),
+        precision="int8",
+        calibration=calibration,
+        onnx_only=True,
     )
     build_engine(options)
     shares = inspect(options.out).precision
@@ -498,7 +503,13 @@ def test_recipes_go_through_files(tmp_path: Path, error_line: Callable[..., str]
 def test_int8_engines(tmp_path: Path, shared_cache: None) -> None:
     profile = Profile((1, 1, 2), ((320, 320), (320, 320), (320, 640)))
     options = EngineOptions(
-        "mobilenet0.25", tmp_path / "f.engine", profile, "int8", DEMO, flavor="rtx", capabilities=(86, 89, 120)
+        "mobilenet0.25",
+        tmp_path / "f.engine",
+        profile,
+        precision="int8",
+        calibration=DEMO,
+        flavor="rtx",
+        capabilities=(86, 89, 120),
     )
     build_engine(options)
     names = (tmp_path / "f.engine.calibration.txt").read_text().splitlines()

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from facespec import boxes as fb
-from facespec.priors import make_priors
+from facespec.boxes import make_priors
 from facespec.spec import AnchorSpec, DecodeSpec
 
 PRIORS = make_priors(AnchorSpec(), (64, 96))

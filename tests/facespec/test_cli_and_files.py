@@ -25,6 +25,7 @@ from facespec.cli import (
     quiet_libraries,
     require,
     run,
+    text_table,
 )
 from facespec.errors import DataError, MissingPackageError, OutputError, SpecError
 from facespec.files import _own_folder, atomic_path, cache_folder, check_outputs, write_text
@@ -445,3 +446,15 @@ def test_the_words_for_a_device() -> None:
     for word in ("", "0", "gpu", "CPU", "cuda:", "cuda:-1", "cuda:x", "cuda:0 ", "cuda:\u0661", "cuda:0\n"):
         with pytest.raises(SpecError, match=re.escape(f"device {word!r} is not one of auto, cpu, cuda and cuda:N")):
             parse_device(word)
+
+
+def test_columns_are_as_wide_as_their_widest_text() -> None:
+    rows = [["a long name", "1.25", "7"], ["b", "10.50", ""]]
+    assert text_table(["", "ms", "faces"], rows).splitlines() == [
+        "                ms  faces",
+        "a long name   1.25      7",
+        "b            10.50",
+    ]
+    assert text_table(["only", "a header"], []) == "only  a header"
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        text_table(["a", "b"], [["too few"]])

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from facespec import spec as spec_module
+from facespec.boxes import make_priors
 from facespec.errors import SpecError
-from facespec.priors import make_priors
 from facespec.spec import (
     MAX_NETWORK_PIXELS,
     AnchorSpec,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from facespec.priors import make_priors
+from facespec.boxes import make_priors
 from facespec.spec import DecodeSpec, ModelSpec
 from tests.gpu import frames
 from tests.gpu import heads as content

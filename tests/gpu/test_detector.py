@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from facespec.boxes import decode_detections
+from facespec.boxes import decode_detections, make_priors
 from facespec.detections import Detections, to_detections
 from facespec.errors import DeviceMemoryError, FrameError
 from facespec.letterbox import Frame, Letterbox
-from facespec.priors import make_priors
 from tests.gpu.kernel import gpu_problem
 from trt_runtime import kernels
 from trt_runtime.gpu.frame import Nv12Frame

@@ -56,9 +56,9 @@ class CudaDeviceTest(unittest.TestCase):
 
     def download(self, address: int, nbytes: int, stream: Any) -> Any:
         pinned = self.device.pinned(nbytes)
-        self.device.copy_out(pinned.array, address, stream)
+        self.device.copy_out(pinned, address, stream)
         stream.synchronize()
-        return pinned.array
+        return pinned
 
     def test_it_does_what_a_device_does(self) -> None:
         check_device(self.device)
@@ -77,7 +77,7 @@ class CudaDeviceTest(unittest.TestCase):
             stream = self.device.stream()
             memory, pinned = self.device.allocate(16, "a test"), self.device.pinned(16)
             torch.cuda._sleep(MANY_CYCLES)
-            self.device.copy_in(memory.address, pinned.array, stream)
+            self.device.copy_in(memory.address, pinned, stream)
             stream.synchronize()
             self.assertFalse(torch.cuda.current_stream().query(), "the default stream is busy still")
         torch.cuda.synchronize()
@@ -88,11 +88,11 @@ class CudaDeviceTest(unittest.TestCase):
         with self.device.activate():
             stream, back = self.device.stream(), self.device.pinned(1 << 20)
             memory = self.device.allocate(1 << 20, "a test")
-            back.array[:] = 1
+            back[:] = 1
             torch.cuda._sleep(MANY_CYCLES)
             stream.wait_for(1)  # torch's default stream is the legacy one
-            self.device.copy_out(back.array, memory.address, stream)
-            self.assertTrue((back.array == 1).all(), "a copy that had to wait was done at once")
+            self.device.copy_out(back, memory.address, stream)
+            self.assertTrue((back == 1).all(), "a copy that had to wait was done at once")
             stream.synchronize()
 
     def test_a_tensor_is_read_where_it_is(self) -> None:
@@ -231,9 +231,9 @@ class PyCudaDeviceTest(unittest.TestCase):
             assert found is not None
             self.assertEqual((found.address, found.pitch), (int(array.gpudata), 150))
             back = device.pinned(pixels.nbytes)
-            device.copy_out(back.array, found.address, stream)
+            device.copy_out(back, found.address, stream)
             stream.synchronize()
-            self.assertTrue((back.array == pixels.reshape(-1)).all())
+            self.assertTrue((back == pixels.reshape(-1)).all())
             stream.close()
         own.synchronize()  # it is its caller's still
 

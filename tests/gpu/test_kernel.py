@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from facespec.priors import make_priors
+from facespec.boxes import make_priors
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
 from tests.gpu import heads as content
 from tests.gpu.kernel import (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from facespec.priors import make_priors
+from facespec.boxes import make_priors
 from facespec.spec import AnchorSpec, DecodeSpec
 from trt_runtime import kernels
 

@@ -19,8 +19,8 @@ import pytest
 from numpy.typing import NDArray
 
 from facespec import boxes as fb
+from facespec.boxes import make_priors
 from facespec.errors import BuildError, SpecError
-from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
 from tests.plugins.brute_force import decode_image, elementary, join_heads, split_heads
 from trt_runtime import kernels

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from facespec.boxes import decode_detections
+from facespec.boxes import decode_detections, make_priors
 from facespec.errors import FrameError, SpecError
 from facespec.letterbox import Frame, Letterbox
-from facespec.priors import make_priors
 from facespec.spec import DecodeSpec, PreprocessSpec
 from tests.trainer.conftest import published
 from trainer import RetinaFace

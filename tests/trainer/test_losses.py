@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import facespec.boxes as reference
 from benchmarks.loss import OriginalLoss, random_faces, random_heads
+from facespec.boxes import make_priors
 from facespec.errors import SpecError
-from facespec.priors import make_priors
 from facespec.spec import ModelSpec
 from trainer.data.targets import Faces, Targets, collate
 from trainer.losses import LossSettings, MultiBoxLoss, encode_boxes, encode_landmarks, hardest_negatives

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from facespec.boxes import cxcywh_to_xyxy, iou_matrix
-from facespec.priors import make_priors
+from facespec.boxes import cxcywh_to_xyxy, iou_matrix, make_priors
 from facespec.spec import AnchorSpec
 from trainer.matching import Matches, Overlaps, assign, match_faces, overlapping_priors
 

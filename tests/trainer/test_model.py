@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from facespec.boxes import make_priors
 from facespec.errors import NonFiniteError, SpecError
-from facespec.priors import make_priors
 from facespec.spec import AnchorSpec, ModelSpec
 from trainer import load_model
 from trainer.backbones import BACKBONES

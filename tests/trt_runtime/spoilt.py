@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from facespec.letterbox import Frame
-from trt_runtime.media.decoding import Pictures
+from trt_runtime.media.files import Pictures
 
 
 class OddPictures(Pictures):

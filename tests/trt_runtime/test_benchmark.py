@@ -34,7 +34,7 @@ from facespec.images import write_image
 from facespec.letterbox import Frame
 from tests.conftest import ROOT
 from tests.trt_runtime.handmade import HandmadeDetector, HandmadeLane, frame_of
-from trt_runtime import machine, measure
+from trt_runtime import measure
 from trt_runtime.benchmark import (
     CPU_BACKENDS,
     BenchmarkOptions,
@@ -51,8 +51,7 @@ from trt_runtime.benchmark import (
     parse_arguments,
 )
 from trt_runtime.detector import RetinaFaceDetector
-from trt_runtime.measure import Latency, Ratio
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import Latency, Ratio, StageTimer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 QUICK = ("--repeats", 6, "--warm-up", 1, "--threads", 1, "--backend", "onnxruntime")
@@ -669,6 +668,6 @@ def test_a_plot_needs_its_package_before_anything_is_measured(
 def test_the_load_is_that_before_the_run(
     handmade: list[HandmadeDetector], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(machine, "load_average", lambda: 0.75 if not handmade else 9.0)
+    monkeypatch.setattr("trt_runtime.benchmark.load_average", lambda: 0.75 if not handmade else 9.0)
     assert main(["--model", "m.onnx", "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
     assert json.loads((tmp_path / "b.json").read_text())["load_average"] == 0.75

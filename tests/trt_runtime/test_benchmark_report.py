@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from facespec.errors import MissingPackageError, OutputError
 from facespec.spec import NetworkSize
-from trt_runtime import benchmark_report, machine
+from trt_runtime import benchmark_report
 from trt_runtime.benchmark_report import WIDTH, Measurement, Setting, heading, plot, setting_table, summary_table
-from trt_runtime.measure import Ratio, speed_ratio
+from trt_runtime.measure import Ratio, environment, speed_ratio
 
 
 def _samples(median: float, drift: np.ndarray, seed: int) -> np.ndarray:
@@ -187,7 +187,7 @@ def test_the_summary_has_a_line_for_each_detector_in_each_setting() -> None:
 
 def test_plots_differ_with_what_they_show(tmp_path: Path, drift: np.ndarray) -> None:
     slow, fast = _samples(20, drift, 1), _samples(10, drift, 2)
-    record = {**machine.environment(), "load_average": None}
+    record = {**environment(), "load_average": None}
     pictures = []
     for index, settings in enumerate(
         (

@@ -20,7 +20,7 @@ import pytest
 from export.verify import BUDGETS
 from facespec.agreement import Agreement
 from facespec.detections import Detections
-from facespec.errors import BuildError, ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
+from facespec.errors import BuildError, ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError, reason
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_crops
@@ -32,9 +32,8 @@ from trainer.detector import TorchRetinaFace
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, cpu, load_detector
 from trt_runtime.cpu import COMPILED_SIZES, best_backend
 from trt_runtime.kernels import decode_nms
-from trt_runtime.machine import cores
-from trt_runtime.onnx_model import OnnxModel, reason
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import StageTimer, cores
+from trt_runtime.onnx_model import OnnxModel
 
 openvino = pytest.importorskip("openvino", reason="pip install -e '.[cpu]'")
 
@@ -532,7 +531,7 @@ def test_what_the_speed_depends_on(static_onnx: Path, exported: Exported) -> Non
             assert found == {"backend": "openvino", "threads": 2, "streams": 2, "precision": expected}
             # OpenVINO's own word for what its operators compute in
             (compiled,) = detector._compiled._values.values()
-            operators = compiled._model.get_runtime_model().get_ops()
+            operators = compiled.get_runtime_model().get_ops()
             computed = {str(operator.get_rt_info()["runtimePrecision"].astype(str)) for operator in operators}
             assert ("bf16" in computed) == (expected == "bf16")
 
@@ -720,16 +719,18 @@ def test_fixed_sizes_are_sizes_that_a_network_can_have(shape: list[Any], tmp_pat
         OrtRetinaFace(_tiny(tmp_path / "m.onnx", shape=shape))
 
 
-def test_threads_that_calls_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_calls_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _tiny(tmp_path / "m.onnx")
     monkeypatch.setattr(cpu, "cores", lambda: 12)
     for threads, streams, expected in (
-        (None, 1, None), (5, 1, 5), (256, 1, 256), (None, 2, 6), (None, 5, 2), (None, 64, 1), (8, 3, 2), (2, 3, 1),
+        (None, 1, "every core"), (5, 1, 5), (None, 2, 6), (None, 5, 2), (None, 64, 1), (8, 3, 2), (2, 3, 1),
         (1, 256, 1),
     ):  # fmt: skip
-        assert cpu._threads(threads, streams) == expected
-    for wrong in ((True, 1), (1, True), (1.0, 1), (257, 1), (1, 0)):
+        with OrtRetinaFace(path, threads=threads, streams=streams) as detector:
+            assert detector.environment()["threads"] == expected
+    for threads, streams in ((True, 1), (1, True), (1.0, 1), (257, 1), (1, 0)):
         with pytest.raises(SpecError, match="must be a number from 1 to 256, got"):
-            cpu._threads(*wrong)  # type: ignore[arg-type]
+            OrtRetinaFace(path, threads=threads, streams=streams)  # type: ignore[arg-type]
 
 
 def test_onnx_runtime_is_told_its_threads(tmp_path: Path) -> None:
@@ -748,7 +749,7 @@ def test_onnx_runtime_is_told_its_threads(tmp_path: Path) -> None:
 def test_openvino_is_told_its_threads_and_streams(static_onnx: Path) -> None:
     for options, threads, streams in (({}, cores(), 1), ({"threads": 1}, 1, 1), ({"threads": 4, "streams": 2}, 4, 2)):
         with OpenVinoRetinaFace(static_onnx, **options) as detector:
-            compiled = detector._compiled.get((320, 320))._model
+            compiled = detector._compiled.get((320, 320))
             assert (detector._options["INFERENCE_NUM_THREADS"], detector._options["NUM_STREAMS"]) == (threads, streams)
             if threads <= cores():  # of more, OpenVINO takes those that there are
                 assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
@@ -782,26 +783,18 @@ def test_the_frames_of_an_openvino_batch_run_one_by_one(dynamic_onnx: Path) -> N
 @pytest.mark.parametrize("size", [(32, 64), None])
 def test_a_request_is_used_again_unless_its_call_failed(size: tuple[int, int] | None, dynamic_onnx: Path) -> None:
     with OpenVinoRetinaFace(dynamic_onnx, size_hw=size, threads=1) as detector:
-        compiled = detector._compiled.get(size)
-        with compiled.request() as (first, buffer):
+
+        def request() -> Any:
+            """Detect; return the one request of the one lane."""
+            assert len(detector.detect(np.zeros((32, 64, 3), np.uint8))) == 0
+            (lane,) = detector._idle
+            ((request, buffer),) = lane._requests.values()  # type: ignore[attr-defined]
             assert (buffer is None) == (size is None)
             assert buffer is None or (buffer.shape, buffer.dtype) == ((32, 64, 3), np.uint8)
-            with compiled.request() as (beside, _):
-                assert beside is not first
+            return request
 
-        def fail() -> None:
-            with compiled.request() as (again, same):
-                assert again is first
-                assert same is buffer
-                raise RuntimeError("mine")
-
-        with pytest.raises(RuntimeError, match="mine"):
-            fail()
-        seen = []
-        for _ in range(2):
-            with compiled.request() as (request, _):
-                seen.append(request)
-        assert seen == [beside, beside]
+        first = request()
+        assert request() is first
 
         class Interrupted(StageTimer):
             def add(self, stage: str, ms: float) -> None:
@@ -810,8 +803,18 @@ def test_a_request_is_used_again_unless_its_call_failed(size: tuple[int, int] | 
 
         with pytest.raises(KeyboardInterrupt):
             detector.detect(np.zeros((32, 64, 3), np.uint8), Interrupted())
-        assert compiled._idle == []
-        assert len(detector.detect(np.zeros((32, 64, 3), np.uint8))) == 0
+        assert detector._idle == []
+        assert request() is not first
+
+
+def test_requests_go_when_the_detector_gives_up_their_model(dynamic_onnx: Path) -> None:
+    with OpenVinoRetinaFace(dynamic_onnx, size_hw=32, threads=1) as detector:
+        for width in range(32, 32 * (COMPILED_SIZES + 3), 32):
+            detector.size_hw = 32, width
+            detector.detect(np.zeros((32, 64, 3), np.uint8))
+        (lane,) = detector._idle
+        gc.collect()
+        assert len(lane._requests) == len(detector._compiled) == COMPILED_SIZES  # type: ignore[attr-defined]
 
 
 def test_half_a_model_is_for_openvino_at_any_size(dynamic_onnx: Path, tmp_path: Path) -> None:

@@ -123,9 +123,8 @@ atexit.register(lambda: print([live(kind) for kind in range(7)]))
 device = open_device()
 with device.activate():
     stream, memory, pinned, event = device.stream(), device.allocate(4, "a test"), device.pinned(4), device.event()
-    with stream.capture() as capture:
-        device.copy_in(memory.address, pinned.array, stream)
-    graph, view = capture.graph, pinned.array[1:]
+    graph = stream.capture(lambda: device.copy_in(memory.address, pinned, stream))
+    view = pinned[1:]
 print([live(kind) for kind in range(7)])
 """
     assert run(fake, code).splitlines() == ["[6, 1, 1, 1, 1, 0, 1]", "[0, 0, 0, 0, 0, 0, 0]"]
@@ -191,8 +190,7 @@ def each(fake: Path, cases: list[tuple[dict[str, str], str]]) -> list[list[str]]
     """Return what is printed with each of some settings of the driver and statements, all in one process."""
     code = f"""
 def capture(stream):
-    with stream.capture():
-        pass
+    stream.capture(lambda: None)
 for settings, statement in {cases!r}:
     os.environ.update(settings)
     try:
@@ -406,7 +404,7 @@ with device.activate():
     print(device.free_and_total())
     pinned = device.pinned(4)
     print(ctypes.CDLL('libcuda.so.1').fake_cuda_flags())
-    view = pinned.array[1:]
+    view = pinned[1:]
     del pinned
     print(live(2))
     view[:] = 1  # it is still there
@@ -519,16 +517,16 @@ device = open_device("pycuda")
 print(device.index, device.name, device.compute_capability, device.can_capture)
 with device.activate():
     pinned = device.pinned(4)
-    view = pinned.array[1:]
+    view = pinned[1:]
     del pinned
     print(live(2))
     del view
     print(live(2))
     first, second, spot, page = device.stream(), device.stream(), device.allocate(4, "a test"), device.pinned(4)
-    page.array[:] = 1
-    device.copy_out(page.array, spot.address, first)
+    page[:] = 1
+    device.copy_out(page, spot.address, first)
     second.wait_for(first.handle)
-    print((page.array == 1).all())
+    print((page == 1).all())
     del first, second, spot, page
 shared = CudaDevice(None, cuda.Stream(1))
 print(shared.can_capture)

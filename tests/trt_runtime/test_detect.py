@@ -23,9 +23,9 @@ from facespec.letterbox import Frame
 from tests.trt_runtime.handmade import HandmadeDetector, HandmadeLane, frame_of
 from trt_runtime import detect as module
 from trt_runtime.detect import DetectOptions, Summary, detect, main, parse_arguments
+from trt_runtime.measure import StageTimer
 from trt_runtime.media.files import TimedFrame, VideoFile, VideoWriter
 from trt_runtime.media.pipeline import WAIT, PipelineOptions, SourceReport
-from trt_runtime.timing import StageTimer
 
 MODEL = Path("m.onnx")
 

@@ -29,7 +29,8 @@ from tests.conftest import ROOT
 from tests.trt_runtime.rtsp_server import RtspServer, Visit, encode_h264
 from trt_runtime import OrtRetinaFace, load_detector
 from trt_runtime.detect import DetectOptions, detect, main
-from trt_runtime.media.files import Source, VideoFile, VideoWriter, open_source
+from trt_runtime.media.files import Source, VideoFile, VideoWriter
+from trt_runtime.media.live import open_source
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -26,7 +26,7 @@ from trainer.detector import TorchRetinaFace
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, load_detector
 from trt_runtime import detector as detector_module
 from trt_runtime.detector import RetinaFaceDetector, letterboxed, network_size
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import StageTimer
 
 Kind = type[OrtRetinaFace] | type[OpenVinoRetinaFace]
 KINDS: tuple[Kind, ...] = (OrtRetinaFace, OpenVinoRetinaFace)

@@ -24,7 +24,7 @@ from facespec.detections import Detections
 from facespec.errors import SpecError
 from facespec.letterbox import Frame
 from trt_runtime import OrtRetinaFace
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import StageTimer
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
 

@@ -16,7 +16,7 @@ from facespec.errors import ClosedError, FrameError, SpecError
 from facespec.letterbox import Frame
 from tests.trt_runtime.handmade import in_time
 from trt_runtime import DetectionStream, OrtRetinaFace, load_detector
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import StageTimer
 
 SOON_S = 30.0
 """What must happen has this long."""

@@ -40,7 +40,7 @@ from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
 from trt_runtime.gpu.engine import check_runs_here
 from trt_runtime.gpu.sidecar import read_sidecar
 from trt_runtime.gpu.simulated import HostArray, HostDevice, HostEngine
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import StageTimer
 from trt_runtime.trt import GRAPHS
 
 LATE_S = 0.002
@@ -362,6 +362,7 @@ def test_what_is_closed_holds_nothing(device: HostDevice, plugin_form: Path, ast
         assert len(graphs) == 2
         with device.activate():
             other = device.stream()
+        memories = kept._room.block, kept._uploads[1], kept._workspace
     assert not any(hasattr(plan._context, "_work") for plan in (*first, *last))
     assert device.allocated_bytes == 0
     with device.activate():
@@ -370,12 +371,8 @@ def test_what_is_closed_holds_nothing(device: HostDevice, plugin_form: Path, ast
                 graph.launch(other)
         with pytest.raises(GpuError, match="has been closed"):
             kept._stream.submit(print)
-    block, *rooms = kept._room
-    pinned_frames, frames_memory = kept._uploads
-    for pinned in (*rooms, pinned_frames):
-        with pytest.raises(GpuError, match="has been closed"):
-            assert pinned.array is None
-    for memory in (block, frames_memory, kept._workspace):
+    assert kept._room is kept._uploads is None
+    for memory in memories:
         with pytest.raises(GpuError, match="has been closed"):
             assert memory.address == 0
 
@@ -400,7 +397,7 @@ def test_rooms_grow_and_never_shrink(device: HostDevice, plugin_form: Path) -> N
             detector.detect_batch([np.zeros((side, side, 3), np.uint8)] * batch)
             (lane,) = detector._idle
             rooms: Any = lane
-            held.append((rooms._room.block.nbytes, len(rooms._room.results.array), len(rooms._room.descriptions.array)))
+            held.append((rooms._room.block.nbytes, len(rooms._room.results), len(rooms._room.descriptions)))
         assert held[1] == tuple(map(max, held[0], held[1]))
         assert held[1][0] > held[0][0]
         assert held[2:] == [held[1]] * 3
@@ -408,7 +405,7 @@ def test_rooms_grow_and_never_shrink(device: HostDevice, plugin_form: Path) -> N
         # one frame room for uploads, as large as the largest batch, and none of before
         uploads = device.allocated_bytes - rooms._room.block.nbytes - 1
         pinned, memory = rooms._uploads
-        assert uploads == len(pinned.array) == memory.nbytes == 416 * 416 * 3
+        assert uploads == len(pinned) == memory.nbytes == 416 * 416 * 3
         assert len(_plans(detector)) == 3
         detector.detect(np.zeros((417, 417, 3), np.uint8))
         assert device.allocated_bytes - rooms._room.block.nbytes - 1 == -(-417 * 417 * 3 // 256) * 256
@@ -586,8 +583,8 @@ def test_an_engine_for_larger_batches_gets_empty_slots(
         assert (images[1:] == np.uint8(detector.spec.preprocess.mean_bgr)).all()
         assert (images[0] != images[1]).any()
         (lane,) = detector._idle
-        row = len(lane._room.descriptions.array) // 4  # type: ignore[attr-defined]
-        assert not lane._room.descriptions.array[row:].any()  # type: ignore[attr-defined]
+        row = len(lane._room.descriptions) // 4  # type: ignore[attr-defined]
+        assert not lane._room.descriptions[row:].any()  # type: ignore[attr-defined]
 
 
 def test_sizes_an_engine_does_not_take(device: HostDevice, tmp_path: Path, astronaut: Frame, plugin_form: Path) -> None:

@@ -20,7 +20,7 @@ from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace
 from trt_runtime.gpu.cuda import CudaDevice
 from trt_runtime.gpu.flavor import RTX, find_flavor, gpu_capability
 from trt_runtime.gpu.sidecar import Sidecar, read_sidecar, sidecar_path
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import StageTimer
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
-from trt_runtime.gpu.device import Bytes, Capture, Memory, PinnedArray, check_bytes, check_nbytes, out_of_memory
+from trt_runtime.gpu.device import Bytes, Memory, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.gpu.frame import DeviceFrame, read_frame
 
 OLDEST_DRIVER = 12000
@@ -49,23 +49,13 @@ CPU_INSTEAD = "; the .onnx file runs on the CPU"
 
 
 class Cuda:
-    """Calls functions of CUDA's driver and turns their errors into ours.
-
-    Raises:
-        MissingPackageError: cuda-bindings is not installed.
-    """
+    """Calls functions of CUDA's driver and turns their errors into `GpuError` and its kinds."""
 
     def __init__(self) -> None:
         self.driver = require("cuda.bindings.driver", "gpu", "running engines on a GPU")
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        """Call a function; return its results: None, a value, or a tuple.
-
-        Raises:
-            DeviceMemoryError: Not enough memory is free.
-            DeviceLostError: The context cannot be used any more.
-            GpuError: Any other error, or the driver is missing.
-        """
+        """Call a function; return its results: None, a value, or a tuple."""
         try:
             status, *values = getattr(self.driver, name)(*arguments)
         except RuntimeError as error:  # cuda.bindings does not find libcuda, or the function in it
@@ -100,11 +90,7 @@ class CudaDevice:
             `handle`, such as a `pycuda.driver.Stream`. None makes new streams.
 
     Attributes:
-        name: "NVIDIA H200, device 0".
-        compute_capability: 90 for 9.0.
-        can_capture: Whether no stream was given: a capture of a shared stream would record what others put on it.
         index: Number of the GPU.
-        cuda: Calls functions of CUDA.
 
     Raises:
         GpuError: The driver is missing or too old, there is no such GPU, or no context is current.
@@ -143,7 +129,7 @@ class CudaDevice:
         minor = cuda("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self.compute_capability = 10 * major + minor
         self._stream = stream
-        self.can_capture = stream is None
+        self.can_capture = stream is None  # a capture of a shared stream would record what others put on it
 
     @contextmanager
     def activate(self) -> Iterator[None]:
@@ -166,14 +152,14 @@ class CudaDevice:
             raise out_of_memory(what, nbytes, *self.free_and_total()) from None
         return Memory(int(address), nbytes, self.free, "cuMemFree", int(address))
 
-    def pinned(self, nbytes: int) -> PinnedArray:
+    def pinned(self, nbytes: int) -> Bytes:
         try:
             address = self.cuda("cuMemHostAlloc", check_nbytes(nbytes), self.cuda.driver.CU_MEMHOSTALLOC_PORTABLE)
         except DeviceMemoryError:
             raise DeviceMemoryError(f"the host has no {nbytes} bytes that can be page-locked") from None
         buffer = (ctypes.c_uint8 * nbytes).from_address(int(address))
         weakref.finalize(buffer, self.free, "cuMemFreeHost", int(address))  # the buffer lives as long as any view
-        return PinnedArray(np.ctypeslib.as_array(buffer))
+        return np.ctypeslib.as_array(buffer)
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
         self.cuda("cuMemcpyHtoDAsync", address, check_bytes(source).ctypes.data, source.nbytes, stream.handle)
@@ -197,15 +183,16 @@ class CudaDevice:
 
     def free(self, name: str, handle: Any) -> None:
         """Call a function that frees something; works on any thread, also during a capture and at exit."""
-        with suppress(GpuError), self.activate(), relaxed(self.cuda):
-            self.cuda(name, handle)
+        mode = self.cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED  # else it would spoil the capture
+        with suppress(GpuError), self.activate():
+            before = self.cuda("cuThreadExchangeStreamCaptureMode", mode)
+            try:
+                self.cuda(name, handle)
+            finally:
+                self.cuda("cuThreadExchangeStreamCaptureMode", before)
 
     def _locate(self, address: int) -> int:
-        """Return the GPU that an address belongs to.
-
-        Raises:
-            FrameError: The address is not in CUDA's memory.
-        """
+        """Return the GPU that an address belongs to; FrameError if it is not in CUDA's memory."""
         ordinal = self.cuda.driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         try:
             return int(self.cuda("cuPointerGetAttribute", ordinal, address))
@@ -233,19 +220,18 @@ class CudaStream:
     def synchronize(self) -> None:
         self._device.cuda("cuStreamSynchronize", self.handle)
 
-    @contextmanager
-    def capture(self) -> Iterator[Capture]:
-        cuda, capture = self._device.cuda, Capture()
+    def capture(self, work: Callable[[], object]) -> CudaGraph:
+        cuda = self._device.cuda
         cuda("cuStreamBeginCapture", self.handle, cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
-            yield capture
+            work()
         except BaseException:
-            with suppress(GpuError):  # the capture is usually invalid; the error of the block says why
+            with suppress(GpuError):  # the capture is usually invalid; the error of the work says why
                 cuda("cuGraphDestroy", cuda("cuStreamEndCapture", self._handle))
             raise
         graph = cuda("cuStreamEndCapture", self._handle)
         try:
-            capture.end(CudaGraph(self._device, cuda("cuGraphInstantiate", graph, 0)))
+            return CudaGraph(self._device, cuda("cuGraphInstantiate", graph, 0))
         finally:
             cuda("cuGraphDestroy", graph)
 
@@ -260,17 +246,6 @@ class CudaStream:
 
     def close(self) -> None:
         self._destroy()
-
-
-@contextmanager
-def relaxed(cuda: Cuda) -> Iterator[None]:
-    """Let the calling thread free things in a block although it captures; else that would spoil the capture."""
-    mode = cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    before = cuda("cuThreadExchangeStreamCaptureMode", mode)
-    try:
-        yield
-    finally:
-        cuda("cuThreadExchangeStreamCaptureMode", before)
 
 
 class CudaGraph:

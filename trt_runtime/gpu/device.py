@@ -28,7 +28,7 @@ class Memory:
     """Memory on a device. It is freed with its last reference, or before that by `close`.
 
     Args:
-        address: Address of its first byte, a multiple of ALIGNMENT.
+        address: A multiple of ALIGNMENT.
         nbytes: The size that was asked for.
         free: Frees it once all streams of the device have done their work; it may be called on any thread.
         arguments: For `free`; none of them may refer to this object.
@@ -41,11 +41,7 @@ class Memory:
 
     @property
     def address(self) -> int:
-        """Address of its first byte.
-
-        Raises:
-            GpuError: It has been closed.
-        """
+        """Address of its first byte; GpuError if it has been closed."""
         if not self._free.alive:
             raise GpuError("this memory has been closed")
         return self._address
@@ -59,32 +55,6 @@ class Memory:
         self._free()
 
 
-class PinnedArray:
-    """Page-locked memory of the host: only copies from and to such memory run beside other work.
-
-    Args:
-        array: The memory, uint8 (N,); it is freed with its last view.
-    """
-
-    def __init__(self, array: Bytes) -> None:
-        self._array: Bytes | None = array
-
-    @property
-    def array(self) -> Bytes:
-        """The memory, uint8 (N,), undefined until it is written.
-
-        Raises:
-            GpuError: It has been closed.
-        """
-        if self._array is None:
-            raise GpuError("this memory has been closed")
-        return self._array
-
-    def close(self) -> None:
-        """Drop this reference; the memory is freed with the last view of `array`. May be called again."""
-        self._array = None
-
-
 class Graph(Protocol):
     """Captured work that can be repeated: it uses the same addresses each time, with their content at that time."""
 
@@ -95,53 +65,23 @@ class Graph(Protocol):
         """Free it. May be called again."""
 
 
-class Capture:
-    """What `Stream.capture` yields."""
-
-    def __init__(self) -> None:
-        self._graph: Graph | None = None
-
-    @property
-    def graph(self) -> Graph:
-        """The captured work.
-
-        Raises:
-            GpuError: The block has not ended.
-        """
-        if self._graph is None:
-            raise GpuError("there is no graph before the end of the capture")
-        return self._graph
-
-    def end(self, graph: Graph) -> None:
-        """Set the captured work, at the end of the block."""
-        self._graph = graph
-
-
 class Stream(Protocol):
     """A queue of work on a device; several streams run at the same time."""
 
     @property
     def handle(self) -> int:
-        """The CUstream, for TensorRT and for functions that launch kernels.
-
-        Raises:
-            GpuError: The stream has been closed, where the device can tell.
-        """
+        """The CUstream, for TensorRT and for functions that launch kernels."""
 
     def synchronize(self) -> None:
-        """Wait until all of its work is done.
+        """Wait until all of its work is done; GpuError if some of it failed."""
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Return what a function puts on the stream, which is recorded, in thread-local mode, instead of run.
+
+        The function must not allocate, synchronise or copy from or to memory that is not pinned.
 
         Raises:
-            GpuError: Some of the work failed.
-        """
-
-    def capture(self) -> AbstractContextManager[Capture]:
-        """Record the work that a block puts on the stream, in thread-local mode, instead of running it.
-
-        In the block the calling thread must not allocate, synchronise or copy from or to memory that is not pinned.
-
-        Raises:
-            GpuError: The device cannot capture (`Device.can_capture`), or the block did what cannot be captured.
+            GpuError: The device cannot capture (`Device.can_capture`), or the function did what cannot be captured.
         """
 
     def wait_for(self, handle: int) -> None:
@@ -165,11 +105,7 @@ class Event(Protocol):
         """Wait until the stream has reached the mark."""
 
     def elapsed_ms(self, since: Any) -> float:
-        """Return the milliseconds between another event of the device and this one.
-
-        Raises:
-            GpuError: One of the two was not recorded, or its stream has not reached it.
-        """
+        """Return the milliseconds from another event to this one; GpuError if a stream has not reached both."""
 
 
 class Device(Protocol):
@@ -189,55 +125,32 @@ class Device(Protocol):
     can_capture: bool
 
     def activate(self) -> AbstractContextManager[None]:
-        """Make its context current on the calling thread in a block; afterwards the one of before is current again."""
+        """Make its context current on the calling thread in a block; at its end the one before is current again."""
 
     def stream(self) -> Stream:
         """Return a new stream that does not wait for the default one; or the caller's if the device was given one."""
 
     def allocate(self, nbytes: int, what: str) -> Memory:
-        """Return new memory on the device, with undefined content.
-
-        Args:
-            nbytes: At least 1.
-            what: Its purpose, for the error: "the network's workspace".
+        """Return new memory of at least 1 byte on the device, with undefined content.
 
         Raises:
-            DeviceMemoryError: Not enough memory is free.
+            DeviceMemoryError: Not enough memory is free for `what`, as in "the network's workspace".
         """
 
-    def pinned(self, nbytes: int) -> PinnedArray:
-        """Return new page-locked memory of the host, with undefined content.
+    def pinned(self, nbytes: int) -> Bytes:
+        """Return new page-locked memory of the host, uint8 (nbytes,), undefined; it is freed with its last view.
 
-        Args:
-            nbytes: At least 1.
+        Only copies from and to such memory run beside other work.
 
         Raises:
             DeviceMemoryError: The host cannot page-lock so much memory.
         """
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
-        """Put a copy from an array to the device on a stream.
-
-        Args:
-            address: Destination on the device.
-            source: uint8, C-contiguous.
-            stream: A stream of this device.
-
-        Raises:
-            ValueError: `source` has another type or layout.
-        """
+        """Put a copy from an array, uint8 and C-contiguous, to the device on a stream; ValueError for other arrays."""
 
     def copy_out(self, target: Bytes, address: int, stream: Any) -> None:
-        """Put a copy from the device to an array on a stream.
-
-        Args:
-            target: uint8, C-contiguous, writeable; it is filled.
-            address: Source on the device.
-            stream: A stream of this device.
-
-        Raises:
-            ValueError: `target` has another type or layout, or is read-only.
-        """
+        """Put a copy from the device to an array on a stream: as `copy_in`, and the array must be writeable."""
 
     def free_and_total(self) -> tuple[int, int]:
         """Return the free bytes of its memory, and all bytes."""
@@ -248,15 +161,8 @@ class Device(Protocol):
     def frame(self, frame: object, stream: Any) -> DeviceFrame | None:
         """Return where a frame lies on this device; None if it lies in the host's memory or is no frame.
 
-        Nothing is copied. Further work of `stream` waits for the work that produces the frame.
-
-        Args:
-            frame: uint8 (H, W, 3) BGR of anything with `__dlpack__` or `__cuda_array_interface__` (PyTorch, CuPy,
-                Numba, PyCUDA), or an `Nv12Frame` of two such arrays.
-            stream: The stream that will read it.
-
-        Raises:
-            FrameError: It lies on another device, or has another type, shape or layout.
+        Nothing is copied. Further work of `stream`, which will read it, waits for the work that produces the frame.
+        `trt_runtime.gpu.frame.read_frame` says what is a frame, and which are refused.
         """
 
     def close(self) -> None:

@@ -24,11 +24,7 @@ class Context(Protocol):
     """A network that is prepared for one shape and fixed addresses."""
 
     def enqueue(self, stream: Any) -> None:
-        """Put the network, decoding and NMS on a stream.
-
-        Raises:
-            GpuError: The engine refused the run.
-        """
+        """Put the network, decoding and NMS on a stream; GpuError if the engine refuses the run."""
 
     def can_capture(self, stream: Any) -> bool:
         """Whether a run on a stream can be captured in a CUDA graph, as far as that is known before."""
@@ -44,28 +40,20 @@ class Context(Protocol):
 
 
 class Engine(Protocol):
-    """A detector graph on a device.
+    """A detector graph on a device."""
 
-    Attributes:
-        backend: Name of the library that runs it: "tensorrt", "rtx", "host".
-        spec: The model.
-        files: Its files.
-        profile: Sizes that it takes.
-        workspace_bytes: Device memory that a context needs while it runs.
-    """
-
-    backend: str
+    backend: str  # what runs it: "tensorrt", "rtx", "host"
     spec: ModelSpec
     files: list[Path]
     profile: Profile
-    workspace_bytes: int
+    workspace_bytes: int  # device memory that a context needs while it runs
 
     def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> Context:
         """Return a context for a shape.
 
         Args:
-            shape: (B, H, W).
-            addresses: Addresses of `images` and of every output.
+            shape: Of the input.
+            addresses: Of `images` and of every output.
             workspace: Address of `workspace_bytes` of memory; contexts that never run at the same time may share it.
 
         Raises:
@@ -78,9 +66,9 @@ class Engine(Protocol):
 
         Args:
             frames: Address of the descriptions of the frames, one `LetterboxFrame` for each image.
-            shape: (B, H, W) of `images`.
+            shape: Of `images`.
             images: Address of the letterboxed frames, uint8 (B, H, W, 3), which are written.
-            stream: A stream of the device.
+            stream: Of the device.
         """
 
     def environment(self) -> dict[str, Any]:
@@ -202,11 +190,7 @@ class TrtContext:
 
 
 def check_runs_here(path: str | Path, sidecar: Sidecar, capability: int, device: str) -> None:
-    """Check that an engine is the one its sidecar describes, and built for this GPU.
-
-    Raises:
-        ModelFileError: It is not; the message names the command that builds the right one.
-    """
+    """Raise ModelFileError unless an engine is the one its sidecar describes, and built for this GPU."""
     problems = check_engine(path, sidecar)
     if problems:
         raise ModelFileError(f"{path}: {problems[0]}")

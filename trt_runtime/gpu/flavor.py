@@ -20,21 +20,13 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Flavor:
-    """A kind of TensorRT.
-
-    Attributes:
-        name: "tensorrt" or "rtx".
-        title: Name for messages.
-        module: Python module.
-        extra: The extra of this project that installs it.
-        capabilities: Compute capabilities that it builds engines for on any machine, without such a GPU.
-    """
+    """A kind of TensorRT."""
 
     name: str
-    title: str
+    title: str  # for messages
     module: str
-    extra: str
-    capabilities: tuple[int, ...] = ()
+    extra: str  # of this project, which installs it
+    capabilities: tuple[int, ...] = ()  # that it builds engines for on any machine, without such a GPU
 
     def installed(self) -> bool:
         """Whether its Python package is installed; the package is not imported."""
@@ -84,7 +76,6 @@ def find_flavor(name: str = AUTO) -> Flavor:
 
 def gpu_capability() -> int | None:
     """Return the compute capability of the first GPU, 86 for 8.6; None without a GPU or without a driver."""
-    major_attribute, minor_attribute = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -92,7 +83,7 @@ def gpu_capability() -> int | None:
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
         return None
-    for value, attribute in ((major, major_attribute), (minor, minor_attribute)):
+    for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
         if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
             return None
     return 10 * major.value + minor.value

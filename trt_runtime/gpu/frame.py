@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from facespec.errors import FrameError
+from facespec.errors import FrameError, reason
 from trt_runtime.kernels import PixelFormat
 
 Nv12Matrix = Literal["bt601", "bt601_full", "bt709", "bt709_full"]
@@ -69,24 +69,14 @@ class Nv12Frame:
 
 @dataclass(frozen=True)
 class _Array:
-    """An array on a device.
-
-    Attributes:
-        address: Address of its first element.
-        shape: Number of elements in each dimension.
-        strides: Bytes from element to element in each dimension; None if it is C-contiguous.
-        kind: Type of the elements, such as "uint8".
-        device_index: Number of its GPU; None if the array does not say.
-        stream: Handle of the stream that the reader must wait for, or None.
-        owner: Keeps the memory alive.
-    """
+    """An array on a device; `owner` keeps its memory alive."""
 
     address: int
     shape: tuple[int, ...]
-    strides: tuple[int, ...] | None
-    kind: str
-    device_index: int | None
-    stream: int | None
+    strides: tuple[int, ...] | None  # bytes from element to element; None if it is C-contiguous
+    kind: str  # such as "uint8"
+    device_index: int | None  # None if the array does not say
+    stream: int | None  # handle of the stream that the reader must wait for
     owner: object
 
     def __str__(self) -> str:
@@ -103,7 +93,8 @@ def read_frame(
     """Return where a frame lies on a device, or None if it lies on none; see `Device.frame`.
 
     Args:
-        frame: An object with DLPack or the CUDA array interface, an `Nv12Frame`, or any other object.
+        frame: uint8 (H, W, 3) BGR of anything with `__dlpack__` or `__cuda_array_interface__` (PyTorch, CuPy, Numba,
+            PyCUDA), an `Nv12Frame` of two such arrays, or any other object.
         stream: The `Stream` that will read it; its device is active on this thread.
         device_index: Number of the GPU that the frame must lie on; None does not check.
         locate: Returns the number of the GPU that an address belongs to, or None; called for arrays that do not say.
@@ -194,7 +185,7 @@ def _read_array(array: Any, stream_handle: int, device_index: int | None) -> _Ar
     try:
         interface = getattr(array, "__cuda_array_interface__", None)
     except Exception as error:
-        raise FrameError(f"a {type(array).__name__} cannot be read as a frame: {_line(error)}") from None
+        raise FrameError(f"a {type(array).__name__} cannot be read as a frame: {reason(error)}") from None
     return None if interface is None else _read_interface(interface, array)
 
 
@@ -206,7 +197,7 @@ def _capsule(array: Any, stream_handle: int) -> object:
         except TypeError:  # the producer is older than DLPack 1.0
             return array.__dlpack__(stream=stream_handle)
     except Exception as error:  # tensors that need gradients, for instance
-        raise FrameError(f"a {type(array).__name__} cannot be read as a frame: {_line(error)}") from None
+        raise FrameError(f"a {type(array).__name__} cannot be read as a frame: {reason(error)}") from None
 
 
 class _DLTensor(ctypes.Structure):
@@ -274,7 +265,7 @@ def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
         strides = None if strides is None else tuple(map(int, strides))
         stream = interface.get("stream") if version >= 3 else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise FrameError(f"the frame's __cuda_array_interface__ cannot be read: {_line(error)}") from None
+        raise FrameError(f"the frame's __cuda_array_interface__ cannot be read: {reason(error)}") from None
     if version < 2 or (strides is not None and len(strides) != len(shape)):
         raise FrameError(f"the frame's __cuda_array_interface__ is of version {version}, and 2 and 3 are known")
     if interface.get("mask") is not None:
@@ -282,7 +273,3 @@ def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
     if stream is not None and (not isinstance(stream, int) or stream == 0):
         raise FrameError(f"stream {stream!r} in the frame's __cuda_array_interface__ is none: 1 is the default stream")
     return _Array(address, shape, strides, str(dtype), getattr(owner, "device_index", None), stream, owner)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from facespec.codec import build, parse_json
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, check_size
-from trt_runtime.kernels import PLUGIN
+from trt_runtime.kernels import PLUGIN, decode_attributes
 
 FORMAT_VERSION = 1
 MAX_SIDECAR_BYTES = 1 << 20
@@ -94,8 +96,6 @@ class Sidecar:
     """What the builder recorded about an engine.
 
     Attributes:
-        engine_sha256: SHA-256 of the engine file.
-        engine_bytes: Size of the engine file.
         flavor: "tensorrt" or "rtx".
         version: Version of that TensorRT.
         compute_capabilities: Compute capabilities that it was built for, 86 for 8.6.
@@ -106,8 +106,7 @@ class Sidecar:
         calibration: Source, number of images, seed and recipe of the INT8 calibration; {} for other precisions.
         parity: Difference between its graph and PyTorch on a few photographs: the largest differences of raw heads, of
             boxes and landmarks in pixels and of scores, and the numbers of images and of faces.
-        onnx_sha256: SHA-256 of the plugin form it was built from.
-        spec: The model.
+        onnx_sha256: Of the plugin form it was built from.
         built: Date, ISO 8601.
         toolkit: Version of this project.
         command: Command that builds it again.
@@ -195,13 +194,11 @@ def _is_profile(shapes: dict[str, tuple[int, ...]]) -> bool:
 
 @dataclass(frozen=True)
 class EngineHeader:
-    """The header of an engine file, which can be read without a GPU.
+    """The header of an engine file, which can be read without a GPU: "rtx", which tells the rest, or another kind.
 
     Attributes:
         kind: "rtx", "tensorrt" or "unknown".
-        version: Version of TensorRT-RTX; "" for other kinds.
-        compute_capabilities: Compute capabilities of a TensorRT-RTX engine; () for other kinds.
-        size: Size of the file in bytes according to the header; 0 for other kinds.
+        size: Of the file in bytes according to the header.
     """
 
     kind: str
@@ -258,9 +255,8 @@ def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
         ModelFileError: The file is missing or cannot be read.
     """
     problems = []
-    if [sidecar.plugin.get(part) for part in ("name", "version", "namespace")] != [
-        *(PLUGIN.name, PLUGIN.version, PLUGIN.namespace)
-    ]:
+    plugin = {"name": PLUGIN.name, "version": PLUGIN.version, "namespace": PLUGIN.namespace}
+    if not plugin.items() <= sidecar.plugin.items():
         problems.append(
             f"its plugin is {sidecar.plugin.get('name')} {sidecar.plugin.get('version')}, this version has "
             f"{PLUGIN.name} {PLUGIN.version}: build the engine again: {sidecar.command}"
@@ -299,19 +295,10 @@ def _missing_from_rtx(content: mmap.mmap, sidecar: Sidecar) -> list[str]:
     start = content.find(PLUGIN.name.encode())
     if start < 0:
         return [f"there is no {PLUGIN.name} in it"]
-    anchors, decode = sidecar.spec.anchors, sidecar.spec.decode
-    sizes = [size for level in anchors.min_sizes for size in level]
-    attributes = {
-        "strides": struct.pack(f"<{len(anchors.strides)}i", *anchors.strides),
-        "min_sizes": struct.pack(f"<{len(sizes)}f", *sizes),
-        "variances": struct.pack("<2f", *decode.variances),
-        "logit_threshold": struct.pack("<f", decode.logit_threshold),
-        "iou_threshold": struct.pack("<f", decode.iou_threshold),
-        "top_k": struct.pack("<i", decode.top_k),
-        "max_detections": struct.pack("<i", decode.max_detections),
-    }
-    for name, value in attributes.items():
+    for name, value in decode_attributes(sidecar.spec).items():
+        numbers = np.ravel(value)
+        stored = numbers.astype("<f4" if numbers.dtype.kind == "f" else "<i4").tobytes()
         at = content.find(name.encode(), start, start + 4096)
-        if at < 0 or content.find(value, at, at + 256) < 0:
+        if at < 0 or content.find(stored, at, at + 256) < 0:
             return [f"the plugin in it does not have the {name} its sidecar says"]
     return []

@@ -25,16 +25,7 @@ from numpy.typing import NDArray
 from facespec.cli import require
 from facespec.errors import DeviceLostError, GpuError, ModelFileError
 from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
-from trt_runtime.gpu.device import (
-    ALIGNMENT,
-    Bytes,
-    Capture,
-    Memory,
-    PinnedArray,
-    check_bytes,
-    check_nbytes,
-    out_of_memory,
-)
+from trt_runtime.gpu.device import ALIGNMENT, Bytes, Memory, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.gpu.engine import Shape
 from trt_runtime.gpu.frame import DeviceFrame, read_frame
 from trt_runtime.gpu.sidecar import Profile
@@ -63,9 +54,6 @@ class HostDevice:
         delay_s: Seconds that every piece of work waits before it starts, so that a result read too early is noticed.
 
     Attributes:
-        name: "CPU".
-        compute_capability: 0.
-        can_capture: True.
         allocated_bytes: Bytes that are allocated now, without pinned memory.
         thread: What a thread has of its own: the `depth` of `activate`, and the stream that it captures.
     """
@@ -121,19 +109,15 @@ class HostDevice:
             self.allocated_bytes += nbytes
             return Memory(address, nbytes, self.release, address, room, what)
 
-    def pinned(self, nbytes: int) -> PinnedArray:
+    def pinned(self, nbytes: int) -> Bytes:
         self.check(may_capture=False)
         array = _aligned(check_nbytes(nbytes))
         array[:] = POISON
         self._pinned[array.ctypes.data] = array.base  # type: ignore[assignment]
-        return PinnedArray(array)
+        return array
 
     def view(self, address: int, nbytes: int) -> Bytes:
-        """Return the memory of an address as uint8 (nbytes,), for host kernels and tests.
-
-        Raises:
-            GpuError: The bytes do not lie in one live allocation.
-        """
+        """Return memory as uint8 (nbytes,), for host kernels and tests; GpuError if it is in no live allocation."""
         for start, content in tuple(self._live.items()):
             if start <= address and address + nbytes <= start + len(content):
                 return content[address - start : address - start + nbytes]
@@ -191,11 +175,7 @@ class HostDevice:
             stream.close()
 
     def find_stream(self, handle: int) -> HostStream | None:
-        """Return the stream of a handle; None for the default streams, which never have work.
-
-        Raises:
-            GpuError: There is no such stream.
-        """
+        """Return the stream of a handle; None for the default streams, which never have work."""
         if handle in (1, 2):
             return None
         try:
@@ -204,15 +184,7 @@ class HostDevice:
             raise GpuError(f"stream {handle:#x} is none of this device") from None
 
     def check(self, may_capture: bool = True) -> None:
-        """Raise an error if CUDA would refuse a call now.
-
-        Args:
-            may_capture: Whether a capture allows the call.
-
-        Raises:
-            GpuError: The device is not active on this thread, or the thread captures.
-            DeviceLostError: Some work has failed.
-        """
+        """Raise GpuError if CUDA would refuse a call now; `may_capture`: whether a capture allows the call."""
         if self._failure is not None:
             raise DeviceLostError(
                 f"work on the device failed ({type(self._failure).__name__}: {self._failure}): it is lost, start again"
@@ -270,11 +242,7 @@ class HostStream:
         return self._captured is not None
 
     def submit(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Put a call of a function on the stream. If the function raises an exception, the device is lost.
-
-        Raises:
-            GpuError: The stream has been closed.
-        """
+        """Put a call of a function on the stream. If the function raises an exception, the device is lost."""
         self._device.check()
         device = self._device
 
@@ -305,28 +273,23 @@ class HostStream:
             self.put(done.set)
             done.wait()
 
-    @contextmanager
-    def capture(self) -> Iterator[Capture]:
+    def capture(self, work: Callable[[], object]) -> HostGraph:
         self._device.check(may_capture=False)
         if self.capturing:
             raise GpuError(f"stream {self.handle:#x} is being captured already")
-        capture, work = Capture(), list[Work]()
-        self._captured, self._spoilt = work, ""
+        self._captured = captured = list[Work]()
+        self._spoilt = ""
         self._device.thread.capturing = self
         try:
-            yield capture
+            work()
         finally:
             self._captured = self._device.thread.capturing = None
         if self._spoilt:
             raise GpuError(f"the capture failed: {self._spoilt} in it")
-        capture.end(HostGraph(work))
+        return HostGraph(captured)
 
     def spoil(self, what: str) -> None:
-        """Refuse a call that cannot be captured; the capture fails even if the caller catches this error.
-
-        Raises:
-            GpuError: Always.
-        """
+        """Raise GpuError for a call that cannot be captured; the capture fails even if the caller catches it."""
         self._spoilt = what
         raise GpuError(f"{what} while stream {self.handle:#x} is being captured")
 

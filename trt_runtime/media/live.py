@@ -1,4 +1,4 @@
-"""Cameras and network addresses."""
+"""Cameras and network addresses, and `open_source`, which opens whatever a user names."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from facespec.errors import VideoError
+from facespec.errors import VideoError, reason
 from facespec.images import MAX_PIXELS
-from trt_runtime.media.decoding import (
+from trt_runtime.media.files import (
     FORMATS,
     Pictures,
     Source,
     TimedFrame,
+    VideoFile,
     ends_early,
     frame_rate,
     load_av,
-    reason,
     video_stream,
 )
 
@@ -51,6 +52,26 @@ _POLL_S = 0.1  # how soon a stop is noticed
 _GRACE_S = 0.3  # how long a closed connection is waited for
 _JUMP_S = 10.0  # time stamps this far from the clock are no use
 _PROBE_S = 2.0
+
+
+def open_source(text: str) -> Source:
+    """Open what a user names: a webcam's index, a video file or an address.
+
+    FFmpeg would open much more by such a text (other protocols, devices, lists of files): only `live.SCHEMES` reach it,
+    anything else has to be a file that is there.
+
+    Raises:
+        VideoError: It is none of these, or cannot be opened.
+    """
+    if "://" in text:
+        return NetworkStream(text)
+    if Path(text).exists():
+        return VideoFile(text)
+    if text.isdecimal():
+        return Camera(int(text[:9]))
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):
+        raise VideoError(f"{text}: no such file, and addresses that can be read start with {', '.join(SCHEMES)}://")
+    return VideoFile(text)
 
 
 class Camera(Source):
@@ -94,8 +115,8 @@ class NetworkStream(Source):
 
     A thread of its own reads, so that the connection is emptied while a frame is decoded, and so that `stop` ends the
     iteration within half a second, whatever the network does. Packets read while FFmpeg finds out about the stream are
-    kept: without them (`nobuffer`) the picture would start with the next key frame; they are decoded faster than they
-    came.
+    kept: without them (`nobuffer`) the picture would start with the next key frame; they are decoded faster
+    than in real time.
 
     Args:
         url: Address that starts with one of `SCHEMES`. User and password may stand in it; they are never shown.
@@ -264,7 +285,7 @@ class NetworkStream(Source):
             return "this build of PyAV does not know the protocol"
         if isinstance(error, self._av.error.InvalidDataError):
             return "what is there is not a video that can be read"
-        return reason(error).replace(self._url, self.name)
+        return reason(error, None).replace(self._url, self.name)  # whole, or it may end in a password
 
 
 def _is_file(container: Any) -> bool:

@@ -25,8 +25,8 @@ from facespec.detections import Detections
 from facespec.errors import ConfigError, RetinaFaceError
 from facespec.letterbox import Frame
 from trt_runtime.detector import DetectionStream, RetinaFaceDetector
+from trt_runtime.measure import StageTimer
 from trt_runtime.media.files import Source
-from trt_runtime.timing import StageTimer
 
 WAIT = "wait"
 """Stage in which a live source has no frame yet; no work is done in it."""

@@ -18,8 +18,6 @@ from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuE
 from tests.trt_runtime.device_contract import check_device
 from trt_runtime.gpu.device import (
     ALIGNMENT,
-    Capture,
-    PinnedArray,
     check_bytes,
     check_nbytes,
     out_of_memory,
@@ -91,34 +89,13 @@ def test_what_can_be_copied() -> None:
             check_bytes(wrong)  # type: ignore[arg-type]
 
 
-def test_a_capture_and_pinned_memory_know_when_they_are_over() -> None:
-    capture, graph = Capture(), object()
-    with pytest.raises(GpuError, match="no graph before the end of the capture"):
-        assert capture.graph
-    capture.end(graph)  # type: ignore[arg-type]
-    assert capture.graph is graph
-    memory = np.zeros(3, np.uint8)
-    forgotten = weakref.ref(memory)
-    pinned = PinnedArray(memory)
-    assert pinned.array is memory
-    view = pinned.array[1:]
-    del memory
-    pinned.close()
-    pinned.close()
-    with pytest.raises(GpuError, match="this memory has been closed"):
-        assert pinned.array is None
-    assert forgotten() is not None
-    del view
-    assert forgotten() is None
-
-
 def test_what_a_cpu_is(device: HostDevice) -> None:
     assert (device.name, device.compute_capability, device.can_capture) == ("CPU", 0, True)
     with device.activate():
         pinned = device.pinned(100)
-        assert (pinned.array == 0xFF).all()
-        assert pinned.array.ctypes.data % ALIGNMENT == 0
-        assert len(pinned.array) == 100
+        assert (pinned == 0xFF).all()
+        assert pinned.ctypes.data % ALIGNMENT == 0
+        assert len(pinned) == 100
     free, total = HostDevice().free_and_total()
     assert 1 << 28 < total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < free <= total
@@ -180,36 +157,33 @@ def test_the_default_streams_and_its_own_are_not_waited_for(device: HostDevice) 
 
 def test_pinned_memory_may_be_captured_in_part(device: HostDevice) -> None:
     stream, memory, pinned = device.stream(), device.allocate(4, "a test"), device.pinned(10)
-    view = pinned.array[6:]
-    pinned.close()  # a view keeps it
-    with stream.capture() as capture:
-        device.copy_in(memory.address, view, stream)
+    view = pinned[6:]
+    del pinned  # a view keeps it
+    graph = stream.capture(lambda: device.copy_in(memory.address, view, stream))
     view[:] = 3
-    capture.graph.launch(stream)
+    graph.launch(stream)
     stream.synchronize()
     assert (device.view(memory.address, 4) == 3).all()
     wide = np.zeros(10 + 4, np.uint8)
-    with pytest.raises(GpuError, match="a copy from or to memory that is not pinned"), stream.capture():
-        device.copy_in(memory.address, wide[10:], stream)
+    with pytest.raises(GpuError, match="a copy from or to memory that is not pinned"):
+        stream.capture(lambda: device.copy_in(memory.address, wide[10:], stream))
 
 
 def test_a_spoilt_capture_leaves_a_stream_that_works(device: HostDevice) -> None:
     stream, seen = device.stream(), list[int]()
 
-    def capture() -> None:
-        with stream.capture():
-            stream.submit(seen.append, 1)
-            with suppress(GpuError):  # whoever hides it spoils the capture all the same
-                device.allocate(4, "a test")
+    def work() -> None:
+        stream.submit(seen.append, 1)
+        with suppress(GpuError):  # to hide it spoils the capture all the same
+            device.allocate(4, "a test")
 
     with pytest.raises(GpuError, match="an allocation or a wait"):
-        capture()
+        stream.capture(work)
     assert not stream.capturing
     device.allocate(4, "a test").close()
-    with stream.capture() as capture:  # the next one is not spoilt
-        stream.submit(seen.append, 2)
+    graph = stream.capture(lambda: stream.submit(seen.append, 2))  # the next one is not spoilt
     stream.submit(seen.append, 3)
-    capture.graph.launch(stream)
+    graph.launch(stream)
     stream.synchronize()
     assert seen == [3, 2]
 
@@ -259,19 +233,22 @@ def test_work_starts_late_where_that_was_asked_for(monkeypatch: pytest.MonkeyPat
 
 def test_a_graph_does_not_run_beside_itself(device: HostDevice) -> None:
     first, second, gate, seen = device.stream(), device.stream(), threading.Event(), list[str]()
-    with first.capture() as capture:
+
+    def work() -> None:
         first.submit(seen.append, "begin")
         first.submit(gate.wait)
         first.submit(seen.append, "end")
-    capture.graph.launch(first)
-    capture.graph.launch(second)
+
+    graph = first.capture(work)
+    graph.launch(first)
+    graph.launch(second)
     threading.Timer(0.02, gate.set).start()
     first.synchronize()
     second.synchronize()
     assert seen == ["begin", "end"] * 2
-    capture.graph.close()
+    graph.close()
     with pytest.raises(GpuError, match="closed"):
-        capture.graph.launch(first)
+        graph.launch(first)
 
 
 def test_what_is_not_written_is_rubbish(device: HostDevice) -> None:
@@ -313,19 +290,21 @@ def test_streams_run_beside_each_other_and_wait_when_told(device: HostDevice) ->
 
 def test_a_graph_is_what_was_captured_with_what_memory_holds_now(device: HostDevice) -> None:
     stream, seen, box = device.stream(), list[int](), [0]
-    with stream.capture() as capture:
+
+    def work() -> None:
         stream.submit(lambda: seen.append(box[0]))
         stream.submit(lambda: seen.append(-box[0]))
+
+    graph = stream.capture(work)
     stream.synchronize()
     assert seen == []
     for box[0] in (1, 2):
-        capture.graph.launch(stream)
+        graph.launch(stream)
         stream.synchronize()
     assert seen == [1, -1, 2, -2]
-    with stream.capture() as outer:
-        capture.graph.launch(stream)
+    outer = stream.capture(lambda: graph.launch(stream))
     seen.clear()
-    outer.graph.launch(stream)
+    outer.launch(stream)
     stream.synchronize()
     assert seen == [2, -2]
 
@@ -338,13 +317,15 @@ def test_what_cannot_be_captured(device: HostDevice, what: str) -> None:
         "wait_for": lambda: stream.wait_for(1),
         "event": lambda: event.record(stream),
         "pinned": lambda: device.pinned(4),
-        "second capture": lambda: stream.capture().__enter__(),
+        "second capture": lambda: stream.capture(lambda: None),
     }
-    with pytest.raises(GpuError, match=r"the capture failed|captured"), stream.capture() as capture:
+
+    def work() -> None:
         with pytest.raises(GpuError):
             calls[what]()
-    with pytest.raises(GpuError, match="no graph"):
-        assert capture.graph
+
+    with pytest.raises(GpuError, match="the capture failed"):
+        stream.capture(work)
     stream.synchronize()
 
 
@@ -355,10 +336,12 @@ def test_another_thread_may_allocate_while_one_captures(device: HostDevice) -> N
         with device.activate():
             made.append(device.allocate(4, "a test"))
 
-    with device.stream().capture():
+    def capture() -> None:
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
+
+    device.stream().capture(capture)
     assert len(made) == 1
 
 
@@ -393,13 +376,12 @@ def test_closing_memory_waits_for_the_work_on_it(device: HostDevice) -> None:
 def test_closed_memory_cannot_be_reached(device: HostDevice) -> None:
     stream, memory, pinned = device.stream(), device.allocate(4, "a test"), device.pinned(4)
     address = memory.address
-    with stream.capture() as capture:
-        device.copy_out(pinned.array, address, stream)
+    graph = stream.capture(lambda: device.copy_out(pinned, address, stream))
     memory.close()
     with pytest.raises(GpuError, match="no live allocation"):
-        device.copy_out(pinned.array, address, stream)
+        device.copy_out(pinned, address, stream)
     stream.synchronize()
-    capture.graph.launch(stream)
+    graph.launch(stream)
     with pytest.raises(DeviceLostError, match="no live allocation"):
         stream.synchronize()
 

@@ -30,7 +30,7 @@ from trt_runtime.gpu.engine import TrtEngine, check_runs_here
 from trt_runtime.gpu.sidecar import Profile, read_sidecar
 from trt_runtime.gpu.simulated import MAX_BATCH, HostArray, HostDevice, HostEngine
 from trt_runtime.kernels import library
-from trt_runtime.timing import StageTimer
+from trt_runtime.measure import StageTimer
 
 SIZE = (96, 160)
 PROFILE = {"min": (1, 32, 32, 3), "opt": (2, 64, 96, 3), "max": (4, 320, 640, 3)}

@@ -23,9 +23,8 @@ from facespec.errors import VideoError
 from facespec.letterbox import Frame
 from tests.trt_runtime.rtsp_server import RtspServer, Visit, encode_h264
 from tests.trt_runtime.spoilt import OddPictures
-from trt_runtime.media.decoding import TimedFrame
-from trt_runtime.media.files import Source, VideoFile, VideoWriter, open_source
-from trt_runtime.media.live import SCHEMES, NetworkStream, _Clock, _Connection, without_secrets
+from trt_runtime.media.files import Source, TimedFrame, VideoFile, VideoWriter
+from trt_runtime.media.live import SCHEMES, NetworkStream, _Clock, _Connection, open_source, without_secrets
 
 _RATE = 50
 _FRAMES = 40

@@ -20,9 +20,9 @@ from facespec.errors import ConfigError, RetinaFaceError, VideoError
 from facespec.letterbox import Frame
 from trt_runtime.detector import DetectionStream
 from trt_runtime.load import load_detector
+from trt_runtime.measure import StageTimer
 from trt_runtime.media.files import Source, TimedFrame, VideoFile, VideoWriter
 from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, PipelineReport, SeenFrame, Use, run_pipeline
-from trt_runtime.timing import StageTimer
 
 
 @pytest.fixture(scope="module")

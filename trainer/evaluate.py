@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, argument, json_output, quiet_libraries, require, run
+from facespec.cli import ArgumentParser, argument, json_output, make_callable, quiet_libraries, require, run
 from facespec.detections import Detections, Detector
 from facespec.errors import DataError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
@@ -347,6 +347,8 @@ def _print(result: dict[str, Any]) -> None:
             print(f"; {result[key]} {text}", end="")
     print()
 
+
+make_callable(__name__, evaluate)
 
 if __name__ == "__main__":
     sys.exit(run(main))

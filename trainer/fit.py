@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from facespec.cli import ArgumentParser, require, run
+from facespec.cli import ArgumentParser, make_callable, require, run
 from facespec.errors import MissingPackageError
 
 if TYPE_CHECKING:
@@ -138,6 +138,16 @@ def _check_data(config: TrainConfig) -> int:
     print(f"some of it, as it is trained: {picture}")
     return int(Kind.DAMAGED_IMAGE in report.counts())
 
+
+def _fit(config: TrainConfig, **options: Any) -> list[dict[str, float]]:
+    """Train as `trainer.loop.fit` does: that imports torch, which this module does without until then."""
+    require("torch", "train", "training")
+    from trainer.loop import fit
+
+    return fit(config, **options)
+
+
+make_callable(__name__, _fit)
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -323,6 +323,28 @@ def test_a_wrong_command_ends_in_one_line_in_its_own_process(refused: Callable[.
     assert "did you mean loss.box_weight?" in refused("trainer.fit", "--set", "loss.box=1")
 
 
+@pytest.mark.parametrize("words", ["import trainer", "import trainer.fit", "from trainer.fit import main"])
+def test_the_package_has_it_as_a_function(words: str) -> None:
+    """Whatever was imported before, and as the module that it also is; torch is imported by the call."""
+    code = f"""import sys
+{words}
+import trainer
+from trainer import fit
+from facespec.errors import ConfigError
+functions = trainer.fit, fit, sys.modules["trainer.fit"]
+assert callable(fit.main) and "torch" not in sys.modules
+from trainer.config import resolve
+for function in functions:
+    try:
+        function(resolve({{}}), pixel_term="some")
+    except ConfigError as error:
+        assert "there is a pixel-wise term" in str(error)
+        print("called")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["called"] * 3
+
+
 def test_flags_are_settings() -> None:
     given = {
         "--recipe": ("recipe", "original", "original"),

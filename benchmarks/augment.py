@@ -30,7 +30,7 @@ from facespec.spec import PreprocessSpec
 from facespec.tables import text_table
 from trainer.data import AugmentSettings, FileSample, open_dataset
 from trainer.data.augment import augment
-from trainer.data.targets import Faces
+from trainer.data.dataset import Faces
 from trt_runtime.measure import Latency
 
 SIZE = 640

@@ -29,7 +29,8 @@ from facespec.cli import ArgumentParser, run
 from facespec.priors import make_priors
 from facespec.spec import ModelSpec
 from facespec.tables import text_table
-from trainer.data.targets import Faces, Targets, collate
+from trainer.data.batches import Targets, collate
+from trainer.data.dataset import Faces
 from trainer.losses import MultiBoxLoss
 from trt_runtime.measure import Latency
 

@@ -43,7 +43,7 @@ def _cell(items: list[object]) -> np.ndarray:
 def face_boxes(photographs: dict[str, Frame]) -> list[np.ndarray]:
     """The face in each photograph, as (1, 4) x, y, width, height."""
     from trainer import load_model
-    from trainer.detector import TorchRetinaFace
+    from trainer.model import TorchRetinaFace
 
     detector = TorchRetinaFace(load_model())
     boxes = []

@@ -29,7 +29,7 @@ from facespec.letterbox import Frame
 from facespec.spec import PreprocessSpec
 from trainer.data import AugmentSettings, FileSample, open_dataset
 from trainer.data.augment import augment
-from trainer.data.targets import Faces
+from trainer.data.dataset import Faces
 from trt_runtime.measure import Latency
 
 SIZE = 640

@@ -28,7 +28,8 @@ from benchmarks.environment import benchmark_parser, in_turns, parse, write_resu
 from facespec.boxes import make_priors
 from facespec.cli import ArgumentParser, run, text_table
 from facespec.spec import ModelSpec
-from trainer.data.targets import Faces, Targets, collate
+from trainer.data.batches import Targets, collate
+from trainer.data.dataset import Faces
 from trainer.losses import MultiBoxLoss
 from trt_runtime.measure import Latency
 

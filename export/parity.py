@@ -15,8 +15,7 @@ from facespec.boxes import Decoded
 from facespec.errors import ParityError
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import ModelSpec
-from trainer.detector import TorchRetinaFace
-from trainer.model import RetinaFace
+from trainer.model import RetinaFace, TorchRetinaFace
 from trt_runtime.kernels import PLUGIN, decode_nms
 from trt_runtime.onnx_model import cut_heads, open_session
 

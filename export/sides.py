@@ -85,7 +85,7 @@ class Side:
         else:
             require("torch", "train", "comparing a checkpoint")
             from trainer.checkpoint import load_model
-            from trainer.detector import TorchRetinaFace
+            from trainer.model import TorchRetinaFace
 
             torch_side = TorchRetinaFace(load_model(name))
             self.detector, self.fixed_hw = torch_side, None

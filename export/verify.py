@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cv2
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from export.sides import DEPLOYED_SUFFIXES, ModelInfo, Side
 from facespec.agreement import Agreement, Budget, Sample, draw_disagreements
-from facespec.cli import ArgumentParser, argument, json_output, quiet_libraries, run
+from facespec.cli import ArgumentParser, argument, json_output, make_callable, quiet_libraries, run
 from facespec.detections import Detections
 from facespec.errors import DataError, OutputError, SpecError
 from facespec.files import check_outputs, widerface_root
@@ -521,15 +520,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if result.passed else 1
 
 
-class _CallableModule(ModuleType):
-    """Makes `export.verify(options)` call `verify`: the module has the name of its function."""
-
-    def __call__(self, options: VerifyOptions) -> Verification:
-        return verify(options)
-
-
-sys.modules[__name__].__class__ = _CallableModule
-
+make_callable(__name__, verify)
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -190,6 +190,12 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
     run(main)
 
 
+def make_callable(module: str, function: Callable[..., Any]) -> None:
+    """Let a loaded module, which has the name of its function, be called as that function: `export.verify(options)`."""
+    loaded = sys.modules[module]
+    loaded.__class__ = type("CallableModule", (ModuleType,), {"__call__": staticmethod(function)})
+
+
 def require(module: str, extra: str, why: str) -> ModuleType:
     """Import an optional package, which an extra of this project brings; `why` says what needs it, for the message.
 

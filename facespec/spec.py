@@ -174,7 +174,7 @@ class ModelSpec:
     """Everything a runtime must know about a model. Travels in checkpoints, ONNX metadata and engine sidecars.
 
     Attributes:
-        backbone: Name in `trainer.backbones.BACKBONES`, for instance "mobilenet0.25".
+        backbone: Name in `trainer.model.BACKBONES`, for instance "mobilenet0.25".
         fpn_channels: Channels of the pyramid and of the context modules.
         weights_sha256: Hash of the weights ("" while unknown); see `trainer.checkpoint.weights_sha256`.
         anchors: Prior boxes.

@@ -42,13 +42,9 @@ class ImageTruth:
 
 @dataclass(frozen=True)
 class Curve:
-    """Result of one level.
+    """Result of one level: its average precision in 0..1, or NaN if no face counts, and the number of those that do.
 
-    Attributes:
-        ap: Average precision in 0..1; NaN if no face counts.
-        precision: (1000,) at falling thresholds.
-        recall: (1000,).
-        faces: Number of faces that count.
+    Precision and recall are (1000,), at falling thresholds.
     """
 
     ap: float
@@ -138,14 +134,8 @@ def average_precision(
             hits = np.flatnonzero(matched & counts)
             first = hits[np.unique(best_face[hits], return_index=True)[1]]  # a face is found once
             recalled[level] += np.bincount(since[first], minlength=THRESHOLDS)
-    return {
-        level: _curve(
-            np.cumsum(proposals[level]),
-            np.cumsum(recalled[level]),
-            sum(int(image.counted[level].sum()) for image in truth.values()),
-        )
-        for level in LEVELS
-    }
+    faces = {level: sum(int(image.counted[level].sum()) for image in truth.values()) for level in LEVELS}
+    return {level: _curve(proposals[level].cumsum(), recalled[level].cumsum(), faces[level]) for level in LEVELS}
 
 
 def _best_overlaps(a_xywh: Array, b_xywh: Array, border: int = 1) -> tuple[Array, NDArray[np.int64]]:

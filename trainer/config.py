@@ -20,9 +20,9 @@ from facespec.codec import build, short
 from facespec.errors import ConfigError, SpecError
 from facespec.files import write_text
 from facespec.spec import DEFAULT_WEIGHTS, check_size
-from trainer.backbones import BACKBONES
 from trainer.data import AugmentSettings
 from trainer.losses import LossSettings
+from trainer.model import BACKBONES
 
 Settings = dict[str, Any]
 """Dotted name -> plain value."""
@@ -68,7 +68,7 @@ class ModelConfig:
     """What is trained.
 
     Attributes:
-        backbone: Name in `trainer.backbones.BACKBONES`.
+        backbone: Name in `trainer.model.BACKBONES`.
         fpn_channels: Channels of the pyramid; 0 takes those of the published models.
         pretrained: ImageNet weights of the backbone, or a whole detector; None starts from random weights.
         sync_batch_norm: Batch statistics over all processes; needs CUDA.
@@ -224,15 +224,15 @@ class TrainConfig:
 
 def to_settings(config: Any) -> Settings:
     """Return the settings of a config, tuples as lists."""
-    return flatten(_plain(config))
+    return _flatten(_plain(config))
 
 
-def flatten(content: Mapping[Any, Any], prefix: str = "") -> Settings:
+def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Settings:
     """Return settings from nested sections."""
     settings: Settings = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
-        settings |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        settings |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return settings
 
 
@@ -313,9 +313,8 @@ def from_settings(settings: Settings) -> TrainConfig:
     for name, value in settings.items():
         section, _, last = name.rpartition(".")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1) or [
-                full for full in known if f".{full}".endswith(f".{last}")
-            ]
+            same_end = [full for full in known if f".{full}".endswith(f".{last}")]
+            near = difflib.get_close_matches(name, known, 1) or same_end
             hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
             raise ConfigError(f"unknown setting {name!r}{hint}")
         values = nested.setdefault(section, {}) if section else nested
@@ -348,7 +347,7 @@ def read_yaml(path: Path) -> Settings:
     _require(isinstance(content, dict), f"{path}: expected settings by name, found {short(content)}")
     sections = [name for name, value in _plain(TrainConfig()).items() if isinstance(value, dict)]
     try:
-        return flatten({name: value for name, value in content.items() if value is not None or name not in sections})
+        return _flatten({name: value for name, value in content.items() if value is not None or name not in sections})
     except RecursionError:
         raise ConfigError(f"{path}: cannot be read (it contains itself)") from None
 

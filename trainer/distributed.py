@@ -24,13 +24,7 @@ PATIENCE = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run.
-
-    Attributes:
-        device: Where it computes.
-        rank: Its number; process 0 writes the files and prints.
-        size: How many there are.
-    """
+    """This process among the `size` processes of the run: where it computes, and its number."""
 
     device: torch.device
     rank: int = 0

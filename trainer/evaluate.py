@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, argument, json_output, quiet_libraries, require, run, text_table
+from facespec.cli import (
+    ArgumentParser,
+    argument,
+    json_output,
+    make_callable,
+    quiet_libraries,
+    require,
+    run,
+    text_table,
+)
 from facespec.detections import Detections, Detector
 from facespec.errors import DataError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
@@ -76,10 +85,7 @@ class Predictions:
 def read_predictions(folder: Path, truth: dict[ImageKey, ImageTruth], subset: bool = False) -> Predictions:
     """Read the usual text files: event/name.txt with the image's name, the number of boxes, and `x y w h score` lines.
 
-    Args:
-        folder: Folder of event folders.
-        truth: The images expected.
-        subset: Leave out images without a file instead of raising.
+    Images of `truth` without a file are left out if `subset` says so.
 
     Raises:
         DataError: A file is missing, malformed, or holds values that are not finite or boxes of negative size.
@@ -143,11 +149,8 @@ def predict(
 ) -> tuple[Predictions, dict[ImageKey, ImageTruth]]:
     """Run a detector over the images that exist, and return its predictions and their ground truth.
 
-    Args:
-        detector: Reports down to a score low enough for the curve: 0.02 is customary.
-        images: Folder of event folders of .jpg files.
-        truth: All images; those that are not there are left out and counted.
-        progress: Show a progress bar.
+    It must report down to a score low enough for the curve: 0.02 is customary. Images of `truth` that are not in the
+    folder of event folders of .jpg files are left out and counted.
 
     Raises:
         DataError: None of the images is there.
@@ -182,13 +185,7 @@ def write_predictions(folder: Path, predictions: Predictions) -> None:
 def open_detector(
     name: str, protocol: str, size_hw: tuple[int, int] | None, backend: str = "auto"
 ) -> tuple[Detector, tuple[int, int] | None]:
-    """Return the detector of a checkpoint or a model file, reporting down to the model's own floor, and its size.
-
-    Args:
-        name: Checkpoint, name of published weights, or exported model.
-        protocol: "original" or "letterbox".
-        size_hw: Network size of the letterbox protocol; None takes the model's own, or 640x640 where it has none.
-        backend: What runs an exported model; see `trt_runtime.load_detector`.
+    """Return a detector that reports down to the model's own floor, and its network size; see `EvaluateOptions`.
 
     Raises:
         DataError: A model of fixed size, and the original protocol.
@@ -213,7 +210,7 @@ def open_detector(
         raise DataError(f"--backend is for exported models, {name} is none")
     require("torch", "train", "evaluating a checkpoint")
     from trainer.checkpoint import load_model
-    from trainer.detector import TorchRetinaFace
+    from trainer.model import TorchRetinaFace
 
     model = load_model(name)
     size_hw = (size_hw or LETTERBOX_HW) if protocol == "letterbox" else None
@@ -298,18 +295,16 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     source.add_argument("--model", dest="detector", metavar="FILE", help="exported model: .onnx, .engine")
     parser.add_argument("--ground-truth", type=Path, help="folder of the wider_*_val.mat files (default: DATA/gt)")
     parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
-    parser.add_argument(
-        "--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="images at their own size, or letterboxed to --size"
-    )
+    protocol = "images at their own size, or letterboxed to --size"
+    parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=protocol)
     size = "HEIGHTxWIDTH of the letterbox protocol (default: the model's, or 640x640)"
     parser.add_argument("--size", dest="size_hw", metavar="SIZE", type=argument(parse_size), help=size)
     parser.add_argument("--backend", default="auto", help="what runs an exported model: onnxruntime or openvino")
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write event/name.txt files")
     parser.add_json()
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help=f"draw the precision-recall curves ({', '.join(PLOT_SUFFIXES)})"
-    )
+    plot = f"draw the precision-recall curves ({', '.join(PLOT_SUFFIXES)})"
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
     args = parser.parse_args(argv)
     args.data = args.data or widerface_root()
     args.ground_truth = args.ground_truth or args.data / "gt"
@@ -346,6 +341,8 @@ def _print(result: dict[str, Any]) -> None:
             print(f"; {result[key]} {text}", end="")
     print()
 
+
+make_callable(__name__, evaluate)
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -12,11 +12,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from facespec.cli import ArgumentParser, require, run
+from facespec.cli import ArgumentParser, make_callable, require, run
 from facespec.errors import MissingPackageError
 
 if TYPE_CHECKING:
@@ -30,11 +29,7 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "--batch": ("data.batch", int, "images of a step, over all processes together"),
     "--overfit": ("data.overfit", int, "train on the first N images alone, as they are, and evaluate on them"),
     "--backbone": ("model.backbone", str, "mobilenet0.25, mobilenet0.5, mobilenet1.0, resnet18, resnet34 or resnet50"),
-    "--pretrained": (
-        "model.pretrained",
-        str,
-        "ImageNet weights of the backbone, or a detector to go on from (default: none)",
-    ),
+    "--pretrained": ("model.pretrained", str, "weights of a detector, or ImageNet's of the backbone (default: none)"),
     "--epochs": ("schedule.epochs", int, "passes over the data"),
     "--lr": ("optimizer.lr", float, "highest learning rate"),
     "--precision": ("precision", str, "fp32, bf16, or auto: bf16 where the processor computes in it"),
@@ -48,25 +43,8 @@ FLAGS: dict[str, tuple[str, type, str]] = {
 """Options, the settings they stand for, their types, and what they say."""
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """What a command line asks for.
-
-    Attributes:
-        settings: Those given by flags.
-        config: YAML file of more settings.
-        resume: "auto" for last.pth in the output folder if it is there, a checkpoint, or None for a new run.
-        check_data: Look at the data instead of training.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    config: Path | None = None
-    resume: str | None = None
-    check_data: bool = False
-
-
-def parse_arguments(argv: Sequence[str] | None) -> FitOptions:
-    """Return the options of a command line."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what a command line asks for: `settings` by their names, `config`, `resume` and `check_data`."""
     defaults: dict[str, Any] = {}
     with suppress(MissingPackageError):  # without torch there is --help all the same
         require("torch", "train", "training")
@@ -99,7 +77,7 @@ def parse_arguments(argv: Sequence[str] | None) -> FitOptions:
         from trainer.config import parse_yaml
 
         settings[name] = parse_yaml(text, f"--set {name}")
-    return FitOptions(settings, **options)
+    return argparse.Namespace(settings=settings, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +108,7 @@ def _check_data(config: TrainConfig) -> int:
     from trainer.data import Kind, check_data, open_dataset
 
     data, picture = config.data, Path(config.run.output) / "data.png"
-    dataset = open_dataset(data.source, "train", Path(data.root) if data.root else None)
+    dataset = open_dataset(data.source, "train", data.root)
     report = check_data(dataset, picture, data.size, config.augment, config.seed)
     for problem in report.problems:
         print(problem)
@@ -138,6 +116,16 @@ def _check_data(config: TrainConfig) -> int:
     print(f"some of it, as it is trained: {picture}")
     return int(Kind.DAMAGED_IMAGE in report.counts())
 
+
+def _fit(config: TrainConfig, **options: Any) -> list[dict[str, float]]:
+    """Train as `trainer.loop.fit` does: that imports torch, which this module does without until then."""
+    require("torch", "train", "training")
+    from trainer.loop import fit
+
+    return fit(config, **options)
+
+
+make_callable(__name__, _fit)
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -24,16 +24,13 @@ from torch.optim import SGD
 from facespec.errors import ConfigError, NonFiniteError, OutputError
 from facespec.spec import ModelSpec
 from trainer.average_precision import LEVELS
-from trainer.backbones import BACKBONES
-from trainer.checkpoint import load_pretrained, read_training, save_checkpoint
+from trainer.checkpoint import is_folded, load_pretrained, read_training, save_checkpoint, unfold
 from trainer.config import TrainConfig, changed, from_settings, to_settings, write_yaml
 from trainer.data import Dataset, TrainingSet, open_dataset
-from trainer.data.batches import AsTheyAre, Order, explain_dead_workers, read_batches
-from trainer.data.targets import Targets
+from trainer.data.batches import AsTheyAre, Order, Targets, explain_dead_workers, read_batches
 from trainer.distributed import World, has_bf16, join_world
-from trainer.folding import is_folded, unfold
 from trainer.losses import MultiBoxLoss
-from trainer.model import RetinaFace
+from trainer.model import BACKBONES, RetinaFace
 from trainer.records import STEP_COLUMNS, Records
 from trainer.step import Ema, Learner, PixelTerm, lr_factor, make_optimizer, seed_step, train_step
 from trainer.validation import SIMPLE_LEVEL, Scores, Validation, find_validation
@@ -47,6 +44,7 @@ UNFOLDING_IMAGES = 64
 """Images that tell the statistics of pretrained weights whose batch normalisation was folded."""
 
 Row = dict[str, float]
+Samples = TrainingSet | AsTheyAre
 
 
 def fit(config: TrainConfig, *, pixel_term: PixelTerm | None = None, resume: Path | None = None) -> list[Row]:
@@ -96,24 +94,17 @@ def fit(config: TrainConfig, *, pixel_term: PixelTerm | None = None, resume: Pat
 
 @dataclass(frozen=True)
 class _Data:
-    """What is trained on, in what order, and what is measured on.
-
-    Attributes:
-        dataset: Images and faces.
-        samples: Gives them as they are trained, for epoch * count + index.
-        order: Of the images.
-        validation: None if there is none.
-    """
+    """What is trained on, and what is measured on; `samples` gives an image for epoch * count + index."""
 
     dataset: Dataset
-    samples: TrainingSet | AsTheyAre
+    samples: Samples
     order: Order
     validation: Validation | None
 
 
 def _open_data(config: TrainConfig, world: World) -> _Data:
     settings = config.data
-    dataset = open_dataset(settings.source, "train", Path(settings.root) if settings.root else None)
+    dataset = open_dataset(settings.source, "train", settings.root)
     batch = settings.batch
     if settings.overfit:
         dataset = dataclasses.replace(dataset, samples=dataset.samples[: settings.overfit])
@@ -123,7 +114,7 @@ def _open_data(config: TrainConfig, world: World) -> _Data:
             f"data.batch is {settings.batch}: it must be a multiple of {world.size}, the number of processes, and at "
             f"most {len(dataset)}, the number of images"
         )
-    samples: AsTheyAre | TrainingSet = TrainingSet(dataset, settings.size, config.augment, config.seed)
+    samples: Samples = TrainingSet(dataset, settings.size, config.augment, config.seed)
     if settings.overfit:
         samples = AsTheyAre(dataset, settings.size, OVERFIT_STEPS * batch)
     return _Data(dataset, samples, Order(len(samples), batch, config.seed), find_validation(settings, dataset))
@@ -142,7 +133,7 @@ class TrainState:
         optimizer: Of both.
         ema: Average of the model.
         step: Steps done.
-        sums: Sums over the steps of the epoch so far, by column.
+        sums: Over the steps of the epoch so far, by column.
         history: A row for each epoch.
     """
 
@@ -156,12 +147,7 @@ class TrainState:
 
     @classmethod
     def start(
-        cls,
-        config: TrainConfig,
-        world: World,
-        samples: TrainingSet | AsTheyAre,
-        pixel_term: PixelTerm | None,
-        pretrained: str | None,
+        cls, config: TrainConfig, world: World, samples: Samples, pixel_term: PixelTerm | None, pretrained: str | None
     ) -> TrainState:
         """Return the state before the first step, from pretrained or random weights."""
         torch.manual_seed(config.seed)
@@ -171,10 +157,8 @@ class TrainState:
             load_pretrained(model, pretrained)
             if is_folded(model):
                 unfold(model, _first_images(samples, model.spec.preprocess.mean_bgr))
-        model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if pixel_term is not None:
-            pixel_term.to(world.device)
-        trained = nn.ModuleList([model] if pixel_term is None else [model, pixel_term])
+        trained = nn.ModuleList([model] if pixel_term is None else [model, pixel_term]).to(world.device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = make_optimizer(trained, config.optimizer)
         return cls(model, pixel_term, optimizer, Ema(model, config.ema.decay) if config.ema.decay else None)
 
@@ -192,17 +176,14 @@ class TrainState:
             "pixel_term": self.pixel_term.state_dict() if self.pixel_term else {},
             "optimizer": self.optimizer.state_dict(),
             "ema_updates": self.ema.updates if self.ema else 0,
-            **{name: getattr(self, name) for name in ("step", "sums", "history")},
+            "step": self.step,
+            "sums": self.sums,
+            "history": self.history,
         }
         save_checkpoint(path, self.averaged(), training=training)
 
     def load(self, path: Path, config: TrainConfig, digest: str) -> None:
-        """Take over what `save` wrote.
-
-        Raises:
-            ConfigError: The settings or the images are others than those of the run.
-            WeightsError: The file holds no run.
-        """
+        """Take over what `save` wrote, unless the settings or the images are others than those of the run."""
         average, training = read_training(path)
         if names := changed(from_settings(training["settings"]), config):
             old, new = training["settings"], to_settings(config)
@@ -239,13 +220,9 @@ class _Run:
         if config.model.sync_batch_norm and world.size > 1:
             state.model = nn.SyncBatchNorm.convert_sync_batchnorm(state.model)
         loss = MultiBoxLoss(state.model.spec, config.loss)
+        bf16, freeze = config.precision == "bf16", config.model.freeze_batch_norm
         learner = Learner(
-            state.model,
-            loss,
-            state.pixel_term,
-            bf16=config.precision == "bf16",
-            freeze_batch_norm=config.model.freeze_batch_norm,
-            compile=config.run.compile,
+            state.model, loss, state.pixel_term, bf16=bf16, freeze_batch_norm=freeze, compile=config.run.compile
         ).to(world.device)
         self.learner = DistributedDataParallel(learner) if world.size > 1 else learner
         self.records: Records | None = None
@@ -377,7 +354,7 @@ class _Run:
             print(text)
 
 
-def _first_images(samples: TrainingSet | AsTheyAre, mean_bgr: tuple[int, int, int]) -> Iterator[Tensor]:
+def _first_images(samples: Samples, mean_bgr: tuple[int, int, int]) -> Iterator[Tensor]:
     """Yield some images as they are trained, one at a time: (1, 3, H, W) float32, BGR minus the mean."""
     for index in np.unique(np.linspace(0, len(samples) - 1, UNFOLDING_IMAGES).astype(int)).tolist():
         image = torch.from_numpy(samples[index][0]).permute(2, 0, 1)[None]

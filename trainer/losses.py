@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facespec.boxes import make_priors
+from facespec.codec import check_types
 from facespec.errors import SpecError
 from facespec.spec import AnchorSpec, ModelSpec
-from trainer.data.targets import Targets
+from trainer.data.batches import Targets
 from trainer.matching import match_faces
 from trainer.model import Heads
 
@@ -43,21 +44,18 @@ class LossSettings:
     ignore_iou: float = 0.2
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("box_weight", "landmark_weight", "pixel_weight"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < 1e6:
+            if not 0 <= value < 1e6:
                 raise SpecError(f"{name} must be a number from 0 up to a million, got {value!r}")
         for name in ("negatives_per_positive", "extra_negatives"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1_000_000:
+            if not 0 <= value <= 1_000_000:
                 raise SpecError(f"{name} must be an integer in 0..1000000, got {value!r}")
         if self.negatives_per_positive == self.extra_negatives == 0:
             raise SpecError("negatives_per_positive and extra_negatives are both 0: nothing would teach background")
-        if not (
-            _is_number(self.ignore_iou)
-            and _is_number(self.positive_iou)
-            and 0.01 <= self.ignore_iou <= self.positive_iou < 1
-        ):
+        if not 0.01 <= self.ignore_iou <= self.positive_iou < 1:
             raise SpecError(
                 "ignore_iou and positive_iou must satisfy 0.01 <= ignore_iou <= positive_iou < 1, "
                 f"got {self.ignore_iou!r} and {self.positive_iou!r}"
@@ -70,15 +68,14 @@ class Losses(NamedTuple):
     `total` is not finite if any output of the network is not, whether or not a face is trained there: it is enough to
     check `total`.
 
+    All are without dimensions: terms float32, counts int64.
+
     Attributes:
-        total: () float32, the one to differentiate.
-        classification: () float32.
-        box: () float32.
-        landmark: () float32.
-        pixel: () float32; 0 if there is no such term.
-        positives: () int64, priors that were trained towards a face.
-        landmark_positives: () int64, those of them whose face has known landmarks.
-        dropped: () int64, faces left out because their boxes have no area or are not finite.
+        total: The one to differentiate.
+        pixel: 0 if there is no such term.
+        positives: Priors that were trained towards a face.
+        landmark_positives: Those of them whose face has known landmarks.
+        dropped: Faces left out because their boxes have no area or are not finite.
     """
 
     total: Tensor
@@ -100,10 +97,6 @@ class MultiBoxLoss(nn.Module):
 
     Source: equation 1 of RetinaFace (Deng et al., CVPR 2020) and the hard negative mining of SSD (Liu et al., ECCV
     2016, section 2.2).
-
-    Args:
-        spec: Priors and variances of the model.
-        settings: Weights and thresholds.
     """
 
     def __init__(self, spec: ModelSpec, settings: LossSettings | None = None) -> None:
@@ -116,12 +109,7 @@ class MultiBoxLoss(nn.Module):
 
         Leave `targets` on the CPU: matching runs where they are, beside a GPU that is busy with the forward pass, and
         only the positives go to the GPU. With targets on the GPU the result is the same, but the host has to wait.
-
-        Args:
-            heads: Box deltas (B, N, 4), class logits (B, N, 2: background, face) and landmark deltas (B, N, 10).
-            targets: The faces of the batch.
-            size_hw: Height and width of the network input.
-            pixel: () the optional pixel-wise term.
+        `size_hw` is that of the network input; `pixel`, the optional pixel-wise term, has no dimensions.
 
         Raises:
             SpecError: The heads are not those of a batch of this size.
@@ -153,12 +141,9 @@ class MultiBoxLoss(nn.Module):
             difference.detach(), matches.positive, settings.negatives_per_positive, settings.extra_negatives
         )
         positive = _to(matches.positive, logits.device)
-        classification = (
-            F.binary_cross_entropy_with_logits(
-                difference, positive.float(), weight=(positive | negative).float(), reduction="sum"
-            )
-            / over_positives
-        )
+        trained = (positive | negative).float()
+        entropy = F.binary_cross_entropy_with_logits(difference, positive.float(), weight=trained, reduction="sum")
+        classification = entropy / over_positives
         box = _smooth_l1(box_deltas, boxes) / over_positives
         landmark = _smooth_l1(landmark_deltas, landmarks) / over_landmarks
         pixel = torch.zeros_like(box) if pixel is None else pixel.float()
@@ -175,7 +160,7 @@ class MultiBoxLoss(nn.Module):
     def _regression_targets(
         self, positive: Tensor, face: Tensor, targets: Targets, size_hw: tuple[int, int]
     ) -> tuple[_Rows, _Rows]:
-        """Return the box and the landmark targets, where `targets` are."""
+        """Return the box and the landmark targets, on the device of `targets`."""
         priors = _priors(self.spec.anchors, size_hw, positive.device)
         variances = self.spec.decode.variances
         rows = positive.flatten().nonzero().squeeze(1)
@@ -198,13 +183,8 @@ def hardest_negatives(difference: Tensor, positive: Tensor, per_positive: int, e
     """Return (B, N) bool: the background priors of each image that look most like a face.
 
     There are per_positive * positives + extra of them in an image, or as many as it has. Their loss grows with the
-    difference, so that is what they are chosen by; of equals the lowest index comes first.
-
-    Args:
-        difference: (B, N) float32 logit of face minus that of background.
-        positive: (B, N) bool, priors that are not background; on the device of the targets.
-        per_positive: See `LossSettings.negatives_per_positive`.
-        extra: See `LossSettings.extra_negatives`.
+    difference, (B, N) float32 logit of face minus that of background, so that is what they are chosen by; of equals the
+    lowest index comes first. `positive` is (B, N) bool, on the device of the targets.
     """
     positives = positive.sum(dim=1, keepdim=True)
     wanted = torch.minimum(per_positive * positives + extra, positive.shape[1] - positives)
@@ -261,7 +241,3 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 @lru_cache(maxsize=32)  # a training has a handful of sizes
 def _priors(anchors: AnchorSpec, size_hw: tuple[int, int], device: torch.device) -> Tensor:
     return torch.from_numpy(make_priors(anchors, size_hw)).to(device)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -35,13 +35,7 @@ class Matches(NamedTuple):
 
 
 class Overlaps(NamedTuple):
-    """Pairs of a face and a prior, in any order.
-
-    Attributes:
-        face: (P,) int64.
-        prior: (P,) int64.
-        iou: (P,) float32, positive.
-    """
+    """Pairs of a face and a prior, in any order: (P,) int64 indices of both, (P,) float32 and positive IoU."""
 
     face: Tensor
     prior: Tensor
@@ -101,8 +95,8 @@ def assign(
         overlaps: All pairs whose IoU is at least `ignore_iou`; it may hold others.
         boxes_xyxy: (F, 4) float32 the faces.
         priors: N.
-        positive_iou: See `match_faces`.
-        ignore_iou: See `match_faces`.
+        positive_iou: As in `match_faces`.
+        ignore_iou: As in `match_faces`.
     """
     best_prior, best_iou = _best(overlaps.iou, of=overlaps.face, count=len(boxes_xyxy), among=overlaps.prior)
     forcing = best_iou >= ignore_iou
@@ -127,13 +121,8 @@ def overlapping_priors(boxes_xyxy: Tensor, anchors: AnchorSpec, size_hw: tuple[i
 
     An intersection I over a union A + S - I is at least t where I >= (A + S) * t / (1 + t): this bounds the overlap of
     a face and a prior along an axis by their overlap along the other. So rows of cells are found first, for the widest
-    overlap there can be, and then the cells in each row.
-
-    Args:
-        boxes_xyxy: (F, 4) float32 with a finite, positive area.
-        anchors: Strides and sizes of the priors.
-        size_hw: Height and width of the network input.
-        iou: The least IoU of interest, positive.
+    overlap there can be, and then the cells in each row. The faces are (F, 4) float32 with a finite, positive area, and
+    `iou` is positive.
     """
     stride, side, rows, columns, first, per_row = _kinds(anchors, size_hw, boxes_xyxy)
     x1, y1, x2, y2 = boxes_xyxy.T[..., None]
@@ -170,9 +159,8 @@ def _kinds(anchors: AnchorSpec, size_hw: tuple[int, int], like: Tensor) -> tuple
     They are stride, side, rows, columns, the index of the first prior, and the number of priors in a row of cells.
     """
     table, start = [], 0
-    for stride, sizes, (rows, columns) in zip(
-        anchors.strides, anchors.min_sizes, anchors.grids_hw(size_hw), strict=True
-    ):
+    levels = zip(anchors.strides, anchors.min_sizes, anchors.grids_hw(size_hw), strict=True)
+    for stride, sizes, (rows, columns) in levels:
         per_row = columns * anchors.per_cell
         table += [(stride, side, rows, columns, start + slot, per_row) for slot, side in enumerate(sizes)]
         start += rows * per_row
@@ -198,13 +186,8 @@ def _best(iou: Tensor, of: Tensor, count: int, among: Tensor) -> tuple[Tensor, T
     """Return the partner of highest IoU of each of `count` boxes, the lowest of equals, and that IoU; 0 and 0 for none.
 
     Bits of positive floats are in the order of their values: with the inverted index below them they make one integer,
-    whose maximum is the same in whatever order a device takes it.
-
-    Args:
-        iou: (P,) float32, positive or 0.
-        of: (P,) int64 in 0..count-1.
-        count: Number of boxes.
-        among: (P,) int64 index of the partner, less than 2**32.
+    whose maximum is the same in whatever order a device takes it. Of P pairs, `iou` is float32 and not negative, `of`
+    the index of the box and `among` that of its partner, less than 2**32, both int64.
     """
     key = (iou.view(torch.int32).long() << 32) | (_LOW - among)
     best = key.new_full((count,), _LOW).scatter_reduce_(0, of, key, "amax")

@@ -28,10 +28,7 @@ STEP_COLUMNS = (
 class CsvLog:
     """A CSV file of numbers whose first column counts up. Rows past the point a run resumes from are taken back.
 
-    Args:
-        path: File; made if it is not there. Rows that are damaged, or have columns of other names, lose them.
-        columns: Names.
-        last: Rows whose first column is greater are removed.
+    These are the rows whose first column is greater than `last`. Damaged rows go, too, and columns of other names.
 
     Raises:
         OutputError: The disk is full, or the folder cannot be written.
@@ -80,11 +77,7 @@ class _Board:
     """Scalars for TensorBoard, written at once.
 
     tensorboardX's SummaryWriter is not used: it writes in a thread, which a full disk ends, and its queue of ten events
-    then blocks the training for ever.
-
-    Args:
-        folder: Folder of the event files.
-        step: Steps done so far; later ones, of a run that was killed, are not shown.
+    then blocks the training for ever. Later steps than `step`, of a run that was killed, are not shown.
 
     Raises:
         MissingPackageError: tensorboardX is not installed.
@@ -101,9 +94,11 @@ class _Board:
             self._file = writer.EventsWriter(str(folder / "events"))
         self._write(session_log=self._event.SessionLog(status=self._event.SessionLog.START), step=step + 1)
 
-    def add(self, name: str, value: float, step: int) -> None:
-        """Write a number."""
-        self._write(summary=self._scalar(name, value), step=step)
+    def add(self, kind: str, row: Row) -> None:
+        """Write the numbers of a row; `kind` is the column that counts up, and the group they are shown in."""
+        for name, value in row.items():
+            if name not in ("step", "epoch"):
+                self._write(summary=self._scalar(f"{kind}/{name}", value), step=int(row[kind]))
 
     def _write(self, **content: Any) -> None:
         with _named(self._folder):
@@ -123,7 +118,7 @@ class Records:
         epoch_columns: Names of the columns of epochs.csv, "epoch" first.
         step: Steps done so far; what the files hold beyond is removed.
         epoch: Epochs done so far.
-        steps: Steps of the whole run, for the progress bar.
+        steps: Of the whole run, for the progress bar.
     """
 
     def __init__(self, folder: Path, epoch_columns: Sequence[str], step: int, epoch: int, steps: int) -> None:
@@ -141,12 +136,14 @@ class Records:
         self._steps.add(row)
         self._bar.set_postfix_str(f"loss {row['total']:.3f}", refresh=False)
         self._bar.update()
-        self._to_board("step", row, int(row["step"]))
+        if self._board is not None:
+            self._board.add("step", row)
 
     def add_epoch(self, row: Row, line: str) -> None:
         """Note an epoch, and say it in a line."""
         self._epochs.add(row)
-        self._to_board("epoch", row, int(row["epoch"]))
+        if self._board is not None:
+            self._board.add("epoch", row)
         tqdm.write(line)
         sys.stdout.flush()
 
@@ -156,9 +153,3 @@ class Records:
             for part in (self._board, self._epochs, self._steps, self._bar):
                 if part is not None:
                     stack.callback(part.close)
-
-    def _to_board(self, kind: str, row: Row, at: int) -> None:
-        if self._board is not None:
-            for name, value in row.items():
-                if name not in ("step", "epoch"):
-                    self._board.add(f"{kind}/{name}", value, at)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from trainer.backbones import Features
 from trainer.config import OptimizerConfig, ScheduleConfig
-from trainer.data.targets import Targets
+from trainer.data.batches import Targets
 from trainer.losses import Losses, MultiBoxLoss
-from trainer.model import Heads, RetinaFace
+from trainer.model import Features, Heads, RetinaFace
 
 
 class PixelTerm(nn.Module):
@@ -43,7 +42,7 @@ class Learner(nn.Module):
     Args:
         model: The detector.
         loss: Of its heads.
-        pixel_term: Fourth term.
+        pixel_term: Fourth term of the loss.
         bf16: Let the network compute in bfloat16; the loss is always float32.
         freeze_batch_norm: Let batch normalisation use its running statistics instead of the batch's, and keep them.
         compile: Run the network through torch.compile.
@@ -108,10 +107,7 @@ def make_optimizer(learner: nn.Module, config: OptimizerConfig) -> SGD:
 
 
 def lr_factor(step: int, steps_per_epoch: int, config: ScheduleConfig) -> float:
-    """Return the learning rate of a step, as a fraction of the highest.
-
-    It depends on nothing but the step, so that there is no state to keep.
-    """
+    """Return the learning rate of a step, as a fraction of the highest; it depends on the step alone."""
     warmup = round(config.warmup_epochs * steps_per_epoch)
     total = config.epochs * steps_per_epoch
     if step < warmup:
@@ -127,12 +123,8 @@ def train_step(
 ) -> tuple[Losses, Tensor]:
     """Move the weights once; return the loss before, and the norm of the gradient before clipping.
 
-    Args:
-        learner: A `Learner`, or DistributedDataParallel around one.
-        optimizer: Of its parameters.
-        images: uint8 (B, H, W, 3) BGR.
-        targets: Their faces.
-        clip: Longest gradient; 0 does not clip.
+    `learner` is a `Learner`, or DistributedDataParallel around one; longer gradients than `clip` are shortened to it,
+    0 leaves all as they are.
     """
     losses: Losses = learner(images, targets)
     optimizer.zero_grad(set_to_none=True)
@@ -146,17 +138,13 @@ class Ema:
     """Exponential moving average of a model's weights and batch statistics.
 
     The decay rises with the updates n as (1 + n) / (10 + n), so that the first weights, which are worth nothing, are
-    soon forgotten (as in tf.train.ExponentialMovingAverage).
-
-    Args:
-        model: Averaged from now on; `model` of this object is the average, in eval mode.
-        decay: Highest share of the old average that an update keeps.
+    soon forgotten (as in tf.train.ExponentialMovingAverage). The average is `model`, in eval mode; an update keeps at
+    most the share `decay` of it.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self.updates = 0
+        self.decay, self.updates = decay, 0
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -17,10 +17,9 @@ from trainer.average_precision import LEVELS, Array, ImageKey, ImageTruth, avera
 from trainer.config import DataConfig
 from trainer.data import Dataset, open_dataset
 from trainer.data.readers import WIDERFACE
-from trainer.detector import TorchRetinaFace
 from trainer.distributed import World
 from trainer.evaluate import predict
-from trainer.model import RetinaFace
+from trainer.model import RetinaFace, TorchRetinaFace
 
 MIN_FACE_PX = 16
 """Smallest side, in the network input, of a face that the simple average precision counts: that of the least prior."""
@@ -34,12 +33,7 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class WiderValidation:
-    """Images of WIDER FACE at their own size, by the official protocol.
-
-    Attributes:
-        images: Folder of event folders.
-        truth: Of the images that are there.
-    """
+    """Images of WIDER FACE at their own size, by the official protocol; `images` is the folder of those in `truth`."""
 
     levels: ClassVar = LEVELS
     images: Path
@@ -53,9 +47,7 @@ class WiderValidation:
     def measure(self, model: RetinaFace, world: World) -> Scores:
         """Return the scores of a model in eval mode; levels of which no face counts are left out.
 
-        Args:
-            model: On any device.
-            world: Every process takes its share of the images, and gets the scores of all; the first shows a bar.
+        Every process takes its share of the images, and gets the scores of all.
         """
         share = dict(list(self.truth.items())[world.rank :: world.size])
         found = predict(_detector(model), self.images, share, world.leads)[0].by_image if share else {}
@@ -67,9 +59,7 @@ class WiderValidation:
 class LabelledValidation:
     """Any labelled images, letterboxed to the size that is trained: AP at an IoU of 0.5 over one level.
 
-    Attributes:
-        dataset: Images and faces.
-        size: Side of the network input. Faces with a side under `MIN_FACE_PX` in it count neither way.
+    Faces with a side under `MIN_FACE_PX` in the network input, a square of `size` pixels, count neither way.
     """
 
     levels: ClassVar = (SIMPLE_LEVEL,)
@@ -85,7 +75,7 @@ class LabelledValidation:
         )
 
     def measure(self, model: RetinaFace, world: World) -> Scores:
-        """Return the score of a model; see `WiderValidation.measure`."""
+        """Return the score of a model, as `WiderValidation.measure` does."""
         size_hw = self.size, self.size
         detector = _detector(model, size_hw)
         found: dict[ImageKey, tuple[Array, ImageTruth]] = {}
@@ -112,9 +102,7 @@ Validation = WiderValidation | LabelledValidation
 def find_validation(config: DataConfig, trained: Dataset) -> Validation | None:
     """Return what a run is measured on; None if there is nothing but the images it is trained on.
 
-    Args:
-        config: `val` names a set; otherwise it is the val split of `source`, or with `overfit` the trained images.
-        trained: What it is trained on.
+    `val` names a set; otherwise it is the val split of `source`, or with `overfit` the trained images.
 
     Raises:
         DataError: The set that `val` names cannot be used.
@@ -126,7 +114,7 @@ def find_validation(config: DataConfig, trained: Dataset) -> Validation | None:
     if found := _find_wider(Path(folder)):
         return found
     try:
-        dataset = open_dataset(name, "val", Path(config.root) if config.root else None)
+        dataset = open_dataset(name, "val", config.root)
     except DataError as error:
         if config.val:
             raise

@@ -302,7 +302,7 @@ def test_targets_of_the_original_are_fractions_and_marks() -> None:
     torch = pytest.importorskip("torch")
     from benchmarks.augment import to_rows
     from benchmarks.loss import random_faces, random_heads
-    from trainer.data.targets import Faces
+    from trainer.data.dataset import Faces
 
     faces = random_faces(np.random.default_rng(0), 400, (320, 640))
     centres, sides = (faces.boxes[:, :2] + faces.boxes[:, 2:]) / 2, faces.boxes[:, 2:] - faces.boxes[:, :2]

@@ -17,7 +17,7 @@ from facespec.letterbox import Frame
 from tests.conftest import Exported
 from tests.faces import assert_identical
 from trainer import load_model
-from trainer.detector import TorchRetinaFace
+from trainer.model import TorchRetinaFace
 from trt_runtime import load_detector
 
 

@@ -26,8 +26,7 @@ from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
 from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec
 from trainer import load_model, save_checkpoint
-from trainer.backbones import BACKBONES
-from trainer.model import RetinaFace
+from trainer.model import BACKBONES, RetinaFace
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[object]:

@@ -42,7 +42,7 @@ from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec, PreprocessSpec
 from trainer import load_model
-from trainer.detector import TorchRetinaFace
+from trainer.model import TorchRetinaFace
 from trt_runtime import load_detector
 from trt_runtime.gpu.flavor import gpu_capability
 

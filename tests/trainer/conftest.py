@@ -14,8 +14,8 @@ from facespec.letterbox import Letterbox
 from trainer import RetinaFace, load_model
 from trainer.config import Settings, TrainConfig, resolve
 from trainer.data.batches import place_faces
+from trainer.data.dataset import Faces
 from trainer.data.synthetic import SyntheticSample
-from trainer.data.targets import Faces
 
 
 @cache

@@ -25,9 +25,9 @@ from trainer import load_model
 from trainer.checkpoint import read_training, weights_sha256
 from trainer.config import resolve
 from trainer.data import AugmentSettings, Dataset, Report, TrainingSet, open_dataset
-from trainer.data.batches import Order, read_batches
+from trainer.data.batches import Order, collate, read_batches
+from trainer.data.dataset import Faces
 from trainer.data.synthetic import SyntheticSample
-from trainer.data.targets import Faces, collate
 from trainer.distributed import World, join_world
 from trainer.fit import main, parse_arguments
 from trainer.loop import TrainState, fit

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def _cell(items: list[object]) -> np.ndarray:
 def face_boxes(photographs: dict[str, Frame]) -> list[np.ndarray]:
     """The face in each photograph, as (1, 4) x, y, width, height."""
     from trainer import load_model
-    from trainer.detector import TorchRetinaFace
+    from trainer.model import TorchRetinaFace
 
     detector = TorchRetinaFace(load_model())
     boxes = []
@@ -251,6 +253,26 @@ def scored(tiny_widerface: Path) -> Path:
     (folder / "astronaut.txt").write_text(f"astronaut\n2\n{x} {y} {w} {h} 0.9\n400 400 30 40 0.8\n")
     (folder / "grace_hopper.txt").write_text("grace_hopper\n1\n1 1 30 40 0.7\n")
     return tiny_widerface
+
+
+@pytest.mark.parametrize("words", ["import trainer", "import trainer.evaluate", "from trainer.evaluate import main"])
+def test_the_package_has_it_as_a_function(words: str) -> None:
+    """Whatever was imported before, and as the module that it also is."""
+    code = f"""import sys
+from pathlib import Path
+{words}
+import trainer
+from trainer import evaluate
+from facespec.errors import DataError
+for function in (trainer.evaluate, evaluate, evaluate.evaluate):
+    try:
+        function(evaluate.EvaluateOptions(Path("nowhere")))
+    except DataError:
+        print("called")
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["called"] * 3
 
 
 def test_the_table_is_printed(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:

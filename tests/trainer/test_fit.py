@@ -30,15 +30,15 @@ from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
 from tests.trainer.conftest import label_lines
 from trainer import RetinaFace, load_model, loop
-from trainer.backbones import Features
 from trainer.checkpoint import load_pretrained, read_training, save_checkpoint, weights_sha256
 from trainer.config import TrainConfig, resolve, write_yaml
 from trainer.data import open_dataset, synthetic
-from trainer.data.targets import Faces, Targets
-from trainer.detector import TorchRetinaFace
+from trainer.data.batches import Targets
+from trainer.data.dataset import Faces
 from trainer.distributed import World, has_bf16
 from trainer.fit import FLAGS, main, parse_arguments
 from trainer.loop import TrainState, fit
+from trainer.model import Features, TorchRetinaFace
 from trainer.step import Heads, PixelTerm
 
 ROOT = Path(__file__).parents[2]
@@ -323,6 +323,28 @@ def test_a_wrong_command_ends_in_one_line_in_its_own_process(refused: Callable[.
     assert "did you mean loss.box_weight?" in refused("trainer.fit", "--set", "loss.box=1")
 
 
+@pytest.mark.parametrize("words", ["import trainer", "import trainer.fit", "from trainer.fit import main"])
+def test_the_package_has_it_as_a_function(words: str) -> None:
+    """Whatever was imported before, and as the module that it also is; torch is imported by the call."""
+    code = f"""import sys
+{words}
+import trainer
+from trainer import fit
+from facespec.errors import ConfigError
+functions = trainer.fit, fit, sys.modules["trainer.fit"]
+assert callable(fit.main) and "torch" not in sys.modules
+from trainer.config import resolve
+for function in functions:
+    try:
+        function(resolve({{}}), pixel_term="some")
+    except ConfigError as error:
+        assert "there is a pixel-wise term" in str(error)
+        print("called")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["called"] * 3
+
+
 def test_flags_are_settings() -> None:
     given = {
         "--recipe": ("recipe", "original", "original"),
@@ -349,7 +371,7 @@ def test_flags_are_settings() -> None:
         assert options.settings == {name: value}, flag
         assert type(options.settings[name]) is type(value)
         resolve(options.settings)
-    assert parse_arguments([]) == parse_arguments(["--set", "seed=1"]).__class__()
+    assert vars(parse_arguments([])) == {"settings": {}, "config": None, "resume": None, "check_data": False}
     line = [
         "--compile",
         "--set",

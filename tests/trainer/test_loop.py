@@ -19,13 +19,12 @@ from facespec.errors import ConfigError, NonFiniteError, OutputError, WeightsErr
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
 from trainer import RetinaFace, load_model, save_checkpoint
-from trainer.checkpoint import read_training, weights_sha256
+from trainer.checkpoint import is_folded, read_training, weights_sha256
 from trainer.config import TrainConfig, resolve, to_settings
 from trainer.data import Dataset, Report, TrainingSet
 from trainer.data.batches import AsTheyAre, Order
-from trainer.data.targets import Faces
+from trainer.data.dataset import Faces
 from trainer.distributed import World
-from trainer.folding import is_folded
 from trainer.loop import (
     REPORTED,
     Row,

@@ -17,7 +17,8 @@ from benchmarks.loss import OriginalLoss, random_faces, random_heads
 from facespec.boxes import make_priors
 from facespec.errors import SpecError
 from facespec.spec import ModelSpec
-from trainer.data.targets import Faces, Targets, collate
+from trainer.data.batches import Targets, collate
+from trainer.data.dataset import Faces
 from trainer.losses import LossSettings, MultiBoxLoss, encode_boxes, encode_landmarks, hardest_negatives
 
 SPEC = ModelSpec()

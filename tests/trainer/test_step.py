@@ -16,10 +16,11 @@ from torch.optim import SGD
 from facespec.spec import AnchorSpec, ModelSpec, PreprocessSpec
 from tests.trainer.conftest import published
 from trainer import RetinaFace
-from trainer.backbones import Features
 from trainer.config import OptimizerConfig, ScheduleConfig, resolve
-from trainer.data.targets import Faces, Targets, collate
+from trainer.data.batches import Targets, collate
+from trainer.data.dataset import Faces
 from trainer.losses import Losses, LossSettings, MultiBoxLoss
+from trainer.model import Features
 from trainer.step import Ema, Heads, Learner, PixelTerm, lr_factor, make_optimizer, seed_step, train_step
 
 HW = (64, 96)

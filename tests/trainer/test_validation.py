@@ -20,7 +20,7 @@ from trainer import RetinaFace
 from trainer.average_precision import LEVELS, ImageTruth
 from trainer.config import DataConfig
 from trainer.data import Dataset, Report, open_dataset
-from trainer.data.targets import Faces
+from trainer.data.dataset import Faces
 from trainer.distributed import World
 from trainer.validation import LabelledValidation, Validation, WiderValidation, find_validation
 
@@ -58,7 +58,7 @@ class Labelled:
 @pytest.fixture(scope="module")
 def portrait(photographs: dict[str, Frame], model: RetinaFace) -> tuple[Frame, np.ndarray]:
     """A photograph of 512x512 pixels, and the box of its face."""
-    from trainer.detector import TorchRetinaFace
+    from trainer.model import TorchRetinaFace
 
     image = photographs["astronaut"]
     assert image.shape[:2] == (512, 512)

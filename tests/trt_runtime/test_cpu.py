@@ -28,7 +28,7 @@ from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec, NetworkSize, Preproce
 from tests.conftest import Exported
 from tests.faces import assert_identical
 from trainer import load_model
-from trainer.detector import TorchRetinaFace
+from trainer.model import TorchRetinaFace
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, cpu, load_detector
 from trt_runtime.cpu import COMPILED_SIZES, best_backend
 from trt_runtime.kernels import decode_nms

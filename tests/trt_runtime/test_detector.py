@@ -22,7 +22,7 @@ from facespec.letterbox import Frame, Letterbox
 from facespec.spec import MAX_NETWORK_PIXELS, SPEC_KEY, DecodeSpec, ModelSpec, PreprocessSpec
 from tests.trt_runtime.handmade import SPEC, HandmadeDetector, HandmadeLane, frame_of, in_time
 from trainer import load_model
-from trainer.detector import TorchRetinaFace
+from trainer.model import TorchRetinaFace
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, load_detector
 from trt_runtime import detector as detector_module
 from trt_runtime.detector import RetinaFaceDetector, letterboxed, network_size

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from facespec.errors import SpecError
 from facespec.letterbox import Frame
 from facespec.spec import PreprocessSpec
-from trainer.data.dataset import Dataset
-from trainer.data.targets import Faces
+from trainer.data.dataset import Dataset, Faces
 
 MIRRORED = [1, 0, 2, 4, 3]
 """Which landmark each one becomes in the mirror: left and right are those of the image."""
@@ -111,17 +110,10 @@ class Crop(NamedTuple):
 def augment(
     image: Frame, faces: Faces, size: int, rng: np.random.Generator, settings: AugmentSettings
 ) -> tuple[Frame, Faces]:
-    """Return a random view of an image, uint8 (size, size, 3), and the faces whose centre lies in it.
+    """Return a random view of an image, uint8 (size, size, 3) BGR, and the faces whose centre lies in it.
 
     Faces are kept however small: the matching leaves out those that no prior fits. The same state of `rng` gives the
     same bits.
-
-    Args:
-        image: uint8 (H, W, 3) BGR.
-        faces: Inside the image; there may be none.
-        size: Side of the result in pixels.
-        rng: Source of all randomness.
-        settings: How to vary.
     """
     height, width = image.shape[:2]
     crop = choose_crop((height, width), faces, rng, settings)
@@ -210,15 +202,7 @@ def mirror(image: Frame, faces: Faces) -> tuple[Frame, Faces]:
 
 
 class Colours(NamedTuple):
-    """A change of colours; 0, 1, 1, 0 is none.
-
-    Attributes:
-        brightness: What is added.
-        contrast: Factor.
-        saturation: Factor.
-        hue: What it is turned by, in steps of 2 degrees.
-        contrast_last: Whether contrast comes after saturation and hue.
-    """
+    """A change of colours: what is added, two factors, a turn in steps of 2 degrees; whether contrast comes last."""
 
     brightness: float = 0.0
     contrast: float = 1.0
@@ -267,17 +251,12 @@ def _look_up(image: Frame, table: NDArray[np.float64]) -> Frame:
 
 
 class TrainingSet(torch.utils.data.Dataset[tuple[Frame, Faces]]):
-    """Augmented samples of a data set, for a DataLoader with `trainer.data.targets.collate`.
+    """Augmented samples of a data set, for a DataLoader with `trainer.data.batches.collate`.
 
     Item `epoch * len(dataset) + index` is sample `index` as it is shown in `epoch`. Its randomness depends on the seed
     and these two numbers alone, so neither the number of workers nor a resumed run changes what is trained on. A
-    sampler yields such items; `len` is the number of samples, that is of items in an epoch.
-
-    Args:
-        dataset: From `open_dataset`.
-        size: Side of the images in pixels.
-        settings: How to vary them.
-        seed: Of all randomness.
+    sampler yields such items; `len` is the number of samples, that is of items in an epoch. Images are squares of
+    `size` pixels.
     """
 
     def __init__(self, dataset: Dataset, size: int, settings: AugmentSettings, seed: int) -> None:
@@ -287,11 +266,7 @@ class TrainingSet(torch.utils.data.Dataset[tuple[Frame, Faces]]):
         return len(self.dataset)
 
     def __getitem__(self, item: int) -> tuple[Frame, Faces]:
-        """Return an image, uint8 (size, size, 3) BGR, and its faces.
-
-        Raises:
-            DataError: The image file is missing or damaged.
-        """
+        """Return an image, uint8 (size, size, 3) BGR, and its faces; DataError if the file is missing or damaged."""
         epoch, index = divmod(item, len(self.dataset))
         rng = np.random.default_rng((self.seed, epoch, index))
         return augment(*self.dataset.samples[index].load(), self.size, rng, self.settings)

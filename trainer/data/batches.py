@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from facespec.errors import DataError, RetinaFaceError
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import PreprocessSpec
-from trainer.data import Dataset
-from trainer.data.targets import Faces, Targets, collate
+from trainer.data.dataset import Dataset, Faces
 from trainer.distributed import World
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of the images: every epoch has a new permutation, cut into batches; the rest is left out of it.
+    """The order of `count` images: every epoch has a new permutation, cut into batches; the rest is left out of it.
 
-    Attributes:
-        count: Images of the data set.
-        batch: Images of a step, over all processes.
-        seed: Of the permutations.
+    A batch is that of all processes together.
     """
 
     count: int
@@ -53,6 +51,41 @@ class Order:
         return [index % self.count for index in next(self.steps(step, step + 1))[world.rank :: world.size]]
 
 
+class Targets(NamedTuple):
+    """The faces of a batch, padded to the image with the most, in pixels of the network input.
+
+    Attributes:
+        boxes: (B, G, 4) float32 x1, y1, x2, y2.
+        landmarks: (B, G, 5, 2) float32.
+        valid: (B, G) bool; False for padding.
+        has_landmarks: (B, G) bool.
+    """
+
+    boxes: Tensor
+    landmarks: Tensor
+    valid: Tensor
+    has_landmarks: Tensor
+
+    def to(self, device: torch.device | str) -> Targets:
+        """Return the targets on a device."""
+        return Targets(*(part.to(device, non_blocking=True) for part in self))
+
+
+def collate(samples: Sequence[tuple[NDArray[np.uint8], Faces]]) -> tuple[Tensor, Targets]:
+    """Return a batch of images of one size, uint8 (B, H, W, 3) BGR, and their faces; G is 0 if there are none."""
+    images = torch.from_numpy(np.stack([image for image, _ in samples]))
+    most = max(len(faces) for _, faces in samples)
+    boxes = np.zeros((len(samples), most, 4), np.float32)
+    landmarks = np.zeros((len(samples), most, 5, 2), np.float32)
+    valid = np.zeros((len(samples), most), bool)
+    has_landmarks = np.zeros((len(samples), most), bool)
+    for row, (_, faces) in enumerate(samples):
+        count = len(faces)
+        boxes[row, :count], landmarks[row, :count] = faces.boxes, faces.landmarks
+        valid[row, :count], has_landmarks[row, :count] = True, faces.has_landmarks
+    return images, Targets(*(torch.from_numpy(part) for part in (boxes, landmarks, valid, has_landmarks)))
+
+
 class _Batches(torch.utils.data.Dataset):
     """Gives a batch for a list of items.
 
@@ -62,7 +95,7 @@ class _Batches(torch.utils.data.Dataset):
     def __init__(self, samples: Any) -> None:
         self.samples = samples
 
-    def __getitem__(self, items: list[int]) -> tuple[torch.Tensor, Targets] | RetinaFaceError:
+    def __getitem__(self, items: list[int]) -> tuple[Tensor, Targets] | RetinaFaceError:
         try:
             return collate([self.samples[item] for item in items])
         except RetinaFaceError as error:
@@ -70,12 +103,9 @@ class _Batches(torch.utils.data.Dataset):
 
 
 class AsTheyAre(torch.utils.data.Dataset):
-    """Images letterboxed to the network's size without randomness, in the place of `TrainingSet`.
+    """Images letterboxed to a square of `size` pixels without randomness, in the place of `TrainingSet`.
 
-    Args:
-        dataset: Images and faces.
-        size: Side of the square network input.
-        shown: Images of an epoch; every one is shown equally often, give or take one.
+    An epoch has `shown` of them: every one is shown equally often, give or take one.
     """
 
     def __init__(self, dataset: Dataset, size: int, shown: int) -> None:
@@ -107,16 +137,10 @@ def start_worker(_: int) -> None:
 
 def read_batches(
     samples: Any, order: Order, world: World, workers: int, first: int, last: int
-) -> Iterator[tuple[torch.Tensor, Targets]]:
-    """Yield the batches of steps `first` to `last` - 1: images uint8 (B, H, W, 3) BGR, and their faces.
+) -> Iterator[tuple[Tensor, Targets]]:
+    """Yield this process's share of the batches of steps `first` to `last` - 1, as `collate` returns them.
 
-    Args:
-        samples: Gives an image and its faces for epoch * count + index.
-        order: Of the images.
-        world: This process gets its share.
-        workers: Processes that read.
-        first: Step to start at.
-        last: Step to end before.
+    `samples` gives an image and its faces for epoch * count + index; `workers` processes read.
 
     Raises:
         DataError: An image cannot be read.

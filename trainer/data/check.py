@@ -15,8 +15,7 @@ from facespec.images import write_image
 from facespec.letterbox import Frame
 from facespec.samples import tiled
 from trainer.data.augment import AugmentSettings, TrainingSet
-from trainer.data.dataset import Dataset, FileSample, Kind, Problem, Report, Sample
-from trainer.data.targets import Faces
+from trainer.data.dataset import Dataset, Faces, FileSample, Kind, Problem, Report, Sample
 
 TILES = (4, 6)
 """Rows and columns of the picture."""
@@ -89,11 +88,7 @@ def _check(sample: Sample) -> tuple[Faces | None, list[Problem]]:
 
 
 def contact_sheet(samples: list[tuple[Frame, Faces]]) -> Frame:
-    """Return a picture of square images in rows, with their faces and a legend.
-
-    Args:
-        samples: Images, uint8 (S, S, 3), and their faces; at most as many as there are `TILES`.
-    """
+    """Return a picture of square images in rows, with their faces and a legend; at most as many as `TILES`."""
     rows, columns = TILES
     tiles = [_tile(image, faces) for image, faces in samples]
     tiles += [np.full((TILE_PX, TILE_PX, 3), 40, np.uint8)] * (rows * columns - len(tiles))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,40 @@ from numpy.typing import NDArray
 from facespec.errors import DataError, ImageError
 from facespec.images import read_image
 from facespec.letterbox import Frame
-from trainer.data.targets import Faces
 
 EDGE_PX = 1.0
 """A landmark this little outside the image is there by rounding, and counts as on its edge."""
 
 MAX_COORDINATE = 1e6
 """Larger numbers are no pixels."""
+
+
+@dataclass(frozen=True)
+class Faces:
+    """The labelled faces of one image, in its pixels.
+
+    Attributes:
+        boxes: (n, 4) float32 x1, y1, x2, y2.
+        landmarks: (n, 5, 2) float32 left eye, right eye, nose, left and right mouth corner, as seen in the image;
+            0 where there are none.
+        has_landmarks: (n,) bool, whether the five landmarks are known.
+    """
+
+    boxes: NDArray[np.float32]
+    landmarks: NDArray[np.float32]
+    has_landmarks: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, rows: Any) -> Faces:
+        """Return some of the faces; `rows` is a slice, a mask or an array of indices."""
+        return Faces(self.boxes[rows], self.landmarks[rows], self.has_landmarks[rows])
+
+    @staticmethod
+    def none() -> Faces:
+        """Return no faces."""
+        return Faces(np.zeros((0, 4), np.float32), np.zeros((0, 5, 2), np.float32), np.zeros(0, bool))
 
 
 class Sample(Protocol):
@@ -61,13 +88,7 @@ class Kind(Enum):
 
 
 class Problem(NamedTuple):
-    """One thing wrong with a label.
-
-    Attributes:
-        place: Where: file:line, or file and annotation.
-        kind: What is wrong and what was done.
-        found: What is there.
-    """
+    """One thing wrong with a label: where (file:line, or file and annotation), what, and what is there."""
 
     place: str
     kind: Kind
@@ -82,9 +103,9 @@ class Report:
     """What a data set holds and what is wrong with it.
 
     Attributes:
-        images: Images used.
+        images: Those that are used.
         background: Those of them that are labelled as having no face.
-        faces: Faces used.
+        faces: Those that are used.
         with_landmarks: Those of them whose landmarks are known.
         problems: Everything that was dropped, changed or left out, in the order of the file.
     """
@@ -106,11 +127,10 @@ class Report:
 
     def summary(self) -> str:
         """Return what the set holds in one line, and one more for each kind of problem."""
-        lines = [
-            f"{self.images:,} images ({self.background:,} without faces), {self.faces:,} faces "
-            f"({self.with_landmarks:,} with landmarks)"
-        ]
-        return "\n".join(lines + [f"{count:8,d}  {kind.value}" for kind, count in self.counts().items()])
+        images = f"{self.images:,} images ({self.background:,} without faces)"
+        faces = f"{self.faces:,} faces ({self.with_landmarks:,} with landmarks)"
+        problems = [f"{count:8,d}  {kind.value}" for kind, count in self.counts().items()]
+        return "\n".join([f"{images}, {faces}", *problems])
 
     def count_faces(self, faces: Faces) -> None:
         """Count an image and its faces."""
@@ -176,10 +196,7 @@ class FileSample:
         """Return the faces in an image of `size_hw`: boxes cut at its edges, landmarks outside marked unknown.
 
         Landmarks are all or nothing: a point that lies outside shows nothing that the others could be told from.
-
-        Args:
-            size_hw: Of the image in pixels.
-            report: Where to note what does not fit.
+        `report` takes what does not fit.
         """
         height, width = size_hw
         faces = self.labelled
@@ -205,13 +222,7 @@ class FileSample:
 
 
 class Label(NamedTuple):
-    """One face as a label file gives it.
-
-    Attributes:
-        row: Line or annotation.
-        xywh: Left, top, width and height of the box.
-        points: (5, 2) as numbers, or None where the landmarks are unknown.
-    """
+    """One face as a label file gives it, in its line or annotation `row`; `points` are ten numbers, if known."""
 
     row: int
     xywh: Sequence[float]
@@ -235,13 +246,7 @@ def inside(folder: Path, name: str) -> Path | None:
 
 @dataclass
 class Entry:
-    """What a label file says about one image.
-
-    Attributes:
-        place: Where the image is named.
-        labels: Its faces.
-        left_out: Number of faces that are in the image and not in `labels`.
-    """
+    """What a label file says about one image, at `place`; `left_out` faces are in the image and not in `labels`."""
 
     place: str
     labels: list[Label] = field(default_factory=list)
@@ -258,13 +263,8 @@ class Entry:
 def make_dataset(name: str, entries: dict[Path, Entry], origin: str, report: Report) -> Dataset:
     """Return the data set of what a label file says; note in its report what is dropped here.
 
-    An image that is labelled as having no faces is kept: it shows the detector what is none.
-
-    Args:
-        name: Of the data set.
-        entries: By image file.
-        origin: What the rows of the labels are counted in; see `FileSample`.
-        report: What reading the file has found so far.
+    An image that is labelled as having no faces is kept: it shows the detector what is none. `origin` is that of
+    `FileSample`.
 
     Raises:
         DataError: Nothing is left to train on.
@@ -282,9 +282,9 @@ def make_dataset(name: str, entries: dict[Path, Entry], origin: str, report: Rep
         if entry.left_out and not labels:
             report.add(entry.place, Kind.ALL_LEFT_OUT, path.name)
             continue
-        sample = FileSample(path, _to_faces(labels), origin, np.array([label.row for label in labels], np.int64))
-        samples.append(sample)
-        report.count_faces(sample.labelled)
+        faces = _to_faces(labels)
+        samples.append(FileSample(path, faces, origin, np.array([label.row for label in labels], np.int64)))
+        report.count_faces(faces)
     if not report.faces:
         counts = report.counts()
         missing = counts.get(Kind.MISSING_IMAGE, 0)

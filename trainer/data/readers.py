@@ -48,7 +48,7 @@ _NOTHING = ["0"] * 4  # the box of the only line of an image without faces, in b
 Row = tuple[int, str]
 
 
-def open_dataset(name_or_path: str, split: Split = "train", root: Path | None = None) -> Dataset:
+def open_dataset(name_or_path: str, split: Split = "train", root: str | Path | None = None) -> Dataset:
     """Open a data set.
 
     Images are expected in the folder `images` beside the label file or, where there is none, beside it.
@@ -66,7 +66,7 @@ def open_dataset(name_or_path: str, split: Split = "train", root: Path | None = 
     if name_or_path == SYNTHETIC:
         return synthetic(split)
     named = name_or_path == WIDERFACE
-    path = root or widerface_root() if named else Path(name_or_path)
+    path = Path((root or widerface_root()) if named else name_or_path)
     if named or path.is_dir():
         if found := _find_widerface(path, split):
             return _read_text(*found, name=WIDERFACE if named else str(path))

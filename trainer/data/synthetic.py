@@ -20,8 +20,7 @@ from facespec.errors import DataError
 from facespec.images import read_image
 from facespec.letterbox import Frame
 from trainer.data.augment import MIRRORED
-from trainer.data.dataset import Dataset, Report
-from trainer.data.targets import Faces
+from trainer.data.dataset import Dataset, Faces, Report
 
 IMAGES = {"train": 1000, "val": 100}
 SIDE_RANGE = (448, 704)
@@ -37,29 +36,22 @@ _MOST_FACES = 8
 _PLACES_TRIED = 4
 
 
-class _Portrait(NamedTuple):
-    """A face in a sample photograph, as the published mobilenet0.25 finds it at the photograph's own size."""
-
-    package: str
-    inside: str
-    box: tuple[float, float, float, float]
-    landmarks: tuple[tuple[float, float], ...]
-
-
+# package and file of a sample photograph; box and landmarks of its face, as the published mobilenet0.25 finds it at the
+# photograph's own size
 _PORTRAITS = (
-    _Portrait(
+    (
         "skimage",
         "data/astronaut.png",
         (177.9, 56.8, 273.1, 177.2),
         ((204.8, 100.8), (247.4, 103.4), (223.6, 129.2), (202.5, 138.1), (244.2, 140.6)),
     ),
-    _Portrait(
+    (
         "matplotlib",
         "mpl-data/sample_data/grace_hopper.jpg",
         (177.7, 106.5, 353.9, 327.7),
         ((219.0, 187.6), (303.4, 186.8), (259.6, 247.2), (231.9, 273.1), (299.2, 272.7)),
     ),
-    _Portrait(
+    (
         "skimage",
         "data/camera.png",
         (195.0, 113.9, 256.3, 195.3),
@@ -88,11 +80,9 @@ class _Paste(NamedTuple):
     """What is pasted where.
 
     Attributes:
-        cutout: Which one.
         linear: (2, 2) map of distances from the centre of the patch to distances in the image.
         centre: (2,) x, y in the image.
         gain: Factor of its colours.
-        blur: Whether to blur it.
     """
 
     cutout: _Cutout
@@ -108,12 +98,7 @@ class _Paste(NamedTuple):
 
 @dataclass(frozen=True)
 class SyntheticSample:
-    """An image that is made when it is asked for, the same every time.
-
-    Attributes:
-        split: "train" or "val".
-        index: In the split.
-    """
+    """An image that is made when it is asked for, the same every time: of the split "train" or "val"."""
 
     split: str
     index: int
@@ -163,12 +148,12 @@ def _find(package: str, inside: str) -> list[Path]:
 @cache
 def _people() -> tuple[_Cutout, ...]:
     found = []
-    for portrait in _PORTRAITS:
-        for path in _find(portrait.package, portrait.inside):
-            corners = np.array(portrait.box).reshape(2, 2)
+    for package, inside, box, points in _PORTRAITS:
+        for path in _find(package, inside):
+            corners = np.array(box).reshape(2, 2)
             centre, face_wh = corners.mean(axis=0), corners[1] - corners[0]
             patch, offset = _cut(read_image(path), centre, face_wh * _HEAD)
-            landmarks = np.array(portrait.landmarks) - centre + offset
+            landmarks = np.array(points) - centre + offset
             found.append(_Cutout(_pyramid(patch), (face_wh[0], face_wh[1]), landmarks))
     if not found:
         raise DataError("--data synthetic: no package with sample photographs is installed: pip install -e '.[demo]'")

@@ -25,9 +25,9 @@ from trainer.data.augment import (
     mirror,
     recolour,
 )
-from trainer.data.batches import start_worker
+from trainer.data.batches import collate, start_worker
+from trainer.data.dataset import Faces
 from trainer.data.synthetic import SyntheticSample
-from trainer.data.targets import Faces, collate
 
 SIZE = 320
 PLAIN = AugmentSettings(brightness=0, contrast=(1, 1), saturation=(1, 1), hue=0)

@@ -11,8 +11,7 @@ from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from trainer.data import AugmentSettings, Dataset, Report, TrainingSet, check_data, open_dataset, synthetic
 from trainer.data.check import TILE_PX, TILES, contact_sheet
-from trainer.data.dataset import Kind
-from trainer.data.targets import Faces
+from trainer.data.dataset import Faces, Kind
 
 KNOWN = "40 40 0 60 40 0 50 50 0 42 60 0 58 60 0 1"
 

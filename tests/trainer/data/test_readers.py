@@ -16,8 +16,7 @@ from facespec.errors import DataError
 from facespec.images import write_image
 from trainer.average_precision import load_ground_truth
 from trainer.data import Dataset, FileSample, Problem, Report, open_dataset
-from trainer.data.dataset import Kind, inside, to_numbers
-from trainer.data.targets import Faces
+from trainer.data.dataset import Faces, Kind, inside, to_numbers
 
 WIDTH, HEIGHT = 120, 80
 KNOWN = "20 20 0.0 30 20 0.0 25 25 0.0 21 30 0.0 29 30 0.0 0.9"

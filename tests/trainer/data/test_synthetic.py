@@ -9,7 +9,7 @@ from facespec.letterbox import Frame
 from trainer import load_model
 from trainer.data import open_dataset, synthetic
 from trainer.data.synthetic import FACE_RANGE, SIDE_RANGE, SyntheticSample
-from trainer.detector import TorchRetinaFace
+from trainer.model import TorchRetinaFace
 
 
 @pytest.mark.usefixtures("astronaut")

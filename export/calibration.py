@@ -22,16 +22,16 @@ from export.options import (
     MIN_IMAGES,
     MIN_INT8_SHARE,
     PRECISIONS,
-    WIDERFACE,
     CalibrationOptions,
     Int8Recipe,
     check_calibration,
+    find_calibration_images,
     load_recipe,
 )
 from export.quantize import Ranges, conv_inputs, lint_qdq, mac_shares, to_fp16, to_int8
 from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
-from facespec.files import atomic_path, cache_folder, widerface_root, write_text
-from facespec.images import find_images, read_image
+from facespec.files import atomic_path, cache_folder, write_text
+from facespec.images import read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_crops
 from facespec.spec import ModelSpec
@@ -62,46 +62,6 @@ class Calibration:
     with_faces: int
     cached: bool
     recipe: Int8Recipe | None = None
-
-
-def find_calibration_images(options: CalibrationOptions) -> list[Path]:
-    """Return every image of a calibration source, sorted.
-
-    Raises:
-        DataError: The set or the folder is not there, or has no images.
-    """
-    part = WIDERFACE.get(options.source)
-    if part is None:
-        folder = Path(options.source)
-        if not folder.is_dir():
-            names = ", ".join([*WIDERFACE, DEMO])
-            raise DataError(f"--calib {options.source}: neither a folder of images nor one of {names}")
-    else:
-        root = options.data or widerface_root()
-        # the second is what its archives unpack to
-        found = [root / name / "images" for name in (part, f"WIDER_{part}") if (root / name / "images").is_dir()]
-        if not found:
-            raise DataError(
-                f"--calib {options.source}: no {part}/images in {root}: unpack WIDER FACE there, name its folder "
-                "with --data or WIDERFACE_ROOT, or give --calib a folder of your own images"
-            )
-        folder = found[0]
-    images = sorted(find_images(folder))
-    if not images:
-        raise DataError(f"--calib {options.source}: there are no images in {folder}")
-    return images
-
-
-def calibration_files(options: CalibrationOptions | None) -> list[str | Path]:
-    """Return every file that calibrating reads, or may read: none of them is to be written over.
-
-    Raises:
-        DataError: The images are not there.
-    """
-    if options is None:
-        return []
-    images: list[Path] = find_calibration_images(options) if options.source != DEMO else []
-    return [*images, *([options.recipe] if options.recipe else [])]
 
 
 def _frames(options: CalibrationOptions, skipped: list[str]) -> Iterator[tuple[str, Frame]]:
@@ -160,7 +120,7 @@ def calibrate(
     The result is kept in the user's cache folder under a hash of the graph and the pixels.
 
     Args:
-        heads_graph: From `export.portable.build_heads`.
+        heads_graph: From `export.graph.build_heads`.
         options: Which images.
         size_hw: Network size they are letterboxed to.
         spec: Of the model.
@@ -229,7 +189,7 @@ def with_precision(
     """Return a heads graph in a precision, and what INT8 was calibrated on.
 
     Args:
-        heads_graph: From `export.portable.build_heads`, float32.
+        heads_graph: From `export.graph.build_heads`, float32.
         precision: One of `PRECISIONS`. What INT8 leaves in float computes in float16.
         calibration: For INT8: images and recipe.
         size_hw: Network size to calibrate and to count at.

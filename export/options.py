@@ -17,6 +17,7 @@ import numpy as np
 from facespec.cli import ArgumentParser
 from facespec.codec import build, parse_json
 from facespec.errors import DataError, SpecError
+from facespec.files import widerface_root
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_frames
@@ -93,6 +94,46 @@ def check_calibration(precision: str, calibration: CalibrationOptions | None) ->
         raise SpecError("--int8 needs images to calibrate on: --calib widerface_val, or --calib FOLDER")
     if precision != "int8" and calibration is not None:
         raise SpecError(f"--calib is for --int8, not for --{precision}")
+
+
+def find_calibration_images(options: CalibrationOptions) -> list[Path]:
+    """Return every image of a calibration source, sorted.
+
+    Raises:
+        DataError: The set or the folder is not there, or has no images.
+    """
+    part = WIDERFACE.get(options.source)
+    if part is None:
+        folder = Path(options.source)
+        if not folder.is_dir():
+            names = ", ".join([*WIDERFACE, DEMO])
+            raise DataError(f"--calib {options.source}: neither a folder of images nor one of {names}")
+    else:
+        root = options.data or widerface_root()
+        # the second is what its archives unpack to
+        found = [root / name / "images" for name in (part, f"WIDER_{part}") if (root / name / "images").is_dir()]
+        if not found:
+            raise DataError(
+                f"--calib {options.source}: no {part}/images in {root}: unpack WIDER FACE there, name its folder "
+                "with --data or WIDERFACE_ROOT, or give --calib a folder of your own images"
+            )
+        folder = found[0]
+    images = sorted(find_images(folder))
+    if not images:
+        raise DataError(f"--calib {options.source}: there are no images in {folder}")
+    return images
+
+
+def calibration_files(options: CalibrationOptions | None) -> list[str | Path]:
+    """Return every file that calibrating reads, or may read: none of them is to be written over.
+
+    Raises:
+        DataError: The images are not there.
+    """
+    if options is None:
+        return []
+    images: list[Path] = find_calibration_images(options) if options.source != DEMO else []
+    return [*images, *([options.recipe] if options.recipe else [])]
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def check_parity(
     """Run a graph in ONNX Runtime and the model in PyTorch on the same frames.
 
     Args:
-        graph: From `export.portable.build_portable` or `build_plugin_form`.
+        graph: From `export.graph.build_portable` or `build_plugin_form`.
         model: What it was exported from.
         frames: uint8 BGR by name.
         size_hw: Network size; None compares each frame at its own size, padded to multiples of 32.

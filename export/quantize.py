@@ -26,7 +26,7 @@ _NAMES = {
 
 
 def to_fp16(heads_graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a heads graph (`export.portable.build_heads`) that computes in float16 throughout.
+    """Return a copy of a heads graph (`export.graph.build_heads`) that computes in float16 throughout.
 
     uint8 pixels and their means are exact in float16. The scales of Resize stay float32, as ONNX demands.
 
@@ -173,7 +173,7 @@ def to_int8(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe | N
     """Return a copy of a float32 heads graph whose convolutions, but for those the recipe spares, compute in INT8.
 
     Args:
-        heads_graph: From `export.portable.build_heads`.
+        heads_graph: From `export.graph.build_heads`.
         ranges: From `export.calibration.calibrate`, of the same graph.
         recipe: What is done and what is spared.
 

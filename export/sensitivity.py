@@ -27,8 +27,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from export.graph import HEAD_NAMES
-from export.options import DEMO, MAX_IMAGES, MIN_IMAGES, MIN_INT8_SHARE, WIDERFACE, CalibrationOptions, Int8Recipe
+from export.options import (
+    DEMO,
+    MAX_IMAGES,
+    MIN_IMAGES,
+    MIN_INT8_SHARE,
+    WIDERFACE,
+    CalibrationOptions,
+    Int8Recipe,
+    calibration_files,
+    find_calibration_images,
+)
 from facespec.agreement import Agreement, Budget
 from facespec.cli import ArgumentParser, argument, json_output, require, run
 from facespec.detections import Detections
@@ -242,8 +251,8 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     for module in ("torch", "onnx", "onnxsim", "onnxruntime"):
         require(module, "export", "export.sensitivity")
     from export.calibration import calibrate
+    from export.graph import build_heads
     from export.parity import rows_from_maps
-    from export.portable import build_heads
     from export.quantize import mac_shares, to_int8
     from trainer.checkpoint import load_model
 
@@ -315,7 +324,7 @@ def _only(name: str) -> Int8Recipe:
 
 def _held_out(options: SensitivityOptions, calibration: Calibration, spec: ModelSpec) -> tuple[list[str], list[Frame]]:
     """Return names and letterboxed pixels of images of the source that were not calibrated on."""
-    from export.calibration import find_calibration_images, letterboxed
+    from export.calibration import letterboxed
 
     source = options.calibration
     if source.source == DEMO:  # further crops of the same photographs: there are no others
@@ -342,7 +351,7 @@ def _readable(paths: Iterable[Path]) -> Iterator[tuple[str, Frame]]:
 
 def _run(graph: onnx.ModelProto, pixels: Sequence[Frame]) -> list[Heads]:
     session = open_session(graph.SerializeToString(), "the graph", why="export.sensitivity")
-    return [session.run(list(HEAD_NAMES), {"images": image[None]}) for image in pixels]
+    return [session.run(None, {"images": image[None]}) for image in pixels]
 
 
 def _faces(heads: Heads, size_hw: tuple[int, int], spec: ModelSpec) -> Detections:
@@ -438,9 +447,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options, budget, args = parse_arguments(argv)
     check_plot(args.plot, "train")
-    require("onnx", "export", "export.sensitivity")
-    from export.calibration import calibration_files
-
     read = [options.weights, *calibration_files(options.calibration)]
     check_outputs([("--json", args.json), ("--plot", args.plot), ("--out", args.out)], read)
     start = time.perf_counter()

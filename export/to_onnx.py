@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.options import Export, add_export_arguments, export_fields, parity_frames
+from export.options import Export, add_export_arguments, calibration_files, export_fields, parity_frames
 from facespec.cli import ArgumentParser, argument, require, run
 from facespec.errors import OutputError
 from facespec.files import atomic_path, check_outputs
@@ -83,8 +83,6 @@ def check_files(options: Export, outputs: Iterable[tuple[str, Path | None]]) -> 
     """
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "the export")
-    from export.calibration import calibration_files
-
     read = [options.weights, *calibration_files(options.calibration)]
     read += [options.parity_images] if options.parity_images else []
     check_outputs([*outputs, ("--out", options.calibration_list if options.calibration else None)], read)
@@ -107,8 +105,8 @@ def export_graph(
         BuildError: The host kernels, which stand in for the plugin in the comparison, cannot be compiled.
     """
     from export.calibration import report_calibration, with_precision
+    from export.graph import build_heads, build_plugin_form, build_portable
     from export.parity import check_parity
-    from export.portable import build_heads, build_plugin_form, build_portable
     from export.quantize import convolutions
     from trainer.checkpoint import load_model
 

@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from export.calibration import Calibration, calibrate
+from export.graph import build_heads
 from export.options import DEMO, CalibrationOptions, Int8Recipe, load_recipe
 from export.parity import rows_from_maps
-from export.portable import build_heads
 from export.quantize import mac_shares, to_int8
 from export.sensitivity import (
     MAX_STEPS,

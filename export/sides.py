@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from export.options import MIN_INT8_SHARE
 from facespec.cli import require
-from facespec.detections import Detections
 from facespec.errors import ModelFileError
 from facespec.letterbox import Frame
 from facespec.spec import ModelSpec
@@ -112,30 +111,10 @@ class Side:
                 self.notes.append(f"{self.name}: its fp16 is emulated, the CPU rounds what is stored between operators")
             self.runner = _head_runner(model)
 
-    def at(self, size_hw: tuple[int, int] | None) -> Recorder:
-        """Return a detector at a network size; None runs frames at their own."""
+    def at(self, size_hw: tuple[int, int] | None) -> Any:
+        """Return the detector at a network size; None runs frames at their own."""
         self.detector.size_hw = size_hw
-        return Recorder(self.detector)
-
-
-class Recorder:
-    """A detector that keeps what it found."""
-
-    def __init__(self, detector: Any) -> None:
-        self.detector = detector
-        self.faces: list[Detections] = []
-
-    def detect(self, frame: Frame) -> Detections:
-        """Return the faces of a frame."""
-        found: Detections = self.detector.detect(frame)
-        self.faces.append(found)
-        return found
-
-    def detect_batch(self, frames: Iterable[Frame]) -> list[Detections]:
-        """Return the faces of several frames."""
-        found: list[Detections] = self.detector.detect_batch(frames)
-        self.faces += found
-        return found
+        return self.detector
 
 
 def _head_runner(model: OnnxModel) -> Callable[[Frame], NDArray[np.float32]] | None:

@@ -21,7 +21,6 @@ from export.options import (
     DEMO,
     MIN_IMAGES,
     MIN_INT8_SHARE,
-    PRECISIONS,
     CalibrationOptions,
     Int8Recipe,
     check_calibration,
@@ -43,16 +42,9 @@ UNREADABLE_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured.
+    """What was measured on images, given by name, and on how many of them the model finds a face.
 
-    Attributes:
-        options: What it was asked to be.
-        ranges: Largest magnitude of each channel.
-        images: Names of the images used, in order.
-        skipped: Names of files that could not be read.
-        with_faces: Number of images on which the model finds a face.
-        cached: Nothing was run: the result was found in the user's cache folder.
-        recipe: What `with_precision` spared by it.
+    `cached`: nothing was run, the result was found in the user's cache folder. `recipe`: what `with_precision` spared.
     """
 
     options: CalibrationOptions
@@ -64,17 +56,22 @@ class Calibration:
     recipe: Int8Recipe | None = None
 
 
+def readable(paths: Iterable[Path], skipped: list[str]) -> Iterator[tuple[str, Frame]]:
+    """Yield the names and the frames of images; the names of files that cannot be read are added to `skipped`."""
+    for path in paths:
+        try:
+            yield str(path), read_image(path)
+        except ImageError:
+            skipped.append(str(path))
+
+
 def _frames(options: CalibrationOptions, skipped: list[str]) -> Iterator[tuple[str, Frame]]:
     if options.source == DEMO:
         yield from sample_crops(options.images, options.seed)
         return
     paths = find_calibration_images(options)
     chosen = random.Random(options.seed).sample(paths, min(options.images, len(paths)))
-    for path in sorted(chosen):
-        try:
-            yield str(path), read_image(path)
-        except ImageError:
-            skipped.append(str(path))
+    yield from readable(sorted(chosen), skipped)
 
 
 def letterboxed(
@@ -117,14 +114,8 @@ def calibrate(
 ) -> Calibration:
     """Run a float32 heads graph on images and return how large its numbers get.
 
-    The result is kept in the user's cache folder under a hash of the graph and the pixels.
-
-    Args:
-        heads_graph: From `export.graph.build_heads`.
-        options: Which images.
-        size_hw: Network size they are letterboxed to.
-        spec: Of the model.
-        progress: Whether to draw a progress bar.
+    The images are letterboxed to `size_hw`. The result is kept in the user's cache folder under a hash of the graph and
+    the pixels.
 
     Raises:
         DataError: The images are no calibration set.
@@ -186,29 +177,20 @@ def with_precision(
     spec: ModelSpec,
     progress: bool = False,
 ) -> tuple[onnx.ModelProto, Calibration | None]:
-    """Return a heads graph in a precision, and what INT8 was calibrated on.
+    """Return a float32 heads graph in a precision, and what INT8 was calibrated on, at `size_hw`.
 
-    Args:
-        heads_graph: From `export.graph.build_heads`, float32.
-        precision: One of `PRECISIONS`. What INT8 leaves in float computes in float16.
-        calibration: For INT8: images and recipe.
-        size_hw: Network size to calibrate and to count at.
-        spec: Of the model.
-        progress: Whether to draw a progress bar.
+    What INT8 leaves in float computes in float16.
 
     Raises:
         SpecError: INT8 without calibration images, no such precision, or a recipe that cannot be read.
         DataError: The images are no calibration set.
         ModelFileError: A weight does not fit, or the precision asked for is not what the graph would compute in.
     """
-    if precision not in PRECISIONS:
-        raise SpecError(f"no such precision: {precision}")
+    check_calibration(precision, calibration)
     used, graph = None, heads_graph
     if precision == "fp16":
         graph = to_fp16(heads_graph)
-    elif precision == "int8":
-        check_calibration(precision, calibration)
-        assert calibration is not None
+    elif calibration is not None:
         recipe = Int8Recipe()
         if calibration.recipe:
             recipe = load_recipe(calibration.recipe)

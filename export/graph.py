@@ -256,9 +256,7 @@ def export_network(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.M
 def build_heads(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
     """Return the detector graph up to the three head maps: simplified, checked, with its spec in the metadata.
 
-    Args:
-        model: From `trainer.load_model`.
-        size_hw: Fixed network size (multiples of 32), or None for dynamic height and width.
+    The network size is fixed, in multiples of 32, or None for dynamic height and width.
 
     Raises:
         ModelFileError: The ONNX checker finds the graph at fault.
@@ -282,10 +280,7 @@ def build_heads(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.Mode
 def build_portable(heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
     """Return the portable detector around a heads graph: decoding and NMS in operators, which compute in float32.
 
-    Args:
-        heads_graph: From `build_heads`, in any precision.
-        spec: `spec.decode` gives thresholds and limits.
-        size_hw: Fixed network size (multiples of 32), or None for dynamic height and width.
+    The heads graph is that of `build_heads` at this size, in any precision; `spec.decode` gives thresholds and limits.
 
     Raises:
         ModelFileError: The ONNX checker finds the graph at fault.

@@ -46,16 +46,7 @@ class ExportOptions(Export):
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """An ONNX file that was written.
-
-    Attributes:
-        path: The file.
-        content: What was written to it.
-        spec: Its model.
-        convolutions: Multiply-accumulates and precision of each convolution.
-        calibration: What INT8 was calibrated with, as a sidecar has it; {} for the others.
-        report: The comparison with PyTorch.
-    """
+    """An ONNX file that was written, and its comparison with PyTorch; `calibration` is as in a `Sidecar`."""
 
     path: Path
     content: bytes
@@ -73,13 +64,7 @@ class ExportedGraph:
 def check_files(options: Export, outputs: Iterable[tuple[str, Path | None]]) -> None:
     """Refuse, before any work, outputs that cannot be written or are read, and missing packages.
 
-    Args:
-        options: Of the export; the list of its calibration images is an output, too.
-        outputs: As in `facespec.files.check_outputs`.
-
-    Raises:
-        OutputError: A file cannot be written there.
-        MissingPackageError: torch, onnx or onnxsim is not installed.
+    The outputs are those of `facespec.files.check_outputs`; the list of calibration images is one, too.
     """
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "the export")
@@ -94,7 +79,7 @@ def export_graph(
     """Write the graph of a checkpoint if it finds the faces that PyTorch finds, and print the comparison.
 
     Args:
-        options: Of the export.
+        options: What both exports are told.
         path: File to write.
         size_hw: Fixed network size, or None for any multiple of 32.
         best_hw: Size that INT8 is calibrated and multiply-accumulates are counted at.

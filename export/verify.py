@@ -10,8 +10,9 @@ import functools
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,21 +20,25 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from export.sides import DEPLOYED_SUFFIXES, ModelInfo, Side
+from export.inspect import inspect
+from export.options import MIN_INT8_SHARE
 from facespec.agreement import Agreement, Budget, Sample, draw_disagreements
-from facespec.cli import ArgumentParser, argument, json_output, quiet_libraries, run
+from facespec.cli import ArgumentParser, argument, json_output, quiet_libraries, require, run
 from facespec.detections import Detections
-from facespec.errors import DataError, OutputError, SpecError
+from facespec.errors import DataError, ModelFileError, OutputError, SpecError
 from facespec.files import check_outputs, widerface_root
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_crops, sample_photographs, tiled
-from facespec.spec import DEFAULT_SCORE_THRESHOLD, parse_size
+from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
 from trt_runtime import machine
-from trt_runtime.load import BACKENDS
+from trt_runtime.load import BACKENDS, load_detector
+from trt_runtime.onnx_model import OnnxModel, load_graph, open_session
 
+DEPLOYED_SUFFIXES = (".onnx", ".engine", ".plan")
 DEFAULT_HW = (640, 640)
 EXTRA_SIZES = ((640, 640), (480, 640), (640, 384))
 """Network sizes tried besides the one asked for, where both models take any."""
@@ -97,6 +102,116 @@ class VerifyOptions:
             raise SpecError(f"the budget is one of {', '.join(BUDGETS)}, none, got {self.budget!r}")
         if self.images is not None and self.images < 1:
             raise SpecError(f"--images {self.images}: give at least one")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One side of the comparison: its kind, its precision, and the share of its multiply-accumulates in each."""
+
+    name: str
+    kind: str
+    precision: str
+    mac_shares: dict[str, float]
+    size_hw: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in self.mac_shares.items())
+        size = f"{self.size_hw[0]}x{self.size_hw[1]}" if self.size_hw else "any size"
+        return f"{self.name}: {self.kind}, {shares or self.precision}, {size}"
+
+
+class Side:
+    """A model, what is known about it, and the ways to run it.
+
+    Args:
+        name: Checkpoint, name of published weights, or a file that `trt_runtime.load_detector` opens.
+        backend: What runs a model file, as it is deployed; None runs ONNX in ONNX Runtime with the rounding of fp16
+            emulated, which is what its graph says.
+
+    Attributes:
+        detector: Finds faces, down to the model's own floor.
+        runner: Gives the raw heads, (N, 16) boxes, logits and landmarks, of a letterboxed image; None if they cannot
+            be had.
+        fixed_hw: The one network size it takes, or None.
+        notes: What a reader of the comparison should know.
+
+    Raises:
+        ModelFileError: It cannot be opened, or not here.
+    """
+
+    def __init__(self, name: str, backend: str | None = None) -> None:
+        suffix = Path(name).suffix.lower()
+        self.name = name
+        self.runner: Callable[[Frame], NDArray[np.float32]] | None = None
+        self.detector: Any
+        self.notes: list[str] = []
+        if suffix in DEPLOYED_SUFFIXES:
+            self.detector = load_detector(name, backend=backend or ("onnxruntime" if suffix == ".onnx" else "auto"))
+            self.fixed_hw: tuple[int, int] | None = self.detector.size_hw
+            inspection = inspect(name)
+            shares = inspection.precision
+            held = {"int8": MIN_INT8_SHARE, "fp16": 0.5}
+            precision = next((kind for kind, least in held.items() if shares.get(kind, 0) >= least), "fp32")
+            self.info = ModelInfo(name, inspection.kind, precision, shares, self.fixed_hw)
+            self.notes += [f"{name}: {problem}" for problem in inspection.problems]
+            if backend:
+                deployed = ", ".join(f"{key} {value}" for key, value in self.detector.environment().items())
+                self.notes.append(f"{name}: run as it is deployed, {deployed}")
+            elif suffix == ".onnx":
+                self._open_graph(Path(name))
+        else:
+            require("torch", "train", "comparing a checkpoint")
+            from trainer.checkpoint import load_model
+            from trainer.detector import TorchRetinaFace
+
+            torch_side = TorchRetinaFace(load_model(name))
+            self.detector, self.fixed_hw = torch_side, None
+            self.info = ModelInfo(name, "checkpoint", "fp32", {"fp32": 1.0}, None)
+            self.runner = lambda image: np.concatenate(torch_side.heads(image), axis=1)
+        self.spec: ModelSpec = self.detector.spec
+        self.detector.score_threshold = self.spec.decode.score_threshold
+        if self.runner is None:
+            self.notes.append(f"{name} does not show its raw heads")
+
+    def _open_graph(self, path: Path) -> None:
+        from export.quantize import computes_in_fp16, emulate_fp16
+        from trt_runtime.cpu import OrtRetinaFace
+
+        model = OnnxModel(path)
+        with tempfile.TemporaryDirectory() as folder:
+            if model.weights:
+                self.notes.append(f"{self.name}: its weights lie outside: fp16, if it has any, is not emulated")
+            elif computes_in_fp16(graph := load_graph(model.content, "export.verify")):
+                emulated = Path(folder) / "emulated.onnx"
+                emulated.write_bytes(emulate_fp16(graph).SerializeToString())
+                model = OnnxModel(emulated)
+                self.detector = OrtRetinaFace(model)
+                self.notes.append(f"{self.name}: its fp16 is emulated, the CPU rounds what is stored between operators")
+            self.runner = _head_runner(model)
+
+    def at(self, size_hw: tuple[int, int] | None) -> Any:
+        """Return the detector at a network size; None runs frames at their own."""
+        self.detector.size_hw = size_hw
+        return self.detector
+
+
+def _head_runner(model: OnnxModel) -> Callable[[Frame], NDArray[np.float32]] | None:
+    """Return what gives (N, 16) boxes, logits and landmarks of a letterboxed image, or None if a graph hides them."""
+    from export.parity import rows_from_maps
+
+    if model.weights:
+        return None
+    try:
+        graph = model.heads_graph
+        session = open_session(graph.content, model.path, why="export.verify")
+    except ModelFileError:  # the detector itself loads: only its heads cannot be had
+        return None
+
+    def call(image: Frame) -> NDArray[np.float32]:
+        maps = [np.asarray(level, np.float32) for level in session.run(graph.heads, {"images": image[None]})]
+        return rows_from_maps(maps, model.spec.anchors.per_cell)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -253,7 +368,7 @@ def _preprocessing(reference: Side, candidate: Side, size_hw: tuple[int, int]) -
         notes.append("they were made from different weights")
     # both are letterboxed alike: only what they subtract from the pixels may differ
     means = [side.spec.preprocess.mean_bgr for side in (reference, candidate)]
-    worst = float(np.abs(np.subtract(*means)).max())
+    worst = float(max(abs(left - right) for left, right in zip(*means, strict=True)))
     return Row("preprocessing", f"letterbox {size_hw[0]}x{size_hw[1]}", "largest difference", worst), notes
 
 

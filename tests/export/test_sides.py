@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from export.graph import HEAD_NAMES
 from export.parity import rows_from_maps
-from export.sides import ModelInfo, Side
+from export.verify import ModelInfo, Side
 from facespec.letterbox import Frame
 from tests.conftest import Exported
 from tests.faces import assert_identical

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from export.quantize import emulate_fp16
-from export.sides import ModelInfo, Side
 from export.verify import (
     BUDGETS,
+    ModelInfo,
     Row,
+    Side,
     Verification,
     VerifyOptions,
     _ap_rows,

@@ -20,15 +20,8 @@ _PLACES = {
     "export_onnx": "export.to_onnx",
 }
 
-__all__ = [
-    "CalibrationOptions",
-    "EngineOptions",
-    "ExportOptions",
-    "VerifyOptions",
-    "build_engine",
-    "export_onnx",
-    "verify",
-]
+__all__ = ["CalibrationOptions", "EngineOptions", "ExportOptions", "VerifyOptions"]
+__all__ += ["build_engine", "export_onnx", "verify"]
 
 
 def __getattr__(name: str) -> Any:

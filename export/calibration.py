@@ -21,17 +21,16 @@ from export.options import (
     DEMO,
     MIN_IMAGES,
     MIN_INT8_SHARE,
-    PRECISIONS,
-    WIDERFACE,
     CalibrationOptions,
     Int8Recipe,
     check_calibration,
+    find_calibration_images,
     load_recipe,
 )
 from export.quantize import Ranges, conv_inputs, lint_qdq, mac_shares, to_fp16, to_int8
 from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
-from facespec.files import atomic_path, cache_folder, widerface_root, write_text
-from facespec.images import find_images, read_image
+from facespec.files import atomic_path, cache_folder, write_text
+from facespec.images import read_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_crops
 from facespec.spec import ModelSpec
@@ -43,16 +42,9 @@ UNREADABLE_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured.
+    """What was measured on images, given by name, and on how many of them the model finds a face.
 
-    Attributes:
-        options: What it was asked to be.
-        ranges: Largest magnitude of each channel.
-        images: Names of the images used, in order.
-        skipped: Names of files that could not be read.
-        with_faces: Number of images on which the model finds a face.
-        cached: Nothing was run: the result was found in the user's cache folder.
-        recipe: What `with_precision` spared by it.
+    `cached`: nothing was run, the result was found in the user's cache folder. `recipe`: what `with_precision` spared.
     """
 
     options: CalibrationOptions
@@ -64,44 +56,13 @@ class Calibration:
     recipe: Int8Recipe | None = None
 
 
-def find_calibration_images(options: CalibrationOptions) -> list[Path]:
-    """Return every image of a calibration source, sorted.
-
-    Raises:
-        DataError: The set or the folder is not there, or has no images.
-    """
-    part = WIDERFACE.get(options.source)
-    if part is None:
-        folder = Path(options.source)
-        if not folder.is_dir():
-            names = ", ".join([*WIDERFACE, DEMO])
-            raise DataError(f"--calib {options.source}: neither a folder of images nor one of {names}")
-    else:
-        root = options.data or widerface_root()
-        # the second is what its archives unpack to
-        found = [root / name / "images" for name in (part, f"WIDER_{part}") if (root / name / "images").is_dir()]
-        if not found:
-            raise DataError(
-                f"--calib {options.source}: no {part}/images in {root}: unpack WIDER FACE there, name its folder "
-                "with --data or WIDERFACE_ROOT, or give --calib a folder of your own images"
-            )
-        folder = found[0]
-    images = sorted(find_images(folder))
-    if not images:
-        raise DataError(f"--calib {options.source}: there are no images in {folder}")
-    return images
-
-
-def calibration_files(options: CalibrationOptions | None) -> list[str | Path]:
-    """Return every file that calibrating reads, or may read: none of them is to be written over.
-
-    Raises:
-        DataError: The images are not there.
-    """
-    if options is None:
-        return []
-    images: list[Path] = find_calibration_images(options) if options.source != DEMO else []
-    return [*images, *([options.recipe] if options.recipe else [])]
+def readable(paths: Iterable[Path], skipped: list[str]) -> Iterator[tuple[str, Frame]]:
+    """Yield the names and the frames of images; the names of files that cannot be read are added to `skipped`."""
+    for path in paths:
+        try:
+            yield str(path), read_image(path)
+        except ImageError:
+            skipped.append(str(path))
 
 
 def _frames(options: CalibrationOptions, skipped: list[str]) -> Iterator[tuple[str, Frame]]:
@@ -110,11 +71,7 @@ def _frames(options: CalibrationOptions, skipped: list[str]) -> Iterator[tuple[s
         return
     paths = find_calibration_images(options)
     chosen = random.Random(options.seed).sample(paths, min(options.images, len(paths)))
-    for path in sorted(chosen):
-        try:
-            yield str(path), read_image(path)
-        except ImageError:
-            skipped.append(str(path))
+    yield from readable(sorted(chosen), skipped)
 
 
 def letterboxed(
@@ -157,14 +114,8 @@ def calibrate(
 ) -> Calibration:
     """Run a float32 heads graph on images and return how large its numbers get.
 
-    The result is kept in the user's cache folder under a hash of the graph and the pixels.
-
-    Args:
-        heads_graph: From `export.portable.build_heads`.
-        options: Which images.
-        size_hw: Network size they are letterboxed to.
-        spec: Of the model.
-        progress: Whether to draw a progress bar.
+    The images are letterboxed to `size_hw`. The result is kept in the user's cache folder under a hash of the graph and
+    the pixels.
 
     Raises:
         DataError: The images are no calibration set.
@@ -226,29 +177,20 @@ def with_precision(
     spec: ModelSpec,
     progress: bool = False,
 ) -> tuple[onnx.ModelProto, Calibration | None]:
-    """Return a heads graph in a precision, and what INT8 was calibrated on.
+    """Return a float32 heads graph in a precision, and what INT8 was calibrated on, at `size_hw`.
 
-    Args:
-        heads_graph: From `export.portable.build_heads`, float32.
-        precision: One of `PRECISIONS`. What INT8 leaves in float computes in float16.
-        calibration: For INT8: images and recipe.
-        size_hw: Network size to calibrate and to count at.
-        spec: Of the model.
-        progress: Whether to draw a progress bar.
+    What INT8 leaves in float computes in float16.
 
     Raises:
         SpecError: INT8 without calibration images, no such precision, or a recipe that cannot be read.
         DataError: The images are no calibration set.
         ModelFileError: A weight does not fit, or the precision asked for is not what the graph would compute in.
     """
-    if precision not in PRECISIONS:
-        raise SpecError(f"no such precision: {precision}")
+    check_calibration(precision, calibration)
     used, graph = None, heads_graph
     if precision == "fp16":
         graph = to_fp16(heads_graph)
-    elif precision == "int8":
-        check_calibration(precision, calibration)
-        assert calibration is not None
+    elif calibration is not None:
         recipe = Int8Recipe()
         if calibration.recipe:
             recipe = load_recipe(calibration.recipe)

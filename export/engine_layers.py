@@ -24,16 +24,9 @@ from trt_runtime.kernels import ensure_library
 UNKNOWN = "unknown"
 _BAR = "{desc}: {percentage:3.0f}%|{bar:24}| {elapsed} {postfix}"
 
-# words of a "Format/Datatype" or of a weight's type
-_WORDS = {
-    "int8": "int8",
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-    "fp16": "fp16",
-    "half": "fp16",
-    "fp32": "fp32",
-    "float": "fp32",
-}
+_ALIASES = {"bfloat16": "bf16", "half": "fp16", "float": "fp32"}
+"""Other words for precisions in a "Format/Datatype" or in a weight's type."""
+
 _WIDEST_LAST = ("int8", "bf16", "fp16", "fp32")
 
 
@@ -159,7 +152,8 @@ def _precision(layer: dict[str, Any]) -> str | None:
     inputs = layer.get("Inputs") or []
     texts = [str(weights.get("Type", ""))] if isinstance(weights, dict) else []
     texts += [str(tensor.get("Format/Datatype", "")) for tensor in inputs if isinstance(tensor, dict)][:1]
-    known = [_WORDS[word] for text in texts for word in re.findall(r"\w+", text.lower()) if word in _WORDS]
+    words = [_ALIASES.get(word, word) for text in texts for word in re.findall(r"\w+", text.lower())]
+    known = [word for word in words if word in _WIDEST_LAST]
     return max(known, key=_WIDEST_LAST.index) if known else None
 
 
@@ -176,11 +170,7 @@ def engine_shares(engine: Path, sidecar: Sidecar) -> tuple[dict[str, float], lis
 def compare(convolutions: Convolutions, found: dict[str, str]) -> tuple[dict[str, float], list[str]]:
     """Return the share of multiply-accumulates in each precision, as found, and where it is not what the graph said.
 
-    Convolutions that were not found count as `UNKNOWN`: TensorRT may fuse them into layers that tell no types.
-
-    Args:
-        convolutions: Of the graph.
-        found: From `layer_precisions`.
+    What `layer_precisions` did not find counts as `UNKNOWN`: TensorRT may fuse it into layers that tell no types.
     """
     read = {name: (macs, found.get(name, UNKNOWN)) for name, (macs, _) in convolutions.items()}
     problems = [

@@ -1,19 +1,26 @@
-"""The ONNX graph of a detector: preprocessing, network, then decoding and NMS in operators or as a plugin."""
+"""The detector graphs: preprocessing, the network as torch exports it, decoding and NMS in operators or as a plugin."""
 
 from __future__ import annotations
 
 import copy
+import io
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxsim
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
 
 from facespec.boxes import make_priors
-from facespec.spec import ModelSpec
-from trt_runtime.kernels import PLUGIN, decode_attributes
+from facespec.errors import ModelFileError
+from facespec.spec import SPEC_KEY, ModelSpec
+from trainer.model import RetinaFace
+from trt_runtime.kernels import PLUGIN, decode_attributes, make_params
 
 OPSET = 19
 IR_VERSION = 9
@@ -203,14 +210,106 @@ def detector_outputs(spec: ModelSpec) -> list[onnx.ValueInfoProto]:
     ]
 
 
-def add_plugin(model: onnx.ModelProto, spec: ModelSpec) -> None:
-    """Add decoding and NMS as one node of the TensorRT plugin, and make its five outputs those of the graph.
+class MergedHeads(nn.Module):
+    """RetinaFace with the three heads of each level merged into one 1×1 convolution of 4 + 8 + 20 channels."""
 
-    Args:
-        model: A graph whose outputs are the head maps, float32 or float16.
-        spec: Its `anchors` and `decode` become the attributes of the node.
+    def __init__(self, model: RetinaFace) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleList()
+        for level in zip(model.ClassHead, model.BboxHead, model.LandmarkHead, strict=True):
+            parts = [head.get_submodule("conv1x1") for head in level]
+            weight, bias = (torch.cat([part.get_parameter(name) for part in parts]) for name in ("weight", "bias"))
+            merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
+            merged.weight, merged.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self.heads.append(merged)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return the head maps (B, 16 * priors per cell, H/s, W/s) for strides 8, 16, 32."""
+        return tuple(head(x) for head, x in zip(self.heads, self.model.features(pixels), strict=True))
+
+
+def export_network(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the network alone as ONNX: float32 (B, 3, H, W) `input` to the maps `HEAD_NAMES`, batch dynamic."""
+    height, width = size_hw or (320, 320)
+    axes: dict[str, dict[int, str]] = {"input": {0: "batch"}, **{name: {0: "batch"} for name in HEAD_NAMES}}
+    if size_hw is None:
+        for name, sides in axes.items():
+            sides |= {2: f"{name}_height", 3: f"{name}_width"}
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # The exporter built on torch.export needs onnxscript and takes ten times as long for the same graph.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            MergedHeads(copy.deepcopy(model)).eval(),
+            (torch.zeros(1, 3, height, width),),
+            buffer,  # type: ignore[arg-type]
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=list(HEAD_NAMES),
+            dynamic_axes=axes,
+        )
+    return onnx.load_model_from_string(buffer.getvalue())
+
+
+def build_heads(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the detector graph up to the three head maps: simplified, checked, with its spec in the metadata.
+
+    The network size is fixed, in multiples of 32, or None for dynamic height and width.
+
+    Raises:
+        ModelFileError: The ONNX checker finds the graph at fault.
     """
-    outputs = detector_outputs(spec)
+    network = export_network(model, size_hw).graph
+    g = GraphBuilder()
+    pixels = add_preprocessing(g, "images", model.spec)
+    for node in network.node:
+        for index, name in enumerate(node.input):
+            if name == network.input[0].name:
+                node.input[index] = pixels
+    nodes, constants = [*g.nodes, *network.node], [*g.initializers, *network.initializer]
+    height, width = size_hw or ("height", "width")
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", height, width, 3])
+    graph = helper.make_graph(nodes, "RetinaFace", [images], network.output, constants)
+    opset = helper.make_opsetid("", OPSET)
+    whole = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="retinaface-trt")
+    return finished(whole, model.spec)
+
+
+def build_portable(heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
+    """Return the portable detector around a heads graph: decoding and NMS in operators, which compute in float32.
+
+    The heads graph is that of `build_heads` at this size, in any precision; `spec.decode` gives thresholds and limits.
+
+    Raises:
+        ModelFileError: The ONNX checker finds the graph at fault.
+    """
+    model = copy.deepcopy(heads_graph)
+    g = GraphBuilder("decode_")
+    heads = []
+    for head in model.graph.output:
+        half = head.type.tensor_type.elem_type == TensorProto.FLOAT16
+        heads.append(g.op("Cast", head.name, to=TensorProto.FLOAT) if half else head.name)
+    add_decode_nms(g, heads, spec, size_hw)
+    model.graph.node.extend(g.nodes)
+    model.graph.initializer.extend(g.initializers)
+    del model.graph.output[:]
+    model.graph.output.extend(detector_outputs(spec))
+    return finished(model, spec)
+
+
+def build_plugin_form(
+    heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None
+) -> onnx.ModelProto:
+    """Return the graph that TensorRT builds: decoding and NMS are one plugin node; see `build_portable`.
+
+    Raises:
+        SpecError: The plugin is not made for so many levels or priors per cell.
+        ModelFileError: The ONNX checker finds the graph at fault.
+    """
+    make_params(1, size_hw or (320, 320), spec)
+    model, outputs = copy.deepcopy(heads_graph), detector_outputs(spec)
     node = helper.make_node(
         PLUGIN.name,
         [head.name for head in model.graph.output],
@@ -225,51 +324,28 @@ def add_plugin(model: onnx.ModelProto, spec: ModelSpec) -> None:
     del model.graph.output[:]
     model.graph.output.extend(outputs)
     model.opset_import.append(helper.make_opsetid(PLUGIN.domain, 1))
+    check_graph(model)
+    return model
 
 
-def add_decoding(heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> None:
-    """Add decoding and NMS in operators to a heads graph of any precision; they compute in float32.
+def finished(graph: onnx.ModelProto, spec: ModelSpec) -> onnx.ModelProto:
+    """Return a graph simplified and checked, with its spec in the metadata.
 
-    Args:
-        heads_graph: A graph whose outputs are the head maps, float32 or float16.
-        spec: Its `anchors` and `decode`.
-        size_hw: Fixed height and width, or None for dynamic ones.
+    Raises:
+        ModelFileError: The ONNX checker finds the graph at fault.
     """
-    g = GraphBuilder("decode_")
-    heads = []
-    for head in heads_graph.graph.output:
-        half = head.type.tensor_type.elem_type == TensorProto.FLOAT16
-        heads.append(g.op("Cast", head.name, to=TensorProto.FLOAT) if half else head.name)
-    add_decode_nms(g, heads, spec, size_hw)
-    heads_graph.graph.node.extend(g.nodes)
-    heads_graph.graph.initializer.extend(g.initializers)
-    del heads_graph.graph.output[:]
-    heads_graph.graph.output.extend(detector_outputs(spec))
+    simplified, _ = onnxsim.simplify(graph)  # whether it kept the outputs is for the parity report to say
+    onnx.helper.set_model_props(simplified, {SPEC_KEY: spec.to_json()})
+    check_graph(simplified)
+    return simplified
 
 
-def assemble(network: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
-    """Return the detector graph up to the head maps: preprocessing before a network.
-
-    Args:
-        network: As exported by `export.portable.export_network`, from float32 (B, 3, H, W) `input` to the head maps.
-        spec: Its preprocessing.
-        size_hw: Fixed height and width, or None for dynamic ones.
-    """
-    g = GraphBuilder()
-    network_input = network.graph.input[0].name
-    pixels = add_preprocessing(g, "images", spec)
-    for node in network.graph.node:
-        for index, name in enumerate(node.input):
-            if name == network_input:
-                node.input[index] = pixels
-    g.nodes.extend(network.graph.node)
-    g.initializers.extend(network.graph.initializer)
-    height, width = size_hw or ("height", "width")
-    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", height, width, 3])
-    graph = helper.make_graph(g.nodes, "RetinaFace", [images], network.graph.output, g.initializers)
-    return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="retinaface-trt"
-    )
+def check_graph(graph: onnx.ModelProto) -> None:
+    """Raise ModelFileError if the ONNX checker finds a graph at fault."""
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ModelFileError(f"the exported graph does not pass the ONNX checker: {error}") from None
 
 
 def showing(graph: onnx.ModelProto, names: Iterable[str]) -> bytes:

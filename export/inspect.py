@@ -20,7 +20,7 @@ from facespec.errors import ModelFileError, RetinaFaceError, SpecError, reason
 from facespec.files import check_outputs
 from facespec.spec import CHECKPOINT_SUFFIXES, SPEC_KEY, DecodeSpec, ModelSpec
 from trt_runtime.gpu.flavor import FLAVORS, gpu_capability
-from trt_runtime.gpu.sidecar import RTX_HEADER_BYTES, Sidecar, check_engine, read_header, read_sidecar
+from trt_runtime.gpu.sidecar import RTX_HEADER_BYTES, check_engine, read_header, read_sidecar
 from trt_runtime.kernels import PLUGIN
 from trt_runtime.onnx_file import read_onnx
 from trt_runtime.onnx_model import find_plugin, load_graph, plugin_attributes, plugin_problem, text
@@ -34,14 +34,12 @@ class Inspection:
     """What was found; `str()` gives a table.
 
     Attributes:
-        file: Path.
         kind: "engine", "portable ONNX", "plugin form", or "ONNX" of another origin.
         facts: What there is to say, by name, in the order of the table.
         inputs: Type and shape, or shapes by name, of each input.
         outputs: Type and shape of each output; dimensions that are free have names.
         precision: Share of the convolutions' multiply-accumulates by precision.
         plugin: What the plugin is called, or its attributes.
-        spec: The model.
         problems: What speaks against using the file; empty if it is valid.
     """
 
@@ -117,17 +115,11 @@ def inspect_engine(path: Path) -> Inspection:
         found.problems.append(str(error))
         return found
     found.problems += check_engine(path, sidecar)
-    _describe(found, sidecar)
-    return found
-
-
-def _describe(found: Inspection, sidecar: Sidecar) -> None:
-    present = gpu_capability()
     found.facts |= {
         "flavor": FLAVORS[sidecar.flavor].title if sidecar.flavor in FLAVORS else sidecar.flavor,
         "version": sidecar.version,
         "compute_capabilities": list(sidecar.compute_capabilities),
-        "gpu_here": present or "none",
+        "gpu_here": gpu_capability() or "none",
         "precision": sidecar.precision,
         **({"calibration": sidecar.calibration} if sidecar.calibration else {}),
         "parity": {name: float(f"{value:.2g}") for name, value in sidecar.parity.items()},
@@ -143,13 +135,14 @@ def _describe(found: Inspection, sidecar: Sidecar) -> None:
     found.precision = sidecar.mac_shares
     if is_readable(sidecar) and not found.problems:
         try:
-            shares, problems = engine_shares(Path(found.file), sidecar)
+            shares, problems = engine_shares(path, sidecar)
         except RetinaFaceError as error:
             shares, problems = {}, [str(error)]
         found.facts["engine_inspector"] = {kind: f"{100 * share:.1f} %" for kind, share in shares.items()}
         found.problems += problems
     found.plugin = dict(sidecar.plugin)
     found.spec = json.loads(sidecar.spec.to_json())
+    return found
 
 
 def inspect_onnx(path: Path) -> Inspection:
@@ -206,8 +199,7 @@ def inspect_onnx(path: Path) -> Inspection:
         found.precision = mac_shares(model, size_hw)
     except Exception as error:  # whatever shape inference makes of a foreign or damaged graph
         found.problems.append(f"its convolutions cannot be counted: {reason(error)}")
-    problem = plugin_problem(found.plugin, spec) if found.plugin else None
-    if problem:
+    if found.plugin and (problem := plugin_problem(found.plugin, spec)):
         found.problems.append(problem)
     return found
 

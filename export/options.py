@@ -17,6 +17,7 @@ import numpy as np
 from facespec.cli import ArgumentParser
 from facespec.codec import build, parse_json
 from facespec.errors import DataError, SpecError
+from facespec.files import widerface_root
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_frames
@@ -51,12 +52,12 @@ CALIBRATION_OPTIONS = {
 """Options of every export, and the fields of `CalibrationOptions` they set."""
 
 DECODE_OPTIONS = {
-    "--score": "score_threshold",
-    "--iou": "iou_threshold",
-    "--top-k": "top_k",
-    "--max-detections": "max_detections",
+    "--score": ("score_threshold", "floor: lower scores are never seen"),
+    "--iou": ("iou_threshold", "NMS drops boxes that overlap more"),
+    "--top-k": ("top_k", "candidates that enter NMS"),
+    "--max-detections": ("max_detections", "faces per image at most"),
 }
-"""Options of every export, and the fields of `DecodeSpec` they set."""
+"""Options of every export, the fields of `DecodeSpec` they set, and what --help says of them."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,60 @@ class CalibrationOptions:
         if not MIN_IMAGES <= self.images <= MAX_IMAGES:
             raise SpecError(f"--images {self.images}: give a number from {MIN_IMAGES} to {MAX_IMAGES}")
 
+    def words(self) -> list[str]:
+        """Return the options of a command line that give this."""
+        values = {option: getattr(self, name) for option, name in CALIBRATION_OPTIONS.items()}
+        return [word for option, value in values.items() if value is not None for word in (option, str(value))]
+
 
 def check_calibration(precision: str, calibration: CalibrationOptions | None) -> None:
-    """Raise SpecError if INT8 has no images to calibrate on, or another precision has."""
+    """Raise SpecError if there is no such precision, INT8 has no images to calibrate on, or another precision has."""
+    if precision not in PRECISIONS:
+        raise SpecError(f"no such precision: {precision}")
     if precision == "int8" and calibration is None:
         raise SpecError("--int8 needs images to calibrate on: --calib widerface_val, or --calib FOLDER")
     if precision != "int8" and calibration is not None:
         raise SpecError(f"--calib is for --int8, not for --{precision}")
+
+
+def find_calibration_images(options: CalibrationOptions) -> list[Path]:
+    """Return every image of a calibration source, sorted.
+
+    Raises:
+        DataError: The set or the folder is not there, or has no images.
+    """
+    part = WIDERFACE.get(options.source)
+    if part is None:
+        folder = Path(options.source)
+        if not folder.is_dir():
+            names = ", ".join([*WIDERFACE, DEMO])
+            raise DataError(f"--calib {options.source}: neither a folder of images nor one of {names}")
+    else:
+        root = options.data or widerface_root()
+        # the second is what its archives unpack to
+        found = [root / name / "images" for name in (part, f"WIDER_{part}") if (root / name / "images").is_dir()]
+        if not found:
+            raise DataError(
+                f"--calib {options.source}: no {part}/images in {root}: unpack WIDER FACE there, name its folder "
+                "with --data or WIDERFACE_ROOT, or give --calib a folder of your own images"
+            )
+        folder = found[0]
+    images = sorted(find_images(folder))
+    if not images:
+        raise DataError(f"--calib {options.source}: there are no images in {folder}")
+    return images
+
+
+def calibration_files(options: CalibrationOptions | None) -> list[str | Path]:
+    """Return every file that calibrating reads, or may read: none of them is to be written over.
+
+    Raises:
+        DataError: The images are not there.
+    """
+    if options is None:
+        return []
+    images: list[Path] = find_calibration_images(options) if options.source != DEMO else []
+    return [*images, *([options.recipe] if options.recipe else [])]
 
 
 @dataclass(frozen=True)
@@ -177,6 +225,22 @@ def load_recipe(path: Path) -> Int8Recipe:
         raise SpecError(f"{path}: {error}") from None
 
 
+def add_calibration_arguments(parser: ArgumentParser, required: bool = False) -> None:
+    """Add what tells the images that INT8 is calibrated on, by the names of the fields of `CalibrationOptions`."""
+    names = ", ".join(WIDERFACE)
+    parser.add_argument(
+        "--calib",
+        dest="source",
+        required=required,
+        metavar="NAME|PATH",
+        help=f"images to calibrate INT8 on: {names}, a folder, or {DEMO} (a last resort)",
+    )
+    default = CalibrationOptions(DEMO)
+    parser.add_argument("--images", type=int, default=default.images, help="how many of them at most")
+    parser.add_argument("--seed", type=int, default=default.seed, help="of their choice")
+    parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
+
+
 def add_export_arguments(parser: ArgumentParser) -> None:
     """Add what every export takes: weights, precision, thresholds and limits, and images to compare on."""
     parser.add_argument(
@@ -190,16 +254,7 @@ def add_export_arguments(parser: ArgumentParser) -> None:
         ("int8", "short for --precision int8: 8-bit integers, calibrated on images, the rest in half precision"),
     ):
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=text)
-    parser.add_argument(
-        "--calib",
-        dest="source",
-        metavar="NAME|PATH",
-        help="images to calibrate --int8 on: widerface_val, widerface_train, a folder, or demo (a last resort)",
-    )
-    calibration = CalibrationOptions(DEMO)
-    parser.add_argument("--images", type=int, default=calibration.images, help="how many of them at most")
-    parser.add_argument("--seed", type=int, default=calibration.seed, help="of their choice")
-    parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
+    add_calibration_arguments(parser)
     parser.add_argument(
         "--int8-recipe",
         dest="recipe",
@@ -209,15 +264,9 @@ def add_export_arguments(parser: ArgumentParser) -> None:
         "suits the published weights)",
     )
     default = DecodeSpec()
-    texts = {
-        "--score": "floor: lower scores are never seen",
-        "--iou": "NMS drops boxes that overlap more",
-        "--top-k": "candidates that enter NMS",
-        "--max-detections": "faces per image at most",
-    }
-    for option, name in DECODE_OPTIONS.items():
+    for option, (name, text) in DECODE_OPTIONS.items():
         value = getattr(default, name)
-        parser.add_argument(option, dest=name, type=type(value), default=value, help=texts[option])
+        parser.add_argument(option, dest=name, type=type(value), default=value, help=text)
     parser.add_argument(
         "--parity",
         dest="parity_images",
@@ -234,7 +283,7 @@ def export_fields(args: Namespace) -> dict[str, Any]:
         SpecError: Impossible values, or options of the calibration without `--calib`.
     """
     given = vars(args)
-    decode = DecodeSpec(**{name: given.pop(name) for name in DECODE_OPTIONS.values()})
+    decode = DecodeSpec(**{name: given.pop(name) for name, _ in DECODE_OPTIONS.values()})
     chosen = {name: given.pop(name) for name in CALIBRATION_OPTIONS.values()}
     calibration = None
     if chosen["source"] is not None:

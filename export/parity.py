@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from export.graph import HEAD_NAMES, showing
+from facespec.agreement import match_faces
 from facespec.boxes import Decoded
 from facespec.errors import ParityError
 from facespec.letterbox import Frame, Letterbox
@@ -49,19 +50,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class ParityRow:
-    """Largest differences on one image.
-
-    Attributes:
-        image: Its name.
-        size_hw: Network size it was compared at.
-        heads: Raw head outputs, all priors.
-        boxes_px: Box coordinates of matched faces over the margin.
-        landmarks_px: Landmark coordinates of these.
-        scores: Scores of matched faces.
-        faces: Faces PyTorch finds, down to the model's floor.
-        unmatched: Faces only one side has, apart from those within the margin over the floor.
-        tolerance: What counts as equal.
-    """
+    """Largest differences on one image, by the kinds of `Tolerance`; `unmatched` faces are those of one side alone."""
 
     image: str
     size_hw: tuple[int, int]
@@ -135,14 +124,10 @@ def check_parity(
     size_hw: tuple[int, int] | None,
     precision: str = "fp32",
 ) -> ParityReport:
-    """Run a graph in ONNX Runtime and the model in PyTorch on the same frames.
+    """Run a graph in ONNX Runtime and the model it was exported from in PyTorch on the same uint8 BGR frames.
 
-    Args:
-        graph: From `export.portable.build_portable` or `build_plugin_form`.
-        model: What it was exported from.
-        frames: uint8 BGR by name.
-        size_hw: Network size; None compares each frame at its own size, padded to multiples of 32.
-        precision: Key of `TOLERANCES`.
+    Without a network size each frame is compared at its own, padded to multiples of 32. The precision is a key of
+    `TOLERANCES`.
     """
     plugin = any(node.domain == PLUGIN.domain for node in graph.graph.node)
     # of a plugin form the network runs in ONNX Runtime, the plugin on the host
@@ -191,14 +176,8 @@ def _compare(
     mine = rows_from_maps([np.asarray(found[name], np.float32) for name in HEAD_NAMES], spec.anchors.per_cell)
     count = int(found["num_detections"][0])
     boxes, scores, landmarks = (found[name][0, :count] for name in ("boxes", "scores", "landmarks"))
-    # match every face to the nearest one of the other side
-    far = np.abs(expected.boxes[:, None] - boxes[None]).max(axis=2)
-    pairs = []
-    if far.size:
-        near = max(1.0, tolerance.pixels)
-        nearest = enumerate(far.argmin(axis=1))
-        pairs = [(i, int(j)) for i, j in nearest if far[i, j] <= near and far[:, j].argmin() == i]
-    left, right = ([pair[side] for pair in pairs] for side in (0, 1))
+    matches = match_faces(expected.boxes, boxes)
+    left, right = matches.reference, matches.candidate
     margin = spec.decode.score_threshold + tolerance.margin
     unmatched = sum(
         int((np.delete(side, taken) > margin).sum()) for side, taken in ((expected.scores, left), (scores, right))

@@ -26,7 +26,7 @@ _NAMES = {
 
 
 def to_fp16(heads_graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a heads graph (`export.portable.build_heads`) that computes in float16 throughout.
+    """Return a copy of a heads graph (`export.graph.build_heads`) that computes in float16 throughout.
 
     uint8 pixels and their means are exact in float16. The scales of Resize stay float32, as ONNX demands.
 
@@ -61,14 +61,10 @@ def _half(tensor: onnx.TensorProto) -> onnx.TensorProto:
 
 
 def convolutions(graph: onnx.ModelProto, size_hw: tuple[int, int]) -> Convolutions:
-    """Return the multiply-accumulates for one image, and the precision, of each convolution, by the name of its node.
+    """Return the multiply-accumulates for one image of a size, and the precision, of each convolution by its name.
 
     A convolution counts as int8 where its input and its weight come from DequantizeLinear of int8, otherwise by the
     type of its input.
-
-    Args:
-        graph: Any detector graph, batch first in `images`.
-        size_hw: Height and width to count at, for graphs of dynamic size.
     """
     fixed = copy.deepcopy(graph)
     for dim, size in zip(fixed.graph.input[0].type.tensor_type.shape.dim, (1, *size_hw, 3), strict=True):
@@ -171,11 +167,6 @@ def equalize(graph: onnx.ModelProto, ranges: Ranges) -> tuple[onnx.ModelProto, R
 
 def to_int8(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe | None = None) -> onnx.ModelProto:
     """Return a copy of a float32 heads graph whose convolutions, but for those the recipe spares, compute in INT8.
-
-    Args:
-        heads_graph: From `export.portable.build_heads`.
-        ranges: From `export.calibration.calibrate`, of the same graph.
-        recipe: What is done and what is spared.
 
     Raises:
         ModelFileError: The ranges are not those of this graph, or the result has a form that TensorRT takes wrongly.

@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +27,23 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from export.graph import HEAD_NAMES
-from export.options import DEMO, MAX_IMAGES, MIN_IMAGES, MIN_INT8_SHARE, WIDERFACE, CalibrationOptions, Int8Recipe
+from export.options import (
+    DEMO,
+    MAX_IMAGES,
+    MIN_IMAGES,
+    MIN_INT8_SHARE,
+    CalibrationOptions,
+    Int8Recipe,
+    add_calibration_arguments,
+    calibration_files,
+    find_calibration_images,
+)
 from facespec.agreement import Agreement, Budget
 from facespec.cli import ArgumentParser, argument, json_output, require, run, text_table
 from facespec.detections import Detections
-from facespec.errors import DataError, ImageError, ModelFileError, SpecError
+from facespec.errors import DataError, ModelFileError, SpecError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, write_text
-from facespec.images import read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_crops
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, DEFAULT_WEIGHTS, ModelSpec, check_size, parse_size
@@ -66,14 +74,7 @@ Heads = list[NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """What to measure.
-
-    Attributes:
-        weights: Name or file for `trainer.load_model`.
-        calibration: Images to calibrate on, the very ones of a build with the same options.
-        held_out: Other images of the same source, at most, to measure on.
-        size_hw: Network size.
-    """
+    """What to measure: `held_out` other images of the source at most, beside those a build calibrates on."""
 
     weights: str
     calibration: CalibrationOptions
@@ -88,12 +89,9 @@ class SensitivityOptions:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution that alone computes in INT8.
+    """A convolution that alone computes in INT8, and its share of the multiply-accumulates of all convolutions.
 
-    Attributes:
-        name: Of the node.
-        cost: RMS error of the head outputs (logits, box and landmark deltas) at priors that see a face.
-        mac_share: Its share of the multiply-accumulates of all convolutions.
+    `cost` is the RMS error of the head outputs (logits, box and landmark deltas) at priors that see a face.
     """
 
     name: str
@@ -108,12 +106,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Step:
-    """A graph on the way from INT8 to float.
+    """A graph on the way from INT8 to float: which convolutions are in float, and what share of the arithmetic is not.
 
-    Attributes:
-        float_layers: Names of the convolutions in float, for an `Int8Recipe`.
-        int8_share: Share of the multiply-accumulates of convolutions in INT8.
-        agreement: With FP32 on the held-out images, on faces over a score of 0.5.
+    `agreement` is with FP32 on the held-out images, on faces over a score of 0.5.
     """
 
     float_layers: tuple[str, ...]
@@ -138,15 +133,10 @@ class Sensitivity:
     """What was measured.
 
     Attributes:
-        backbone: Of the model.
-        weights_sha256: Of the model.
-        size_hw: Network size.
         layers: Every convolution, the most costly first.
         steps: From everything in INT8 to everything in float, by falling share of INT8.
         default: The graph of the default recipe.
         faces: Faces of FP32 on the held-out images.
-        calibration_images: Names of the images calibrated on.
-        held_out_images: Names of the images measured on.
     """
 
     backbone: str
@@ -177,11 +167,7 @@ class Sensitivity:
         )
 
     def recipe(self, budget: Budget | None = None) -> Int8Recipe:
-        """Return the recipe of `step`.
-
-        Raises:
-            ModelFileError: No step that counts as INT8 holds the budget.
-        """
+        """Return the recipe of `step`."""
         return Int8Recipe(float_depthwise=False, float_layers=self.step(budget).float_layers)
 
     def to_json(self, budget: Budget | None = None) -> str:
@@ -241,8 +227,8 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     for module in ("torch", "onnx", "onnxsim", "onnxruntime"):
         require(module, "export", "export.sensitivity")
     from export.calibration import calibrate
+    from export.graph import build_heads
     from export.parity import rows_from_maps
-    from export.portable import build_heads
     from export.quantize import mac_shares, to_int8
     from trainer.checkpoint import load_model
 
@@ -314,7 +300,7 @@ def _only(name: str) -> Int8Recipe:
 
 def _held_out(options: SensitivityOptions, calibration: Calibration, spec: ModelSpec) -> tuple[list[str], list[Frame]]:
     """Return names and letterboxed pixels of images of the source that were not calibrated on."""
-    from export.calibration import find_calibration_images, letterboxed
+    from export.calibration import letterboxed, readable
 
     source = options.calibration
     if source.source == DEMO:  # further crops of the same photographs: there are no others
@@ -324,7 +310,7 @@ def _held_out(options: SensitivityOptions, calibration: Calibration, spec: Model
     taken = {*calibration.images, *calibration.skipped}
     left = [path for path in find_calibration_images(source) if str(path) not in taken]
     random.Random(source.seed + 1).shuffle(left)
-    names, pixels = letterboxed(itertools.islice(_readable(left), options.held_out), options.size_hw, spec)
+    names, pixels = letterboxed(itertools.islice(readable(left, []), options.held_out), options.size_hw, spec)
     if len(names) < MIN_IMAGES:
         raise DataError(
             f"--calib {source.source}: {len(calibration.images)} images to calibrate on leave {len(names)} to measure "
@@ -333,15 +319,9 @@ def _held_out(options: SensitivityOptions, calibration: Calibration, spec: Model
     return names, pixels
 
 
-def _readable(paths: Iterable[Path]) -> Iterator[tuple[str, Frame]]:
-    for path in paths:
-        with suppress(ImageError):
-            yield str(path), read_image(path)
-
-
 def _run(graph: onnx.ModelProto, pixels: Sequence[Frame]) -> list[Heads]:
     session = open_session(graph.SerializeToString(), "the graph", why="export.sensitivity")
-    return [session.run(list(HEAD_NAMES), {"images": image[None]}) for image in pixels]
+    return [session.run(None, {"images": image[None]}) for image in pixels]
 
 
 def _faces(heads: Heads, size_hw: tuple[int, int], spec: ModelSpec) -> Detections:
@@ -406,29 +386,20 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[SensitivityOptions, Bud
         description="Measure which layers cost accuracy in INT8, against FP32 on images that were not calibrated on, "
         "and find the recipe with the largest share of INT8 that holds a budget; exit code 1 if none does.",
     )
-    budget, calibration = Budget(), CalibrationOptions(DEMO)
+    budget = Budget()
     add = parser.add_argument
     add("--weights", default=DEFAULT_WEIGHTS, help="checkpoint (.pth), or the name of published weights")
-    names = ", ".join([*WIDERFACE, DEMO])
-    add("--calib", required=True, metavar="NAME|PATH", help=f"{names}, or a folder of images")
-    add("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT or data/widerface)")
-    add("--images", type=int, default=calibration.images, metavar="N", help="images to calibrate on, at most")
+    add_calibration_arguments(parser, required=True)
     add("--held-out", type=int, default=96, metavar="N", help="other images to measure on, at most")
-    add("--seed", type=int, default=0, metavar="S", help="of the choice of images")
     add("--size", type=argument(parse_size), default="640x640", help="HEIGHTxWIDTH, multiples of 32")
     add("--recall", type=float, default=budget.recall, help="percent of the faces of FP32 that must be found again")
-    add(
-        "--landmark-error",
-        type=float,
-        default=budget.landmark_error,
-        metavar="PERCENT",
-        help="mean landmark error at most, of the face size",
-    )
+    most = "mean landmark error at most, in percent of the face size"
+    add("--landmark-error", type=float, default=budget.landmark_error, metavar="PERCENT", help=most)
     parser.add_json("all that was measured")
     add("--plot", type=Path, metavar="FILE", help=f"draw it ({', '.join(PLOT_SUFFIXES)})")
     add("--out", type=Path, metavar="FILE", help="write the recipe that holds the budget, for --int8-recipe")
     args = parser.parse_args(argv)
-    images = CalibrationOptions(args.calib, args.data, args.images, args.seed)
+    images = CalibrationOptions(args.source, args.data, args.images, args.seed)
     options = SensitivityOptions(args.weights, images, args.held_out, args.size)
     return options, Budget(args.recall, args.landmark_error), args
 
@@ -437,9 +408,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options, budget, args = parse_arguments(argv)
     check_plot(args.plot, "train")
-    require("onnx", "export", "export.sensitivity")
-    from export.calibration import calibration_files
-
     read = [options.weights, *calibration_files(options.calibration)]
     check_outputs([("--json", args.json), ("--plot", args.plot), ("--out", args.out)], read)
     start = time.perf_counter()
@@ -455,16 +423,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {name}" for name in recipe.float_layers or ["nothing"]))
         if args.out:
             write_text(args.out, recipe.to_json())
-            print(f"wrote {args.out}: python -m export.to_trt {_flags(options.calibration, args.out)}")
+            calibration = dataclasses.replace(options.calibration, recipe=args.out)
+            print(f"wrote {args.out}: python -m export.to_trt --int8 {shlex.join(calibration.words())}")
         print(f"{time.perf_counter() - start:.1f} s")
     return 0
-
-
-def _flags(calibration: CalibrationOptions, recipe: Path) -> str:
-    """Return the options of an export that does what was measured."""
-    words = ["--int8", "--calib", calibration.source, "--images", str(calibration.images)]
-    words += ["--seed", str(calibration.seed), *(["--data", str(calibration.data)] if calibration.data else [])]
-    return shlex.join([*words, "--int8-recipe", str(recipe)])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.options import Export, add_export_arguments, export_fields, parity_frames
+from export.options import Export, add_export_arguments, calibration_files, export_fields, parity_frames
 from facespec.cli import ArgumentParser, argument, require, run
 from facespec.errors import OutputError
 from facespec.files import atomic_path, check_outputs
@@ -46,16 +46,7 @@ class ExportOptions(Export):
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """An ONNX file that was written.
-
-    Attributes:
-        path: The file.
-        content: What was written to it.
-        spec: Its model.
-        convolutions: Multiply-accumulates and precision of each convolution.
-        calibration: What INT8 was calibrated with, as a sidecar has it; {} for the others.
-        report: The comparison with PyTorch.
-    """
+    """An ONNX file that was written, and its comparison with PyTorch; `calibration` is as in a `Sidecar`."""
 
     path: Path
     content: bytes
@@ -73,18 +64,10 @@ class ExportedGraph:
 def check_files(options: Export, outputs: Iterable[tuple[str, Path | None]]) -> None:
     """Refuse, before any work, outputs that cannot be written or are read, and missing packages.
 
-    Args:
-        options: Of the export; the list of its calibration images is an output, too.
-        outputs: As in `facespec.files.check_outputs`.
-
-    Raises:
-        OutputError: A file cannot be written there.
-        MissingPackageError: torch, onnx or onnxsim is not installed.
+    The outputs are those of `facespec.files.check_outputs`; the list of calibration images is one, too.
     """
     for module in ("torch", "onnx", "onnxsim"):
         require(module, "export", "the export")
-    from export.calibration import calibration_files
-
     read = [options.weights, *calibration_files(options.calibration)]
     read += [options.parity_images] if options.parity_images else []
     check_outputs([*outputs, ("--out", options.calibration_list if options.calibration else None)], read)
@@ -96,7 +79,7 @@ def export_graph(
     """Write the graph of a checkpoint if it finds the faces that PyTorch finds, and print the comparison.
 
     Args:
-        options: Of the export.
+        options: What both exports are told.
         path: File to write.
         size_hw: Fixed network size, or None for any multiple of 32.
         best_hw: Size that INT8 is calibrated and multiply-accumulates are counted at.
@@ -107,8 +90,8 @@ def export_graph(
         BuildError: The host kernels, which stand in for the plugin in the comparison, cannot be compiled.
     """
     from export.calibration import report_calibration, with_precision
+    from export.graph import build_heads, build_plugin_form, build_portable
     from export.parity import check_parity
-    from export.portable import build_heads, build_plugin_form, build_portable
     from export.quantize import convolutions
     from trainer.checkpoint import load_model
 

@@ -44,8 +44,7 @@ class TritonOptions:
     Attributes:
         model: TensorRT engine with its sidecar, or portable ONNX file.
         out: The model repository; it may exist, and hold other models.
-        name: Name of the model, and of its folder in the repository.
-        version: Number of this version; the server takes the highest.
+        version: The server takes the highest.
         instances: Copies that run at once.
         max_batch: Most frames in a call; None takes all the engine's profile allows, or `ONNX_BATCH`.
         max_queue_delay_us: How long a request may wait for others to share its batch, in microseconds.
@@ -86,12 +85,9 @@ class Layout:
     """What goes into the folder of a model.
 
     Attributes:
-        options: What was asked for.
-        spec: The model.
         fixed_hw: The one network size it takes, or None if it takes several.
         size_hw: Network size it does best, which clients should letterbox to; None if no size is special.
         best_batch: Frames in a call that it is fastest with.
-        max_batch: Most frames in a call.
         sidecar: Of an engine; None for an ONNX file.
         versioned: File to copy, by its name in the folder of the version.
         shared: File to copy, by its name beside the configuration.
@@ -115,15 +111,14 @@ class Layout:
     def config(self) -> dict[str, Any]:
         """Return config.pbtxt as a message: the fields of model_config.proto."""
         height, width = self.fixed_hw or (-1, -1)
+        kind = "KIND_GPU" if self.on_gpu else "KIND_CPU"
         config: dict[str, Any] = {
             "name": self.options.name,
             **({"platform": "tensorrt_plan"} if self.sidecar else {"backend": "onnxruntime"}),
             "max_batch_size": self.max_batch,
             "input": [{"name": "images", "data_type": Keyword("TYPE_UINT8"), "dims": [height, width, 3]}],
             "output": [_output(name, *found) for name, found in self.spec.decode.outputs.items()],
-            "instance_group": [
-                {"count": self.options.instances, "kind": Keyword("KIND_GPU" if self.on_gpu else "KIND_CPU")}
-            ],
+            "instance_group": [{"count": self.options.instances, "kind": Keyword(kind)}],
             "version_policy": {"latest": {"num_versions": 1}},
         }
         if self.max_batch > 1:
@@ -134,9 +129,8 @@ class Layout:
         if self.sidecar and self.fixed_hw:  # a graph serves one shape; Triton captures batch 1 and the preferred ones
             config["optimization"] = {"cuda": {"graphs": True}}
         config["model_warmup"] = [self._warmup(batch) for batch in sorted({1, self.best_batch, self.max_batch})]
-        config["parameters"] = [
-            {"key": key, "value": {"string_value": value}} for key, value in self.parameters().items()
-        ]
+        known = self.parameters().items()
+        config["parameters"] = [{"key": key, "value": {"string_value": value}} for key, value in known]
         return config
 
     def parameters(self) -> dict[str, str]:
@@ -385,17 +379,10 @@ def parse_arguments(argv: Sequence[str] | None) -> TritonOptions:
     parser.add_argument("--name", default="retinaface", help="name of the model")
     parser.add_argument("--version", type=int, default=1, help="the server takes the highest")
     parser.add_argument("--instances", type=int, default=1, help="copies that run at once")
-    parser.add_argument(
-        "--max-batch",
-        type=int,
-        help=f"most frames in a call (default: what the engine takes; ONNX: {ONNX_BATCH}); 1 turns batching off",
-    )
-    parser.add_argument(
-        "--max-queue-delay-us",
-        type=int,
-        default=500,
-        help="microseconds a request may wait for others to share its batch",
-    )
+    most = f"most frames in a call (default: what the engine takes; ONNX: {ONNX_BATCH}); 1 turns batching off"
+    parser.add_argument("--max-batch", type=int, help=most)
+    wait = "microseconds a request may wait for others to share its batch"
+    parser.add_argument("--max-queue-delay-us", type=int, default=500, help=wait)
     parser.add_argument("--gpu", action="store_true", help="run an ONNX file on the GPU")
     parser.add_argument("--force", action="store_true", help="replace OUT/NAME, with all its versions")
     return TritonOptions(**vars(parser.parse_args(argv)))
@@ -407,9 +394,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     layout = plan(options)
     written = write(layout)
     size = f"{layout.fixed_hw[0]}x{layout.fixed_hw[1]}" if layout.fixed_hw else "any size"
-    print(
-        f"wrote {written}: {size}, up to {layout.max_batch} frames in a call; {options.folder / 'README.md'} serves it"
-    )
+    readme = options.folder / "README.md"
+    print(f"wrote {written}: {size}, up to {layout.max_batch} frames in a call; {readme} serves it")
     return 0
 
 

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from export.engine_layers import UNKNOWN, engine_shares, is_readable, run_builder
-from export.options import CALIBRATION_OPTIONS, DECODE_OPTIONS, Export, add_export_arguments, export_fields
+from export.options import DECODE_OPTIONS, Export, add_export_arguments, export_fields
 from export.to_onnx import ExportedGraph, check_files, export_graph
 from facespec.cli import ArgumentParser, argument, run, version
 from facespec.errors import BuildError, MissingPackageError, MissingToolError, OutputError, RetinaFaceError, SpecError
@@ -85,17 +85,14 @@ class EngineOptions(Export):
         sizes = ["x".join(map(str, size)) for size in self.profile.sizes_hw]
         batch = [str(number) for number in self.profile.batch]
         words = ["python", "-m", "export.to_trt", "--weights", self.weights, f"--{self.precision}"]
-        if self.calibration:
-            for option, name in CALIBRATION_OPTIONS.items():
-                value = getattr(self.calibration, name)
-                words += [] if value is None else [option, str(value)]
+        words += self.calibration.words() if self.calibration else []
         words += ["--size", ":".join(sizes if len(set(sizes)) > 1 else sizes[:1])]
         words += ["--batch", ":".join(batch if len(set(batch)) > 1 else batch[:1])]
         words += ["--flavor", flavor or self.flavor]
         if capabilities or self.capabilities:
             words += ["--compute-capability", ",".join(map(str, capabilities or self.capabilities))]
         default = DecodeSpec()
-        for option, name in DECODE_OPTIONS.items():
+        for option, (name, _) in DECODE_OPTIONS.items():
             if getattr(self.decode, name) != getattr(default, name):
                 words += [option, str(getattr(self.decode, name))]
         out = str(self.out)
@@ -206,9 +203,7 @@ def _timing_cache(options: EngineOptions, flavor: Flavor) -> Path | None:
     """Return the file of the timing cache; TensorRT-RTX, which compiles on the user's machine, has none."""
     if flavor is RTX:
         return None
-    if options.timing_cache:
-        return options.timing_cache
-    return cache_folder() / f"timing-{flavor.version()}.cache"
+    return options.timing_cache or cache_folder() / f"timing-{flavor.version()}.cache"
 
 
 def _build(
@@ -304,12 +299,8 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
     )
     parser.add_argument("--out", type=Path, default=Path("retinaface.engine"), help="engine to write")
     parser.add_argument("--onnx-only", action="store_true", help="write the plugin form alone")
-    parser.add_argument(
-        "--timing-cache",
-        type=Path,
-        metavar="FILE",
-        help="what TensorRT measured (default: in ~/.cache/retinaface-trt)",
-    )
+    cache = "what TensorRT measured (default: in ~/.cache/retinaface-trt)"
+    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help=cache)
     add_export_arguments(parser)
     given = export_fields(parser.parse_args(argv))
     return EngineOptions(profile=Profile(given.pop("batch"), given.pop("sizes_hw")), **given)

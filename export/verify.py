@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,21 +19,25 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from export.sides import DEPLOYED_SUFFIXES, ModelInfo, Side
+from export.inspect import inspect
+from export.options import MIN_INT8_SHARE
 from facespec.agreement import Agreement, Budget, Sample, draw_disagreements
-from facespec.cli import ArgumentParser, argument, json_output, make_callable, quiet_libraries, run
+from facespec.cli import ArgumentParser, argument, json_output, make_callable, quiet_libraries, require, run
 from facespec.detections import Detections
-from facespec.errors import DataError, OutputError, SpecError
+from facespec.errors import DataError, ModelFileError, OutputError, SpecError
 from facespec.files import check_outputs, widerface_root
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_crops, sample_photographs, tiled
-from facespec.spec import DEFAULT_SCORE_THRESHOLD, parse_size
-from trt_runtime.load import BACKENDS
+from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
+from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import environment
+from trt_runtime.onnx_model import OnnxModel, load_graph, open_session
 
+DEPLOYED_SUFFIXES = (".onnx", ".engine", ".plan")
 DEFAULT_HW = (640, 640)
 EXTRA_SIZES = ((640, 640), (480, 640), (640, 384))
 """Network sizes tried besides the one asked for, where both models take any."""
@@ -49,7 +54,6 @@ a batch and the same face alone: they may be computed in another order of additi
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 HEAD_PARTS = {"boxes": slice(0, 4), "class logits": slice(4, 6), "landmarks": slice(6, 16)}
-
 
 BUDGETS = {
     # what is stated of fp16 is the loss of AP; for the rest it may be no worse than int8
@@ -100,17 +104,121 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One figure.
+class ModelInfo:
+    """One side of the comparison: its kind, its precision, and the share of its multiply-accumulates in each."""
+
+    name: str
+    kind: str
+    precision: str
+    mac_shares: dict[str, float]
+    size_hw: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in self.mac_shares.items())
+        size = f"{self.size_hw[0]}x{self.size_hw[1]}" if self.size_hw else "any size"
+        return f"{self.name}: {self.kind}, {shares or self.precision}, {size}"
+
+
+class Side:
+    """A model, what is known about it, and the ways to run it.
+
+    Args:
+        name: Checkpoint, name of published weights, or a file that `trt_runtime.load_detector` opens.
+        backend: What runs a model file, as it is deployed; None runs ONNX in ONNX Runtime with the rounding of fp16
+            emulated, which is what its graph says.
 
     Attributes:
-        stage: Where in a detector it is taken.
-        case: On what.
-        quantity: What it is, with its unit.
-        value: The figure; None if there was nothing to measure.
-        limit: What the budget allows; None if it says nothing.
-        at_least: `limit` is the least allowed, not the most.
-        note: What else there is to say.
+        detector: Finds faces, down to the model's own floor.
+        runner: Gives the raw heads, (N, 16) boxes, logits and landmarks, of a letterboxed image; None if they cannot
+            be had.
+        fixed_hw: The one network size it takes, or None.
+        notes: What a reader of the comparison should know.
+
+    Raises:
+        ModelFileError: It cannot be opened, or not here.
+    """
+
+    def __init__(self, name: str, backend: str | None = None) -> None:
+        suffix = Path(name).suffix.lower()
+        self.name = name
+        self.runner: Callable[[Frame], NDArray[np.float32]] | None = None
+        self.detector: Any
+        self.notes: list[str] = []
+        if suffix in DEPLOYED_SUFFIXES:
+            self.detector = load_detector(name, backend=backend or ("onnxruntime" if suffix == ".onnx" else "auto"))
+            self.fixed_hw: tuple[int, int] | None = self.detector.size_hw
+            inspection = inspect(name)
+            shares = inspection.precision
+            held = {"int8": MIN_INT8_SHARE, "fp16": 0.5}
+            precision = next((kind for kind, least in held.items() if shares.get(kind, 0) >= least), "fp32")
+            self.info = ModelInfo(name, inspection.kind, precision, shares, self.fixed_hw)
+            self.notes += [f"{name}: {problem}" for problem in inspection.problems]
+            if backend:
+                deployed = ", ".join(f"{key} {value}" for key, value in self.detector.environment().items())
+                self.notes.append(f"{name}: run as it is deployed, {deployed}")
+            elif suffix == ".onnx":
+                self._open_graph(Path(name))
+        else:
+            require("torch", "train", "comparing a checkpoint")
+            from trainer.checkpoint import load_model
+            from trainer.model import TorchRetinaFace
+
+            torch_side = TorchRetinaFace(load_model(name))
+            self.detector, self.fixed_hw = torch_side, None
+            self.info = ModelInfo(name, "checkpoint", "fp32", {"fp32": 1.0}, None)
+            self.runner = lambda image: np.concatenate(torch_side.heads(image), axis=1)
+        self.spec: ModelSpec = self.detector.spec
+        self.detector.score_threshold = self.spec.decode.score_threshold
+        if self.runner is None:
+            self.notes.append(f"{name} does not show its raw heads")
+
+    def _open_graph(self, path: Path) -> None:
+        from export.quantize import computes_in_fp16, emulate_fp16
+        from trt_runtime.cpu import OrtRetinaFace
+
+        model = OnnxModel(path)
+        with tempfile.TemporaryDirectory() as folder:
+            if model.weights:
+                self.notes.append(f"{self.name}: its weights lie outside: fp16, if it has any, is not emulated")
+            elif computes_in_fp16(graph := load_graph(model.content, "export.verify")):
+                emulated = Path(folder) / "emulated.onnx"
+                emulated.write_bytes(emulate_fp16(graph).SerializeToString())
+                model = OnnxModel(emulated)
+                self.detector = OrtRetinaFace(model)
+                self.notes.append(f"{self.name}: its fp16 is emulated, the CPU rounds what is stored between operators")
+            self.runner = _head_runner(model)
+
+    def at(self, size_hw: tuple[int, int] | None) -> Any:
+        """Return the detector at a network size; None runs frames at their own."""
+        self.detector.size_hw = size_hw
+        return self.detector
+
+
+def _head_runner(model: OnnxModel) -> Callable[[Frame], NDArray[np.float32]] | None:
+    """Return what gives (N, 16) boxes, logits and landmarks of a letterboxed image, or None if a graph hides them."""
+    from export.parity import rows_from_maps
+
+    if model.weights:
+        return None
+    try:
+        graph = model.heads_graph
+        session = open_session(graph.content, model.path, why="export.verify")
+    except ModelFileError:  # the detector itself loads: only its heads cannot be had
+        return None
+
+    def call(image: Frame) -> NDArray[np.float32]:
+        maps = [np.asarray(level, np.float32) for level in session.run(graph.heads, {"images": image[None]})]
+        return rows_from_maps(maps, model.spec.anchors.per_cell)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: the stage of a detector it is taken at, on what, and what it is, with its unit.
+
+    The value is None if there was nothing to measure, the limit if the budget says nothing; it is the most that is
+    allowed, or the least.
     """
 
     stage: str
@@ -146,15 +254,11 @@ class Verification:
     """What was found; `str()` gives a table.
 
     Attributes:
-        reference: What is taken to be right.
-        candidate: What is judged.
         budget: Key of `BUDGETS`, or "none".
         size_hw: Network size of the letterbox protocol.
-        images: Number of images.
         rows: The figures, in the order of the stages.
         average_precision: By protocol and level: reference and candidate in percent; None if no face counts.
         notes: What could not be compared, or differs by design.
-        seconds: Time it took.
     """
 
     reference: ModelInfo
@@ -195,14 +299,7 @@ class Verification:
 
 
 def _face_rows(agreement: Agreement, case: str, budget: Budget | None, special: bool = False) -> list[Row]:
-    """Return the figures of an agreement.
-
-    Args:
-        agreement: What was added up.
-        case: On what they were taken.
-        budget: Limits, if any.
-        special: Of few images: hold the wider limit.
-    """
+    """Return the figures of an agreement; those of a `special` case, of few images, hold the wider limits."""
     recall = precision = error = drift = None
     if budget is not None and agreement.faces:
         recall = budget.case_recall if special else budget.recall
@@ -210,23 +307,21 @@ def _face_rows(agreement: Agreement, case: str, budget: Budget | None, special: 
         drift = budget.score_drift
     if budget is not None and agreement.candidate_faces:  # where the reference has no face, each is one too many
         precision = budget.case_precision if special else budget.precision
-    note = f"{agreement.faces} faces in {agreement.images} images"
-    rows = [Row("boxes", case, "recall %", agreement.recall, recall, True, note)]
-    note = f"{agreement.candidate_faces} faces"
-    rows.append(Row("boxes", case, "precision %", agreement.precision, precision, True, note))
-    rows.append(Row("boxes", case, "mean IoU", agreement.mean_iou))
-    rows.append(Row("landmarks", case, "mean error, % of face", agreement.landmark_error, error))
-    if special:
-        return rows
-    p95 = functools.partial(np.percentile, q=95)
-    rows.append(Row("landmarks", case, "95 % below, % of face", _of(p95, agreement.landmarks)))
-    rows.append(Row("scores", case, "mean drift", _of(np.mean, agreement.scores), drift))
-    rows.append(Row("scores", case, "largest drift", _of(np.max, agreement.scores)))
+    faces, theirs = f"{agreement.faces} faces in {agreement.images} images", f"{agreement.candidate_faces} faces"
+    rows = [
+        Row("boxes", case, "recall %", agreement.recall, recall, True, faces),
+        Row("boxes", case, "precision %", agreement.precision, precision, True, theirs),
+        Row("boxes", case, "mean IoU", agreement.mean_iou),
+        Row("landmarks", case, "mean error, % of face", agreement.landmark_error, error),
+    ]
+    if not special:
+        errors, drifts = agreement.landmarks, agreement.scores
+        rows += [
+            Row("landmarks", case, "95 % below, % of face", float(np.percentile(errors, 95)) if errors else None),
+            Row("scores", case, "mean drift", float(np.mean(drifts)) if drifts else None, drift),
+            Row("scores", case, "largest drift", max(drifts, default=None)),
+        ]
     return rows
-
-
-def _of(function: Callable[[Any], Any], values: Sequence[float]) -> float | None:
-    return float(function(values)) if len(values) else None
 
 
 def _demo_samples(count: int) -> list[Sample]:
@@ -259,13 +354,8 @@ def _network_size(options: VerifyOptions, reference: Side, candidate: Side) -> t
     return size_hw
 
 
-def _preprocessing(reference: Side, candidate: Side, frame: Frame, size_hw: tuple[int, int]) -> tuple[Row, list[str]]:
+def _preprocessing(reference: Side, candidate: Side, size_hw: tuple[int, int]) -> tuple[Row, list[str]]:
     """Compare what the networks are given, and say where the specs part."""
-    inputs = []
-    for side in (reference, candidate):
-        mean = side.spec.preprocess.mean_bgr
-        pixels = Letterbox.fit((frame.shape[0], frame.shape[1]), size_hw).apply(frame, mean)
-        inputs.append(pixels.astype(np.float32) - np.asarray(mean, np.float32))
     notes = []
     for part in ("preprocess", "anchors", "decode"):
         left, right = (asdict(getattr(side.spec, part)) for side in (reference, candidate))
@@ -275,9 +365,10 @@ def _preprocessing(reference: Side, candidate: Side, frame: Frame, size_hw: tupl
     hashes = [side.spec.weights_sha256 for side in (reference, candidate)]
     if all(hashes) and hashes[0] != hashes[1]:
         notes.append("they were made from different weights")
-    size = f"{size_hw[0]}x{size_hw[1]}"
-    worst = float(np.abs(inputs[0] - inputs[1]).max())
-    return Row("preprocessing", f"letterbox {size}", "largest difference", worst), notes
+    # both are letterboxed alike: only what they subtract from the pixels may differ
+    means = [side.spec.preprocess.mean_bgr for side in (reference, candidate)]
+    worst = float(max(abs(left - right) for left, right in zip(*means, strict=True)))
+    return Row("preprocessing", f"letterbox {size_hw[0]}x{size_hw[1]}", "largest difference", worst), notes
 
 
 def _raw_heads(reference: Side, candidate: Side, frames: list[Frame], size_hw: tuple[int, int]) -> list[Row]:
@@ -289,34 +380,35 @@ def _raw_heads(reference: Side, candidate: Side, frames: list[Frame], size_hw: t
         left = reference.runner(box.apply(frame, reference.spec.preprocess.mean_bgr))
         right = candidate.runner(box.apply(frame, candidate.spec.preprocess.mean_bgr))
         differences.append(np.abs(left - right))
-    case, rows = f"{size_hw[0]}x{size_hw[1]}, {len(frames)} images", []
+    apart, case = np.stack(differences), f"{size_hw[0]}x{size_hw[1]}, {len(frames)} images"
+    rows = []
     for part, columns in HEAD_PARTS.items():
-        apart = np.stack(differences)[..., columns]
-        rows.append(Row("raw heads", case, f"{part}, largest", float(apart.max())))
-        rows.append(Row("raw heads", case, f"{part}, mean", float(apart.mean())))
+        rows.append(Row("raw heads", case, f"{part}, largest", float(apart[..., columns].max())))
+        rows.append(Row("raw heads", case, f"{part}, mean", float(apart[..., columns].mean())))
     return rows
 
 
 def _batch_rows(candidate: Side, frames: list[Frame], size_hw: tuple[int, int], limited: bool) -> list[Row]:
     """Every slot of a batch must give what the frame gives alone."""
-    detector = candidate.at(size_hw).detector
+    detector = candidate.at(size_hw)
     alone = [detector.detect(frame) for frame in frames]
     together = detector.detect_batch(frames)
+    most = (BATCH_IOU, BATCH_LANDMARK_ERROR, BATCH_SCORE, 0) if limited else (None,) * 4
     rows = []
     for slot, (one, other) in enumerate(zip(alone, together, strict=True)):
         agreement = Agreement()
         agreement.add(one, other)
         least = min(agreement.iou, default=1.0)
+        error, drift = max(agreement.landmarks, default=0.0), max(agreement.scores, default=0.0)
         # a score on the threshold may fall to either side of it
         lost = [item for item in agreement.unmatched if abs(item - agreement.score) >= BATCH_SCORE]
         case = f"slot {slot} of {len(frames)}"
-        limit = BATCH_IOU if limited else None
-        note = f"{agreement.faces} faces"
-        rows.append(Row("batch", case, "least IoU, to it alone", least, limit, True, note))
-        error, drift = max(agreement.landmarks, default=0.0), max(agreement.scores, default=0.0)
-        rows.append(Row("batch", case, "landmarks, % of face", error, BATCH_LANDMARK_ERROR if limited else None))
-        rows.append(Row("batch", case, "scores, largest drift", drift, BATCH_SCORE if limited else None))
-        rows.append(Row("batch", case, "faces of one side alone", float(len(lost)), 0 if limited else None))
+        rows += [
+            Row("batch", case, "least IoU, to it alone", least, most[0], True, f"{agreement.faces} faces"),
+            Row("batch", case, "landmarks, % of face", error, most[1]),
+            Row("batch", case, "scores, largest drift", drift, most[2]),
+            Row("batch", case, "faces of one side alone", float(len(lost)), most[3]),
+        ]
     return rows
 
 
@@ -369,18 +461,16 @@ def _run_all(
     faces: list[list[Detections]] = []
     precision: dict[str, dict[str, float | None]] = {}
     for role, side in zip(("reference", "candidate"), sides, strict=True):
-        recorder = side.at(size_hw)
-        if truth and options.data:
+        detector = side.at(size_hw)
+        shown = tqdm(samples, desc=role, unit="image", disable=None if options.progress else True)
+        faces.append([detector.detect(sample.load()) for sample in shown])
+        if truth:
             from trainer.average_precision import average_precision
-            from trainer.evaluate import predict
+            from trainer.evaluate import to_rows
 
-            predictions, _ = predict(recorder, options.data / "val" / "images", truth, options.progress)
-            for level, curve in average_precision(predictions.by_image, truth).items():
+            found = {key: to_rows(one) for key, one in zip(truth, faces[-1], strict=True)}
+            for level, curve in average_precision(found, truth).items():
                 precision.setdefault(level, {})[role] = None if np.isnan(curve.ap) else 100 * curve.ap
-        else:
-            for sample in tqdm(samples, desc=role, unit="image", disable=None if options.progress else True):
-                recorder.detect(sample.load())
-        faces.append(recorder.faces)
     return faces, precision
 
 
@@ -413,7 +503,7 @@ def verify(options: VerifyOptions) -> Verification:
         samples = _demo_samples(options.images or DEMO_FRAMES)
         notes.append("sample photographs only, and no AP: --data WIDERFACE tells what it really costs")
     few = [samples[i].load() for i in _evenly(len(samples), HEAD_IMAGES)]
-    row, differences = _preprocessing(reference, candidate, few[0], size_hw)
+    row, differences = _preprocessing(reference, candidate, size_hw)
     notes += differences
     rows = [row, *_raw_heads(reference, candidate, few, size_hw)]
     protocols: dict[str, tuple[int, int] | None] = {"letterbox": size_hw, "original": None}

@@ -62,17 +62,13 @@ class BuildReport:
     """What was built, and with what; written beside the library as .json.
 
     Attributes:
-        target: Key of `TARGETS`.
         library: File name.
-        library_sha256: Of the file.
         machine: What it runs on, for instance x86_64.
         sources_sha256: Of the sources and the settings: a library of other sources is rebuilt.
         compiler: Path of nvcc, or of g++ for the host.
-        compiler_version: What it says about itself.
         architectures: Compute capabilities with machine code; empty for the host.
         left_out: Wanted ones that this nvcc does not know.
         headers: Folder of the TensorRT headers.
-        headers_version: Their version.
         kernels: Registers, spills and static shared memory of each kernel, one row for each architecture;
             `heads` is their type, empty for the letterbox.
     """
@@ -114,19 +110,16 @@ def find_nvcc() -> Path:
     Raises:
         MissingToolError: There is none; the message names the command that brings one.
     """
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    homes = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     pip_roots = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    wheels = [found for root in pip_roots for found in sorted(Path(root).glob("nvidia/cu*/bin/nvcc"), reverse=True)]
-    on_path = shutil.which("nvcc")
-    places = [Path(home) / "bin" / "nvcc" for home in homes]
-    places += [Path(on_path)] if on_path else []
-    places += [SYSTEM_CUDA / "bin" / "nvcc", *wheels]
-    for place in places:
-        if place.is_file() and os.access(place, os.X_OK):
-            return place
-    raise MissingToolError(
-        f"no nvcc on PATH, under CUDA_HOME, in {SYSTEM_CUDA} or among the pip packages: {NVCC_COMMAND}"
-    )
+    wheels = [found for root in pip_roots for found in sorted(Path(root).glob("nvidia/cu*/bin"), reverse=True)]
+    folders = [*homes, os.environ.get("PATH", os.defpath), SYSTEM_CUDA / "bin", *wheels]
+    found = shutil.which("nvcc", path=os.pathsep.join(map(str, folders)))
+    if not found:
+        raise MissingToolError(
+            f"no nvcc on PATH, under CUDA_HOME, in {SYSTEM_CUDA} or among the pip packages: {NVCC_COMMAND}"
+        )
+    return Path(found)
 
 
 def find_compiler() -> Path:
@@ -156,10 +149,9 @@ def find_tensorrt_headers() -> tuple[Path, str]:
     else:
         triplet = sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"
         system = (f"/usr/include/{triplet}", "/usr/include", "/usr/local/tensorrt/include", "/opt/tensorrt/include")
-        places = [Path(place) for place in system]
         package = importlib.util.find_spec("kernel_lens")  # not imported: it would bring torch and triton
-        for folder in (package.submodule_search_locations or []) if package else []:
-            places.append(Path(folder) / "include" / "tensorrt")
+        carried = (package.submodule_search_locations or []) if package else []
+        places = [*map(Path, system), *(Path(folder) / "include" / "tensorrt" for folder in carried)]
     for place in places:
         version_file = place / "NvInferVersion.h"
         if version_file.is_file() and (place / "NvInferRuntime.h").is_file():
@@ -245,12 +237,7 @@ def _resources(log: str) -> tuple[dict[str, int | str], ...]:
 def build(
     target: str = "plugin", architectures: Sequence[int] = ARCHITECTURES, folder: Path | None = None
 ) -> BuildReport:
-    """Compile a library and write it and its report; return the report.
-
-    Args:
-        target: Key of `TARGETS`.
-        architectures: Compute capabilities that get machine code.
-        folder: Where to; `LIBRARY_FOLDER` unless given.
+    """Compile a library with code for these compute capabilities, to `LIBRARY_FOLDER` unless given; return its report.
 
     Raises:
         MissingToolError: A compiler or header is missing.
@@ -347,13 +334,7 @@ def find_library(target: str = "plugin") -> Path | None:
 
 
 def ensure(target: str = "plugin") -> Path:
-    """Return the library of a target, built anew if it is missing, damaged, or its sources have changed.
-
-    Raises:
-        MissingToolError: It must be built, and a compiler or header is missing.
-        BuildError: It does not compile.
-        OutputError: There is no folder it could be written to.
-    """
+    """Return the library of a target, built anew (see `build`) if it is missing, damaged or of other sources."""
     found = find_library(target)
     if found is None:
         present = LIBRARY_FOLDER if LIBRARY_FOLDER.is_dir() else LIBRARY_FOLDER.parent

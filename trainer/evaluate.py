@@ -165,11 +165,11 @@ def predict(
             frame = read_image(path)
         faces = detector.detect(frame)
         found.truncated += faces.truncated
-        found.by_image[key] = _to_rows(faces)
+        found.by_image[key] = to_rows(faces)
     return found, {key: truth[key] for key in present}
 
 
-def _to_rows(faces: Detections) -> Array:
+def to_rows(faces: Detections) -> Array:
     """(n, 5) x, y, width, height, score; corners are cut to whole pixels, as the usual text files hold them."""
     corners = np.trunc(faces.boxes.astype(np.float64))
     return np.column_stack([corners[:, :2], corners[:, 2:] - corners[:, :2], faces.scores])

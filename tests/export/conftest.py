@@ -29,7 +29,7 @@ def shared_cache(calibration_cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture(scope="session")
 def heads() -> onnx.ModelProto:
     """The published weights up to the head maps, at 320x320; not to be changed."""
-    from export.portable import build_heads
+    from export.graph import build_heads
     from trainer import load_model
 
     return build_heads(load_model(), SIZE)

@@ -13,13 +13,11 @@ from onnx import numpy_helper
 
 from export.calibration import (
     calibrate,
-    calibration_files,
-    find_calibration_images,
     letterboxed,
     load_inputs,
 )
-from export.options import CalibrationOptions, check_calibration
-from export.portable import build_heads
+from export.graph import build_heads
+from export.options import CalibrationOptions, calibration_files, check_calibration, find_calibration_images
 from facespec.errors import DataError, SpecError
 from facespec.images import write_image
 from facespec.letterbox import Frame

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from export.engine_layers import compare, engine_shares, is_readable, layer_precisions, read_information
+from export.graph import build_heads
 from export.options import DEMO, CalibrationOptions
-from export.portable import build_heads
 from export.quantize import convolutions, to_fp16
 from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.errors import BuildError

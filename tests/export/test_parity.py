@@ -9,7 +9,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from export.graph import HEAD_NAMES
+from export.graph import HEAD_NAMES, build_plugin_form, build_portable
 from export.parity import (
     TOLERANCES,
     ParityReport,
@@ -19,7 +19,6 @@ from export.parity import (
     check_parity,
     rows_from_maps,
 )
-from export.portable import build_plugin_form, build_portable
 from export.quantize import to_fp16
 from facespec.boxes import Decoded
 from facespec.errors import ParityError

@@ -15,10 +15,10 @@ from onnx import numpy_helper
 
 from export import calibration as calibration_module
 from export import to_onnx, to_trt
-from export.calibration import Calibration, calibrate, find_calibration_images, load_inputs, with_precision
+from export.calibration import Calibration, calibrate, load_inputs, with_precision
+from export.graph import build_heads, build_portable
 from export.inspect import inspect
-from export.options import CalibrationOptions, Int8Recipe, load_recipe
-from export.portable import build_heads
+from export.options import CalibrationOptions, Int8Recipe, find_calibration_images, load_recipe
 from export.quantize import (
     _as_half,
     conv_inputs,
@@ -184,6 +184,20 @@ def test_scales_cut_nothing_off_and_waste_nothing(heads: onnx.ModelProto, calibr
     # what several convolutions read is quantised once
     quantised = [node.input[0] for node in graph.graph.node if node.op_type == "QuantizeLinear"]
     assert sorted(quantised) == sorted({node.input[0] for node in convs})
+
+
+def test_a_portable_graph_keeps_its_int8(heads: onnx.ModelProto, calibrated: Calibration) -> None:
+    """It is simplified: that must neither fold weights back to floats nor drop a pair that changes what is computed."""
+    quantised = to_fp16(to_int8(heads, calibrated.ranges))
+    portable = build_portable(quantised, ModelSpec(), SIZE)
+    for kind in ("QuantizeLinear", "DequantizeLinear"):
+        before, after = (
+            sorted(tuple(node.output) for node in graph.graph.node if node.op_type == kind)
+            for graph in (quantised, portable)
+        )
+        assert after == before
+    assert convolutions(portable, SIZE) == convolutions(quantised, SIZE)
+    assert lint_qdq(portable) == []
 
 
 def test_scales_that_float16_can_hold() -> None:

@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from export.calibration import Calibration, calibrate
+from export.graph import build_heads
 from export.options import DEMO, CalibrationOptions, Int8Recipe, load_recipe
 from export.parity import rows_from_maps
-from export.portable import build_heads
 from export.quantize import mac_shares, to_int8
 from export.sensitivity import (
     MAX_STEPS,
@@ -21,7 +21,6 @@ from export.sensitivity import (
     SensitivityOptions,
     Step,
     _faces,
-    _flags,
     _held_out,
     _run,
     _short,
@@ -393,9 +392,9 @@ def test_what_is_measured_by_default() -> None:
     assert options == SensitivityOptions("w", CalibrationOptions("c", Path("d"), 9, 3), 10, (32, 64))
     assert budget == Budget(90, 2)
     assert (files.json, files.plot, files.out) == (Path("j"), Path("p"), Path("r"))
-    said = _flags(options.calibration, Path("r s"))
-    assert said == "--int8 --calib c --images 9 --seed 3 --data d --int8-recipe 'r s'"
-    assert "--data" not in _flags(CalibrationOptions("c"), Path("r"))
+    words = dataclasses.replace(options.calibration, recipe=Path("r s")).words()
+    assert words == ["--calib", "c", "--images", "9", "--seed", "3", "--data", "d", "--int8-recipe", "r s"]
+    assert "--data" not in CalibrationOptions("c").words()
 
 
 def test_images_to_measure_on_are_others(tmp_path: Path) -> None:

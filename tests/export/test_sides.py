@@ -11,8 +11,7 @@ from onnx import TensorProto, helper
 
 from export.graph import HEAD_NAMES
 from export.parity import rows_from_maps
-from export.sides import ModelInfo, Recorder, Side
-from facespec.detections import Detections
+from export.verify import ModelInfo, Side
 from facespec.letterbox import Frame
 from tests.conftest import Exported
 from tests.faces import assert_identical
@@ -90,28 +89,8 @@ def test_int8_is_called_int8(int8_onnx: Path) -> None:
     assert side.info.mac_shares == pytest.approx({"int8": 0.88, "fp16": 0.12}, abs=1e-3)
 
 
-def test_what_was_found_is_kept_in_order(astronaut: Frame) -> None:
-    class Counting:
-        size_hw: object = "unset"
-
-        def __init__(self) -> None:
-            self.count = 0
-
-        def detect(self, frame: Frame) -> Detections:
-            self.count += 1
-            zeros = np.zeros((self.count, 5, 2), np.float32)
-            return Detections(zeros[:, :2].reshape(-1, 4), zeros[:, 0, 0], zeros, (1, 1))
-
-        def detect_batch(self, frames: list[Frame]) -> list[Detections]:
-            return [self.detect(frame) for frame in frames]
-
-    recorder = Recorder(Counting())
-    assert len(recorder.detect(astronaut)) == 1
-    assert [len(found) for found in recorder.detect_batch([astronaut, astronaut])] == [2, 3]
-    assert [len(found) for found in recorder.faces] == [1, 2, 3]
+def test_the_size_of_a_side_is_that_of_its_detector() -> None:
     side = Side("mobilenet0.25")
     for size_hw in ((64, 96), None):
-        again = side.at(size_hw)
-        assert again.detector is side.detector
-        assert again.detector.size_hw == size_hw
-        assert again.faces == []
+        assert side.at(size_hw) is side.detector
+        assert side.detector.size_hw == size_hw

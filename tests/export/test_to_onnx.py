@@ -15,10 +15,9 @@ from onnx import numpy_helper
 
 import export.calibration
 from export.calibration import Calibration, report_calibration
-from export.graph import HEAD_NAMES
+from export.graph import HEAD_NAMES, build_heads, build_portable
 from export.options import CalibrationOptions, parity_frames
 from export.parity import check_parity
-from export.portable import build_heads, build_portable
 from export.to_onnx import CALIBRATION_HW, ExportOptions, export_onnx, main, parse_arguments
 from facespec.errors import DataError, ParityError, SpecError
 from facespec.images import write_image
@@ -125,7 +124,7 @@ def test_a_graph_that_differs_fails_the_report(
 
 def test_nothing_is_written_without_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exporter that goes wrong, here by other weights on one side, leaves the old file as it was."""
-    import export.portable
+    import export.graph
 
     def other_weights(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:
         changed = copy.deepcopy(model)
@@ -133,7 +132,7 @@ def test_nothing_is_written_without_parity(tmp_path: Path, monkeypatch: pytest.M
             next(changed.parameters()).add_(0.01)
         return build_heads(changed, size_hw)
 
-    monkeypatch.setattr(export.portable, "build_heads", other_weights)
+    monkeypatch.setattr(export.graph, "build_heads", other_weights)
     (tmp_path / "m.onnx").write_text("old")
     options = ExportOptions("mobilenet0.25", tmp_path / "m.onnx", (320, 320))
     with pytest.raises(ParityError, match="nothing was written"):

@@ -7,17 +7,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from export.quantize import emulate_fp16
-from export.sides import ModelInfo, Recorder, Side
 from export.verify import (
     BUDGETS,
+    ModelInfo,
     Row,
+    Side,
     Verification,
     VerifyOptions,
     _ap_rows,
@@ -141,8 +141,8 @@ def test_every_slot_of_a_batch_is_compared_by_everything() -> None:
 
         size_hw = None
 
-        def at(self, size_hw: tuple[int, int]) -> SimpleNamespace:
-            return SimpleNamespace(detector=self)
+        def at(self, size_hw: tuple[int, int]) -> Wrong:
+            return self
 
         def detect(self, frame: Frame) -> Detections:
             return _faces([[0, 0, 100, 100]], shift=float(frame[0, 0, 0]))
@@ -270,8 +270,7 @@ def test_raw_heads_by_hand() -> None:
 
 
 def test_where_specs_part() -> None:
-    frame = np.full((30, 60, 3), 200, np.uint8)
-    same, notes = _preprocessing(_Fixed(), _Fixed(), frame, (64, 96))  # type: ignore[arg-type]
+    same, notes = _preprocessing(_Fixed(), _Fixed(), (64, 96))  # type: ignore[arg-type]
     assert (same.value, notes) == (0, [])
     assert (same.case, same.quantity) == ("letterbox 64x96", "largest difference")
     other = _Fixed(
@@ -280,14 +279,14 @@ def test_where_specs_part() -> None:
         decode=DecodeSpec(top_k=7),
         weights_sha256="b" * 64,
     )
-    row, notes = _preprocessing(_Fixed(weights_sha256="a" * 64), other, frame, (64, 96))  # type: ignore[arg-type]
-    assert row.value == 7  # the frame itself; its padding is zero on both sides
+    row, notes = _preprocessing(_Fixed(weights_sha256="a" * 64), other, (64, 96))  # type: ignore[arg-type]
+    assert row.value == 7
     assert len(notes) == 4
     assert notes[0] == "preprocess mean_bgr differs: reference (104, 117, 123), candidate (100, 117, 130)"
     assert notes[1].startswith("anchors min_sizes differs: reference ((16, 32)")
     assert notes[2].startswith("decode top_k differs: reference 5000, candidate 7")
     assert notes[3] == "they were made from different weights"
-    assert _preprocessing(_Fixed(), other, frame, (64, 96))[1][-1] != notes[3]  # type: ignore[arg-type]
+    assert _preprocessing(_Fixed(), other, (64, 96))[1][-1] != notes[3]  # type: ignore[arg-type]
 
 
 def test_faces_where_there_are_none() -> None:
@@ -355,9 +354,9 @@ def test_each_quantity_of_a_slot() -> None:
     answers = {1: [together, more]}
 
     class Batch:
-        def at(self, size_hw: tuple[int, int]) -> SimpleNamespace:
+        def at(self, size_hw: tuple[int, int]) -> Batch:
             assert size_hw == (64, 96)
-            return SimpleNamespace(detector=self)
+            return self
 
         def detect(self, frame: Frame) -> Detections:
             return alone
@@ -647,7 +646,7 @@ class _Counting(_Fixed):
 
     def at(self, size_hw: tuple[int, int] | None) -> Any:
         self.size_hw = size_hw
-        return Recorder(self)
+        return self
 
     def detect(self, frame: Frame) -> Detections:
         self.sizes.append(self.size_hw)

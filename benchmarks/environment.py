@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from facespec.cli import ArgumentParser
 from facespec.files import check_outputs, write_text
 from trt_runtime import machine
@@ -88,6 +86,8 @@ def in_turns(work: Sequence[tuple[Callable[[Any], object], Sequence[Any]]], repe
 
     def numbered(call: Callable[[Any], object], items: Sequence[Any]) -> Callable[[int], object]:
         return lambda index: call(items[index % len(items)])
+
+    from tqdm import tqdm  # where only kernels are timed, it need not be installed
 
     with tqdm(total=repeats * len(work), unit="call", leave=False, disable=None) as progress:
         return take_turns([numbered(*each) for each in work], repeats, progress=progress.update)

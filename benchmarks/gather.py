@@ -2,17 +2,7 @@
 
     python -m benchmarks.gather dev_ap ap/*.json
 
-What writes the files, and for which models:
-
-dev_ap      python -m trainer.evaluate --detector MODEL --data WIDERFACE --protocol PROTOCOL --json FILE
-            mobilenet0.25, its portable and its plugin form, by both protocols
-ap_scoring  python -m trainer.evaluate --predictions FOLDER --ground-truth WIDERFACE/gt --json FILE
-            predictions on all 3226 images
-precision   python -m export.verify --reference mobilenet0.25 --candidate MODEL --data WIDERFACE --protocol both
-            --json FILE; the plugin forms in FP16 and INT8, the latter calibrated on widerface_train
-
-export.to_onnx writes portable forms, export.to_trt --onnx-only plugin forms. The other result files come from one
-command each: int8_sensitivity from export.sensitivity, the rest from the benchmark of the same name.
+docs/benchmarks.md names the commands that write the files of each.
 """
 
 from __future__ import annotations

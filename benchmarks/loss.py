@@ -14,7 +14,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from math import nan
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,12 +45,9 @@ def add_original(parser: ArgumentParser) -> None:
 
 
 def load_original(checkout: Path, file: str, **modules: ModuleType) -> Any:
-    """Return a module of a checkout of biubug6/Pytorch_Retinaface; of the others only utils/box_utils.py is run.
+    """Return a module of a checkout, given by its path there; of the others only utils/box_utils.py is run.
 
-    Args:
-        checkout: Its folder.
-        file: Path of the module in it.
-        modules: What takes the place of others that it imports.
+    `modules` take the place of others that it imports.
     """
     with patch.dict(sys.modules, {"utils": ModuleType("utils"), **modules}):
         for name, path in (("utils.box_utils", "utils/box_utils.py"), ("original", file)):
@@ -64,12 +60,7 @@ def load_original(checkout: Path, file: str, **modules: ModuleType) -> Any:
 
 
 class OriginalLoss:
-    """The loss of a checkout of biubug6/Pytorch_Retinaface, on the CPU, which it was not made for.
-
-    Args:
-        checkout: Its folder.
-        size_hw: Height and width of the network input.
-    """
+    """The loss of a checkout, on the CPU, which it was not made for, at a size of the network input."""
 
     def __init__(self, checkout: Path, size_hw: tuple[int, int]) -> None:
         data = ModuleType("data")
@@ -158,14 +149,12 @@ def main() -> int:
     results = [measure(faces, original, args.rounds) for faces in FACES]
     what = f"ms of matching and loss of {BATCH} images of {SIZE[0]}x{SIZE[1]}; backward includes forward"
     write_result(args, what, results, "torch", "numpy", threads=args.threads, rounds=args.rounds)
+    speedups = [name for name in results[0] if name.startswith("speedup")]
     lines = []
     for row in results:
-        line = [f"{row['faces_per_image']}", f"{row['positives']}"]
-        for kind in ("forward", "backward"):
-            line += [f"{row['ms'].get(f'{one}_{kind}', {}).get('p50', nan):.2f}" for one in ("ours", "original")]
-            line.append(f"{row.get(f'speedup_{kind}', nan):.1f}")
-        lines.append(line)
-    header = ["faces", "positives", "forward: ours", "original", "speedup", "backward: ours", "original", "speedup"]
+        line = [f"{row['faces_per_image']}", f"{row['positives']}", *(f"{ms['p50']:.2f}" for ms in row["ms"].values())]
+        lines.append([*line, *(f"{row[name]:.1f}" for name in speedups)])
+    header = ["faces", "positives", *results[0]["ms"], *speedups]
     print(text_table(header, lines))
     return 0
 

@@ -85,11 +85,8 @@ def resident_mb() -> float:
 
 def identical(found: Detections, expected: Detections) -> bool:
     """Whether two results are the same to the bit."""
-    one, other = (
-        [side.frame_hw, side.truncated, side.boxes.tobytes(), side.scores.tobytes(), side.landmarks.tobytes()]
-        for side in (found, expected)
-    )
-    return one == other
+    pairs = zip(vars(found).values(), vars(expected).values(), strict=True)
+    return all(np.asarray(one).tobytes() == np.asarray(other).tobytes() for one, other in pairs)
 
 
 def soak_frames(opener: Opener, frames: list[Frame], calls: int, settle: int, threads: int) -> dict[str, Any]:
@@ -131,11 +128,7 @@ def soak_reopens(opener: Opener, frames: list[Frame], calls: int, settle: int) -
 def _soak(work: Callable[[int], int], calls: int, settle: int, start: float) -> dict[str, Any]:
     """Settle, then do calls in parts, and read memory after each; return a row of the result file.
 
-    Args:
-        work: Makes a number of calls, and returns how many of them gave the expected bits.
-        calls: Calls after settling.
-        settle: Calls until memory is read for the first time.
-        start: When the part began.
+    `work` makes a number of calls, and returns how many of them gave the expected bits.
     """
     right = work(settle)
     resident = [resident_mb()]

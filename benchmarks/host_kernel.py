@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from benchmarks.environment import benchmark_parser, in_turns, parse, write_result
 from benchmarks.latency import SIZE, load_frames
@@ -25,27 +24,11 @@ from export.to_onnx import ExportOptions, export_onnx
 from facespec.boxes import decode_detections
 from facespec.cli import run
 from facespec.priors import make_priors
-from facespec.spec import DecodeSpec, ModelSpec
+from facespec.spec import ModelSpec
 from facespec.tables import text_table
 from trt_runtime.kernels import decode_nms
 from trt_runtime.measure import Latency
-from trt_runtime.onnx_model import open_session
-
-Maps = list[NDArray[np.float32]]
-
-
-def parts(model: Path) -> tuple[Callable[[NDArray[np.uint8]], Maps], Callable[[Maps], list[Any]]]:
-    """Return the exported graph up to the head maps, and from there on."""
-    outputs = list(DecodeSpec().outputs)
-    with tempfile.TemporaryDirectory() as folder:
-        network, decoding = (str(Path(folder) / f"{name}.onnx") for name in ("network", "decoding"))
-        onnx.utils.extract_model(str(model), network, ["images"], list(HEAD_NAMES), check_model=False)
-        onnx.utils.extract_model(str(model), decoding, list(HEAD_NAMES), outputs, check_model=False)
-        first, second = (open_session(path, path, 1) for path in (network, decoding))
-    return (
-        lambda images: first.run(list(HEAD_NAMES), {"images": images}),
-        lambda maps: second.run(outputs, dict(zip(HEAD_NAMES, maps, strict=True))),
-    )
+from trt_runtime.onnx_model import OnnxModel, open_session
 
 
 def main() -> int:
@@ -56,17 +39,21 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20, help="times every frame is decoded")
     args = parse(parser, count=2, rounds=1)
     spec = ModelSpec()
+    outputs = list(spec.decode.outputs)
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "retinaface.onnx"
+        model, decoding = (Path(folder) / f"{name}.onnx" for name in ("retinaface", "decoding"))
         export_onnx(ExportOptions("mobilenet0.25", model, SIZE, decode=spec.decode))
-        network, operators = parts(model)
-        frames = load_frames(args.frames, args.count)
-        maps = [network(frame[None]) for frame in frames.images]
+        onnx.utils.extract_model(str(model), str(decoding), list(HEAD_NAMES), outputs, check_model=False)
+        network = open_session(OnnxModel(model).heads_graph.content, model, 1)
+        operators = open_session(str(decoding), decoding, 1)
+    frames = load_frames(args.frames, args.count)
+    maps = [network.run(list(HEAD_NAMES), {"images": frame[None]}) for frame in frames.images]
+    named = [dict(zip(HEAD_NAMES, levels, strict=True)) for levels in maps]
     priors = make_priors(spec.anchors, SIZE)
     rows = [np.split(rows_from_maps(levels, spec.anchors.per_cell), [4, 6], axis=1) for levels in maps]
     work: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
         "host_kernel": (lambda levels: decode_nms(levels, SIZE, spec), maps),
-        "onnx_operators": (operators, maps),
+        "onnx_operators": (lambda levels: operators.run(outputs, levels), named),
         "numpy_reference": (lambda row: decode_detections(row[0], row[1], row[2], priors, spec.decode), rows),
     }
     samples = in_turns(list(work.values()), args.rounds * len(maps))

@@ -161,8 +161,7 @@ def main() -> int:
     args = parse(parser, count=10, rounds=1)
     cores = len(os.sched_getaffinity(0))
     open_tiny(cores)
-    precisions = ["fp32", "int8"] if args.data else ["fp32"]
-    stages = {precision: StageTimer() for precision in precisions}  # sums over all rounds
+    stages = {kind: StageTimer() for kind in ("fp32", "int8") if kind == "fp32" or args.data}  # sums over all rounds
     flow = PipelineOptions(batch=args.batch, depth=args.depth)
 
     def pipeline(clip: Path, model: Path, timer: StageTimer) -> Run:

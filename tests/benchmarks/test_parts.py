@@ -18,7 +18,7 @@ from benchmarks.gpu_kernel import cases, same_detections
 from facespec.detections import Detections
 from facespec.errors import DataError, OutputError
 from facespec.letterbox import Frame, Letterbox
-from trt_runtime.measure import Latency
+from trt_runtime.measure import Latency, speed_ratio
 
 
 def test_a_result_says_what_it_depends_on(
@@ -216,11 +216,12 @@ def test_the_cases_of_the_kernels_benchmark() -> None:
 
 def test_times_against_tiny_and_their_table() -> None:
     slow, fast = np.array([20.0, 22.0, 21.0, 20.5]), np.array([10.0, 11.0, 10.5, 10.25])
-    times = cpu_latency.against_tiny(fast, slow)
+    times = latency.figures(fast, times_as_fast_as_tiny=speed_ratio(slow, fast))
     assert times["calls"] == 4
     assert times["ms"] == Latency.of(fast).to_dict()
     assert times["times_as_fast_as_tiny"]["times"] == pytest.approx(2)  # slower is less
-    tiny = {"name": cpu_latency.TINY, "threads": 1, **cpu_latency.against_tiny(slow, slow), "faces": 31}
+    tiny = {"name": cpu_latency.TINY, "threads": 1, "faces": 31}
+    tiny |= latency.figures(slow, times_as_fast_as_tiny=speed_ratio(slow, slow))
     ours = {
         "name": "openvino int8", "threads": 2, **times, "faces": 32, "frames_with_the_same_faces": 23,
         "frames_the_same_to_the_pixel": 7, "ap": {"easy": 91.234, "hard": 80.1}, "budget_held": False, "budget": "int8",

@@ -14,6 +14,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,6 @@ from trt_runtime.measure import Latency
 
 SIZE = 640
 
-Way = tuple[Callable[[Path], Any], Callable[[Any, Faces, int], object]]
-"""What reads a file, and what augments its pixels and faces by a seed."""
-
 
 def to_rows(faces: Faces) -> NDArray[np.float64]:
     """Return faces as the original's data loader gives them: (n, 15) x1, y1, x2, y2, landmarks and label."""
@@ -45,23 +43,9 @@ def to_rows(faces: Faces) -> NDArray[np.float64]:
     return np.hstack([faces.boxes, landmarks, labels]).astype(np.float64)
 
 
-def ways(checkout: Path | None) -> dict[str, Way]:
-    """Return ours by two settings and, if there is a checkout, the original."""
-
-    def ours(settings: AugmentSettings) -> Way:
-        def call(image: Frame, faces: Faces, seed: int) -> object:
-            return augment(image, faces, SIZE, np.random.default_rng(seed), settings)
-
-        return read_image, call
-
-    found = {"ours": ours(AugmentSettings()), "ours, original settings": ours(AugmentSettings.original())}
-    if checkout:
-        original = load_original(checkout, "data/data_augment.py").preproc(SIZE, PreprocessSpec().mean_bgr)
-        found["original"] = (
-            lambda path: cv2.imread(str(path)),
-            lambda image, faces, _: original(image, to_rows(faces)),
-        )
-    return found
+def ours(settings: AugmentSettings, image: Frame, faces: Faces, seed: int) -> object:
+    """Augment an image and its faces by a seed."""
+    return augment(image, faces, SIZE, np.random.default_rng(seed), settings)
 
 
 def main() -> int:
@@ -76,11 +60,19 @@ def main() -> int:
     samples = [sample for sample in open_dataset(str(args.data), "train").samples if isinstance(sample, FileSample)]
     samples = [sample for sample in samples if len(sample.labelled)]  # the original refuses the others
     chosen = [samples[index] for index in np.linspace(0, len(samples) - 1, args.count).astype(int)]
-    timed = ways(args.original)
+    ways: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Faces, int], object]]] = {}
+    for name, settings in (("ours", AugmentSettings()), ("ours, original settings", AugmentSettings.original())):
+        ways[name] = read_image, partial(ours, settings)
+    if args.original:
+        original = load_original(args.original, "data/data_augment.py").preproc(SIZE, PreprocessSpec().mean_bgr)
+        ways["original"] = (
+            lambda path: cv2.imread(str(path)),
+            lambda image, faces, _: original(image, to_rows(faces)),
+        )
     times: dict[str, list[float]] = defaultdict(list)
     for seed, sample in enumerate([chosen[0], *chosen]):
         image, faces = sample.load()
-        for name, (read, call) in timed.items():
+        for name, (read, call) in ways.items():
             for source in ("pixels", "file"):
                 start = time.perf_counter()
                 call(image if source == "pixels" else read(sample.path), faces, seed)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import trt_runtime
 from facespec.cli import ArgumentParser, json_output, run
@@ -33,21 +33,17 @@ _ROOT = Path(trt_runtime.__file__).resolve().parent.parent
 _OURS = tuple(f"{_ROOT / package}/" for package in ("facespec", "trt_runtime"))
 _INLINE = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>")
 
-DETECTORS: dict[str, Callable[[Path], Any]] = {
-    "OrtRetinaFace": lambda path: OrtRetinaFace(path, size_hw=SIZE),
-    "OpenVinoRetinaFace": lambda path: OpenVinoRetinaFace(path, size_hw=SIZE),
-    "TRTRetinaFace": lambda path: TRTRetinaFace(path, size_hw=SIZE, device="cpu"),
+DETECTORS: dict[str, Callable[..., Any]] = {
+    "OrtRetinaFace": OrtRetinaFace,
+    "OpenVinoRetinaFace": OpenVinoRetinaFace,
+    "TRTRetinaFace": partial(TRTRetinaFace, device="cpu"),
 }
 
 
-@dataclass(frozen=True)
-class CallPath:
-    """What a call walked through.
+class CallPath(NamedTuple):
+    """What a call walked through of ours: "file:name:line" of each function in the order of first calls, their files.
 
-    Attributes:
-        functions: "file:name:line" of each function of ours, in the order of their first calls.
-        files: Files they lie in.
-        switches: Calls of ours into another file than the call of ours before.
+    `switches` counts the calls of ours into another file than the call of ours before.
     """
 
     functions: list[str]
@@ -57,12 +53,14 @@ class CallPath:
 
 def walk(call: Callable[[], object]) -> CallPath:
     """Return what a call walks through on this thread; comprehensions belong to the function they stand in."""
-    entered: list[tuple[str, str]] = []
+    places: list[str] = []
+    functions: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
         if event == "call" and code.co_filename.startswith(_OURS) and code.co_name not in _INLINE:
-            entered.append((code.co_filename, f"{code.co_name}:{code.co_firstlineno}"))
+            places.append(str(Path(code.co_filename).relative_to(_ROOT)))
+            functions.append(f"{places[-1]}:{code.co_name}:{code.co_firstlineno}")
 
     before = sys.getprofile()
     sys.setprofile(note)
@@ -70,15 +68,13 @@ def walk(call: Callable[[], object]) -> CallPath:
         call()
     finally:
         sys.setprofile(before)
-    places = [str(Path(file).relative_to(_ROOT)) for file, _ in entered]
-    functions = dict.fromkeys(f"{place}:{name}" for place, (_, name) in zip(places, entered, strict=True))
     switches = sum(one != other for one, other in pairwise(places))
-    return CallPath(list(functions), list(dict.fromkeys(places)), switches)
+    return CallPath(list(dict.fromkeys(functions)), list(dict.fromkeys(places)), switches)
 
 
 def walk_detect(name: str, model: Path, frame: Frame) -> CallPath:
     """Return what a warm `detect` of one of `DETECTORS` walks through."""
-    with DETECTORS[name](model) as detector:
+    with DETECTORS[name](model, size_hw=SIZE) as detector:
         for _ in range(WARM_UP):  # the second call may capture a graph
             detector.detect(frame)
         return walk(lambda: detector.detect(frame))
@@ -96,7 +92,7 @@ def main() -> int:
         found = {name: walk_detect(name, args.model, frame) for name in names}
         for name, path in found.items():
             print(f"{name:20} {len(path.functions)} functions, {len(path.files)} files, {path.switches} switches")
-        write(json.dumps({name: vars(path) for name, path in found.items()}, indent=2))
+        write(json.dumps({name: path._asdict() for name, path in found.items()}, indent=2))
     return 0
 
 

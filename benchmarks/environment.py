@@ -16,31 +16,17 @@ from trt_runtime import measure
 from trt_runtime.measure import Samples, take_turns
 
 
-def environment(*packages: str) -> dict[str, Any]:
-    """Return date, command line, machine, versions of the named packages, and commit."""
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-        ).stdout.strip()
-    except OSError:
-        commit = ""
-    return {**measure.environment(*packages), "commit": commit}
-
-
 def write_result(
     args: argparse.Namespace, what: str, results: list[dict[str, Any]], *packages: str, **more: Any
 ) -> None:
-    """Write the result file: what was measured, the figures, and the environment they depend on; say so.
-
-    Args:
-        args: From `parse`.
-        what: What was measured, and in which units.
-        results: A row for each contestant or case.
-        packages: Their versions are recorded.
-        more: What else is recorded.
-    """
-    record = {"what": what, **more, "results": results, "load_average": args.load_average, **environment(*packages)}
-    write_text(args.out, json.dumps(record, indent=2) + "\n")
+    """Write the result file and say so: what was measured, in which units, a row for each case, `more`, the origin."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:
+        commit = ""
+    origin = {"load_average": args.load_average, **measure.environment(*packages), "commit": commit}
+    write_text(args.out, json.dumps({"what": what, **more, "results": results, **origin}, indent=2) + "\n")
     print(f"wrote {args.out}")
 
 
@@ -56,9 +42,7 @@ def benchmark_parser(name: str, description: str | None) -> ArgumentParser:
 def parse(parser: ArgumentParser, **quick: Any) -> argparse.Namespace:
     """Return the arguments of the command line, and `load_average` of the machine; warn where it is busy.
 
-    Args:
-        parser: From `benchmark_parser`.
-        quick: Defaults of other options with --quick.
+    With --quick other options have the defaults of `quick`.
 
     Raises:
         OutputError: The result cannot be written.
@@ -76,20 +60,16 @@ def parse(parser: ArgumentParser, **quick: Any) -> argparse.Namespace:
     return args
 
 
-def by_index(call: Callable[[Any], object], items: Sequence[Any]) -> Callable[[int], object]:
-    """Return what calls with the item of a number, again from the first when all have been used."""
-    return lambda index: call(items[index % len(items)])
+def in_turns(work: Sequence[tuple[Callable[[Any], object], Sequence[Any]]], repeats: int) -> list[Samples]:
+    """Return the times of some callables as `take_turns` does, (rounds, calls) in ms each.
 
-
-def in_turns(calls: dict[str, Callable[[int], object]], repeats: int, warm_up: int) -> dict[str, Samples]:
-    """Return the times of calls by name, (rounds, calls) in ms, without pauses; see `take_turns`.
-
-    Args:
-        calls: What to time; each is given the number of the call, from 0.
-        repeats: Least number of calls of each that are recorded.
-        warm_up: Calls of each before that.
+    Each comes with the items it is called with, one after the other and again from the first.
     """
-    for call in calls.values():
-        for index in range(warm_up):
-            call(index)
-    return dict(zip(calls, take_turns(list(calls.values()), repeats, pause_s=0), strict=True))
+
+    def numbered(call: Callable[[Any], object], items: Sequence[Any]) -> Callable[[int], object]:
+        return lambda index: call(items[index % len(items)])
+
+    from tqdm import tqdm  # where only kernels are timed, it need not be installed
+
+    with tqdm(total=repeats * len(work), unit="call", leave=False, disable=None) as progress:
+        return take_turns([numbered(*each) for each in work], repeats, progress=progress.update)

@@ -2,17 +2,7 @@
 
     python -m benchmarks.gather dev_ap ap/*.json
 
-What writes the files, and for which models:
-
-dev_ap      python -m trainer.evaluate --detector MODEL --data WIDERFACE --protocol PROTOCOL --json FILE
-            mobilenet0.25, its portable and its plugin form, by both protocols
-ap_scoring  python -m trainer.evaluate --predictions FOLDER --ground-truth WIDERFACE/gt --json FILE
-            predictions on all 3226 images
-precision   python -m export.verify --reference mobilenet0.25 --candidate MODEL --data WIDERFACE --protocol both
-            --json FILE; the plugin forms in FP16 and INT8, the latter calibrated on widerface_train
-
-export.to_onnx writes portable forms, export.to_trt --onnx-only plugin forms. The other result files come from one
-command each: int8_sensitivity from export.sensitivity, the rest from the benchmark of the same name.
+docs/benchmarks.md names the commands that write the files of each.
 """
 
 from __future__ import annotations
@@ -42,74 +32,68 @@ SHOWN = {
     "landmark_error_percent_of_face": ("landmarks", "mean error, % of face"),
     "score_drift": ("scores", "mean drift"),
 }
-SIDES = (("ap", "candidate"), ("ap_fp32", "reference"))
+KEPT = {
+    "dev_ap": ("protocol", "easy", "medium", "hard", "images", "predictions"),
+    "ap_scoring": ("images", "predictions", "seconds_collecting", "seconds_scoring"),
+}
+"""What a row holds of what `trainer.evaluate` wrote."""
 
 
 def summary(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a result for each protocol, AP and agreement with FP32, of what `export.verify` wrote."""
-    results = []
+    """Return a row for each protocol, AP and agreement with FP32, of what `export.verify` wrote."""
+    rows = []
     for protocol, levels in found["average_precision"].items():
         case = "original size" if protocol == "original" else "letterbox 640x640"
         values = {(row["stage"], row["quantity"]): row["value"] for row in found["rows"] if row["case"] == case}
-        shares = found["candidate"]["mac_shares"]
-        results.append(
+        rows.append(
             {
                 "precision": found["candidate"]["precision"],
                 "protocol": protocol,
-                "mac_shares": {kind: round(share, 4) for kind, share in shares.items()},
+                "mac_shares": {kind: round(share, 4) for kind, share in found["candidate"]["mac_shares"].items()},
                 "budget_held": found["passed"],
-                **{name: {level: _rounded(ap[side], 3) for level, ap in levels.items()} for name, side in SIDES},
+                "ap": {level: _rounded(ap["candidate"], 3) for level, ap in levels.items()},
+                "ap_fp32": {level: _rounded(ap["reference"], 3) for level, ap in levels.items()},
                 **{name: _rounded(values[key], 4) for name, key in SHOWN.items()},
                 "images": found["images"],
             }
         )
-    return results
+    return rows
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
+def _rounded(value: Any, digits: int) -> Any:
+    return round(value, digits) if isinstance(value, float) else value
 
 
-def _evaluated(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the row of what `trainer.evaluate` wrote about a detector."""
-    forms = {".plugin.onnx": "plugin form", ".onnx": "ONNX"}
-    form = next((form for suffix, form in forms.items() if found["detector"].endswith(suffix)), "PyTorch")
-    figures = {level: _rounded(found[level], 3) for level in ("easy", "medium", "hard")}
-    kept = {key: found[key] for key in ("images", "predictions")}
-    return [{"backend": form, "protocol": found["protocol"], **figures, **kept}]
-
-
-def _scored(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the row of what `trainer.evaluate` wrote about predictions."""
-    return [{key: found[key] for key in ("images", "predictions", "seconds_collecting", "seconds_scoring")}]
-
-
-ROWS = {"dev_ap": _evaluated, "ap_scoring": _scored, "precision": summary}
+def _rows(name: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a result file that come from one file of a command."""
+    if name == "precision":
+        return summary(found)
+    row = {key: _rounded(found[key], 3) for key in KEPT[name]}
+    if name == "dev_ap":
+        forms = {".plugin.onnx": "plugin form", ".onnx": "ONNX"}
+        row["backend"] = next((form for end, form in forms.items() if found["detector"].endswith(end)), "PyTorch")
+    return [row]
 
 
 def gather(name: str, files: list[Path]) -> dict[str, Any]:
-    """Return the content of a result file.
-
-    Args:
-        name: Of the result file.
-        files: What the commands wrote.
+    """Return the content of the result file of a name, from what commands wrote.
 
     Raises:
         DataError: A file does not hold what it should, or they come from different machines.
     """
     rows: list[dict[str, Any]] = []
-    found = []
+    origins, commands = [], []
     for file in files:
         try:
-            found.append(json.loads(file.read_text(encoding="utf-8")))
-            rows += ROWS[name](found[-1])
-            if (found[-1]["machine"], found[-1]["versions"]) != (found[0]["machine"], found[0]["versions"]):
-                raise DataError(f"{file}: not from the same machine and versions as {files[0]}")
+            found = json.loads(file.read_text(encoding="utf-8"))
+            rows += _rows(name, found)
+            origins.append({key: found[key] for key in ("machine", "versions")})
+            commands.append(found["command"])
         except (KeyError, ValueError) as error:
             raise DataError(f"{file}: not a file for {name} ({type(error).__name__}: {error})") from None
-    origin = {key: found[0][key] for key in ("machine", "versions")}
-    commands = [each["command"] for each in found]
-    return {"what": WHAT[name], "commands": commands, "results": rows, **environment(), **origin}
+        if origins[-1] != origins[0]:
+            raise DataError(f"{file}: not from the same machine and versions as {files[0]}")
+    return {"what": WHAT[name], "commands": commands, "results": rows, **environment(), **origins[0]}
 
 
 def main() -> int:

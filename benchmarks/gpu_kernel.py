@@ -24,9 +24,8 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,16 +51,10 @@ DELAY_CYCLES = 2_000_000
 """About 1 ms: longer than the host needs to enqueue a graph of hundreds of kernels and an event."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is timed.
+class Case(NamedTuple):
+    """What is timed: a network input and a batch, head maps of a type and a layout, and how full they are.
 
-    Attributes:
-        size_hw: Network input.
-        batch: Images.
-        candidates: Priors over the threshold in each image.
-        half: fp16 head maps, else fp32.
-        channels_last: Their layout.
+    `candidates` is the number of priors over the threshold in each image.
     """
 
     size_hw: tuple[int, int]
@@ -82,22 +75,13 @@ class Case:
 
 def cases() -> list[Case]:
     """Return what is timed, in the order of the table."""
-    layouts = [(half, last) for half in (False, True) for last in (False, True)]
-    found = [Case((640, 640), 1, n, half, last) for n in (0, 50, 300, 1000) for half, last in layouts]
-    found += [Case((640, 640), 8, 300, half, last) for half, last in layouts]
-    found += [Case((1088, 1920), 1, 300, half, last) for half, last in layouts]
-    return found
+    kinds = [((640, 640), 1, candidates) for candidates in (0, 50, 300, 1000)]
+    kinds += [((640, 640), 8, 300), ((1088, 1920), 1, 300)]
+    return [Case(*kind, half, last) for kind in kinds for half in (False, True) for last in (False, True)]
 
 
 class Peer:
-    """The same job in torch operations.
-
-    Args:
-        spec: Anchors and decode settings.
-        size_hw: Network input.
-        candidates: Most candidates of an image.
-        rounds: Repetitions of the suppression.
-    """
+    """The same job in torch operations, for at most `candidates` in an image, with `rounds` of suppression."""
 
     def __init__(self, spec: ModelSpec, size_hw: tuple[int, int], candidates: int, rounds: int) -> None:
         self.spec = spec
@@ -187,8 +171,9 @@ def captured(launch: Callable[[int], Any], count: int) -> Any:
     return graph
 
 
-def replay_us(graph: Any, repeats: int = REPEATS) -> NDArray[np.float64]:
-    """Return the time of each replay on the device."""
+def replay_us(launch: Callable[[int], Any], count: int = 1, repeats: int = REPEATS) -> NDArray[np.float64]:
+    """Return the time of each replay, on the device, of a graph of `count` launches."""
+    graph = captured(launch, count)
     times = []
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -203,14 +188,9 @@ def replay_us(graph: Any, repeats: int = REPEATS) -> NDArray[np.float64]:
     return np.array(times[5:])
 
 
-def single_us(launch: Callable[[int], Any], repeats: int = REPEATS) -> NDArray[np.float64]:
-    """Return the times of a graph of one launch."""
-    return replay_us(captured(launch, 1), repeats)
-
-
 def each_us(launch: Callable[[int], Any], count: int) -> float:
     """Return the median time of one of `count` launches in a graph."""
-    return float(np.median(replay_us(captured(launch, count)))) / count
+    return float(np.median(replay_us(launch, count))) / count
 
 
 def copy_bandwidth() -> float:
@@ -254,11 +234,10 @@ def measure(kernels: Kernels, case: Case, bandwidth: float, cache_bytes: int) ->
         agrees = same_detections(want, theirs)
         if agrees:
             break
-    single = single_us(lambda _: first.launch(), 3 * REPEATS)
+    single = replay_us(lambda _: first.launch(), repeats=3 * REPEATS)
     each = each_us(lambda _: first.launch(), LAUNCHES)
     cold = each_us(lambda i: sets[i % len(sets)].launch(), max(LAUNCHES, len(sets)))
-    peer_single = float(np.median(single_us(lambda _: peer(first.planar_heads))))
-    peer_each = each_us(lambda _: peer(first.planar_heads), PEER_LAUNCHES)
+    peer_single, peer_each = (each_us(lambda _: peer(first.planar_heads), count) for count in (1, PEER_LAUNCHES))
     check_bits("the bits changed while it was timed")
     floor = first.bytes_moved / bandwidth * 1e6
     torch.cuda.empty_cache()
@@ -320,7 +299,7 @@ def main() -> int:
     def pair(_: int) -> None:
         number.add_(1).add_(1)
 
-    empty_pair = {"single": float(np.median(single_us(pair, 3 * REPEATS))), "each": each_us(pair, LAUNCHES)}
+    empty_pair = {"single": float(np.median(replay_us(pair, repeats=3 * REPEATS))), "each": each_us(pair, LAUNCHES)}
     empty_pair = {name: round(us, 2) for name, us in empty_pair.items()}
     print(f"{gpu['name']}, driver {gpu['driver']}: copy {bandwidth / 1e12:.2f} TB/s, empty pair {empty_pair} us")
     print(f"{'':32} ours, us: single   each   cold  peer, us: single   each  ratio  floor  share  detections")

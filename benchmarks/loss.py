@@ -14,7 +14,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from math import nan
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,12 +45,9 @@ def add_original(parser: ArgumentParser) -> None:
 
 
 def load_original(checkout: Path, file: str, **modules: ModuleType) -> Any:
-    """Return a module of a checkout of biubug6/Pytorch_Retinaface; of the others only utils/box_utils.py is run.
+    """Return a module of a checkout, given by its path there; of the others only utils/box_utils.py is run.
 
-    Args:
-        checkout: Its folder.
-        file: Path of the module in it.
-        modules: What takes the place of others that it imports.
+    `modules` take the place of others that it imports.
     """
     with patch.dict(sys.modules, {"utils": ModuleType("utils"), **modules}):
         for name, path in (("utils.box_utils", "utils/box_utils.py"), ("original", file)):
@@ -64,12 +60,7 @@ def load_original(checkout: Path, file: str, **modules: ModuleType) -> Any:
 
 
 class OriginalLoss:
-    """The loss of a checkout of biubug6/Pytorch_Retinaface, on the CPU, which it was not made for.
-
-    Args:
-        checkout: Its folder.
-        size_hw: Height and width of the network input.
-    """
+    """The loss of a checkout, on the CPU, which it was not made for, at a size of the network input."""
 
     def __init__(self, checkout: Path, size_hw: tuple[int, int]) -> None:
         data = ModuleType("data")
@@ -121,20 +112,21 @@ def measure(faces: int, original: OriginalLoss | None, rounds: int) -> dict[str,
     _, targets = collate([(image, random_faces(rng, faces, SIZE)) for _ in range(BATCH)])
     heads = random_heads(0, BATCH, spec.anchors.count(SIZE))
     ours = MultiBoxLoss(spec)
-    losses: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(heads, targets, SIZE).total}
+    losses: dict[str, Callable[[Heads], Tensor]] = {"ours": lambda heads: ours(heads, targets, SIZE).total}
     if original:
         rows = original.rows(targets)
 
-        def total_of_original() -> Tensor:
+        def total_of_original(heads: Heads) -> Tensor:
             classification, box, landmark = original(heads, rows)
             return classification + 2 * box + landmark
 
         losses["original"] = total_of_original
-    calls: dict[str, Callable[[int], object]] = {}
+    calls: dict[str, Callable[[Heads], object]] = {}
     for name, loss in losses.items():
-        calls[f"{name}_forward"] = lambda _, loss=loss: loss()  # type: ignore[misc]
-        calls[f"{name}_backward"] = lambda _, loss=loss: torch.autograd.grad(loss(), heads)  # type: ignore[misc]
-    times = {name: Latency.of(samples) for name, samples in in_turns(calls, rounds, warm_up=2).items()}
+        calls[f"{name}_forward"] = loss
+        calls[f"{name}_backward"] = lambda heads, loss=loss: torch.autograd.grad(loss(heads), heads)  # type: ignore[misc]
+    samples = in_turns([(call, [heads]) for call in calls.values()], rounds)
+    times = dict(zip(calls, map(Latency.of, samples), strict=True))
     row = {
         "faces_per_image": faces,
         "positives": int(ours(heads, targets, SIZE).positives),
@@ -157,14 +149,12 @@ def main() -> int:
     results = [measure(faces, original, args.rounds) for faces in FACES]
     what = f"ms of matching and loss of {BATCH} images of {SIZE[0]}x{SIZE[1]}; backward includes forward"
     write_result(args, what, results, "torch", "numpy", threads=args.threads, rounds=args.rounds)
+    speedups = [name for name in results[0] if name.startswith("speedup")]
     lines = []
     for row in results:
-        line = [f"{row['faces_per_image']}", f"{row['positives']}"]
-        for kind in ("forward", "backward"):
-            line += [f"{row['ms'].get(f'{one}_{kind}', {}).get('p50', nan):.2f}" for one in ("ours", "original")]
-            line.append(f"{row.get(f'speedup_{kind}', nan):.1f}")
-        lines.append(line)
-    header = ["faces", "positives", "forward: ours", "original", "speedup", "backward: ours", "original", "speedup"]
+        line = [f"{row['faces_per_image']}", f"{row['positives']}", *(f"{ms['p50']:.2f}" for ms in row["ms"].values())]
+        lines.append([*line, *(f"{row[name]:.1f}" for name in speedups)])
+    header = ["faces", "positives", *results[0]["ms"], *speedups]
     print(text_table(header, lines))
     return 0
 

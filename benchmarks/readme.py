@@ -50,21 +50,21 @@ def _kernels(rows: list[dict[str, Any]]) -> str:
 
 def _precisions(rows: list[dict[str, Any]]) -> str:
     """Return a line for each precision: AP by both protocols, and agreement with FP32 where images are letterboxed."""
-    kinds: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        found = kinds.setdefault(row["precision"], {"precision": row["precision"]})
-        found[row["protocol"]] = AP_CELL.format(**row["ap"])
-        found["int8"] = f"{100 * row['mac_shares'].get('int8', 0):.0f} %"
-        if row["protocol"] == "letterbox":
-            found["recall"] = f"{row['recall_percent']:.2f} %"
-            found["landmarks"] = f"{row['landmark_error_percent_of_face']:.2f} %"
-    fp32 = {row["protocol"]: AP_CELL.format(**row["ap_fp32"]) for row in rows}
-    fp32 |= {"precision": "fp32", "int8": "0 %", "recall": "", "landmarks": ""}
+    lines = [{"precision": "fp32", "int8": "0 %", "recall": "", "landmarks": ""}]
+    lines[0] |= {row["protocol"]: AP_CELL.format(**row["ap_fp32"]) for row in rows}
+    for kind in ("fp16", "int8"):
+        of_kind = {row["protocol"]: row for row in rows if row["precision"] == kind}
+        letterbox = of_kind["letterbox"]
+        line = {protocol: AP_CELL.format(**row["ap"]) for protocol, row in of_kind.items()}
+        line |= {"precision": kind, "int8": f"{100 * letterbox['mac_shares'].get('int8', 0):.0f} %"}
+        line["recall"] = f"{letterbox['recall_percent']:.2f} %"
+        line["landmarks"] = f"{letterbox['landmark_error_percent_of_face']:.2f} %"
+        lines.append(line)
     return _table(
         "| precision | in INT8 | AP at original size, easy / medium / hard | AP letterboxed to 640x640 "
         "| faces found again | landmark error |",
         "| {precision} | {int8} | {original} | {letterbox} | {recall} | {landmarks} |",
-        [fp32, *(kinds[kind] for kind in ("fp16", "int8"))],
+        lines,
     )
 
 

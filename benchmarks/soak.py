@@ -21,9 +21,8 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from benchmarks.environment import benchmark_parser, parse, write_result
 from export.to_trt import EngineOptions, Profile, build_engine
 from facespec.cli import run
 from facespec.detections import Detections
-from facespec.errors import DataError, SpecError
+from facespec.errors import DataError
 from facespec.letterbox import Frame
 from facespec.samples import sample_frames
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, RetinaFaceDetector, TRTRetinaFace
@@ -50,66 +49,6 @@ SETTLE_REOPENS = 50
 Opener = Callable[[], RetinaFaceDetector]
 
 
-@dataclass(frozen=True)
-class SoakOptions:
-    """How long.
-
-    Attributes:
-        frames: Frames detected after the first `settle`.
-        threads: Threads that share a detector.
-        reopens: Times a detector is opened after the first `settle_reopens`.
-        settle: Frames until memory is read for the first time.
-        settle_reopens: Reopenings until then.
-    """
-
-    frames: int
-    threads: int
-    reopens: int
-    settle: int
-    settle_reopens: int = SETTLE_REOPENS
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise SpecError(f"--{name.replace('_', '-')} {value}: give at least 1")
-
-
-@dataclass(frozen=True)
-class Soaked:
-    """What came of it.
-
-    Attributes:
-        calls: Calls of detect that were compared.
-        identical: How many gave the expected bits.
-        resident_mb: Resident memory in MB of 1e6 bytes, after settling and then at `READINGS` points.
-        seconds: All in all.
-    """
-
-    calls: int
-    identical: int
-    resident_mb: tuple[float, ...]
-    seconds: float
-
-    @property
-    def growth_mb(self) -> float:
-        """How much memory grew after settling."""
-        return round(self.resident_mb[-1] - self.resident_mb[0], 2)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every result was right and memory did not grow."""
-        return self.identical == self.calls and self.growth_mb < LIMIT_MB
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all figures, ready for JSON."""
-        return {**asdict(self), "growth_mb": self.growth_mb, "passed": self.passed}
-
-    def __str__(self) -> str:
-        memory = f"grew by {self.growth_mb:.1f} to {self.resident_mb[-1]:.0f} MB"
-        failed = "" if self.passed else "  FAILED"
-        return f"{self.identical} of {self.calls} identical, {memory}, {self.seconds:.0f} s{failed}"
-
-
 DETECTORS: dict[str, Callable[[Path], RetinaFaceDetector]] = {
     "TRTRetinaFace": partial(TRTRetinaFace, size_hw=SIZE, device="cpu"),
     "OpenVinoRetinaFace": partial(OpenVinoRetinaFace, size_hw=SIZE, threads=2),
@@ -118,8 +57,8 @@ DETECTORS: dict[str, Callable[[Path], RetinaFaceDetector]] = {
 """What opens a plugin form at `SIZE`, on at most 2 threads of its own, by the name of the class."""
 
 
-def make_frames(count: int = DISTINCT, seed: int = 0) -> list[Frame]:
-    """Return distinct frames of sides within `SIDES`: whole photographs, squeezed a little, and corners of them.
+def make_frames() -> list[Frame]:
+    """Return `DISTINCT` frames of sides within `SIDES`: whole photographs, squeezed a little, and corners of them.
 
     Raises:
         DataError: There are no sample photographs.
@@ -127,9 +66,9 @@ def make_frames(count: int = DISTINCT, seed: int = 0) -> list[Frame]:
     photographs = list(sample_frames().values())
     if not photographs:
         raise DataError("there are no sample photographs: pip install -e '.[export]'")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     frames = []
-    for index in range(count):
+    for index in range(DISTINCT):
         image = photographs[index % len(photographs)]
         if index % 3 == 2:
             image = image[: random.integers(20, 90), : random.integers(20, 90)]  # there is no face in either
@@ -146,17 +85,14 @@ def resident_mb() -> float:
 
 def identical(found: Detections, expected: Detections) -> bool:
     """Whether two results are the same to the bit."""
-    one, other = (
-        [side.frame_hw, side.truncated, side.boxes.tobytes(), side.scores.tobytes(), side.landmarks.tobytes()]
-        for side in (found, expected)
-    )
-    return one == other
+    pairs = zip(vars(found).values(), vars(expected).values(), strict=True)
+    return all(np.asarray(one).tobytes() == np.asarray(other).tobytes() for one, other in pairs)
 
 
-def soak_frames(opener: Opener, frames: Sequence[Frame], options: SoakOptions) -> Soaked:
+def soak_frames(opener: Opener, frames: list[Frame], calls: int, settle: int, threads: int) -> dict[str, Any]:
     """Detect frames from many threads that share a detector, each in an order of its own."""
     start = time.perf_counter()
-    with opener() as detector, ThreadPoolExecutor(options.threads) as pool:
+    with opener() as detector, ThreadPoolExecutor(threads) as pool:
         expected = [detector.detect(frame) for frame in frames]
 
         def detect_some(order: Iterable[int]) -> int:
@@ -164,49 +100,61 @@ def soak_frames(opener: Opener, frames: Sequence[Frame], options: SoakOptions) -
 
         # every lane makes room for the largest frame now, not when it happens to meet it
         largest = max(range(len(frames)), key=lambda i: frames[i].size)
-        list(pool.map(detect_some, [[largest] * 10] * options.threads))
+        list(pool.map(detect_some, [[largest] * 10] * threads))
         random = np.random.default_rng(0)
 
         def detect_all(count: int) -> int:
-            return sum(pool.map(detect_some, np.array_split(random.integers(0, len(frames), count), options.threads)))
+            return sum(pool.map(detect_some, np.array_split(random.integers(0, len(frames), count), threads)))
 
-        return _soak(detect_all, options.settle, options.frames, start)
+        return _soak(detect_all, calls, settle, start)
 
 
-def soak_reopens(opener: Opener, frame: Frame, options: SoakOptions) -> Soaked:
-    """Open a detector, detect a frame and close it, many times."""
+def soak_reopens(opener: Opener, frames: list[Frame], calls: int, settle: int) -> dict[str, Any]:
+    """Open a detector, detect the first frame and close it, many times."""
     start = time.perf_counter()
     with opener() as detector:
-        expected = detector.detect(frame)
+        expected = detector.detect(frames[0])
 
     def reopen(times: int) -> int:
         right = 0
         for _ in range(times):
             with opener() as detector:
-                right += identical(detector.detect(frame), expected)
+                right += identical(detector.detect(frames[0]), expected)
         return right
 
-    return _soak(reopen, options.settle_reopens, options.reopens, start)
+    return _soak(reopen, calls, settle, start)
 
 
-def _soak(work: Callable[[int], int], settle: int, calls: int, start: float) -> Soaked:
-    """Settle, then do calls in parts, and read memory after each; `work` returns how many of its calls were right."""
+def _soak(work: Callable[[int], int], calls: int, settle: int, start: float) -> dict[str, Any]:
+    """Settle, then do calls in parts, and read memory after each; return a row of the result file.
+
+    `work` makes a number of calls, and returns how many of them gave the expected bits.
+    """
     right = work(settle)
     resident = [resident_mb()]
     for part in range(READINGS):
         right += work(calls * (part + 1) // READINGS - calls * part // READINGS)
         resident.append(resident_mb())
-    seconds = round(time.perf_counter() - start, 1)
-    return Soaked(settle + calls, right, tuple(round(value, 2) for value in resident), seconds)
+    growth = round(resident[-1] - resident[0], 2)
+    return {
+        "calls": settle + calls,
+        "identical": right,
+        "resident_mb": [round(value, 2) for value in resident],
+        "seconds": round(time.perf_counter() - start, 1),
+        "growth_mb": growth,
+        "passed": right == settle + calls and growth < LIMIT_MB,
+    }
 
 
-def soak(name: str, part: str, plugin_form: Path, options: SoakOptions) -> Soaked:
-    """Run one part for one detector, "frames" or "reopens", in this process."""
-    frames, opener = make_frames(), partial(DETECTORS[name], plugin_form)
-    return soak_frames(opener, frames, options) if part == "frames" else soak_reopens(opener, frames[0], options)
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"frames": soak_frames, "reopens": soak_reopens}
 
 
-def soak_apart(*arguments: Any) -> Soaked:
+def soak(name: str, part: str, plugin_form: Path, *numbers: int) -> dict[str, Any]:
+    """Run one of `PARTS` for one of `DETECTORS` in this process, with the numbers that the part takes."""
+    return PARTS[part](partial(DETECTORS[name], plugin_form), make_frames(), *numbers)
+
+
+def soak_apart(*arguments: Any) -> dict[str, Any]:
     """Run `soak` in a process of its own, whose memory nothing else disturbs."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(soak, *arguments).result()
@@ -221,24 +169,30 @@ def main() -> int:
     parser.add_argument("--settle", type=int, default=1000, help="frames until memory is first read")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), help="which detectors")
     args = parse(parser, frames=50, reopens=5, settle=20)
-    options = SoakOptions(args.frames, args.threads, args.reopens, args.settle)
+    options = {name: getattr(args, name) for name in ("frames", "threads", "reopens", "settle")}
+    for name, number in options.items():
+        if number < 1:
+            parser.error(f"--{name} {number}: give at least 1")
+    numbers = {"frames": (args.frames, args.settle, args.threads), "reopens": (args.reopens, SETTLE_REOPENS)}
     results = []
     with tempfile.TemporaryDirectory() as folder:
         form = Path(folder) / "retinaface.plugin.onnx"
         build_engine(EngineOptions("mobilenet0.25", form, Profile(sizes_hw=(SIZE, SIZE, (640, 640))), onnx_only=True))
         for name in args.detectors:
-            for part in ("frames", "reopens"):
-                found = soak_apart(name, part, form, options)
-                results.append({"detector": name, "part": part, **found.to_dict()})
-                print(f"{name:19} {part:8} {found}", flush=True)
+            for part in PARTS:
+                row = {"detector": name, "part": part, **soak_apart(name, part, form, *numbers[part])}
+                results.append(row)
+                memory = f"grew by {row['growth_mb']:.1f} to {row['resident_mb'][-1]:.0f} MB"
+                text = f"{row['identical']} of {row['calls']} identical, {memory}, {row['seconds']:.0f} s"
+                print(f"{name:19} {part:8} {text}{'' if row['passed'] else '  FAILED'}", flush=True)
     what = (
         f"{DISTINCT} frames of {SIDES[0]} to {SIDES[1]} pixels a side, network {SIZE[0]}x{SIZE[1]}, plugin form of the "
-        f"published mobilenet0.25; frames: {options.threads} threads share one detector; reopens: open, detect, close; "
-        f"growth of the resident memory after the first {options.settle} frames or {SETTLE_REOPENS} times, "
+        f"published mobilenet0.25; frames: {args.threads} threads share one detector; reopens: open, detect, close; "
+        f"growth of the resident memory after the first {args.settle} frames or {SETTLE_REOPENS} times, "
         f"which must stay below {LIMIT_MB} MB"
     )
     packages = "onnxruntime", "openvino", "numpy", "opencv-python"
-    write_result(args, what, results, *packages, options=asdict(options))
+    write_result(args, what, results, *packages, options=options | {"settle_reopens": SETTLE_REOPENS})
     return 0 if all(row["passed"] for row in results) else 1
 
 

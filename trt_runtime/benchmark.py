@@ -107,8 +107,8 @@ class Frames:
         return [[self.images[(start * size + i) % count] for i in range(size)] for start in range(count)]
 
 
-def load_frames(folder: Path | None) -> Frames:
-    """Return the images of a folder, `MAX_FRAMES` at most; without one, frames made of sample photographs, or of noise.
+def load_frames(folder: Path | None, most: int = MAX_FRAMES) -> Frames:
+    """Return the images of a folder, `most` of them; without one, frames made of sample photographs, or of noise.
 
     Raises:
         DataError: There are no images in it.
@@ -118,7 +118,7 @@ def load_frames(folder: Path | None) -> Frames:
         if not folder.is_dir():
             raise DataError(f"--frames {folder}: expected a folder of images, there is none of this name")
         found = len(find_images(folder))
-        images = spread_frames(folder, min(found, MAX_FRAMES))
+        images = spread_frames(folder, min(found, most))
         return Frames(images, f"{len(images)} of {found} images in {folder}, each at its own size")
     height, width = FRAME_HW
     photographs = list(sample_frames().values())
@@ -127,9 +127,10 @@ def load_frames(folder: Path | None) -> Frames:
         coarse = random.integers(0, 256, (8, height // 16, width // 16, 3), np.uint8)
         images = [np.asarray(cv2.resize(image, (width, height)), np.uint8) for image in coarse]
         return Frames(images, f"{len(images)} frames of noise, {width}x{height}: there are no faces in them")
-    images = [_mosaic(photographs, rows, columns) for rows, columns in GRIDS]
-    most = max(rows * columns for rows, columns in GRIDS)
-    return Frames(images, f"{len(images)} frames of {width}x{height}, made of sample photographs: 1 to {most} faces")
+    grids = GRIDS[:most]
+    images = [_mosaic(photographs, rows, columns) for rows, columns in grids]
+    faces = max(rows * columns for rows, columns in grids)
+    return Frames(images, f"{len(images)} frames of {width}x{height}, made of sample photographs: 1 to {faces} faces")
 
 
 def _mosaic(photographs: Sequence[Frame], rows: int, columns: int) -> Frame:

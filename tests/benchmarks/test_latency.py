@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import latency
-from benchmarks.peers import Contender, open_peers
+from benchmarks.latency import Contender, open_peers
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import PreprocessSpec
 from trt_runtime import OrtRetinaFace

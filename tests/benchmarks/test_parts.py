@@ -12,13 +12,13 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks import cpu_latency, gather, peers
-from benchmarks.environment import benchmark_parser, environment, in_turns, parse, write_result
+from benchmarks import cpu_latency, gather, latency
+from benchmarks.environment import benchmark_parser, in_turns, parse, write_result
 from benchmarks.gpu_kernel import cases, same_detections
 from facespec.detections import Detections
 from facespec.errors import DataError, OutputError
 from facespec.letterbox import Frame, Letterbox
-from trt_runtime.measure import Latency
+from trt_runtime.measure import Latency, speed_ratio
 
 
 def test_a_result_says_what_it_depends_on(
@@ -37,7 +37,8 @@ def test_a_result_says_what_it_depends_on(
     assert {"date", "command", "machine", "commit"} <= record.keys()
     assert record["load_average"] == 0.5
     monkeypatch.setenv("PATH", str(tmp_path))  # no git there
-    assert environment("numpy")["commit"] == ""
+    write_result(args, "what it is", [], "numpy")
+    assert json.loads(path.read_text())["commit"] == ""
 
 
 def test_quick_sets_defaults_and_keeps_results_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -67,12 +68,14 @@ def test_a_busy_machine_is_warned_of_and_its_load_recorded(
         assert ("the machine is busy (load average 999.0)" in capsys.readouterr().err) == warned
 
 
-def test_calls_in_turns_are_told_apart_and_warmed_up() -> None:
-    called: dict[str, list[int]] = {"a": [], "b": []}
-    times = in_turns({name: numbers.append for name, numbers in called.items()}, 30, warm_up=2)
-    assert list(times) == ["a", "b"]
-    assert all(samples.size == 30 for samples in times.values())
-    assert called == {name: [0, 1, *range(30)] for name in called}
+def test_calls_in_turns_are_told_apart_and_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    called: dict[str, list[str]] = {"a": [], "b": []}
+    items = {"a": ["p", "q", "r"], "b": ["s"]}
+    times = in_turns([(called[name].append, items[name]) for name in called], 30)
+    assert [samples.size for samples in times] == [30, 30]  # 15 rounds of two calls, after two that do not count
+    assert called["a"][:12] == [*"pppq", *"rrrp", *"qqqr"]
+    assert called["b"] == ["s"] * 60
 
 
 class _Point(NamedTuple):
@@ -86,6 +89,7 @@ class _Face(NamedTuple):
     width: int
     height: int
     landmarks: tuple[_Point, ...]
+    score: float = 1
 
 
 def _theirs(*boxes: tuple[int, int, int, int]) -> list[Any]:
@@ -100,27 +104,29 @@ def _ours(faces: list[Any], box_shift: float = 0, point_shift: float = 0) -> Det
 
 def test_the_same_faces_in_any_order_within_the_rounding() -> None:
     faces = _theirs((10, 20, 30, 40), (200, 100, 50, 60))
-    np.testing.assert_array_equal(peers.boxes_of(faces), [[10, 20, 40, 60], [200, 100, 250, 160]])
-    assert peers.boxes_of([]).shape == (0, 4)
-    assert peers.same_faces(_ours(faces), faces[::-1])
-    assert peers.same_faces(_ours(faces, 1.9, 1.0), faces)
-    assert peers.same_faces(_ours([]), [])
-    assert not peers.same_faces(_ours(faces, 2.1), faces)
-    assert not peers.same_faces(_ours(faces, 0, 1.1), faces)
-    assert not peers.same_faces(_ours(faces[:1]), faces)
-    assert not peers.same_faces(_ours(faces), [faces[0], faces[0]])
-    assert not peers.same_faces(_ours([faces[0], faces[0]]), faces)
+    np.testing.assert_array_equal(latency.tiny_found(faces).boxes, [[10, 20, 40, 60], [200, 100, 250, 160]])
+    assert latency.tiny_found([]).boxes.shape == (0, 4)
+    assert latency.same_faces(_ours(faces), latency.tiny_found(faces[::-1]))
+    assert latency.same_faces(_ours(faces, 1.9, 1.0), latency.tiny_found(faces))
+    assert latency.same_faces(_ours([]), latency.tiny_found([]))
+    assert not latency.same_faces(_ours(faces, 2.1), latency.tiny_found(faces))
+    assert not latency.same_faces(_ours(faces, 0, 1.1), latency.tiny_found(faces))
+    assert not latency.same_faces(_ours(faces[:1]), latency.tiny_found(faces))
+    assert not latency.same_faces(_ours(faces), latency.tiny_found([faces[0], faces[0]]))
+    assert not latency.same_faces(_ours([faces[0], faces[0]]), latency.tiny_found(faces))
 
 
 def test_frames_of_a_folder_are_spread_over_it(tmp_path: Path) -> None:
     for index in range(9):
         cv2.imwrite(str(tmp_path / f"{index}.png"), np.full((20, 40, 3), 20 * index, np.uint8))
-    frames = peers.load_frames(tmp_path, 3)
+    found = latency.load_frames(tmp_path, 3)
+    assert found.what == f"3 of 9 images in {tmp_path}, each at its own size; letterboxed to 640x640 beforehand"
+    frames = found.images
     assert [frame[0, 0, 0] for frame in frames] == [0, 80, 160]  # the first, the middle, the last
     for frame in frames:
         assert frame.shape == (640, 640, 3)
         assert (frame[320:] == (104, 117, 123)).all()
-    frames = peers.load_frames(None, 4)
+    frames = latency.load_frames(None, 4).images
     assert [frame.shape for frame in frames] == [(640, 640, 3)] * 4
     assert len({frame.tobytes() for frame in frames}) == 4
 
@@ -132,26 +138,26 @@ def test_tiny_has_the_constant_of_the_weights_and_the_threads_asked_for() -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocess, "MEAN", preprocess.MEAN)
         patch.setattr(package, "ONNX_SESSION", getattr(package, "ONNX_SESSION", None))
-        detect = peers.open_tiny(1)
+        detect = latency.open_tiny(1)
         assert preprocess.MEAN.tolist() == [104, 117, 123]
         assert package.ONNX_SESSION.get_session_options().intra_op_num_threads == 1
         assert detect(np.zeros((64, 64, 3), np.uint8)) == []
 
 
 def test_boxes_of_peers_become_corners() -> None:
-    found = peers._found([[10, 20, 30, 40]], corner_and_size=True)
+    found = latency._found([[10, 20, 30, 40]], corner_and_size=True)
     assert found.boxes.tolist() == [[10, 20, 40, 60]]
     assert (found.scores.tolist(), found.landmarks) == ([1], None)
-    found = peers._found([[10, 20, 30, 40]], [[0.5]], [np.arange(10)])
+    found = latency._found([[10, 20, 30, 40]], [[0.5]], [np.arange(10)])
     assert found.boxes.tolist() == [[10, 20, 30, 40]]
     assert found.scores.tolist() == [0.5]
     assert found.landmarks is not None
     assert found.landmarks.tolist() == [[[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]]
-    none = peers._found([])
+    none = latency._found([])
     assert (none.boxes.shape, none.scores.shape, none.boxes.dtype) == ((0, 4), (0,), np.float32)
     frame = np.zeros((1, 1, 3), np.uint8)
     frame[..., 0] = 9
-    assert peers._rgb(frame).tolist() == [[[0, 0, 9]]]
+    assert latency._rgb(frame).tolist() == [[[0, 0, 9]]]
 
 
 def test_peers_are_named_and_a_defect_of_one_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,17 +165,17 @@ def test_peers_are_named_and_a_defect_of_one_does_not_stop_the_others(monkeypatc
         raise RuntimeError("two\n lines")
 
     monkeypatch.setattr(
-        peers, "_PEERS",
+        latency, "_PEERS",
         (("A", "numpy", lambda: "run A"), ("B", "numpy", fails),
          ("C", "no-such-package", fails), ("D", "pytest", fails)),
     )  # fmt: skip
-    found, left_out = peers.open_peers(["numpy", "no-such-package"])
+    found, left_out = latency.open_peers(["numpy", "no-such-package"])
     (peer,) = found
     assert (peer.name, peer.detect) == ("A", "run A")
     assert peer.origin == {"package": "numpy", "version": np.__version__}
     assert left_out == {"B": "numpy: two lines", "C": "no-such-package is not installed"}
-    assert peers.open_peers([]) == ([], {})
-    assert peers.SCORE == 0.5
+    assert latency.open_peers([]) == ([], {})
+    assert latency.SCORE == 0.5
 
 
 def test_detections_of_two_kernels_are_compared_everywhere() -> None:
@@ -210,11 +216,12 @@ def test_the_cases_of_the_kernels_benchmark() -> None:
 
 def test_times_against_tiny_and_their_table() -> None:
     slow, fast = np.array([20.0, 22.0, 21.0, 20.5]), np.array([10.0, 11.0, 10.5, 10.25])
-    times = cpu_latency.against_tiny(fast, slow)
+    times = latency.figures(fast, times_as_fast_as_tiny=speed_ratio(slow, fast))
     assert times["calls"] == 4
     assert times["ms"] == Latency.of(fast).to_dict()
     assert times["times_as_fast_as_tiny"]["times"] == pytest.approx(2)  # slower is less
-    tiny = {"name": cpu_latency.TINY, "threads": 1, **cpu_latency.against_tiny(slow, slow), "faces": 31}
+    tiny = {"name": cpu_latency.TINY, "threads": 1, "faces": 31}
+    tiny |= latency.figures(slow, times_as_fast_as_tiny=speed_ratio(slow, slow))
     ours = {
         "name": "openvino int8", "threads": 2, **times, "faces": 32, "frames_with_the_same_faces": 23,
         "frames_the_same_to_the_pixel": 7, "ap": {"easy": 91.234, "hard": 80.1}, "budget_held": False, "budget": "int8",
@@ -277,12 +284,7 @@ def test_files_of_commands_become_rows(tmp_path: Path) -> None:
 def test_a_clip_is_as_long_and_as_large_as_asked(tmp_path: Path) -> None:
     pytest.importorskip("retinaface")
     video = importlib.import_module("benchmarks.video")
-    pictures = video.load_pictures(None, 6)
-    shapes = [(480, 1440), (960, 1920), (1440, 1440), (480, 1920), (960, 1440), (1440, 1920)]
-    assert [picture.shape[:2] for picture in pictures] == shapes
-    cv2.imwrite(str(tmp_path / "a.png"), np.full((20, 40, 3), 7, np.uint8))
-    assert [picture.shape for picture in video.load_pictures(tmp_path, 2)] == [(20, 40, 3)] * 2
-    video.make_clip(tmp_path / "clip.mp4", pictures[:1], 2)
+    video.make_clip(tmp_path / "clip.mp4", [np.full((20, 40, 3), 7, np.uint8)], 2)
     capture = cv2.VideoCapture(str(tmp_path / "clip.mp4"))
     frames = []
     while (read := capture.read())[0]:

@@ -71,11 +71,10 @@ def test_frames_of_photographs_hold_the_faces_they_promise(static_onnx: Path, ph
     assert len({id(batch[0]) for batch in batches}) > 1
 
 
-def test_frames_of_a_folder_are_bounded_and_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trt_runtime.benchmark.MAX_FRAMES", 3)
+def test_frames_of_a_folder_are_bounded_and_spread(tmp_path: Path) -> None:
     for value in range(5):
         write_image(tmp_path / f"{value}.png", np.full((4, 6 + value, 3), value, np.uint8))
-    frames = load_frames(tmp_path)
+    frames = load_frames(tmp_path, 3)
     assert [int(image[0, 0, 0]) for image in frames.images] == [0, 2, 4]
     assert [image.shape[1] for image in frames.images] == [6, 8, 10]
     assert "3 of 5 images" in frames.what
@@ -567,7 +566,7 @@ def test_a_mosaic_has_a_photograph_in_each_cell() -> None:
 def test_frames_of_a_small_folder_are_all_used(tmp_path: Path) -> None:
     for value in range(2):
         write_image(tmp_path / f"{value}.png", np.full((4, 6, 3), value, np.uint8))
-    frames = load_frames(tmp_path)
+    frames = load_frames(tmp_path, 3)
     assert [int(image[0, 0, 0]) for image in frames.images] == [0, 1]
     assert frames.what == f"2 of 2 images in {tmp_path}, each at its own size"
     (tmp_path / "2.png").write_bytes(b"no image")

@@ -5,30 +5,23 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import sys
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.soak import (
-    DETECTORS,
-    SIDES,
-    SoakOptions,
-    make_frames,
-    soak_apart,
-    soak_frames,
-    soak_reopens,
-)
+from benchmarks.soak import DETECTORS, SIDES, main, make_frames, soak_apart, soak_frames, soak_reopens
 from facespec.detections import Detections
-from facespec.errors import SpecError
 from facespec.letterbox import Frame
 from trt_runtime import OrtRetinaFace
 from trt_runtime.measure import StageTimer
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
 
-SMALL = SoakOptions(frames=300, threads=4, reopens=20, settle=100, settle_reopens=5)
+FRAMES = {"calls": 300, "settle": 100, "threads": 4}
+REOPENS = {"calls": 20, "settle": 5}
 SANE_MB = 60
 """What allocators and other tests may hold on to; to keep every frame, or every detector, would take more."""
 
@@ -51,17 +44,17 @@ def test_frames_are_many_sizes_with_faces_and_without(frames: list[Frame], plugi
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_threads_get_the_same_bits_and_memory_does_not_grow(name: str, frames: list[Frame], plugin_form: Path) -> None:
-    soaked = soak_frames(lambda: DETECTORS[name](plugin_form), frames, SMALL)
-    assert soaked.identical == soaked.calls == 400
-    assert soaked.growth_mb < SANE_MB
+    soaked = soak_frames(lambda: DETECTORS[name](plugin_form), frames, **FRAMES)
+    assert soaked["identical"] == soaked["calls"] == 400
+    assert soaked["growth_mb"] < SANE_MB
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_what_is_closed_gives_its_memory_back(name: str, frames: list[Frame], plugin_form: Path) -> None:
-    soaked = soak_reopens(lambda: DETECTORS[name](plugin_form), frames[0], SMALL)
-    assert soaked.identical == soaked.calls == 25
-    assert soaked.growth_mb < SANE_MB
+    soaked = soak_reopens(lambda: DETECTORS[name](plugin_form), frames, **REOPENS)
+    assert soaked["identical"] == soaked["calls"] == 25
+    assert soaked["growth_mb"] < SANE_MB
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -80,9 +73,8 @@ def test_what_is_closed_does_not_wait_for_the_garbage_collector(
 
 
 def test_a_process_of_its_own_gives_the_same(plugin_form: Path) -> None:
-    options = dataclasses.replace(SMALL, frames=10, settle=10)
-    soaked = soak_apart("OrtRetinaFace", "frames", plugin_form, options)
-    assert soaked.identical == soaked.calls == 20
+    soaked = soak_apart("OrtRetinaFace", "frames", plugin_form, 10, 10, 4)
+    assert soaked["identical"] == soaked["calls"] == 20
 
 
 class _Hoarder(OrtRetinaFace):
@@ -106,16 +98,20 @@ def test_a_leak_and_a_wrong_result_are_noticed(frames: list[Frame], plugin_form:
         hoarders.append(_Hoarder(plugin_form))
         return hoarders[-1]
 
-    soaked = soak_frames(opener, frames, SMALL)
-    assert soaked.identical == soaked.calls - 1
-    assert soaked.growth_mb > SANE_MB
-    soaked = soak_reopens(opener, frames[0], SMALL)
-    assert soaked.identical == soaked.calls
-    assert soaked.growth_mb > SANE_MB
-    assert not soaked.passed
+    soaked = soak_frames(opener, frames, **FRAMES)
+    assert soaked["identical"] == soaked["calls"] - 1
+    assert soaked["growth_mb"] > SANE_MB
+    soaked = soak_reopens(opener, frames, **REOPENS)
+    assert soaked["identical"] == soaked["calls"]
+    assert soaked["growth_mb"] > SANE_MB
+    assert not soaked["passed"]
 
 
 @pytest.mark.parametrize("field", ["frames", "threads", "reopens", "settle"])
-def test_no_numbers_below_one(field: str) -> None:
-    with pytest.raises(SpecError, match=f"--{field} 0: give at least 1"):
-        dataclasses.replace(SMALL, **{field: 0})
+def test_no_numbers_below_one(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["soak", "--out", str(tmp_path / "o.json"), f"--{field}", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"--{field} 0: give at least 1" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.detections import Detections, to_detections
-from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
+from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, RetinaFaceError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, NetworkSize, check_size
 from trt_runtime.measure import StageTimer
@@ -146,6 +146,10 @@ class RetinaFaceDetector:
             )
         return limit
 
+    def _hand_over(self, frame: Any) -> Any:
+        """Return a frame as other threads may give it to `detect_batch`; see `DetectionStream.hand_over`."""
+        return frame
+
     def environment(self) -> dict[str, Any]:
         """Return what the speed of this detector depends on: backend, versions, threads, device."""
         return {"backend": self.backend}
@@ -209,7 +213,7 @@ class RetinaFaceDetector:
         Args:
             depth: Calls that run at once.
         """
-        return DetectionStream(self.detect_batch, depth)
+        return DetectionStream(self.detect_batch, depth, self._hand_over)
 
     def close(self) -> None:
         """Free what the detector holds; calls that are under way end first. It may be called again."""
@@ -289,24 +293,44 @@ class RetinaFaceDetector:
 class DetectionStream:
     """Runs up to `depth` calls of a detector at once, each on a thread and a lane of its own. A context manager.
 
-    Frames that were handed over must not be changed until their result is there.
+    Frames that were handed over must not be changed until their result is there. A frame on a GPU may still be written
+    by work on the stream that is current on the thread that hands it over: it is read after that work.
 
     Args:
         detect_batch: Of the detector.
         depth: Calls that run at once, 1 to `MAX_DEPTH`.
+        hand_over: Of the detector; see the method.
 
     Raises:
         SpecError: Not such a depth.
     """
 
-    def __init__(self, detect_batch: Callable[..., list[Detections]], depth: int) -> None:
+    def __init__(
+        self,
+        detect_batch: Callable[..., list[Detections]],
+        depth: int,
+        hand_over: Callable[[Any], Any] = lambda frame: frame,
+    ) -> None:
         if type(depth) is not int or not 1 <= depth <= MAX_DEPTH:
             raise SpecError(f"the depth of a stream must be a number from 1 to {MAX_DEPTH}, got {depth!r}")
         self._detect_batch = detect_batch
+        self._hand_over = hand_over
         self._depth = depth
         self._free = threading.BoundedSemaphore(depth)
         self._threads = ThreadPoolExecutor(depth, thread_name_prefix="detect")
         self._closed = False
+
+    def hand_over(self, frame: Any) -> Any:
+        """Return a frame so that other threads may submit it: call it on the thread that has made the frame.
+
+        Frames of the host stay what they are. Of one on the GPU it returns where that lies, and when it is complete:
+        only the thread that made it knows on which stream that is. A frame that `submit` gets needs no such call if
+        the same thread has made it.
+
+        Raises:
+            FrameError: It is on another device, or has another type, shape or layout.
+        """
+        return self._hand_over(frame)
 
     def submit(self, frames: Sequence[Any], *options: Any) -> Future[list[Detections]]:
         """Hand over frames; return what will hold their faces. It blocks while `depth` calls are under way.
@@ -320,7 +344,14 @@ class DetectionStream:
         """
         self._free.acquire()
         try:
+            if getattr(frames, "ndim", 4) >= 4:  # else `detect_batch` refuses it
+                frames = [self._hand_over(frame) for frame in frames]
             future = self._threads.submit(self._detect_batch, frames, *options)
+        except RetinaFaceError as error:  # as if the call had raised it
+            self._free.release()
+            future = Future()
+            future.set_exception(error.with_traceback(None))
+            return future
         except BaseException:
             self._free.release()
             if self._closed:

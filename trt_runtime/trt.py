@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +82,7 @@ class TRTRetinaFace(RetinaFaceDetector):
             device = f"cuda:{device}"
         self.device: Device = open_device(device) if isinstance(device, str) else device
         self._graphs = _Graphs(graphs and self.device.can_capture)
+        self._handing = threading.local()
         self.engine: Engine
         with self.device.activate():
             if not isinstance(engine, (str, Path)):
@@ -132,6 +134,7 @@ class TRTRetinaFace(RetinaFaceDetector):
     def _free(self) -> None:
         """Free contexts, buffers and the engine. The device stays: arrays of `to_device` may still lie on it."""
         super()._free()
+        self._handing = threading.local()  # frees the streams of all threads
         with suppress(GpuError), self.device.activate():
             self.engine.close()
 
@@ -146,6 +149,8 @@ class TRTRetinaFace(RetinaFaceDetector):
 
     def _frame_hw(self, frame: Any) -> tuple[int, int]:
         shape = None
+        if isinstance(frame, DeviceFrame):
+            return frame.frame_hw
         if not isinstance(frame, np.ndarray):
             shape = _shape(frame.luma if isinstance(frame, Nv12Frame) else frame)
         if shape is None:
@@ -153,6 +158,22 @@ class TRTRetinaFace(RetinaFaceDetector):
         if len(shape) < 2 or min(shape) < 1:
             raise FrameError(f"frame must be uint8 HxWx3 BGR, got shape {tuple(shape)}")
         return int(shape[0]), int(shape[1])
+
+    def _hand_over(self, frame: Any) -> Any:
+        """Return where a frame lies on the device, with an event after the work that this thread has put on it."""
+        if isinstance(frame, (np.ndarray, DeviceFrame)):
+            return frame
+        self._check_open()
+        with self.device.activate():
+            stream = self._handing.__dict__.get("stream")
+            if stream is None:
+                stream = self._handing.stream = self.device.stream()
+            place = self.device.frame(frame, stream)
+            if place is None:
+                return frame
+            ready = self.device.event()
+            ready.record(stream)
+        return replace(place, ready=ready)
 
     def _batch_limit(self, size_hw: tuple[int, int]) -> int:
         profile = self.engine.profile

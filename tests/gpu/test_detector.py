@@ -171,6 +171,12 @@ class DetectorTest(unittest.TestCase):
                 torch.cuda._sleep(200_000_000)
                 target.copy_(source)
                 self.same(detector.detect(target), expected)
+                with detector.stream() as stream:  # on whose threads another stream is current
+                    for _ in range(4):
+                        late = torch.zeros_like(target)
+                        torch.cuda._sleep(200_000_000)
+                        late.copy_(source)
+                        self.same(stream.submit([late]).result()[0], expected)
 
     def test_nv12(self) -> None:
         luma = np.full((240, 320), 16, np.uint8)

@@ -72,6 +72,17 @@ def _check_copies(device: Device, asynchronous: bool) -> None:
     device.copy_out(back, memory.address, stream)
     stream.synchronize()
     assert (back == sent).all()
+    sent[:] ^= 0xFF
+    given, unused = device.event(), device.event()
+    for _ in range(3):
+        device.copy_in(memory.address, sent, other)
+    given.record(other)
+    given.hold(stream)
+    unused.hold(stream)  # it was never recorded
+    del given, unused  # the stream still waits
+    device.copy_out(back, memory.address, stream)
+    stream.synchronize()
+    assert (back == sent).all()
     assert device.frame(back.reshape(10, -1)[:, :30].reshape(10, 10, 3), stream) is None
     assert device.frame("no frame", stream) is None
     back[:] = 0

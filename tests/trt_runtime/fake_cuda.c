@@ -6,7 +6,10 @@
  * allocated, freed or waited for in a capture; every handle must be a live one.
  *
  * FAKE_CUDA_DEVICES, FAKE_CUDA_VERSION, FAKE_CUDA_MEMORY: what there is. FAKE_CUDA_FAIL=cuLaunch=700: what fails.
- * FAKE_CUDA_LACKS=cuLaunch: what an old driver does not have.
+ * FAKE_CUDA_LACKS=cuLaunch: what an old driver does not have. FAKE_CUDA_LOG=FILE: where each call is noted, in a line:
+ * the number of the thread, the function, and what it was given, as kind and number, in the order of the arguments.
+ * FAKE_CUDA_POOL=0 or =1: memory is of no context, and to be asked for that gives none, or is an error: so is that of
+ * cuMemAllocAsync. Of contexts each GPU has its primary one and one that is the caller's own.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -30,7 +33,7 @@ typedef struct Work { /* a copy; or a mark of an event, or a wait for what a str
   struct Work* next;
 } Work;
 typedef struct Object {
-  int kind, capturing, invalid, passed, device;
+  int kind, capturing, invalid, passed, context, id;
   size_t size;
   double seconds;
   void* data;
@@ -46,7 +49,7 @@ static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER, working;
 static Object* objects;
 static long retained, used;
 static unsigned last_flags;
-static Object primary[8];
+static Object contexts[16]; /* the primary ones of 8 GPUs, then those that are the caller's own */
 static __thread void* stack[16];
 static __thread int depth, relaxed;
 static __thread Object* captured;
@@ -62,15 +65,19 @@ static int failure(const char* name) {
   return wanted && !strncmp(wanted, name, length) && wanted[length] == '=' ? atoi(wanted + length + 1) : 0;
 }
 
-#define ENTER(name)           \
-  do {                        \
-    int code = failure(name); \
-    if (code) return code;    \
+static void note(const char* name, int count, const void** given);
+
+#define ENTER(name, ...)                                            \
+  do {                                                              \
+    const void* given[] = {NULL, ##__VA_ARGS__};                    \
+    int code = failure(name);                                       \
+    note(name, (int)(sizeof given / sizeof *given) - 1, given + 1); \
+    if (code) return code;                                          \
   } while (0)
-#define ENTER_CONTEXT(name) \
-  do {                      \
-    ENTER(name);            \
-    if (!depth) return 201; \
+#define ENTER_CONTEXT(name, ...) \
+  do {                           \
+    ENTER(name, ##__VA_ARGS__);  \
+    if (!depth) return 201;      \
   } while (0)
 #define NOT_CAPTURED()          \
   do {                          \
@@ -80,14 +87,16 @@ static int failure(const char* name) {
     }                           \
   } while (0)
 
-static int current(void) { return (int)((Object*)stack[depth - 1] - primary); }
+static int current(void) { return (int)((Object*)stack[depth - 1] - contexts); }
 
 static Object* add(int kind, void* data, size_t size) {
   Object* object = calloc(1, sizeof *object);
-  object->device = depth ? current() : 0;
+  static int made[CONTEXT];
+  object->context = depth ? current() : 0;
   object->kind = kind, object->data = data ? data : object, object->size = size, object->last = &object->first;
   object->tail = &object->queue;
   pthread_mutex_lock(&mutex);
+  object->id = ++made[kind];
   object->next = objects, objects = object;
   pthread_mutex_unlock(&mutex);
   return object;
@@ -99,6 +108,33 @@ static Object* find(int kind, const void* data) {
   while (object && !(object->kind == kind && object->data == data)) object = object->next;
   pthread_mutex_unlock(&mutex);
   return object;
+}
+
+/* Writes a call to the log. */
+static void note(const char* name, int count, const void** given) {
+  static const char* kinds[] = {"", "memory", "pinned", "stream", "event", "graph", "executable"};
+  static int threads;
+  static __thread int thread;
+  const char* path = getenv("FAKE_CUDA_LOG");
+  if (!path || !*path) return;
+  pthread_mutex_lock(&mutex);
+  if (!thread) thread = ++threads;
+  FILE* file = fopen(path, "a");
+  fprintf(file, "%d %s", thread, name);
+  for (int i = 0; i < count; i++) {
+    uintptr_t at = (uintptr_t)given[i];
+    Object* object = objects;
+    while (object && !((uintptr_t)object->data <= at &&
+                       at < (uintptr_t)object->data + (object->kind < STREAM ? object->size : 1)))
+      object = object->next;
+    if (object)
+      fprintf(file, " %s%d", kinds[object->kind], object->id);
+    else
+      fprintf(file, at == 1 ? " legacy" : at == 2 ? " per-thread" : " other");
+  }
+  fputc('\n', file);
+  fclose(file);
+  pthread_mutex_unlock(&mutex);
 }
 
 static int take(int kind, const void* data) {
@@ -185,7 +221,10 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   return *value = attribute == 75 ? 9 : attribute == 76 ? 1 : 0, 0;
 }
 int cuDeviceComputeCapability(int* major, int* minor, int device) { return *major = 9, *minor = 1, 0; }
-int cuDevicePrimaryCtxRetain(void** context, int device) { return retained++, *context = &primary[device], 0; }
+int cuDevicePrimaryCtxRetain(void** context, int device) { return retained++, *context = &contexts[device], 0; }
+int cuCtxCreate_v4(void** context, void* parameters, unsigned flags, int device) {
+  return retained++, *context = stack[depth++] = &contexts[8 + device], 0;
+}
 int cuDevicePrimaryCtxRelease_v2(int device) {
   ENTER("cuDevicePrimaryCtxRelease");
   return retained--, 0;
@@ -199,7 +238,7 @@ int cuCtxPopCurrent_v2(void** context) { return depth ? (*context = stack[--dept
 int cuCtxGetCurrent(void** context) { return *context = depth ? stack[depth - 1] : NULL, 0; }
 int cuCtxGetDevice(int* device) {
   ENTER_CONTEXT("cuCtxGetDevice");
-  return *device = current(), 0;
+  return *device = current() % 8, 0;
 }
 int cuCtxSynchronize(void) {
   ENTER_CONTEXT("cuCtxSynchronize");
@@ -220,7 +259,7 @@ int cuMemAlloc_v2(uintptr_t* address, size_t size) {
   return *address = (uintptr_t)data, add(MEMORY, data, size), 0;
 }
 int cuMemFree_v2(uintptr_t address) {
-  ENTER_CONTEXT("cuMemFree");
+  ENTER_CONTEXT("cuMemFree", (void*)address);
   NOT_CAPTURED();
   return finish_all(), take(MEMORY, (void*)address);
 }
@@ -231,17 +270,20 @@ int cuMemHostAlloc(void** address, size_t size, unsigned flags) {
   return add(PINNED, *address = malloc(size), size), 0;
 }
 int cuMemFreeHost(void* address) {
-  ENTER_CONTEXT("cuMemFreeHost");
+  ENTER_CONTEXT("cuMemFreeHost", address);
   NOT_CAPTURED();
   return finish_all(), take(PINNED, address);
 }
 int cuPointerGetAttribute(void* value, int attribute, uintptr_t address) {
   ENTER("cuPointerGetAttribute");
-  if (attribute != 9) return 1; /* CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL */
+  if (attribute != 1 && attribute != 9) return 1; /* CU_POINTER_ATTRIBUTE_CONTEXT, ..._DEVICE_ORDINAL */
   for (Object* object = objects; object; object = object->next)
     if (object->kind == MEMORY && (uintptr_t)object->data <= address &&
-        address < (uintptr_t)object->data + object->size)
-      return *(int*)value = object->device, 0;
+        address < (uintptr_t)object->data + object->size) {
+      if (attribute == 9) return *(int*)value = object->context % 8, 0;
+      long pool = setting("FAKE_CUDA_POOL", -1);
+      return *(void**)value = pool < 0 ? &contexts[object->context] : NULL, pool == 1;
+    }
   return 1;
 }
 
@@ -250,28 +292,28 @@ int cuStreamCreate(void** stream, unsigned flags) {
   return flags == 1 ? (*stream = add(STREAM, NULL, 0), 0) : 1; /* non-blocking ones only */
 }
 int cuStreamDestroy_v2(void* stream) {
-  ENTER_CONTEXT("cuStreamDestroy");
+  ENTER_CONTEXT("cuStreamDestroy", stream);
   Object* object = find(STREAM, stream);
   if (object) finish(object, object->number);
   return take(STREAM, stream);
 }
 int cuStreamSynchronize(void* stream) {
-  ENTER_CONTEXT("cuStreamSynchronize");
+  ENTER_CONTEXT("cuStreamSynchronize", stream);
   Object* object = find(STREAM, stream);
   if (object && object->capturing) return object->invalid = 1, 900;
-  if (!object || object->device != current()) return 400;
+  if (!object || object->context != current()) return 400;
   return finish(object, object->number), 0;
 }
 static int copy(Object* stream, void* to, const void* from, size_t size) {
-  if (!stream || stream->device != current()) return 400;
+  if (!stream || stream->context != current()) return 400;
   return put(stream, (Work){.kind = COPY, .to = to, .from = from, .size = size}), 0;
 }
 int cuMemcpyHtoDAsync_v2(uintptr_t to, const void* from, size_t size, void* stream) {
-  ENTER_CONTEXT("cuMemcpyHtoDAsync");
+  ENTER_CONTEXT("cuMemcpyHtoDAsync", (void*)to, from, stream);
   return copy(find(STREAM, stream), (void*)to, from, size);
 }
 int cuMemcpyDtoHAsync_v2(void* to, uintptr_t from, size_t size, void* stream) {
-  ENTER_CONTEXT("cuMemcpyDtoHAsync");
+  ENTER_CONTEXT("cuMemcpyDtoHAsync", to, (void*)from, stream);
   return copy(find(STREAM, stream), to, (void*)from, size);
 }
 
@@ -280,11 +322,11 @@ int cuEventCreate(void** event, unsigned flags) {
   return *event = add(EVENT, NULL, flags), 0;
 }
 int cuEventDestroy_v2(void* event) {
-  ENTER_CONTEXT("cuEventDestroy");
+  ENTER_CONTEXT("cuEventDestroy", event);
   return take(EVENT, event);
 }
 int cuEventRecord(void* event, void* stream) {
-  ENTER_CONTEXT("cuEventRecord");
+  ENTER_CONTEXT("cuEventRecord", event, stream);
   Object *object = find(EVENT, event), *on = find(STREAM, stream);
   if (!object || ((uintptr_t)stream > 2 && !on)) return 400;
   object->passed = !on, object->stream = on;
@@ -292,7 +334,7 @@ int cuEventRecord(void* event, void* stream) {
   return object->number = on ? on->number : -1, 0;
 }
 int cuEventSynchronize(void* event) {
-  ENTER_CONTEXT("cuEventSynchronize");
+  ENTER_CONTEXT("cuEventSynchronize", event);
   Object* object = find(EVENT, event);
   if (!object) return 400;
   if (object->stream && object->stream->capturing) return object->stream->invalid = 1, 900;
@@ -300,7 +342,7 @@ int cuEventSynchronize(void* event) {
   return 0;
 }
 int cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) {
-  ENTER_CONTEXT("cuEventElapsedTime");
+  ENTER_CONTEXT("cuEventElapsedTime", start, end);
   Object *first = find(EVENT, start), *last = find(EVENT, end);
   if (!first || !last || !first->number || !last->number || first->size || last->size) return 400;
   if (!first->passed || !last->passed) return 600;
@@ -310,9 +352,9 @@ int cuEventElapsedTime(float* milliseconds, void* start, void* end) {
   return cuEventElapsedTime_v2(milliseconds, start, end);
 }
 int cuStreamWaitEvent(void* stream, void* event, unsigned flags) {
-  ENTER_CONTEXT("cuStreamWaitEvent");
+  ENTER_CONTEXT("cuStreamWaitEvent", stream, event);
   Object *on = find(STREAM, stream), *object = find(EVENT, event);
-  if (!on || !object || flags || on->device != current()) return 400;
+  if (!on || !object || flags || on->context != current()) return 400;
   if (on->capturing) return on->invalid = 1, 905; /* the event is none of the capture */
   if (object->stream) put(on, (Work){.kind = WAIT, .other = object->stream, .number = object->number});
   return 0;
@@ -323,13 +365,14 @@ int cuThreadExchangeStreamCaptureMode(int* mode) {
   return relaxed = *mode == 2, *mode = before, 0;
 }
 int cuStreamBeginCapture_v2(void* stream, int mode) {
-  ENTER_CONTEXT("cuStreamBeginCapture");
+  ENTER_CONTEXT("cuStreamBeginCapture", stream);
   Object* object = find(STREAM, stream);
   if (!object || mode != 1) return 1; /* thread-local ones only */
   return captured = object, object->capturing = 1, object->invalid = 0, object->last = &object->first,
          object->first = NULL, 0;
 }
 int cuStreamEndCapture(void* stream, void** graph) {
+  ENTER("cuStreamEndCapture", stream);
   Object* object = find(STREAM, stream);
   *graph = NULL;
   if (!object || !object->capturing) return 400;
@@ -340,20 +383,26 @@ int cuStreamEndCapture(void* stream, void** graph) {
   return *graph = made, 0;
 }
 int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long flags) {
-  ENTER_CONTEXT("cuGraphInstantiate");
+  ENTER_CONTEXT("cuGraphInstantiate", graph);
   Object *from = find(GRAPH, graph), *made = from ? add(EXECUTABLE, NULL, 0) : NULL;
   return from ? (made->first = from->first, *executable = made, 0) : 400;
 }
-int cuGraphDestroy(void* graph) { return take(GRAPH, graph); }
+int cuGraphDestroy(void* graph) {
+  ENTER("cuGraphDestroy", graph);
+  return take(GRAPH, graph);
+}
 int cuGraphLaunch(void* executable, void* stream) {
-  ENTER_CONTEXT("cuGraphLaunch");
+  ENTER_CONTEXT("cuGraphLaunch", executable, stream);
   Object *object = find(EXECUTABLE, executable), *on = find(STREAM, stream);
   int code = object && on ? 0 : 400;
   for (Work* item = code ? NULL : object->first; item && !code; item = item->next)
     code = copy(on, item->to, item->from, item->size);
   return code;
 }
-int cuGraphExecDestroy(void* executable) { return take(EXECUTABLE, executable); }
+int cuGraphExecDestroy(void* executable) {
+  ENTER("cuGraphExecDestroy", executable);
+  return take(EXECUTABLE, executable);
+}
 
 int cuGetErrorString(int code, const char** text) {
   switch (code) { /* CUDA's own words */

@@ -186,6 +186,40 @@ for device, memory in ((devices[0], kept[0]), (devices[1], kept[1]), (devices[1]
     assert lines[2::3] == ["DeviceLostError"] * 3  # of a lost device nothing can be said about a frame
 
 
+@pytest.mark.parametrize("kind", ["SideFrame", "TorchFrame"])
+def test_frames_on_a_side_stream_are_read_after_it(fake: Path, tmp_path: Path, kind: str) -> None:
+    """Whoever reads them: the log of the driver's calls tells what each copy from a frame comes after."""
+    log = tmp_path / "calls.log"
+    code = f"""
+from tests.trt_runtime.side_streams import {kind}, go_through
+device = open_device()
+for name, complete in go_through(device, {kind}):
+    with open({str(log)!r}, "a") as file:
+        print("--", name, file=file)
+    print(complete)
+"""
+    assert run(fake, code, FAKE_CUDA_LOG=str(log)).split() == ["False", "True"] * 4
+    parts = re.split("-- (.*)\n", log.read_text())[1:]
+    for name, calls in list(zip(parts[::2], parts[1::2], strict=True))[::2]:
+        frames, after, marked = set(), set(), {}  # what streams and events come after, of the copies to the frames
+        reads = 0
+        for thread, call, *given in map(str.split, calls.splitlines()):
+            if call == "cuMemcpyHtoDAsync" and not frames:
+                side, maker = given[2], thread
+            if call == "cuMemcpyHtoDAsync" and given[2] == side:
+                frames.add(given[0])
+                after |= {side}
+            elif call == "cuEventRecord":
+                marked[given[0]] = given[1] in after
+                assert given[1] != side or thread == maker, name  # only there it is known
+            elif call == "cuStreamWaitEvent" and marked[given[1]]:
+                after |= {given[0]}
+            elif call == "cuMemcpyDtoHAsync" and given[1] in frames:
+                assert given[2] in after - {side}, (name, calls)
+                reads += 1
+        assert reads == (1 if name in ("detect", "pipeline") else 2), (name, calls)
+
+
 def each(fake: Path, cases: list[tuple[dict[str, str], str]]) -> list[list[str]]:
     """Return what is printed with each of some settings of the driver and statements, all in one process."""
     code = f"""
@@ -486,6 +520,45 @@ cuda.Context.pop()
     assert lines[0].startswith("there is no current PyCUDA context on this thread")
     assert lines[1:4] == ["True", "True", "True 15 (4, 5) 0 True"]
     assert lines[4].startswith("DeviceLostError a kernel broke this process's CUDA context (cuStreamSynchronize: ")
+
+
+def test_pycuda_and_frames_of_another_context(fake: Path, pycuda: dict[str, str]) -> None:
+    """One GPU, two contexts: of PyCUDA's own, and the primary one, which PyTorch uses."""
+    code = """
+import pycuda.driver as cuda
+from tests.trt_runtime.side_streams import SIDE, SideFrame, TorchFrame
+primary = open_device()
+cuda.init()
+context = cuda.Device(0).make_context()
+own = open_device("pycuda")
+def frame(memory_of, kind):
+    with memory_of.activate():
+        memory = memory_of.allocate(SIDE * SIDE * 3, "a frame")
+        kept.append(memory)
+        return kind(memory_of, memory.address)
+kept = []
+for kind in (SideFrame, TorchFrame):
+    for device in (own, primary):
+        for memory_of in (own, primary):
+            if kind is TorchFrame and memory_of is own:
+                continue  # its memory is in the primary context always
+            with device.activate():
+                try:
+                    print(device.frame(frame(memory_of, kind), device.stream()).device_index)
+                except RetinaFaceError as error:
+                    print(type(error).__name__, error)
+os.environ["FAKE_CUDA_POOL"] = "1"  # as if it came from cuMemAllocAsync, which every context of the GPU reaches
+for code in ("1", "0"):
+    os.environ["FAKE_CUDA_POOL"] = code
+    with own.activate():
+        print(own.frame(frame(primary, TorchFrame), own.stream()).device_index)
+context.pop()
+"""
+    refused = (
+        "FrameError the frame lies in another CUDA context of GPU 0 than the detector's: let PyCUDA use the primary "
+        "one (import pycuda.autoprimaryctx), which all other libraries use"
+    )
+    assert run(fake, code, **pycuda).splitlines() == ["0", refused, refused, "0", refused, "0", "0", "0"]
 
 
 def test_pycuda_on_another_gpu(fake: Path, pycuda: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -375,3 +376,41 @@ def test_options_reach_the_call_and_its_thread_has_a_name() -> None:
         stream.submit([1, 2], "timer", 3).result(SOON_S)
         list(stream.map([5]))
     assert seen == [([1, 2], ("timer", 3), "detect_"), ([5], (), "detect_")]
+
+
+def test_frames_are_handed_over_on_the_callers_thread_and_what_is_refused_there_is_an_error_of_the_call() -> None:
+    threads: list[int] = []
+
+    def hand_over(frame: int) -> int:
+        threads.append(threading.get_ident())
+        if frame == 3:
+            raise FrameError("frame 3")
+        return 10 * frame
+
+    def more_often_than_there_are_places() -> None:
+        for _ in range(3):
+            with pytest.raises(FrameError, match="frame 3"):
+                stream.submit([1, 3]).result(SOON_S)
+
+    with DetectionStream(_found, 2, hand_over) as stream:
+        assert [found.frame_hw[0] for found in stream.submit((1, 2)).result(SOON_S)] == [10, 20]
+        assert stream.hand_over(5) == 50
+        assert set(threads) == {threading.get_ident()}
+        in_time(more_often_than_there_are_places)
+        seen = []
+        with pytest.raises(FrameError, match="frame 3"):
+            seen.extend(number for number, _ in stream.map([1, 2, 3, 4]))
+        assert seen == [1, 2]
+
+
+def test_a_frame_that_is_refused_is_not_kept() -> None:
+    def hand_over(frame: Frame) -> Frame:
+        raise FrameError("no frame")
+
+    frame = np.zeros((4, 4, 3), np.uint8)
+    alive = weakref.ref(frame)
+    with DetectionStream(_found, 1, hand_over) as stream:
+        future = stream.submit([frame])
+        del frame
+        assert alive() is None
+        assert isinstance(future.exception(), FrameError)

@@ -35,11 +35,12 @@ from facespec.letterbox import Frame, Letterbox
 from tests.engines import write_engine
 from tests.faces import assert_identical
 from tests.trt_runtime.fake_tensorrt import FakeGpu
+from tests.trt_runtime.side_streams import go_through
 from tests.trt_runtime.spoilt import with_nan
 from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
 from trt_runtime.gpu.engine import check_runs_here
 from trt_runtime.gpu.sidecar import read_sidecar
-from trt_runtime.gpu.simulated import HostArray, HostDevice, HostEngine
+from trt_runtime.gpu.simulated import HostArray, HostDevice, HostEngine, HostStream
 from trt_runtime.measure import StageTimer
 from trt_runtime.trt import GRAPHS
 
@@ -259,6 +260,18 @@ def test_what_makes_a_frame_is_waited_for(device: HostDevice, plugin_form: Path,
             plan = next(plan for plan in _plans(detector) if plan._shape == (1, 64, 96))
             pixel = device.view(plan._images, 3)
             assert pixel[1] > 150 if late is luma else pixel[1] < 10  # green: bright, or gone
+
+
+def test_frames_on_a_side_stream_are_read_after_it(device: HostDevice) -> None:
+    """The stream is current on the caller's thread alone: whichever thread runs the network must wait for it."""
+
+    def delay(stream: HostStream) -> None:
+        for _ in range(8):
+            stream.submit(len, "")
+
+    assert list(go_through(device, delay=delay))[1::2] == [
+        (name, True) for name in ("detect", "detect_batch", "stream", "pipeline")
+    ]
 
 
 def test_frames_live_until_they_are_read_and_no_longer(device: HostDevice, plugin_form: Path) -> None:

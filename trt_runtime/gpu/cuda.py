@@ -111,6 +111,7 @@ class CudaDevice:
         if index is not None and not 0 <= index < count:
             raise GpuError(f"there is no GPU {index}: {count} visible, counted from 0; see CUDA_VISIBLE_DEVICES")
         self._release = lambda: None
+        self._is_primary = index is not None
         if index is None:
             self._context = cuda("cuCtxGetCurrent")
             if not int(self._context):
@@ -191,15 +192,27 @@ class CudaDevice:
             finally:
                 self.cuda("cuThreadExchangeStreamCaptureMode", before)
 
-    def _locate(self, address: int) -> int:
-        """Return the GPU that an address belongs to; FrameError if it is not in CUDA's memory."""
-        ordinal = self.cuda.driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    def _locate(self, address: int, index: int | None) -> int:
+        """Return the GPU that an address belongs to; FrameError if it is not in memory of our context."""
+        if index is not None and self._is_primary:  # the libraries that tell the GPU work in its primary context
+            return index
+        kinds = self.cuda.driver.CUpointer_attribute
         try:
-            return int(self.cuda("cuPointerGetAttribute", ordinal, address))
+            if index is None:
+                index = int(self.cuda("cuPointerGetAttribute", kinds.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
         except DeviceLostError:
             raise
         except GpuError as error:
             raise FrameError(f"the frame's address {address:#x} is not in CUDA's memory ({error})") from None
+        context = int(self._context)
+        with suppress(GpuError):  # memory of a pool and mapped memory belong to no context, and every one reaches them
+            context = int(self.cuda("cuPointerGetAttribute", kinds.CU_POINTER_ATTRIBUTE_CONTEXT, address)) or context
+        if index == self.index and context != int(self._context):
+            raise FrameError(
+                f"the frame lies in another CUDA context of GPU {index} than the detector's: let PyCUDA use the "
+                "primary one (import pycuda.autoprimaryctx), which all other libraries use"
+            )
+        return index
 
 
 class CudaStream:
@@ -278,6 +291,9 @@ class CudaEvent:
 
     def synchronize(self) -> None:
         self._cuda("cuEventSynchronize", self._event)
+
+    def hold(self, stream: Any) -> None:
+        self._cuda("cuStreamWaitEvent", stream.handle, self._event, 0)
 
     def elapsed_ms(self, since: CudaEvent) -> float:
         return float(self._cuda("cuEventElapsedTime", since._event, self._event))

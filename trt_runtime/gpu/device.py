@@ -96,13 +96,16 @@ class Stream(Protocol):
 
 
 class Event(Protocol):
-    """A mark in the work of a stream, for timing."""
+    """A mark in the work of a stream: for timing, and for other streams to wait for."""
 
     def record(self, stream: Any) -> None:
         """Put the mark on a stream of the same device."""
 
     def synchronize(self) -> None:
         """Wait until the stream has reached the mark."""
+
+    def hold(self, stream: Any) -> None:
+        """Let all further work of a stream of the same device wait until the mark is reached."""
 
     def elapsed_ms(self, since: Any) -> float:
         """Return the milliseconds from another event to this one; GpuError if a stream has not reached both."""

@@ -36,6 +36,7 @@ class DeviceFrame:
             the matrix that turns it into BGR.
         chroma_address: Address of the first row of chroma, 0 for BGR.
         chroma_pitch: Bytes from row to row of chroma, 0 for BGR.
+        ready: `Event` after the work that produces the frame; None if the stream that it was read for waits already.
     """
 
     address: int
@@ -46,6 +47,7 @@ class DeviceFrame:
     pixel_format: PixelFormat = PixelFormat.BGR
     chroma_address: int = 0
     chroma_pitch: int = 0
+    ready: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,22 +89,29 @@ def read_frame(
     frame: object,
     stream: Any,
     device_index: int | None,
-    locate: Callable[[int], int | None],
+    locate: Callable[[int, int | None], int | None],
     holds: Callable[[object], bool] = lambda array: True,
 ) -> DeviceFrame | None:
     """Return where a frame lies on a device, or None if it lies on none; see `Device.frame`.
 
     Args:
         frame: uint8 (H, W, 3) BGR of anything with `__dlpack__` or `__cuda_array_interface__` (PyTorch, CuPy, Numba,
-            PyCUDA), an `Nv12Frame` of two such arrays, or any other object.
+            PyCUDA), an `Nv12Frame` of two such arrays, a `DeviceFrame` that was read on another thread, or any other
+            object.
         stream: The `Stream` that will read it; its device is active on this thread.
         device_index: Number of the GPU that the frame must lie on; None does not check.
-        locate: Returns the number of the GPU that an address belongs to, or None; called for arrays that do not say.
+        locate: Returns the number of the GPU that an address belongs to, or None, given what the array says it is; it
+            raises FrameError for memory that the device cannot reach.
         holds: Returns whether an array may lie on the device; others are not read.
 
     Raises:
         FrameError: It lies on another device, or has another type, shape or layout.
     """
+    if isinstance(frame, DeviceFrame):
+        _check_index(frame.device_index, device_index)
+        if frame.ready is not None:
+            frame.ready.hold(stream)
+        return frame
     nv12 = frame if isinstance(frame, Nv12Frame) else None
     arrays = (nv12.luma, nv12.chroma) if nv12 else (frame,)
     read = [_read_array(array, stream.handle, device_index) for array in arrays if holds(array)]
@@ -113,7 +122,7 @@ def read_frame(
         return None
     found = _nv12_frame(planes[0], planes[1], nv12.matrix) if nv12 else _bgr_frame(planes[0])
     for plane in planes:
-        index = locate(plane.address) if plane.device_index is None else plane.device_index
+        index = locate(plane.address, plane.device_index)
         _check_index(index, device_index)
         if plane.stream is not None:
             stream.wait_for(plane.stream)

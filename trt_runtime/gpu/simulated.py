@@ -161,7 +161,7 @@ class HostDevice:
 
     def frame(self, frame: object, stream: HostStream) -> DeviceFrame | None:
         self.check()
-        return read_frame(frame, stream, None, lambda address: None, self._holds)
+        return read_frame(frame, stream, None, lambda address, index: index, self._holds)
 
     def _holds(self, plane: object) -> bool:
         """Whether an array lies on this device; an array with CUDA's interface may lie on a GPU instead."""
@@ -361,6 +361,13 @@ class HostEvent:
         if self._passed is not None:
             self._passed.wait()
         self._device.check()
+
+    def hold(self, stream: HostStream) -> None:
+        self._device.check()
+        if stream.capturing:
+            stream.spoil("waiting for an event")
+        if self._passed is not None:
+            stream.put(self._passed.wait)
 
     def elapsed_ms(self, since: HostEvent) -> float:
         if not all(event._passed is not None and event._passed.is_set() for event in (since, self)):

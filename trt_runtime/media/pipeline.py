@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from facespec.detections import Detections
 from facespec.errors import ConfigError, RetinaFaceError
@@ -180,6 +180,7 @@ class _Item:
     """A frame on its way; `call` gives the faces of its batch, in which it has a `slot`."""
 
     image: Frame
+    given: Any  # to the network: the image, as the thread that read it handed it over
     number: int
     seconds: float
     call: Future[list[Detections]] | None = None
@@ -280,9 +281,10 @@ class _Pipeline:
                             frame = next(frames, None)
                         if frame is None:
                             break
-                        item = _Item(frame.image, report.decoded, frame.seconds)
+                        given = self.stream.hand_over(frame.image)  # only here its CUDA stream is known
+                        item = _Item(frame.image, given, report.decoded, frame.seconds)
                         report.decoded += 1
-                        del frame
+                        del frame, given
                         stopped = not self._offer(lane, item, source.live)
                 finally:
                     report.damaged, report.reconnects = source.damaged, source.reconnects
@@ -359,7 +361,7 @@ class _Pipeline:
             return
         timer = StageTimer()
         try:
-            call = self.stream.submit([item.image for item in batch], timer)
+            call = self.stream.submit([item.given for item in batch], timer)
         except RetinaFaceError as error:  # it refuses a frame; `_faces` finds out which
             call = Future()
             call.set_exception(error)
@@ -424,7 +426,7 @@ class _Pipeline:
         try:
             return item.call.result()[item.slot]
         except RetinaFaceError:  # a batch fails as one, though it is one frame's fault: run this one alone
-            return self.stream.submit([item.image], StageTimer()).result()[0]
+            return self.stream.submit([item.given], StageTimer()).result()[0]
 
     def _give_up(self, lane: _Lane) -> None:
         with self.lock:

@@ -510,7 +510,7 @@ def stream(device: HostDevice) -> HostStream:
 
 
 def read(frame: object, stream: HostStream, located: int | None = 0) -> DeviceFrame | None:
-    return read_frame(frame, stream, 0, lambda address: located)
+    return read_frame(frame, stream, 0, lambda address, index: located if index is None else index)
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -589,12 +589,12 @@ def test_another_gpu(stream: HostStream) -> None:
 
 def test_each_plane_is_on_the_detectors_gpu(stream: HostStream) -> None:
     luma, chroma = Interface(shape=(4, 6), data=(4096, 0)), Interface(shape=(2, 6), data=(8192, 0))
-    asked: list[int] = []
+    asked: list[tuple[int, int | None]] = []
     elsewhere = [0]
 
-    def locate(address: int) -> int:
-        asked.append(address)
-        return int(address in elsewhere)
+    def locate(address: int, index: int | None) -> int:
+        asked.append((address, index))
+        return int(address in elsewhere) if index is None else index
 
     for elsewhere[0] in (4096, 8192):
         with pytest.raises(FrameError, match="on GPU 1, the detector on GPU 0: copy it there first"):
@@ -603,15 +603,15 @@ def test_each_plane_is_on_the_detectors_gpu(stream: HostStream) -> None:
     found = read_frame(Nv12Frame(luma, chroma), stream, 0, locate)
     assert found is not None
     assert found.device_index == 0
-    assert asked[-2:] == [4096, 8192]
+    assert asked[-2:] == [(4096, None), (8192, None)]
     asked.clear()
     luma.device_index = chroma.device_index = 0  # type: ignore[attr-defined]
     assert read_frame(Nv12Frame(luma, chroma), stream, 0, locate) == found
-    assert asked == []  # they know it themselves
+    assert asked == [(4096, 0), (8192, 0)]  # they know it themselves
     chroma.device_index = 2  # type: ignore[attr-defined]
     with pytest.raises(FrameError, match="on GPU 2"):
         read_frame(Nv12Frame(luma, chroma), stream, 0, locate)
-    assert read_frame(Interface(), stream, None, lambda address: 7) is not None  # a detector that is on none of them
+    assert read_frame(Interface(), stream, None, lambda address, index: 7) is not None  # on none of them
 
 
 def test_managed_memory_and_memory_of_the_host(stream: HostStream) -> None:

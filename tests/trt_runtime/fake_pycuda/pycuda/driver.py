@@ -48,16 +48,23 @@ class Device:
     def retain_primary_context(self) -> Context:
         return Context(self._number)
 
+    def make_context(self) -> Context:
+        return Context(self._number, own=True)
+
 
 class Context:
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, own: bool = False) -> None:
         self._number = number
         self._thread = threading.get_ident()
         self._handle = ctypes.c_void_p()
-        _call("cuDevicePrimaryCtxRetain", ctypes.byref(self._handle), number)
+        if own:
+            _call("cuCtxCreate_v4", ctypes.byref(self._handle), None, 0, number)
+            _stack().append(self)
+        else:
+            _call("cuDevicePrimaryCtxRetain", ctypes.byref(self._handle), number)
 
     def __del__(self) -> None:
-        _cuda.cuDevicePrimaryCtxRelease_v2(self._number)
+        _cuda.cuDevicePrimaryCtxRelease_v2(self._number)  # one of its own is counted as these are
 
     @staticmethod
     def get_current() -> Context | None:

@@ -5,8 +5,10 @@
  * it is recorded. Rules that CUDA has are kept: a context must be current, and that of the stream; nothing is
  * allocated, freed or waited for in a capture; every handle must be a live one.
  *
- * FAKE_CUDA_DEVICES, FAKE_CUDA_VERSION, FAKE_CUDA_MEMORY: what there is. FAKE_CUDA_FAIL=cuLaunch=700: what fails.
- * FAKE_CUDA_LACKS=cuLaunch: what an old driver does not have.
+ * FAKE_CUDA_DEVICES, FAKE_CUDA_VERSION, FAKE_CUDA_MEMORY: what there is. FAKE_CUDA_LACKS=cuLaunch: what an old driver
+ * does not have. FAKE_CUDA_FAIL says what fails: cuLaunch=700, every call; cuLaunch=700@3, the third one since that was
+ * set; cuLaunch=700@3!, and from then on every call in its context, until the context is destroyed, as after a kernel
+ * with an illegal address; cuLaunch=4@3!!, and from then on every call at all, as when the driver has shut down.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -47,6 +49,7 @@ static Object* objects;
 static long retained, used;
 static unsigned last_flags;
 static Object primary[8];
+static int holders[8], broken[8], gone; /* of each primary context; and the error that a context, or all, now gives */
 static __thread void* stack[16];
 static __thread int depth, relaxed;
 static __thread Object* captured;
@@ -56,10 +59,27 @@ static long setting(const char* name, long otherwise) {
   return value ? atol(value) : otherwise;
 }
 
+static int current(void) { return (int)((Object*)stack[depth - 1] - primary); }
+
+/* Counts the calls that FAKE_CUDA_FAIL names, and returns the error of this one; 0: it works. */
 static int failure(const char* name) {
+  static char setting[128];
+  static long calls;
   const char* wanted = getenv("FAKE_CUDA_FAIL");
   size_t length = strlen(name);
-  return wanted && !strncmp(wanted, name, length) && wanted[length] == '=' ? atoi(wanted + length + 1) : 0;
+  int code = gone;
+  if (gone || !wanted || strncmp(wanted, name, length) || wanted[length] != '=') return code;
+  pthread_mutex_lock(&mutex);
+  if (strcmp(setting, wanted)) snprintf(setting, sizeof setting, "%s", wanted), calls = 0;
+  char* end;
+  int named = (int)strtol(wanted + length + 1, &end, 10);
+  long number = *end == '@' ? strtol(end + 1, &end, 10) : 0;
+  calls++;
+  if (!number || calls == number) code = named;
+  if (code && end[0] == '!' && end[1] == '!') gone = code;
+  if (code && end[0] == '!' && depth) broken[current()] = code;
+  pthread_mutex_unlock(&mutex);
+  return code;
 }
 
 #define ENTER(name)           \
@@ -67,10 +87,11 @@ static int failure(const char* name) {
     int code = failure(name); \
     if (code) return code;    \
   } while (0)
-#define ENTER_CONTEXT(name) \
-  do {                      \
-    ENTER(name);            \
-    if (!depth) return 201; \
+#define ENTER_CONTEXT(name)                          \
+  do {                                               \
+    ENTER(name);                                     \
+    if (!depth) return 201;                          \
+    if (broken[current()]) return broken[current()]; \
   } while (0)
 #define NOT_CAPTURED()          \
   do {                          \
@@ -79,8 +100,6 @@ static int failure(const char* name) {
       return 900;               \
     }                           \
   } while (0)
-
-static int current(void) { return (int)((Object*)stack[depth - 1] - primary); }
 
 static Object* add(int kind, void* data, size_t size) {
   Object* object = calloc(1, sizeof *object);
@@ -185,9 +204,23 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   return *value = attribute == 75 ? 9 : attribute == 76 ? 1 : 0, 0;
 }
 int cuDeviceComputeCapability(int* major, int* minor, int device) { return *major = 9, *minor = 1, 0; }
-int cuDevicePrimaryCtxRetain(void** context, int device) { return retained++, *context = &primary[device], 0; }
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  ENTER("cuDevicePrimaryCtxRetain");
+  return retained++, holders[device]++, *context = &primary[device], 0;
+}
 int cuDevicePrimaryCtxRelease_v2(int device) {
   ENTER("cuDevicePrimaryCtxRelease");
+  if (!--holders[device] && broken[device]) { /* a broken context takes all that is in it along */
+    pthread_mutex_lock(&mutex);
+    for (Object** place = &objects; *place;)
+      if ((*place)->device == device) {
+        if ((*place)->kind == MEMORY) used -= (long)(*place)->size;
+        *place = (*place)->next;
+      } else
+        place = &(*place)->next;
+    pthread_mutex_unlock(&mutex);
+    broken[device] = 0;
+  }
   return retained--, 0;
 }
 int cuCtxDetach(void* context) { return retained--, depth -= depth > 0, 0; }
@@ -195,7 +228,10 @@ int cuCtxPushCurrent_v2(void* context) {
   ENTER("cuCtxPushCurrent");
   return stack[depth++] = context, 0;
 }
-int cuCtxPopCurrent_v2(void** context) { return depth ? (*context = stack[--depth], 0) : 201; }
+int cuCtxPopCurrent_v2(void** context) {
+  int code = failure("cuCtxPopCurrent");
+  return depth ? (*context = stack[--depth], code) : 201;
+}
 int cuCtxGetCurrent(void** context) { return *context = depth ? stack[depth - 1] : NULL, 0; }
 int cuCtxGetDevice(int* device) {
   ENTER_CONTEXT("cuCtxGetDevice");
@@ -319,6 +355,7 @@ int cuStreamWaitEvent(void* stream, void* event, unsigned flags) {
 }
 
 int cuThreadExchangeStreamCaptureMode(int* mode) {
+  ENTER("cuThreadExchangeStreamCaptureMode");
   int before = relaxed ? 2 : 0;
   return relaxed = *mode == 2, *mode = before, 0;
 }
@@ -332,6 +369,7 @@ int cuStreamBeginCapture_v2(void* stream, int mode) {
 int cuStreamEndCapture(void* stream, void** graph) {
   Object* object = find(STREAM, stream);
   *graph = NULL;
+  ENTER_CONTEXT("cuStreamEndCapture");
   if (!object || !object->capturing) return 400;
   captured = NULL, object->capturing = 0;
   if (object->invalid) return 901;
@@ -344,7 +382,10 @@ int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long lo
   Object *from = find(GRAPH, graph), *made = from ? add(EXECUTABLE, NULL, 0) : NULL;
   return from ? (made->first = from->first, *executable = made, 0) : 400;
 }
-int cuGraphDestroy(void* graph) { return take(GRAPH, graph); }
+int cuGraphDestroy(void* graph) {
+  ENTER("cuGraphDestroy");
+  return take(GRAPH, graph);
+}
 int cuGraphLaunch(void* executable, void* stream) {
   ENTER_CONTEXT("cuGraphLaunch");
   Object *object = find(EXECUTABLE, executable), *on = find(STREAM, stream);
@@ -353,7 +394,10 @@ int cuGraphLaunch(void* executable, void* stream) {
     code = copy(on, item->to, item->from, item->size);
   return code;
 }
-int cuGraphExecDestroy(void* executable) { return take(EXECUTABLE, executable); }
+int cuGraphExecDestroy(void* executable) {
+  ENTER("cuGraphExecDestroy");
+  return take(EXECUTABLE, executable);
+}
 
 int cuGetErrorString(int code, const char** text) {
   switch (code) { /* CUDA's own words */

@@ -9,6 +9,8 @@ import json
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,6 +158,20 @@ def test_the_simulated_device(way: str, fault: DeviceLostError | None) -> None:
     assert device.allocated_bytes == 0
     assert faults.outcome(lambda: faults.open_detector(HostDevice()).close()) == "ok"
     device.close()
+
+
+def test_a_stream_that_is_closed_while_another_thread_waits_for_it() -> None:
+    device = HostDevice()
+    with device.activate():
+        stream: Any = device.stream()
+    queue = stream._queue
+
+    def put(item: object) -> None:
+        stream.close()  # the other thread is a moment faster
+        queue.put(item)
+
+    stream._queue = SimpleNamespace(put=put)
+    assert faults.in_time(lambda: stream.drain() or "done") == "done"
 
 
 def test_memory_may_go_while_streams_are_closed() -> None:

@@ -309,7 +309,7 @@ def test_a_device_that_is_lost_is_the_reason(rig: Rig, frames: list[Frame], grap
         for _ in range(2):
             with pytest.raises(KernelFaultError, match="illegal memory access"):
                 detector.detect(frames[0])
-        rig.trt.fails = {"engine": "Error Code 1: Cuda Runtime (an illegal memory access was encountered)"}
+        rig.trt.fails = {"engine": "Error Code 1: Cuda Runtime (unspecified launch failure)"}
         with pytest.raises(KernelFaultError, match="illegal memory access"):
             rig.detector()
 

@@ -74,7 +74,15 @@ class DeviceMemoryError(GpuError):
 
 
 class DeviceLostError(GpuError):
-    """A kernel broke CUDA's context: everything on the GPU in this process fails from now on; only a restart helps."""
+    """The GPU, or CUDA's context on it, is lost: everything that a detector holds there fails from now on."""
+
+
+class KernelFaultError(DeviceLostError):
+    """A kernel broke CUDA's context, by an illegal address for instance; only a restart of the process helps."""
+
+
+class DriverGoneError(DeviceLostError):
+    """CUDA's driver does not serve this process any more: it has shut down, or the process is a fork of one."""
 
 
 def reason(error: BaseException, limit: int | None = 200) -> str:

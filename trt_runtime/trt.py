@@ -6,8 +6,8 @@ import ctypes
 import re
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.cli import require
-from facespec.errors import DeviceLostError, FrameError, GpuError, SpecError
+from facespec.errors import DeviceLostError, FrameError, GpuError, RetinaFaceError, SpecError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import NetworkSize
 from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, network_size
@@ -63,6 +63,7 @@ class TRTRetinaFace(RetinaFaceDetector):
             TensorRT.
         SpecError: `score_threshold` or `size_hw` does not fit the engine.
         GpuError: There is no such GPU, or the engine cannot be loaded.
+        DeviceLostError: The GPU was lost before, in this process.
         MissingPackageError: TensorRT or cuda-bindings is not installed.
     """
 
@@ -85,6 +86,7 @@ class TRTRetinaFace(RetinaFaceDetector):
         self._handing = threading.local()
         self.engine: Engine
         with self.device.activate():
+            self.device.free_and_total()  # of a lost device TensorRT would say only that it cannot load the engine
             if not isinstance(engine, (str, Path)):
                 self.engine = engine
             elif isinstance(self.device, HostDevice):
@@ -135,7 +137,7 @@ class TRTRetinaFace(RetinaFaceDetector):
         """Free contexts, buffers and the engine. The device stays: arrays of `to_device` may still lie on it."""
         super()._free()
         self._handing = threading.local()  # frees the streams of all threads
-        with suppress(GpuError), self.device.activate():
+        with _active_to_free(self.device):
             self.engine.close()
 
     def _warm_up(self) -> None:
@@ -262,14 +264,21 @@ class _GpuLane:
                 else:
                     with stage("graph" if self._graphs.used else "network"):
                         plan.run(self._stream, self._graphs)
-            except BaseException:
-                with suppress(GpuError):  # the caller may free its frames now: no work may still read them
+            except DeviceLostError:
+                raise
+            except BaseException as error:
+                try:  # the caller may free its frames now: no work may still read them
                     self._stream.synchronize()
+                except DeviceLostError:
+                    if isinstance(error, RetinaFaceError):  # TensorRT says only that it cannot run
+                        raise
+                except GpuError:
+                    pass
                 raise
         return [values[: len(frames)] for values in plan.outputs]
 
     def close(self) -> None:
-        with self._device.activate():  # TensorRT frees in whatever context is current
+        with _active_to_free(self._device):  # TensorRT frees in whatever context is current
             self._plans.clear()
             self._free_room()
             self._free_uploads()
@@ -411,6 +420,7 @@ class _Plan:
         except DeviceLostError:
             raise
         except GpuError as error:
+            stream.synchronize()  # a device that is lost is no failed capture
             graphs.fail(str(error))
 
     def run_timed(self, stream: Stream, add: Callable[[str, float], None]) -> None:
@@ -450,6 +460,15 @@ class _Plan:
         self._letterbox(stream)
         self._context.enqueue(stream)
         self._device.copy_out(self._results, self._found, stream)
+
+
+@contextmanager
+def _active_to_free(device: Device) -> Iterator[None]:
+    """Activate a device in a block that frees; of a device that is gone everything is let go without that."""
+    with ExitStack() as stack:
+        with suppress(GpuError):
+            stack.enter_context(device.activate())
+        yield
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

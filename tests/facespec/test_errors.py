@@ -16,6 +16,8 @@ ALSO = {  # what callers who do not know our classes may catch
     "MissingToolError": (errors.BuildError,),
     "DeviceMemoryError": (errors.GpuError,),
     "DeviceLostError": (errors.GpuError,),
+    "KernelFaultError": (errors.DeviceLostError,),
+    "DriverGoneError": (errors.DeviceLostError,),
 }
 CLASSES = {name: found for name, found in vars(errors).items() if inspect.isclass(found)}
 

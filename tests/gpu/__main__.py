@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command: python -m tests.gpu.
 
 It needs nvcc, g++, python3 with torch (CUDA) and numpy, and this checkout. It builds the kernels for the present GPU,
-compares them with the host version bit for bit, runs TRTRetinaFace as a whole with a network of torch, drives the
-TensorRT plugin where TensorRT's headers are, runs engines where TensorRT is, runs the kernels under compute-sanitizer
-and times them. What cannot run is named with the reason. Without a GPU TRTRetinaFace runs on the simulated device.
+compares them with the host version bit for bit, runs and times TRTRetinaFace as a whole with a network of torch,
+drives the TensorRT plugin where TensorRT's headers are, runs engines where TensorRT is, runs the kernels under
+compute-sanitizer and times them. What cannot run is named with the reason. Without a GPU TRTRetinaFace runs on the
+simulated device.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ from trt_runtime import kernels
 from trt_runtime.gpu.flavor import FLAVORS, TENSORRT
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu_kernel.json"
-RUNTIME_RESULT = "gpu_runtime.json"
+RUNTIME_RESULT, DETECTOR_RESULT = "gpu_runtime.json", "gpu_detector.json"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TESTS_S, PLUGIN_S, TOOL_S, BENCHMARK_S, OTHERS_S = 180, 60, 60, 150, 600
 """Seconds a step, and for the plugin its compilation too, may take."""
+LATENCY_S = 90
+WHOLE_S = 470
+"""Seconds that all steps together may take, unless --limit says something else."""
 
 ERROR_EXITCODE = 9
 NO_BINDINGS = "cuda-bindings is not installed"
@@ -49,8 +53,21 @@ class Step:
     note: str = ""
 
 
+class Clock:
+    """The time that is left for all steps together."""
+
+    end = float("inf")
+
+    @classmethod
+    def left(cls) -> float:
+        """Return the seconds that are left."""
+        return cls.end - time.monotonic()
+
+
 def call(name: str, command: Sequence[object], limit_s: float, read_summaries: bool = False) -> Step:
     """Run a command in the project's folder, its output shown; it fails by its exit code or by running too long.
+
+    Where the time for all steps is over it is not begun.
 
     Args:
         name: Of the step.
@@ -59,6 +76,9 @@ def call(name: str, command: Sequence[object], limit_s: float, read_summaries: b
         read_summaries: It also fails unless it prints the summaries of compute-sanitizer, and these count no errors.
     """
     print(f"\n== {name}: {' '.join(map(str, command))}", flush=True)
+    limit_s = min(limit_s, Clock.left())
+    if limit_s < 1:
+        return Step(name, "not run", 0, "the time for all steps is over: see --limit")
     start = time.perf_counter()
     required = {} if gpu_problem() else {"RETINAFACE_REQUIRE_GPU": "1"}
     environment = {**os.environ, **required, "PYTHONUNBUFFERED": "1"}
@@ -80,7 +100,7 @@ def call(name: str, command: Sequence[object], limit_s: float, read_summaries: b
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output = process.communicate()[0]
-        note = f"stopped after {limit_s:g} s"
+        note = f"stopped after {limit_s:.0f} s"
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -181,15 +201,22 @@ def has_cuda_bindings() -> bool:
     return bool(importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"))
 
 
-def detector_step(on_gpu: bool) -> Step:
-    """Run TRTRetinaFace as a whole with a network of torch."""
+def detector_steps(on_gpu: bool, out: Path) -> list[Step]:
+    """Run TRTRetinaFace as a whole with a network of torch, and time it."""
+    names, problem = ("detector", "latency"), ""
     if on_gpu and not has_cuda_bindings():
-        return Step("detector", "not run", 0, NO_BINDINGS)
-    if not importlib.util.find_spec("torch"):
-        return Step("detector", "not run", 0, "torch is not installed")
-    step = call("detector", [sys.executable, "-m", "unittest", "-v", "tests.gpu.test_detector"], TESTS_S)
+        problem = NO_BINDINGS
+    elif not importlib.util.find_spec("torch"):
+        problem = "torch is not installed"
+    if problem:
+        return [Step(name, "not run", 0, problem) for name in names]
+    timing = ["--out", out.with_name(DETECTOR_RESULT)] if on_gpu else ["--quick"]
+    steps = [
+        call(names[0], [sys.executable, "-m", "unittest", "-v", "tests.gpu.test_detector"], TESTS_S),
+        call(names[1], [sys.executable, "-m", "tests.gpu.latency", *timing], LATENCY_S),
+    ]
     where = "" if on_gpu else "on the simulated device"
-    return replace(step, note=", ".join(filter(None, (step.note, where))))
+    return [replace(step, note=", ".join(filter(None, (step.note, where)))) for step in steps]
 
 
 def engine_steps() -> list[Step]:
@@ -225,7 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip-benchmark", action="store_true", help="no timing")
     parser.add_argument("--skip-sanitizer", action="store_true", help="no compute-sanitizer")
     parser.add_argument("--out", type=Path, default=RESULT, help="result file of the benchmark")
+    parser.add_argument("--limit", type=float, default=WHOLE_S, help=f"seconds for all steps (default: {WHOLE_S})")
     args = parser.parse_args(argv)
+    Clock.end = time.monotonic() + args.limit
     if args.prepare:
         return prepare()
     out = args.out.resolve()
@@ -233,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem:
         print(f"no GPU: {problem}", file=sys.stderr)
         names = ["build", "tests", "device", "plugin", "other tests", "engines", *TOOLS, "runtime", "benchmark"]
-        steps = [detector_step(False), *(Step(name, "not run", 0, problem) for name in names)]
+        steps = [*detector_steps(False, out), *(Step(name, "not run", 0, problem) for name in names)]
     else:
         if not args.skip_benchmark:
             check_outputs([("--out", out)], [])
@@ -241,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         library = build_kernels(capability())
         kernels.library()
         steps = [Step("build", "passed", time.perf_counter() - start)]
-        steps += [*kernel_steps(library), detector_step(True), *engine_steps()]
+        steps += [*kernel_steps(library), *detector_steps(True, out), *engine_steps()]
         skipped = [Step(tool, "not run", 0, "--skip-sanitizer") for tool in TOOLS]
         steps += skipped if args.skip_sanitizer else sanitize(library)
         before = out.stat().st_mtime_ns if out.is_file() else 0

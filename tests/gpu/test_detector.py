@@ -7,6 +7,8 @@ unittest alone, so that a machine with CUDA, torch and numpy can run it: python 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +19,7 @@ from facespec.boxes import decode_detections, make_priors
 from facespec.detections import Detections, to_detections
 from facespec.errors import DeviceMemoryError, FrameError
 from facespec.letterbox import Frame, Letterbox
-from tests.gpu.kernel import gpu_problem
+from tests.gpu.kernel import ROOT, gpu_problem
 from trt_runtime import kernels
 from trt_runtime.gpu.frame import Nv12Frame
 from trt_runtime.gpu.simulated import HostArray, HostDevice
@@ -218,6 +220,43 @@ class DetectorTest(unittest.TestCase):
             self.check_count(detector, 1)
         if not ON_GPU:
             device.close()
+
+    @unittest.skipUnless(ON_GPU, "needs a context of CUDA to break")
+    def test_a_kernel_with_an_illegal_address_ends_every_call_and_close_works(self) -> None:
+        """In a process of its own, for its context is gone afterwards."""
+        code = """
+import faulthandler, os, threading, time
+faulthandler.dump_traceback_later(100, exit=True)
+import numpy as np, torch
+from facespec.errors import KernelFaultError
+from tests.gpu.torch_engine import TorchEngine
+from trt_runtime.trt import TRTRetinaFace, open_device
+device = open_device("cuda:0")
+detector = TRTRetinaFace(TorchEngine(device), device=device, size_hw=(320, 320))
+ended = []
+def work():
+    try:
+        while True:
+            detector.detect(np.zeros((320, 320, 3), np.uint8))
+    except KernelFaultError:
+        ended.append("thread")
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+time.sleep(1)
+torch.zeros(4, device="cuda").index_put_((torch.tensor([10**12], device="cuda"),), torch.ones(1, device="cuda"))
+for thread in threads:
+    thread.join()
+detector.close()
+try:
+    TRTRetinaFace(TorchEngine.__new__(TorchEngine), device=device)
+except KernelFaultError:
+    ended.append("new")
+print(*ended, flush=True)
+os._exit(0)
+"""
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        self.assertEqual(done.stdout.split(), ["thread"] * 4 + ["new"], done.stderr[-800:])
 
     def check_count(self, detector: TRTRetinaFace, faces: int) -> None:
         self.assertEqual(len(detector.detect(self.frames[0])), faces)

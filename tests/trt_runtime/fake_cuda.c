@@ -5,11 +5,14 @@
  * it is recorded. Rules that CUDA has are kept: a context must be current, and that of the stream; nothing is
  * allocated, freed or waited for in a capture; every handle must be a live one.
  *
- * FAKE_CUDA_DEVICES, FAKE_CUDA_VERSION, FAKE_CUDA_MEMORY: what there is. FAKE_CUDA_FAIL=cuLaunch=700: what fails.
- * FAKE_CUDA_LACKS=cuLaunch: what an old driver does not have. FAKE_CUDA_LOG=FILE: where each call is noted, in a line:
- * the number of the thread, the function, and what it was given, as kind and number, in the order of the arguments.
- * FAKE_CUDA_POOL=0 or =1: memory is of no context, and to be asked for that gives none, or is an error: so is that of
- * cuMemAllocAsync. Of contexts each GPU has its primary one and one that is the caller's own.
+ * FAKE_CUDA_DEVICES, FAKE_CUDA_VERSION, FAKE_CUDA_MEMORY: what there is. FAKE_CUDA_LACKS=cuLaunch: what an old driver
+ * does not have. FAKE_CUDA_FAIL says what fails: cuLaunch=700, every call; cuLaunch=700@3, the third one since that was
+ * set; cuLaunch=700@3!, and from then on every call in its context, until the context is destroyed, as after a kernel
+ * with an illegal address; cuLaunch=4@3!!, and from then on every call at all, as when the driver has shut down.
+ * FAKE_CUDA_LOG=FILE: where each call is noted, in a line: the number of the thread, the function, and what it was
+ * given, as kind and number, in the order of the arguments. FAKE_CUDA_POOL=0 or =1: memory is of no context, and to be
+ * asked for that gives none, or is an error: so is that of cuMemAllocAsync. Of contexts each GPU has its primary one
+ * and one that is the caller's own.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -50,6 +53,7 @@ static Object* objects;
 static long retained, used;
 static unsigned last_flags;
 static Object contexts[16]; /* the primary ones of 8 GPUs, then those that are the caller's own */
+static int holders[8], broken[16], gone; /* of each primary context; and the error that a context, or all, now gives */
 static __thread void* stack[16];
 static __thread int depth, relaxed;
 static __thread Object* captured;
@@ -59,10 +63,27 @@ static long setting(const char* name, long otherwise) {
   return value ? atol(value) : otherwise;
 }
 
+static int current(void) { return (int)((Object*)stack[depth - 1] - contexts); }
+
+/* Counts the calls that FAKE_CUDA_FAIL names, and returns the error of this one; 0: it works. */
 static int failure(const char* name) {
+  static char setting[128];
+  static long calls;
   const char* wanted = getenv("FAKE_CUDA_FAIL");
   size_t length = strlen(name);
-  return wanted && !strncmp(wanted, name, length) && wanted[length] == '=' ? atoi(wanted + length + 1) : 0;
+  int code = gone;
+  if (gone || !wanted || strncmp(wanted, name, length) || wanted[length] != '=') return code;
+  pthread_mutex_lock(&mutex);
+  if (strcmp(setting, wanted)) snprintf(setting, sizeof setting, "%s", wanted), calls = 0;
+  char* end;
+  int named = (int)strtol(wanted + length + 1, &end, 10);
+  long number = *end == '@' ? strtol(end + 1, &end, 10) : 0;
+  calls++;
+  if (!number || calls == number) code = named;
+  if (code && end[0] == '!' && end[1] == '!') gone = code;
+  if (code && end[0] == '!' && depth) broken[current()] = code;
+  pthread_mutex_unlock(&mutex);
+  return code;
 }
 
 static void note(const char* name, int count, const void** given);
@@ -74,10 +95,11 @@ static void note(const char* name, int count, const void** given);
     note(name, (int)(sizeof given / sizeof *given) - 1, given + 1); \
     if (code) return code;                                          \
   } while (0)
-#define ENTER_CONTEXT(name, ...) \
-  do {                           \
-    ENTER(name, ##__VA_ARGS__);  \
-    if (!depth) return 201;      \
+#define ENTER_CONTEXT(name, ...)                     \
+  do {                                               \
+    ENTER(name, ##__VA_ARGS__);                      \
+    if (!depth) return 201;                          \
+    if (broken[current()]) return broken[current()]; \
   } while (0)
 #define NOT_CAPTURED()          \
   do {                          \
@@ -86,8 +108,6 @@ static void note(const char* name, int count, const void** given);
       return 900;               \
     }                           \
   } while (0)
-
-static int current(void) { return (int)((Object*)stack[depth - 1] - contexts); }
 
 static Object* add(int kind, void* data, size_t size) {
   Object* object = calloc(1, sizeof *object);
@@ -221,12 +241,26 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   return *value = attribute == 75 ? 9 : attribute == 76 ? 1 : 0, 0;
 }
 int cuDeviceComputeCapability(int* major, int* minor, int device) { return *major = 9, *minor = 1, 0; }
-int cuDevicePrimaryCtxRetain(void** context, int device) { return retained++, *context = &contexts[device], 0; }
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  ENTER("cuDevicePrimaryCtxRetain");
+  return retained++, holders[device]++, *context = &contexts[device], 0;
+}
 int cuCtxCreate_v4(void** context, void* parameters, unsigned flags, int device) {
   return retained++, *context = stack[depth++] = &contexts[8 + device], 0;
 }
 int cuDevicePrimaryCtxRelease_v2(int device) {
   ENTER("cuDevicePrimaryCtxRelease");
+  if (!--holders[device] && broken[device]) { /* a broken context takes all that is in it along */
+    pthread_mutex_lock(&mutex);
+    for (Object** place = &objects; *place;)
+      if ((*place)->context == device) {
+        if ((*place)->kind == MEMORY) used -= (long)(*place)->size;
+        *place = (*place)->next;
+      } else
+        place = &(*place)->next;
+    pthread_mutex_unlock(&mutex);
+    broken[device] = 0;
+  }
   return retained--, 0;
 }
 int cuCtxDetach(void* context) { return retained--, depth -= depth > 0, 0; }
@@ -234,7 +268,10 @@ int cuCtxPushCurrent_v2(void* context) {
   ENTER("cuCtxPushCurrent");
   return stack[depth++] = context, 0;
 }
-int cuCtxPopCurrent_v2(void** context) { return depth ? (*context = stack[--depth], 0) : 201; }
+int cuCtxPopCurrent_v2(void** context) {
+  int code = failure("cuCtxPopCurrent");
+  return depth ? (*context = stack[--depth], code) : 201;
+}
 int cuCtxGetCurrent(void** context) { return *context = depth ? stack[depth - 1] : NULL, 0; }
 int cuCtxGetDevice(int* device) {
   ENTER_CONTEXT("cuCtxGetDevice");
@@ -361,6 +398,7 @@ int cuStreamWaitEvent(void* stream, void* event, unsigned flags) {
 }
 
 int cuThreadExchangeStreamCaptureMode(int* mode) {
+  ENTER("cuThreadExchangeStreamCaptureMode");
   int before = relaxed ? 2 : 0;
   return relaxed = *mode == 2, *mode = before, 0;
 }
@@ -372,9 +410,9 @@ int cuStreamBeginCapture_v2(void* stream, int mode) {
          object->first = NULL, 0;
 }
 int cuStreamEndCapture(void* stream, void** graph) {
-  ENTER("cuStreamEndCapture", stream);
-  Object* object = find(STREAM, stream);
   *graph = NULL;
+  ENTER_CONTEXT("cuStreamEndCapture", stream);
+  Object* object = find(STREAM, stream);
   if (!object || !object->capturing) return 400;
   captured = NULL, object->capturing = 0;
   if (object->invalid) return 901;

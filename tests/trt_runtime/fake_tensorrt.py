@@ -69,7 +69,8 @@ class FakeTensorRT(ModuleType):
 
     Attributes:
         fails: What fails, and the error that TensorRT logs of it: "runtime", "plugin", "engine", "context", "shape",
-            "enqueue", "capturable" (what TensorRT-RTX says of it), "capture".
+            "enqueue", "capturable" (what TensorRT-RTX says of it), "capture"; "fault": a kernel of it breaks the
+            device, of which TensorRT says no more than that something failed.
         contexts: Those that are alive.
         enqueued: Runs that were put on a stream, outside of captures.
         misplaced: What was made or freed where the device was not active: TensorRT takes whatever context is current.
@@ -289,6 +290,9 @@ class Context:
                 why = "a kernel is compiled during a capture"
             elif self.config.cuda_graph_strategy != trt.CudaGraphStrategy.DISABLED:
                 why = "a capture in a capture"
+        if "fault" in trt.fails:
+            device.lose(RuntimeError("an illegal memory access was encountered"))
+            why = trt.fails["fault"]
         if trt.refuses("enqueue", why):
             return False
         assert stream is not None

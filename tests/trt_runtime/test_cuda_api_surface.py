@@ -183,7 +183,7 @@ for device, memory in ((devices[0], kept[0]), (devices[1], kept[1]), (devices[1]
     assert "is not in CUDA's memory (CUDA failed (cuPointerGetAttribute: CUDA_ERROR_INVALID_VALUE" in lines[1]
     assert lines[4].startswith(beyond)
     assert lines[6] == "FrameError the frame is on GPU 0, the detector on GPU 1: copy it there first"
-    assert lines[2::3] == ["DeviceLostError"] * 3  # of a lost device nothing can be said about a frame
+    assert lines[2::3] == ["KernelFaultError"] * 3  # of a lost device nothing can be said about a frame
 
 
 @pytest.mark.parametrize("kind", ["SideFrame", "TorchFrame"])
@@ -384,8 +384,12 @@ def test_no_driver(tmp_path: Path) -> None:
     assert re.search(r"GpuError: (there is no NVIDIA driver here|no NVIDIA GPU is visible).*runs on the CPU", last)
 
 
-LOST = (214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719)
-"""Errors after which CUDA's documentation wants the process started again."""
+LOST = {
+    "KernelFaultError a kernel broke this process's CUDA context": (700, 702, 710, 714, 715, 716, 717, 718, 719, 721),
+    "DeviceLostError the GPU is lost": (46, 214, 220, 226, 911),
+    "DriverGoneError CUDA's driver has left this process": (3, 4, 806, 810),
+}
+"""Errors after which a context, or the driver, cannot be used any more."""
 
 
 def test_failures(fake: Path) -> None:
@@ -393,9 +397,9 @@ def test_failures(fake: Path) -> None:
         (
             "cuStreamSynchronize=700",
             "stream.synchronize()",
-            "DeviceLostError a kernel broke this process's CUDA context",
+            "KernelFaultError a kernel broke this process's CUDA context",
         ),
-        ("cuMemAlloc=700", "device.allocate(1, 'a test')", "DeviceLostError"),
+        ("cuMemAlloc=700", "device.allocate(1, 'a test')", "KernelFaultError"),
         (
             "cuMemAlloc=2",
             "device.allocate(1 << 20, 'the heads')",
@@ -411,7 +415,15 @@ def test_failures(fake: Path) -> None:
             "DeviceMemoryError no memory left on the GPU (cuStreamCreate: CUDA_ERR",
         ),
     ]
-    cases += [(f"cuStreamSynchronize={code}", "stream.synchronize()", "DeviceLostError") for code in LOST]
+    cases += [
+        (f"cuStreamSynchronize={code}", "stream.synchronize()", f"{start} (cuStreamSynchronize: CUDA_ERROR")
+        for start, codes in LOST.items()
+        for code in codes
+    ]
+    cases += [
+        ("cuStreamSynchronize=709", "stream.synchronize()", "DeviceLostError this process's CUDA context was destroy"),
+        ("cuStreamSynchronize=12345", "stream.synchronize()", "GpuError CUDA failed (cuStreamSynchronize: 12345 is n"),
+    ]
     head = (
         "device = globals().get('device') or open_device()\nwith device.activate():\n    stream = device.stream()\n    "
     )
@@ -421,7 +433,18 @@ def test_failures(fake: Path) -> None:
     for (failure, _, expected), lines in zip(cases, each(fake, statements), strict=True):
         assert len(lines) == 1, (failure, lines)
         assert lines[0].startswith(expected), lines
-        assert ("start the process again" in lines[0]) == ("DeviceLostError" in expected)
+        restart = any(expected.startswith(start[:15]) for start in LOST) and "=709" not in failure
+        assert ("start the process again" in lines[0]) == restart
+
+
+def test_every_error_that_ends_a_process_is_known() -> None:
+    """What CUDA's documentation says of them: "the process must be terminated and relaunched"."""
+    from trt_runtime.gpu.cuda import FATAL
+
+    ending = {each.name for each in driver.CUresult if "must be terminated" in " ".join((each.__doc__ or "").split())}
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in ending or not driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS.__doc__
+    assert ending <= set(FATAL)
+    assert set(FATAL) <= {each.name for each in driver.CUresult}
 
 
 def test_memory_of_a_gpu_is_counted_and_named(fake: Path) -> None:
@@ -519,7 +542,7 @@ cuda.Context.pop()
     lines = run(fake, code, **pycuda).splitlines()
     assert lines[0].startswith("there is no current PyCUDA context on this thread")
     assert lines[1:4] == ["True", "True", "True 15 (4, 5) 0 True"]
-    assert lines[4].startswith("DeviceLostError a kernel broke this process's CUDA context (cuStreamSynchronize: ")
+    assert lines[4].startswith("KernelFaultError a kernel broke this process's CUDA context (cuStreamSynchronize: ")
 
 
 def test_pycuda_and_frames_of_another_context(fake: Path, pycuda: dict[str, str]) -> None:
@@ -633,7 +656,7 @@ cuda.Context.pop()
     assert lines[1].startswith("GpuError there is no current PyCUDA context on this thread: make one first, by `impor")
     assert lines[2] == "0 0"
     assert lines[3].startswith("DeviceMemoryError no memory on the device for the heads: 2.0 GiB asked for, 1.0 GiB of")
-    assert all(line.startswith("DeviceLostError a kernel broke this process's CUDA context (") for line in lines[4:9])
+    assert all(line.startswith("KernelFaultError a kernel broke this process's CUDA context (") for line in lines[4:9])
     assert all(line.endswith("): start the process again") for line in lines[4:9])
     assert lines[9] == "GpuError CUDA failed (cuStreamSynchronize: CUDA_ERROR_UNKNOWN, a fake error)"
     assert (

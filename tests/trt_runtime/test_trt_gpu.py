@@ -12,7 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
+from export.engine_layers import engine_shares, is_readable
 from export.to_trt import EngineOptions, Profile, build_engine
+from export.verify import VerifyOptions, verify
 from facespec.errors import MissingPackageError, ModelFileError
 from facespec.letterbox import Frame
 from tests.faces import assert_identical
@@ -127,6 +129,24 @@ def test_threads_and_runs_give_the_same_bits(detector: TRTRetinaFace, frames: li
     with detector.stream(4) as stream:
         for index, (_, found) in enumerate(stream.map(frames * 20)):
             assert_identical(found, expected[index % len(frames)])
+
+
+def test_an_engine_in_fp16_keeps_to_its_budget_and_its_precision(options: EngineOptions, tmp_path: Path) -> None:
+    """Against PyTorch: TensorRT may add up in FP16, which no emulation on a CPU shows."""
+    path = tmp_path / "half.engine"
+    profile = Profile((1, 1, 8), ((640, 640),) * 3)
+    build_engine(dataclasses.replace(options, out=path, profile=profile, precision="fp16"))
+    found = verify(VerifyOptions("mobilenet0.25", str(path), images=8, progress=False))
+    print(found)
+    assert found.budget == "fp16"
+    assert found.passed, str(found)
+    sidecar = read_sidecar(path)
+    assert is_readable(sidecar)
+    shares, problems = engine_shares(path, sidecar)
+    print(f"{sidecar.flavor} {sidecar.version}, by EngineInspector: {shares}")
+    assert problems == []
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares.get("fp16", 0) > 0.5, shares
 
 
 def test_another_gpus_engine_is_refused(options: EngineOptions, tmp_path: Path) -> None:

@@ -16,27 +16,53 @@ from typing import Any
 import numpy as np
 
 from facespec.cli import require
-from facespec.errors import DeviceLostError, DeviceMemoryError, FrameError, GpuError
+from facespec.errors import (
+    DeviceLostError,
+    DeviceMemoryError,
+    DriverGoneError,
+    FrameError,
+    GpuError,
+    KernelFaultError,
+)
 from trt_runtime.gpu.device import Bytes, Memory, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.gpu.frame import DeviceFrame, read_frame
 
 OLDEST_DRIVER = 12000
 """CUDA 12.0, in the form of cuDriverGetVersion: the oldest that the supported TensorRT versions run on."""
 
-STICKY = {
-    "CUDA_ERROR_ECC_UNCORRECTABLE",
-    "CUDA_ERROR_NVLINK_UNCORRECTABLE",
-    "CUDA_ERROR_ILLEGAL_ADDRESS",
-    "CUDA_ERROR_LAUNCH_TIMEOUT",
-    "CUDA_ERROR_ASSERT",
-    "CUDA_ERROR_HARDWARE_STACK_ERROR",
-    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
-    "CUDA_ERROR_MISALIGNED_ADDRESS",
-    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
-    "CUDA_ERROR_INVALID_PC",
-    "CUDA_ERROR_LAUNCH_FAILED",
+_FAULT = KernelFaultError, "a kernel broke this process's CUDA context ({}): start the process again"
+_LOST = DeviceLostError, "the GPU is lost ({}): see nvidia-smi and dmesg, and start the process again"
+_GONE = (
+    DriverGoneError,
+    "CUDA's driver has left this process ({}): start the process again; a fork cannot use CUDA",
+)
+
+FATAL: dict[str, tuple[type[DeviceLostError], str]] = {
+    "CUDA_ERROR_ILLEGAL_ADDRESS": _FAULT,
+    "CUDA_ERROR_LAUNCH_TIMEOUT": _FAULT,
+    "CUDA_ERROR_ASSERT": _FAULT,
+    "CUDA_ERROR_HARDWARE_STACK_ERROR": _FAULT,
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION": _FAULT,
+    "CUDA_ERROR_MISALIGNED_ADDRESS": _FAULT,
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE": _FAULT,
+    "CUDA_ERROR_INVALID_PC": _FAULT,
+    "CUDA_ERROR_LAUNCH_FAILED": _FAULT,
+    "CUDA_ERROR_TENSOR_MEMORY_LEAK": _FAULT,
+    "CUDA_ERROR_DEVICE_UNAVAILABLE": _LOST,
+    "CUDA_ERROR_ECC_UNCORRECTABLE": _LOST,
+    "CUDA_ERROR_NVLINK_UNCORRECTABLE": _LOST,
+    "CUDA_ERROR_CONTAINED": _LOST,
+    "CUDA_ERROR_EXTERNAL_DEVICE": _LOST,
+    "CUDA_ERROR_CONTEXT_IS_DESTROYED": (
+        DeviceLostError,
+        "this process's CUDA context was destroyed, by cudaDeviceReset for instance ({}): make a new detector",
+    ),
+    "CUDA_ERROR_NOT_INITIALIZED": _GONE,
+    "CUDA_ERROR_DEINITIALIZED": _GONE,
+    "CUDA_ERROR_MPS_RPC_FAILURE": _GONE,
+    "CUDA_ERROR_MPS_CLIENT_TERMINATED": _GONE,
 }
-"""Errors after which a context cannot be used any more."""
+"""Errors after which a context cannot be used any more: what is raised, and its message."""
 
 NO_GPU = {
     "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES",
@@ -64,6 +90,8 @@ class Cuda:
             else:
                 mend = "there is no NVIDIA driver here (libcuda.so.1 was not found)"
             raise GpuError(mend + CPU_INSTEAD) from None
+        except ValueError as error:  # a driver newer than cuda.bindings has errors that these do not know
+            raise GpuError(f"CUDA failed ({name}: {error}): update cuda-bindings to see why") from None
         if status:
             raise self._error(name, status)
         return values[0] if len(values) == 1 else tuple(values) or None
@@ -73,8 +101,9 @@ class Cuda:
         found = f"{name}: {status.name}, {text.decode(errors='replace')}"
         if status.name == "CUDA_ERROR_OUT_OF_MEMORY":
             return DeviceMemoryError(f"no memory left on the GPU ({found})")
-        if status.name in STICKY:
-            return DeviceLostError(f"a kernel broke this process's CUDA context ({found}): start the process again")
+        if status.name in FATAL:
+            kind, message = FATAL[status.name]
+            return kind(message.format(found))
         if status.name in NO_GPU:
             return GpuError(f"{NO_GPU[status.name]}{CPU_INSTEAD} ({found})")
         return GpuError(f"CUDA failed ({found})")
@@ -138,7 +167,7 @@ class CudaDevice:
         try:
             yield
         finally:
-            self.cuda("cuCtxPopCurrent")
+            _quietly(self.cuda, "cuCtxPopCurrent")  # of a lost device the error of the block counts
 
     def stream(self) -> CudaStream:
         if self._stream is not None:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.cli import require
-from facespec.errors import DeviceLostError, GpuError, ModelFileError
+from facespec.errors import DeviceLostError, GpuError, KernelFaultError, ModelFileError
 from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
 from trt_runtime.gpu.device import ALIGNMENT, Bytes, Memory, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.gpu.engine import Shape
@@ -150,6 +150,7 @@ class HostDevice:
         )
 
     def free_and_total(self) -> tuple[int, int]:
+        self.check()
         if self._limit is not None:
             return self._limit - self.allocated_bytes, self._limit
         page = os.sysconf("SC_PAGE_SIZE")
@@ -186,7 +187,8 @@ class HostDevice:
     def check(self, may_capture: bool = True) -> None:
         """Raise GpuError if CUDA would refuse a call now; `may_capture`: whether a capture allows the call."""
         if self._failure is not None:
-            raise DeviceLostError(
+            kind = type(self._failure) if isinstance(self._failure, DeviceLostError) else KernelFaultError
+            raise kind(
                 f"work on the device failed ({type(self._failure).__name__}: {self._failure}): it is lost, start again"
             ) from self._failure
         if not getattr(self.thread, "depth", 0):
@@ -268,10 +270,13 @@ class HostStream:
 
     def drain(self) -> None:
         """Wait until all of its work is done."""
+        if not self._stop.alive:
+            return self.worker.join()
         done = threading.Event()
-        if self._stop.alive:
-            self.put(done.set)
-            done.wait()
+        self._queue.put(done.set)
+        while self.worker.is_alive() and not done.wait(0.05):  # another thread may close it meanwhile
+            pass
+        return None
 
     def capture(self, work: Callable[[], object]) -> HostGraph:
         self._device.check(may_capture=False)

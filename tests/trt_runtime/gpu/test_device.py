@@ -96,10 +96,12 @@ def test_what_a_cpu_is(device: HostDevice) -> None:
         assert (pinned == 0xFF).all()
         assert pinned.ctypes.data % ALIGNMENT == 0
         assert len(pinned) == 100
-    free, total = HostDevice().free_and_total()
+    host, small = HostDevice(), HostDevice(memory_limit=5)
+    with host.activate(), small.activate():
+        free, total = host.free_and_total()
+        assert small.free_and_total() == (5, 5)
     assert 1 << 28 < total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < free <= total
-    assert HostDevice(memory_limit=5).free_and_total() == (5, 5)
     with device.activate():  # it nests
         pass
     assert device.stream()

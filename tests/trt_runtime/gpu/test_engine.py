@@ -18,7 +18,14 @@ import onnx
 import pytest
 
 import trt_runtime.kernels
-from facespec.errors import DeviceMemoryError, GpuError, MissingPackageError, ModelFileError, SpecError
+from facespec.errors import (
+    DeviceMemoryError,
+    GpuError,
+    KernelFaultError,
+    MissingPackageError,
+    ModelFileError,
+    SpecError,
+)
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, PreprocessSpec
 from tests.engines import write_engine, write_rtx_engine
@@ -290,6 +297,21 @@ def test_a_run_that_fails_costs_a_lane_and_no_more(rig: Rig, frames: list[Frame]
         rig.trt.fails = {}
         assert_identical(detector.detect(frames[0]), expected)
         assert detector._idle != [lane]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_device_that_is_lost_is_the_reason(rig: Rig, frames: list[Frame], graphs: bool) -> None:
+    """TensorRT returns False and logs an error; it is neither a failed capture nor an engine that does not fit."""
+    with rig.detector(warm_up=False, graphs=graphs) as detector, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detector.detect(frames[0])
+        rig.trt.fails = {"fault": "[executionContext.cpp::enqueueInternal::825] Error Code 1: Cuda Runtime"}
+        for _ in range(2):
+            with pytest.raises(KernelFaultError, match="illegal memory access"):
+                detector.detect(frames[0])
+        rig.trt.fails = {"engine": "Error Code 1: Cuda Runtime (unspecified launch failure)"}
+        with pytest.raises(KernelFaultError, match="illegal memory access"):
+            rig.detector()
 
 
 def test_an_engine_that_does_not_serve_is_let_go(rig: Rig) -> None:

@@ -164,7 +164,7 @@ def test_the_first_line_of_a_table_holds_the_figures_of_its_file(name: str, cell
 def test_the_readme_can_be_read() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 200
-    linked = set(re.findall(r"\]\(docs/([\w.]+\.md)\)", text))
+    linked = set(re.findall(r"\]\(docs/([\w.-]+\.md)\)", text))
     assert linked == {"commands.md", *(page.name for page in PAGES[1:])}
 
 
@@ -191,14 +191,15 @@ def _command_lines() -> list[tuple[str, str]]:
 def test_commands_of_the_documents_have_the_options_they_are_given(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert importlib.util.find_spec(module)
+    spec = importlib.util.find_spec(module)
+    assert spec
     given = [re.findall(r"(?<=\s)--[a-z][\w-]*", arguments) for name, arguments in _command_lines() if name == module]
     if not any(given):
         return
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     with warnings.catch_warnings(), pytest.raises(SystemExit):  # noqa: PT012
         warnings.simplefilter("ignore")
-        importlib.import_module(module).main()
+        importlib.import_module(f"{module}.__main__" if spec.submodule_search_locations else module).main()
     known = re.findall(r"^  (?:-\w, )?(--[a-z][\w-]*)", capsys.readouterr().out, re.MULTILINE)
     unknown = {option for options in given for option in options} - set(known)
     assert not unknown

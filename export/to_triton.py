@@ -58,7 +58,7 @@ class TritonOptions:
     version: int = 1
     instances: int = 1
     max_batch: int | None = None
-    max_queue_delay_us: int = 500
+    max_queue_delay_us: int = 0
     gpu: bool = False
     force: bool = False
 
@@ -381,8 +381,8 @@ def parse_arguments(argv: Sequence[str] | None) -> TritonOptions:
     parser.add_argument("--instances", type=int, default=1, help="copies that run at once")
     most = f"most frames in a call (default: what the engine takes; ONNX: {ONNX_BATCH}); 1 turns batching off"
     parser.add_argument("--max-batch", type=int, help=most)
-    wait = "microseconds a request may wait for others to share its batch"
-    parser.add_argument("--max-queue-delay-us", type=int, default=500, help=wait)
+    wait = "microseconds a request waits for others to share its batch; those that come while one runs share the next"
+    parser.add_argument("--max-queue-delay-us", type=int, default=TritonOptions.max_queue_delay_us, help=wait)
     parser.add_argument("--gpu", action="store_true", help="run an ONNX file on the GPU")
     parser.add_argument("--force", action="store_true", help="replace OUT/NAME, with all its versions")
     return TritonOptions(**vars(parser.parse_args(argv)))

@@ -120,7 +120,7 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         capabilities = _capabilities(options, flavor)
         if find_library("plugin") is None:
             print(f"compiling the plugin for {len(ARCHITECTURES)} architectures, once; about 15 s", flush=True)
-        plugin = ensure_library("plugin")
+        plugin = ensure_library("plugin", runs_here=flavor is not RTX)
         _note_missing_code(plugin, capabilities)
         engine, built_with = _build(options, graph, flavor, capabilities, plugin)
     except RetinaFaceError as error:

@@ -32,7 +32,7 @@ LIBRARY_FOLDER = ROOT.parent / "trt_runtime" / "lib"
 """Where libraries go, and the runtime looks for them; where it cannot be written, as in a system's site-packages, the
 user's cache folder serves."""
 
-ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 120)
+ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
 """Compute capabilities that get machine code: Turing to Blackwell. Later ones run the PTX."""
 
 PTX_ARCHITECTURE = 90
@@ -201,6 +201,18 @@ def _call(command: Sequence[str | Path]) -> str:
     return output
 
 
+def compiler_version(compiler: Path) -> str:
+    """Return the line in which a compiler names its version, for instance "Cuda compilation tools, release 13.0"."""
+    said = _call([compiler, "--version"]).strip().splitlines() or ["?"]
+    return next((line for line in said if "release" in line), said[0]).strip()  # nvcc names itself first
+
+
+def cmake_architectures(nvcc: str) -> list[str]:
+    """Return what CMAKE_CUDA_ARCHITECTURES is by default: all of ours that an nvcc knows, and PTX."""
+    known = _supported(Path(nvcc), ARCHITECTURES)
+    return [str(number) if number == PTX_ARCHITECTURE else f"{number}-real" for number in known]
+
+
 def _supported(nvcc: Path, wanted: Sequence[int]) -> tuple[int, ...]:
     known = {int(number) for number in re.findall(r"compute_(\d+)", _call([nvcc, "--list-gpu-arch"]))}
     return tuple(architecture for architecture in wanted if architecture in known)
@@ -267,8 +279,6 @@ def build(
     include = [f"-I{ROOT / 'include'}", f"-I{ROOT / 'src'}"]
     with atomic_path(out) as temporary:
         log = _call([tool, *flags, *include, *(ROOT / "src" / name for name in TARGETS[target]), "-o", temporary])
-    said = _call([tool, "--version"]).strip().splitlines() or ["?"]
-    version = next((line for line in said if "release" in line), said[0])  # nvcc names itself first
     report = BuildReport(
         target,
         library=out.name,
@@ -276,7 +286,7 @@ def build(
         machine=platform.machine(),
         sources_sha256=digest,
         compiler=str(tool),
-        compiler_version=version.strip(),
+        compiler_version=compiler_version(tool),
         architectures=supported,
         left_out=() if target == "host" else tuple(a for a in architectures if a not in supported),
         headers=str(headers or ""),

@@ -9,9 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -43,9 +46,10 @@ MENDS = {
     716: _REFUSED,
     35: f", the plugin was compiled by a CUDA that is newer than the driver{_REBUILD}",
     209: f", the plugin has no code for this GPU{_REBUILD}",
+    222: f", the plugin's PTX is newer than the driver{_REBUILD}",
 }
 """What to do about an error of CUDA: cudaErrorInvalidValue and cudaErrorMisalignedAddress, given before anything is
-launched, cudaErrorInsufficientDriver and cudaErrorNoKernelImageForDevice."""
+launched, cudaErrorInsufficientDriver, cudaErrorNoKernelImageForDevice and cudaErrorUnsupportedPtxVersion."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,23 @@ def find_library(target: str = "plugin") -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def ensure_library(target: str = "plugin") -> Path:
+def ensure_library(target: str = "plugin", *, runs_here: bool = False) -> Path:
     """Return a library; it is compiled where there is none: see `find_library`.
+
+    Args:
+        target: "plugin", for GPUs, or "host".
+        runs_here: The GPU here is to run it, so it must fit the driver: see `check_driver`.
 
     Raises:
         MissingToolError: It must be compiled, and a compiler, a header or the sources are missing.
-        BuildError: It does not compile.
+        BuildError: It does not compile, or does not fit the driver.
         OutputError: There is no folder it could be written to.
     """
     if found := find_library(target):
+        if runs_here:
+            with suppress(OSError, ValueError, TypeError, KeyError):  # a library without a report is taken as it is
+                report = json.loads(found.with_suffix(".json").read_text(encoding="utf-8"))
+                check_driver(f"the plugin {found}", report["compiler_version"])
         return found
     build = _build_module()
     if build is None:
@@ -101,8 +113,36 @@ def ensure_library(target: str = "plugin") -> Path:
             f"the {target} library is not compiled, and its sources (plugins/) are not beside trt_runtime: copy "
             f"libretinaface_{target}.so to {_HERE / 'lib'}"
         )
+    if runs_here:
+        nvcc = build.find_nvcc()
+        check_driver(f"what {nvcc} compiles", build.compiler_version(nvcc))
     made: Path = build.ensure(target)
     return made
+
+
+def check_driver(what: str, compiler: str) -> None:
+    """Check that the driver here, if there is one, runs what nvcc compiled.
+
+    That carries CUDA's runtime library, which needs a driver of its own major version or a later one.
+
+    Args:
+        what: Names it in the error.
+        compiler: What `nvcc --version` says.
+
+    Raises:
+        BuildError: The driver is too old.
+    """
+    release, driver = re.search(r"release (\d+)\.\d+", compiler), ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
+    except OSError:
+        return
+    major, minor = divmod(driver.value // 10, 100)
+    if release and not failed and int(release[1]) > major:
+        raise BuildError(
+            f"{what} needs a driver of CUDA {release[1]}.0, and the NVIDIA driver here knows CUDA {major}.{minor}: "
+            f"update the driver, or put an nvcc {major}.x first on PATH, then python -m plugins.build"
+        )
 
 
 def _build_module() -> Any:

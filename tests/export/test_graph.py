@@ -35,11 +35,12 @@ from export.graph import (
     export_network,
     finished,
 )
-from export.quantize import to_fp16
+from export.quantize import lint_qdq, to_fp16, to_int8
 from facespec.boxes import Decoded, decode_detections, make_priors
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import SPEC_KEY, AnchorSpec, DecodeSpec, ModelSpec
 from trainer import load_model
+from trainer.model import RetinaFace
 from trt_runtime.kernels import PLUGIN
 
 Heads = list[NDArray[np.float32]]
@@ -308,6 +309,53 @@ def test_both_forms_are_built_on_copies(small: onnx.ModelProto, half: bool) -> N
         PLUGIN.namespace.encode(),
     )
     assert {item.domain: item.version for item in plugin.opset_import} == {"": 19, PLUGIN.domain: 1}
+
+
+TENSORRT_10 = {
+    "Add": "FLOAT FLOAT16",
+    "Cast": "FLOAT FLOAT16 UINT8",
+    "Concat": "FLOAT FLOAT16",
+    "Constant": "FLOAT FLOAT16",
+    "Conv": "FLOAT FLOAT16",
+    "DequantizeLinear": "INT8",
+    "LeakyRelu": "FLOAT FLOAT16",
+    "MaxPool": "FLOAT FLOAT16",
+    "QuantizeLinear": "FLOAT FLOAT16",
+    "Relu": "FLOAT FLOAT16",
+    "Resize": "FLOAT FLOAT16",
+    "Sub": "FLOAT FLOAT16",
+    "Transpose": "FLOAT FLOAT16",
+}
+"""What the parser of TensorRT 10.0 to 10.3 takes of opsets 9 to 20, and with which type of the first input: of
+docs/operators.md in onnx/onnx-tensorrt, branches 10.0-GA and 10.1-GA, those that our graphs have."""
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "resnet18"])
+def test_the_parser_of_tensorrt_10_takes_the_plugin_forms(
+    kind: str, small: onnx.ModelProto, request: pytest.FixtureRequest
+) -> None:
+    if kind == "int8":
+        small = to_int8(request.getfixturevalue("heads"), request.getfixturevalue("calibrated").ranges)
+        assert lint_qdq(small) == []  # zero points are 0
+    if kind == "resnet18":
+        small = build_heads(RetinaFace(ModelSpec(backbone="resnet18")).eval(), SIZE)
+    small = to_fp16(small) if kind in ("fp16", "int8") else small
+    form = onnx.shape_inference.infer_shapes(build_plugin_form(small, ModelSpec(), None))
+    assert 9 <= {item.domain: item.version for item in form.opset_import}[""] <= 20
+    types = {item.name: item.type.tensor_type.elem_type for item in [*form.graph.value_info, *form.graph.input]}
+    types.update({item.name: item.data_type for item in form.graph.initializer})
+    for node in form.graph.node:
+        if node.domain == PLUGIN.domain:
+            continue
+        if node.op_type != "Constant":
+            assert TensorProto.DataType.Name(types[node.input[0]]) in TENSORRT_10[node.op_type].split(), node
+        given = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        if node.op_type == "Resize":
+            modes = [given[name] for name in ("coordinate_transformation_mode", "mode", "nearest_mode")]
+            assert modes == [b"asymmetric", b"nearest", b"floor"]
+        if node.op_type == "MaxPool":
+            assert len(node.output) == 1
+            assert set(given.get("dilations", [1])) == {1}
 
 
 def test_what_the_plugin_cannot_do_is_refused(small: onnx.ModelProto) -> None:

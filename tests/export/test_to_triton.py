@@ -408,7 +408,7 @@ def test_what_is_laid_out_by_default(static_onnx: Path, tmp_path: Path) -> None:
     options = parse_arguments(["m.onnx", "--out", "r"])
     assert options == TritonOptions(Path("m.onnx"), Path("r"))
     assert (options.name, options.version, options.instances, options.max_batch) == ("retinaface", 1, 1, None)
-    assert (options.max_queue_delay_us, options.gpu, options.force) == (500, False, False)
+    assert (options.max_queue_delay_us, options.gpu, options.force) == (0, False, False)
     line = ["m.engine", "--out", "r", "--name", "n", "--version", "3", "--instances", "2", "--max-batch", "4"]
     line += ["--max-queue-delay-us", "9", "--gpu", "--force"]
     assert parse_arguments(line) == TritonOptions(Path("m.engine"), Path("r"), "n", 3, 2, 4, 9, True, True)

@@ -385,6 +385,29 @@ def test_without_tensorrt_one_line_says_what_is_there_and_what_to_type(
     assert "--flavor rtx" in line
 
 
+@pytest.mark.parametrize("flavor", [RTX, TENSORRT])
+def test_only_an_engine_for_the_gpu_here_needs_a_plugin_that_its_driver_runs(
+    flavor: Flavor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = _engine(tmp_path, flavor=flavor.name)
+    graph = ExportedGraph(options.plugin_form, b"graph", ModelSpec(), {}, {}, ParityReport(ModelSpec(), ()))
+    for name, answer in {"export_graph": graph, "find_flavor": flavor, "gpu_capability": 86}.items():
+        monkeypatch.setattr(f"export.to_trt.{name}", lambda *_, answer=answer, **__: answer)
+    (tmp_path / "p.json").write_text('{"compiler_version": "release 13.0"}')
+    monkeypatch.setenv("RETINAFACE_PLUGIN", str(_touch(tmp_path / "p.so")))
+
+    def fails(message: str) -> Callable[..., None]:
+        def call(*arguments: object) -> None:
+            raise BuildError(message)
+
+        return call
+
+    monkeypatch.setattr("trt_runtime.kernels.check_driver", fails("the driver is too old"))
+    monkeypatch.setattr("export.to_trt._build", fails("it was built"))
+    with pytest.raises(BuildError, match="it was built" if flavor is RTX else "the driver is too old"):
+        build_engine(options)
+
+
 @needs_rtx
 def test_a_build_that_fails_keeps_its_log_and_the_old_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = _engine(tmp_path, profile=Profile(sizes_hw=((320, 320),) * 3))

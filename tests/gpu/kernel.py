@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.spec import ModelSpec
-from plugins.build import build, is_current, library_path
-from trt_runtime.kernels import HEAD_TYPES, DecodeParams, Outputs, load_letterbox, make_params
+from plugins.build import build, compiler_version, find_nvcc, is_current, library_path
+from trt_runtime.kernels import HEAD_TYPES, DecodeParams, Outputs, check_driver, load_letterbox, make_params
 
 Array = NDArray[Any]
 
@@ -48,11 +48,12 @@ def build_kernels(architecture: int, target: str = "kernels") -> Path:
     """Return the library with machine code for one architecture, built anew if its sources have changed.
 
     Raises:
-        BuildError: It must be built, and cannot be.
+        BuildError: It must be built, and cannot be, or the driver is too old for this nvcc.
     """
     folder = ROOT / "build" / "gpu" / f"sm_{architecture}"
     path = library_path(target, folder)
     if not is_current(target, folder):
+        check_driver(f"what {find_nvcc()} compiles", compiler_version(find_nvcc()))
         build(target, (architecture,), folder)
     return path
 

@@ -2,9 +2,7 @@
 
 Every name of CUDA's API that it uses is looked up in the real cuda.bindings, with its number of arguments. Then the
 real cuda.bindings run it on a fake libcuda over the host's memory (fake_cuda.c), also in contexts and on streams of
-PyCUDA's stand-in (fake_pycuda) and, where it is installed, of the real PyCUDA. To have that where there is no driver:
-build it with the CUDA toolkit's headers against this fake library (configure.py --cuda-root=...
---cudadrv-lib-dir=..., then pip install --no-build-isolation .).
+PyCUDA's stand-in (fake_pycuda) and, where it is installed, of the real PyCUDA, which `make test-pycuda` builds.
 """
 
 from __future__ import annotations
@@ -283,6 +281,45 @@ def test_no_gpu(fake: Path) -> None:
     assert lines[0] == "Fake, device 1 0"
     assert lines[1].startswith("GpuError there is no GPU -1: 2 visible, counted from 0")
     assert lines[2].startswith("GpuError there is no GPU 2: 2 visible, counted from 0")
+
+
+def test_the_driver_must_know_the_cuda_that_compiled_the_plugin(fake: Path, tmp_path: Path) -> None:
+    """Before it is loaded, and before nvcc compiles it; a library for other machines need not fit."""
+    library, nvcc = tmp_path / "p.so", tmp_path / "nvcc"
+    library.touch()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release $RELEASE, V0\n")
+    nvcc.chmod(0o755)
+    code = f"""
+from pathlib import Path
+from facespec.errors import BuildError
+from trt_runtime.kernels import _build_module, ensure_library
+build = _build_module()
+build.find_library, build.ensure = lambda target: None, lambda target: "compiled"
+def show(driver, runs_here=True):
+    os.environ["FAKE_CUDA_VERSION"] = driver
+    try:
+        print(ensure_library("plugin", runs_here=runs_here))
+    except BuildError as error:
+        print(error)
+for os.environ["RELEASE"] in ("13.0", "12.9"):
+    show("12080"), show("13000"), show("12080", runs_here=False)
+os.environ["RETINAFACE_PLUGIN"] = {str(library)!r}
+report = Path({str(library.with_suffix(".json"))!r})
+for compiler in ("Cuda compilation tools, release 13.0, V0", "Cuda compilation tools, release 12.9, V0", "g++ 13.0"):
+    report.write_text(f'{{{{"compiler_version": "{{compiler}}"}}}}')
+    show("12080"), show("13020"), show("12080", runs_here=False)
+for text in ("[]", "{{}}", "not JSON"):
+    report.write_text(text)
+    show("12080")
+"""
+    settings = {"CUDA_HOME": "", "CUDA_PATH": "", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    lines = run(fake, code, **settings).splitlines()
+    mend = (
+        "{} needs a driver of CUDA 13.0, and the NVIDIA driver here knows CUDA 12.8: update the driver, or put an nvcc "
+        "12.x first on PATH, then python -m plugins.build"
+    )
+    assert lines[:6] == [mend.format(f"what {nvcc} compiles"), *["compiled"] * 5]
+    assert lines[6:] == [mend.format(f"the plugin {library}"), *[str(library)] * 11]
 
 
 def test_a_detector_takes_the_gpu_it_was_told(fake: Path, tmp_path: Path) -> None:

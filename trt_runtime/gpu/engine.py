@@ -89,7 +89,7 @@ class TrtEngine:
         ModelFileError: The engine is missing, differs from its sidecar, or was built for another GPU, plugin or
             TensorRT; the message names the command that builds it again.
         MissingPackageError: The TensorRT that built it is not installed.
-        BuildError: The plugin library is not compiled yet and cannot be compiled.
+        BuildError: The plugin library is not compiled yet and cannot be compiled, or does not fit the driver.
         GpuError: The engine cannot be loaded.
     """
 
@@ -107,7 +107,7 @@ class TrtEngine:
         self._making = threading.Lock()
         self._trt = trt = require(flavor.module, flavor.extra, f"running {path}")
         _check_version(path, sidecar, trt.__version__)
-        plugin = str(ensure_library("plugin"))
+        plugin = str(ensure_library("plugin", runs_here=True))
         self._launch_letterbox = load_letterbox(ctypes.CDLL(plugin))
         self._logger = api.make_logger(trt)
         self._runtime = api.make_runtime(trt, self._logger)

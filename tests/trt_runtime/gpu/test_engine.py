@@ -19,6 +19,7 @@ import pytest
 
 import trt_runtime.kernels
 from facespec.errors import (
+    BuildError,
     DeviceMemoryError,
     GpuError,
     KernelFaultError,
@@ -104,6 +105,15 @@ def rig(tmp_path: Path, network: HostEngine, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="module")
 def frames(astronaut: Frame) -> list[Frame]:
     return [np.ascontiguousarray(astronaut[:280, 100:400]), np.full((70, 130, 3), 90, np.uint8), astronaut]
+
+
+def test_a_plugin_that_the_driver_does_not_run_is_not_loaded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(what: str, compiler: str) -> None:
+        raise BuildError(f"{what}, {compiler.split()[0]}")
+
+    monkeypatch.setattr("trt_runtime.kernels.check_driver", refuse)
+    with pytest.raises(BuildError, match=r"^the plugin .*libretinaface_host\.so, g\+\+"):
+        rig.engine()
 
 
 def test_the_stand_in_has_no_name_that_tensorrt_has_not(network: HostEngine) -> None:

@@ -195,6 +195,16 @@ def test_the_share_of_the_plugin_is_measured_once(rig: Rig, frames: list[Frame])
         assert [context.profiler for context in rig.trt.contexts] == [None]  # the probe has gone
 
 
+def test_a_network_compiled_as_one_layer_tells_no_share(rig: Rig, frames: list[Frame]) -> None:
+    rig.path = write_rtx_engine(rig.folder, spec=rig.network.spec, profile=PROFILE)
+    rig.install(rtx=True, version="1.7.1.116")
+    timer = StageTimer(fine=True)
+    with rig.detector(warm_up=False) as detector:
+        detector.detect(frames[0], timer)
+    assert timer.total_ms["decode+NMS"] == 0
+    assert timer.total_ms["network"] > 0
+
+
 def test_what_cannot_be_profiled_has_no_share(rig: Rig, frames: list[Frame], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_api, "end_profile", lambda context: False)
     timer = StageTimer(fine=True)

@@ -18,6 +18,7 @@ import onnx
 import pytest
 
 import trt_runtime.kernels
+from export.verify import VerifyOptions, verify
 from facespec.errors import DeviceMemoryError, GpuError, MissingPackageError, ModelFileError, SpecError
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, PreprocessSpec
@@ -30,6 +31,7 @@ from trt_runtime.gpu.engine import TrtEngine, check_runs_here
 from trt_runtime.gpu.sidecar import Profile, read_sidecar
 from trt_runtime.gpu.simulated import MAX_BATCH, HostArray, HostDevice, HostEngine
 from trt_runtime.kernels import library
+from trt_runtime.load import load_detector
 from trt_runtime.measure import StageTimer
 
 SIZE = (96, 160)
@@ -152,6 +154,26 @@ def test_a_detector_on_tensorrt_finds_the_faces(rig: Rig, plugin_form: Path, fra
         assert {context.shape[0] for context in rig.trt.contexts} == {2, 4}  # ten are 4, 4 and 2; the memory has moved
     assert is_gone(lambda: [*rig.trt.contexts, *rig.trt.engines])
     assert rig.trt.misplaced == []
+
+
+def test_verify_takes_an_engine(rig: Rig, plugin_form: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the sizes of its profile, and only there."""
+
+    def load(name: str, backend: str) -> Any:
+        return rig.detector(size_hw=None) if name.endswith(".engine") else load_detector(name, backend=backend)
+
+    monkeypatch.setattr("export.verify.load_detector", load)
+    monkeypatch.setattr("export.inspect.is_readable", lambda sidecar: False)
+    monkeypatch.setattr("export.verify.EXTRA_SIZES", ((96, 160), (640, 640)))
+    options = VerifyOptions(str(plugin_form), str(rig.path), size_hw=(160, 160), images=3, progress=False)
+    found = verify(options)
+    assert found.candidate.kind == "engine"
+    assert found.budget == "fp16"  # by its sidecar
+    assert found.passed, str(found)
+    cases = {row.case for row in found.rows if row.stage == "boxes"}
+    assert "letterbox 96x160" in cases
+    assert "letterbox 640x640" not in cases
+    gc.collect()  # the detector is freed before the device is asked what is left
 
 
 def test_a_context_is_made_as_tensorrt_wants_it(rig: Rig) -> None:

@@ -192,12 +192,14 @@ def with_precision(
         graph = to_fp16(heads_graph)
     elif calibration is not None:
         recipe = Int8Recipe()
+        names = [node.name for node in heads_graph.graph.node if node.op_type == "Conv"]
         if calibration.recipe:
             recipe = load_recipe(calibration.recipe)
-            names = [node.name for node in heads_graph.graph.node if node.op_type == "Conv"]
             lost = [part for part in recipe.float_layers if not any(part in name for name in names)]
             if lost:
                 raise SpecError(f"{calibration.recipe}: no convolution of this network is named like {lost[0]!r}")
+        if calibration.float_first:
+            recipe = dataclasses.replace(recipe, float_layers=(*recipe.float_layers, names[0]))
         used = dataclasses.replace(calibrate(heads_graph, calibration, size_hw, spec, progress), recipe=recipe)
         graph = to_fp16(to_int8(heads_graph, used.ranges, recipe))
         if problems := lint_qdq(graph):

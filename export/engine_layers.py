@@ -1,6 +1,6 @@
-"""What TensorRT is asked in a child process, and what the layers of an engine compute in.
+"""What TensorRT is asked in a child process, how many kernels an engine has, and what its layers compute in.
 
-TensorRT's EngineInspector tells the latter where the engine's GPU is present.
+The build log tells the second, TensorRT's EngineInspector the third, where the engine's GPU is present.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ from tqdm import tqdm
 from facespec.errors import BuildError
 from trt_runtime.gpu.flavor import FLAVORS, Flavor, child_environment, gpu_capability
 from trt_runtime.gpu.sidecar import Convolutions, Sidecar, precision_shares
-from trt_runtime.kernels import ensure_library
+from trt_runtime.kernels import PLUGIN, ensure_library
 
 UNKNOWN = "unknown"
 _BAR = "{desc}: {percentage:3.0f}%|{bar:24}| {elapsed} {postfix}"
 
 _ALIASES = {"bfloat16": "bf16", "half": "fp16", "float": "fp32"}
-"""Other words for precisions in a "Format/Datatype" or in a weight's type."""
+"""Other words for precisions."""
+
+_NO_KERNELS = ("signal", "wait", "shape_call")
+"""Types of the layers of TensorRT-RTX that put no kernel on a stream."""
+
+_CONVOLUTIONS = ("conv", "correlation", "runtime_fusion")
+"""Parts of the types of layers that compute convolutions; the last two are those of Myelin, TensorRT's compiler. Its
+"kgen" layers name convolutions too whose input they pad or whose result they scale."""
 
 _WIDEST_LAST = ("int8", "bf16", "fp16", "fp32")
 
@@ -73,13 +80,21 @@ def run_builder(request: dict[str, Any], environment: dict[str, str], flavor: Fl
                 child.kill()
                 child.wait()
         said.seek(0)
-        words = said.read().strip().splitlines()[-1:]
+        words = said.read().strip().splitlines()
     if last.get("event") == "done" and code == 0:
         return str(last["version"])
     if last.get("event") == "failed":
-        raise BuildError(": ".join([f"{flavor.title}: {last['message']}", *last["detail"]]))
+        # the plugin prints its errors where it cannot use TensorRT's logger; else what was printed may be anything
+        printed = [line for line in words if line.startswith(PLUGIN.name)] or ([] if last["detail"] else words)
+        raise BuildError(": ".join([f"{flavor.title}: {last['message']}", *last["detail"], *printed[-1:]]))
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    raise BuildError(": ".join([f"{flavor.title}: the build process {how}", *words]))
+    raise BuildError(": ".join([f"{flavor.title}: the build process {how}", *words[-1:]]))
+
+
+def count_kernels(log: str) -> int | None:
+    """Return how many kernels a call runs beside the plugin, from a build log that lists the layers; None without."""
+    layers = re.findall(r"^Name: (.*?), LayerType: (\w+)", log, re.MULTILINE)
+    return sum(kind not in _NO_KERNELS and PLUGIN.node not in name for name, kind in layers) or None
 
 
 def is_readable(sidecar: Sidecar) -> bool:
@@ -123,7 +138,8 @@ def layer_precisions(information: dict[str, Any], names: set[str]) -> dict[str, 
 
     A layer tells which nodes of the graph went into it by its metadata, and what it computes in by the types of its
     weights and inputs. Where several name a convolution, those that are convolutions count; where these differ, the
-    widest type does.
+    widest type does. TensorRT 10 writes one "Format/Datatype"; 11 and RTX write "Datatype" apart from "Format", and
+    list weights as "Constants".
 
     Args:
         information: EngineInspector's JSON of an engine built with detailed profiling verbosity.
@@ -138,8 +154,9 @@ def layer_precisions(information: dict[str, Any], names: set[str]) -> dict[str, 
         precision = _precision(layer)
         if precision:
             kind = " ".join(str(layer.get(key, "")) for key in ("ParameterType", "LayerType", "TacticName")).lower()
+            is_conv = any(part in kind for part in _CONVOLUTIONS)
             for name in named & names:
-                found.setdefault(name, []).append(("conv" in kind, precision))
+                found.setdefault(name, []).append((is_conv, precision))
     result = {}
     for name, options in found.items():
         best = [precision for is_conv, precision in options if is_conv] or [precision for _, precision in options]
@@ -149,9 +166,10 @@ def layer_precisions(information: dict[str, Any], names: set[str]) -> dict[str, 
 
 def _precision(layer: dict[str, Any]) -> str | None:
     weights = layer.get("Weights")
-    inputs = layer.get("Inputs") or []
     texts = [str(weights.get("Type", ""))] if isinstance(weights, dict) else []
-    texts += [str(tensor.get("Format/Datatype", "")) for tensor in inputs if isinstance(tensor, dict)][:1]
+    tensors = [*(layer.get("Inputs") or []), *(layer.get("Constants") or [])]
+    operands = [tensor for tensor in tensors if isinstance(tensor, dict)][: 1 if texts else 2]
+    texts += [str(tensor.get("Datatype", tensor.get("Format/Datatype", ""))) for tensor in operands]
     words = [_ALIASES.get(word, word) for text in texts for word in re.findall(r"\w+", text.lower())]
     known = [word for word in words if word in _WIDEST_LAST]
     return max(known, key=_WIDEST_LAST.index) if known else None

@@ -39,6 +39,7 @@ class Inspection:
         inputs: Type and shape, or shapes by name, of each input.
         outputs: Type and shape of each output; dimensions that are free have names.
         precision: Share of the convolutions' multiply-accumulates by precision.
+        kernels: How many an engine runs in a call beside the plugin; None if that was not counted.
         plugin: What the plugin is called, or its attributes.
         problems: What speaks against using the file; empty if it is valid.
     """
@@ -49,6 +50,7 @@ class Inspection:
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     precision: dict[str, float] = field(default_factory=dict)
+    kernels: int | None = None
     plugin: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -70,6 +72,8 @@ class Inspection:
         if self.precision:
             shares = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in self.precision.items())
             rows.append(("convolutions", f"{shares} (by multiply-accumulates)"))
+        if self.kernels:
+            rows.append(("kernels", f"{self.kernels} in a call, beside the plugin"))
         if self.plugin:
             rows.append(("plugin", _short(self.plugin)))
         rows += [(part, _short(values)) for part, values in self.spec.items() if part != "format"]
@@ -133,13 +137,15 @@ def inspect_engine(path: Path) -> Inspection:
     found.inputs = {"images": {"type": "uint8", **{name: list(shape) for name, shape in sidecar.profile.items()}}}
     found.outputs = _contract(sidecar.spec.decode, "B")
     found.precision = sidecar.mac_shares
+    found.kernels = sidecar.kernels
     if is_readable(sidecar) and not found.problems:
         try:
-            shares, problems = engine_shares(path, sidecar)
+            shares, doubts = engine_shares(path, sidecar)
         except RetinaFaceError as error:
-            shares, problems = {}, [str(error)]
-        found.facts["engine_inspector"] = {kind: f"{100 * share:.1f} %" for kind, share in shares.items()}
-        found.problems += problems
+            found.problems.append(str(error))
+        else:
+            found.facts["engine_inspector"] = {kind: f"{100 * share:.1f} %" for kind, share in shares.items()}
+            found.facts |= {"doubts": doubts} if doubts else {}
     found.plugin = dict(sidecar.plugin)
     found.spec = json.loads(sidecar.spec.to_json())
     return found

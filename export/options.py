@@ -71,6 +71,7 @@ class CalibrationOptions:
         images: Images used at most.
         seed: Of the choice of images.
         recipe: File of an `export.options.Int8Recipe`; None for its defaults.
+        float_first: Leave the first convolution, of three channels, in float too.
     """
 
     source: str
@@ -78,6 +79,7 @@ class CalibrationOptions:
     images: int = 128
     seed: int = 0
     recipe: Path | None = None
+    float_first: bool = False
 
     def __post_init__(self) -> None:
         if not self.source:

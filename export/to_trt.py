@@ -14,11 +14,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from export.engine_layers import UNKNOWN, engine_shares, is_readable, run_builder
+from export.engine_layers import UNKNOWN, count_kernels, engine_shares, is_readable, run_builder
 from export.options import DECODE_OPTIONS, Export, add_export_arguments, export_fields
 from export.to_onnx import ExportedGraph, check_files, export_graph
 from facespec.cli import ArgumentParser, argument, run, version
@@ -30,8 +30,10 @@ from trt_runtime.gpu.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_e
 from trt_runtime.gpu.sidecar import Profile, Sidecar, check_engine, sidecar_path
 from trt_runtime.kernels import PLUGIN, ensure_library, find_library
 
-AHEAD_OF_TIME = (75, 80, 86, 89, 120)
-"""Compute capabilities a TensorRT-RTX engine is built for where no GPU tells."""
+TURING = 75
+AHEAD_OF_TIME = (86, 89, 120)
+"""Compute capabilities a TensorRT-RTX engine is built for where no GPU tells. Turing has an engine of its own: in one
+with others, all of them run the kernels that it alone needs."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class EngineOptions(Export):
         return self.out.with_name(f"{name}.plugin.onnx")
 
     @property
+    def flavor_asked(self) -> str:
+        """The flavour, which compute capabilities name too."""
+        return RTX.name if self.capabilities else self.flavor
+
+    @property
     def log(self) -> Path:
         """The build log, kept if the build fails."""
         return Path(f"{self.out}.build.log")
@@ -110,19 +117,20 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         outputs += [("--out", path) for path in (options.out, sidecar_path(options.out), options.log)]
         outputs.append(("--timing-cache", options.timing_cache))
     check_files(options, outputs)
+    options = _suit_int8(options)
     profile = options.profile
     graph = export_graph(options, options.plugin_form, profile.fixed_hw, profile.sizes_hw[1], plugin=True)
     print(f"wrote {graph.path}: {graph.spec.backbone}, convolutions {graph.shares}, {len(graph.content) / 1e6:.1f} MB")
     if options.onnx_only:
         return None
     try:
-        flavor = find_flavor(RTX.name if options.capabilities else options.flavor)
+        flavor = find_flavor(options.flavor_asked)
         capabilities = _capabilities(options, flavor)
         if find_library("plugin") is None:
             print(f"compiling the plugin for {len(ARCHITECTURES)} architectures, once; about 15 s", flush=True)
         plugin = ensure_library("plugin", runs_here=flavor is not RTX)
         _note_missing_code(plugin, capabilities)
-        engine, built_with = _build(options, graph, flavor, capabilities, plugin)
+        engine, built_with, kernels = _build(options, graph, flavor, capabilities, plugin)
     except RetinaFaceError as error:
         missing = isinstance(error, (MissingPackageError, MissingToolError))
         again = f"; then {options.command()}" if missing else ""
@@ -149,28 +157,48 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         toolkit=version(),
         command=options.command(flavor.name, capabilities if flavor is RTX else ()),
+        kernels=kernels,
     )
     with atomic_path(options.out) as temporary:
         temporary.write_bytes(engine)
-        if problems := check_engine(temporary, sidecar) or _precision_problems(temporary, sidecar):
+        if problems := check_engine(temporary, sidecar):
             raise BuildError(f"{options.out} is not written: {problems[0]}")
+        _note_precision(temporary, sidecar)
     write_text(sidecar_path(options.out), sidecar.to_json())
     options.log.unlink(missing_ok=True)  # of an earlier build that failed
     return sidecar
 
 
-def _precision_problems(engine: Path, sidecar: Sidecar) -> list[str]:
-    """Return where an engine computes in another precision than its graph says, as far as that can be seen here."""
+def _suit_int8(options: EngineOptions) -> EngineOptions:
+    """Return the options with which INT8 costs TensorRT-RTX the fewest kernels, and say what INT8 is worth there."""
+    with suppress(MissingPackageError):  # raised where the engine would be built
+        if options.calibration and not options.onnx_only and find_flavor(options.flavor_asked) is RTX:
+            print(
+                "note: INT8 is probably slower than FP16 in TensorRT-RTX, and was never timed: of mobilenet0.25 it "
+                f"makes 84 kernels, FP16 59; on sm_{TURING} nothing computes in INT8. Take --fp16 unless you time both"
+            )
+            return replace(options, calibration=replace(options.calibration, float_first=True))
+    return options
+
+
+def _note_precision(engine: Path, sidecar: Sidecar) -> None:
+    """Say where an engine seems to compute in another precision than its graph says, as far as that is seen here.
+
+    That is no reason to refuse the engine: the network is strongly typed, and what EngineInspector says of layers that
+    are fused differs from version to version.
+    """
     if not is_readable(sidecar):
-        return []
+        return
     try:
-        shares, problems = engine_shares(engine, sidecar)
+        shares, doubts = engine_shares(engine, sidecar)
     except BuildError as error:
         print(f"note: what the layers compute in could not be read back: {error}")
-        return []
+        return
     if UNKNOWN in shares:
         print(f"note: EngineInspector does not tell what {shares[UNKNOWN]:.0%} of the multiply-accumulates compute in")
-    return problems
+    if doubts:
+        more = f", and {len(doubts) - 1} more (python -m export.inspect)" if len(doubts) > 1 else ""
+        print(f"warning: by EngineInspector, {doubts[0]}{more}")
 
 
 def _note_missing_code(plugin: Path, capabilities: Sequence[int]) -> None:
@@ -190,7 +218,10 @@ def _capabilities(options: EngineOptions, flavor: Flavor) -> tuple[int, ...]:
         default = (present,) if present in RTX.capabilities else AHEAD_OF_TIME
         if present and not options.capabilities and present not in RTX.capabilities:
             print(f"note: TensorRT-RTX does not build for the GPU here, sm_{present}; building for others")
-        return tuple(sorted(set(options.capabilities or default)))
+        capabilities = tuple(sorted(set(options.capabilities or default)))
+        if TURING in capabilities[:-1]:
+            print(f"note: with sm_{TURING} among them, all GPUs run more kernels: build an engine for it alone")
+        return capabilities
     if present is None:
         raise MissingToolError(
             "TensorRT builds on the GPU it builds for, and there is none here, or no driver: use --flavor rtx, "
@@ -208,8 +239,8 @@ def _timing_cache(options: EngineOptions, flavor: Flavor) -> Path | None:
 
 def _build(
     options: EngineOptions, graph: ExportedGraph, flavor: Flavor, capabilities: tuple[int, ...], plugin: Path
-) -> tuple[bytes, str]:
-    """Build in a child process, in a folder of its own; return the engine and the version of TensorRT."""
+) -> tuple[bytes, str, int | None]:
+    """Build in a child process, in a folder of its own; return the engine, TensorRT's version, and its kernels."""
     cache = _timing_cache(options, flavor)
     with child_environment(flavor) as environment, tempfile.TemporaryDirectory(prefix="retinaface-") as folder:
         work = Path(folder)
@@ -226,16 +257,16 @@ def _build(
             "log": str(work / "build.log"),
             "out": str(work / "engine"),
         }
+        log = work / "build.log"
         try:
             version = run_builder(request, environment, flavor, options.progress)
         except BuildError as error:
-            log = work / "build.log"
             write_text(options.log, log.read_text(encoding="utf-8") if log.exists() else "")
             raise BuildError(f"{error} (log: {options.log})") from None
         if cache and (work / "timing.cache").exists():
             with suppress(OutputError), atomic_path(cache) as temporary:  # it saves time, no more
                 temporary.write_bytes((work / "timing.cache").read_bytes())
-        return (work / "engine").read_bytes(), version
+        return (work / "engine").read_bytes(), version, count_kernels(log.read_text(encoding="utf-8"))
 
 
 def parse_batch(text: str) -> tuple[int, int, int]:
@@ -310,7 +341,7 @@ def engine_line(path: Path, sidecar: Sidecar) -> str:
     """Return what was built, in a line."""
     gpus = " ".join(f"sm_{number}" for number in sidecar.compute_capabilities)
     title = f"{FLAVORS[sidecar.flavor].title} {sidecar.version}"
-    size = f"{sidecar.engine_bytes / 1e6:.1f} MB"
+    size = f"{sidecar.engine_bytes / 1e6:.1f} MB{f', {sidecar.kernels} kernels' if sidecar.kernels else ''}"
     return f"wrote {path}: {title}, {sidecar.precision}, {gpus}, {size}, and {sidecar_path(path).name}"
 
 

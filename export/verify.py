@@ -354,6 +354,12 @@ def _network_size(options: VerifyOptions, reference: Side, candidate: Side) -> t
     return size_hw
 
 
+def _takes(side: Side, size_hw: tuple[int, int]) -> bool:
+    """Whether a model of any size takes this one: an engine takes those of its profile."""
+    engine = getattr(side.detector, "engine", None)
+    return engine is None or engine.profile.takes(size_hw)
+
+
 def _preprocessing(reference: Side, candidate: Side, size_hw: tuple[int, int]) -> tuple[Row, list[str]]:
     """Compare what the networks are given, and say where the specs part."""
     notes = []
@@ -530,7 +536,7 @@ def verify(options: VerifyOptions) -> Verification:
         notes.append(f"no other size was tried: a model takes {size_hw[0]}x{size_hw[1]} only")
     else:
         for extra in EXTRA_SIZES:
-            if extra != size_hw:
+            if extra != size_hw and all(_takes(side, extra) for side in (reference, candidate)):
                 chosen = [samples[i] for i in _evenly(len(samples), SIZE_IMAGES)]
                 found, _ = _run_all(options, (reference, candidate), extra, chosen, {})
                 case = f"letterbox {extra[0]}x{extra[1]}"
@@ -578,7 +584,8 @@ def parse_arguments(argv: Sequence[str] | None) -> VerifyOptions:
         "Exit code 1 if the candidate is worse than its budget allows.",
     )
     add = parser.add_argument
-    add("--reference", required=True, help="checkpoint, name of published weights, portable ONNX or plugin form")
+    kinds = "checkpoint, name of published weights, portable ONNX, plugin form, or engine where its GPU is"
+    add("--reference", required=True, help=kinds)
     add("--candidate", required=True, help="the same; what is judged")
     root = widerface_root() if "WIDERFACE_ROOT" in os.environ else None
     add("--data", type=Path, default=root, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or photographs)")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from export.engine_layers import compare, engine_shares, is_readable, layer_precisions, read_information
+from export.engine_layers import compare, count_kernels, engine_shares, is_readable, layer_precisions, read_information
 from export.graph import build_heads
 from export.options import DEMO, CalibrationOptions
 from export.quantize import convolutions, to_fp16
@@ -59,6 +59,48 @@ HALF = "Channel major FP16 format where channel % 8 == 0"
 def test_a_layer_by_its_metadata(weights: str | None, data: str, expected: str) -> None:
     layer = _layer("[ONNX Layer: /body/a/Conv]\x1f[ONNX Layer: /body/a/LeakyRelu]", weights, data)
     assert _found(layer) == {"/body/a/Conv": expected}
+
+
+def _myelin(kind: str, data: str, weights: str) -> Any:
+    """A layer as TensorRT 11 and RTX list it: the datatype apart from the format, weights as constants."""
+    form = "(NHWC) Channel major format"
+    return {
+        "Name": "/body/a/Conv_myl0_5",
+        "LayerType": kind,
+        "Inputs": [{"Name": "in", "Dimensions": [1, 4, 64, 64], "Datatype": data, "Format": form}],
+        "Constants": [
+            {"Name": "weights", "Dimensions": [8, 4, 3, 3], "Datatype": weights, "Format": form},
+            {"Name": "scales", "Dimensions": [1, 8, 1, 1], "Datatype": "Float", "Format": form},
+        ],
+        "Outputs": [{"Name": "out", "Dimensions": [1, 8, 64, 64], "Datatype": "Float", "Format": form}],
+        "TacticName": "__myelin_CASK_STUB",
+        "Metadata": "[ONNX Layer: /body/a/Conv][ONNX Layer: x_dq]",
+    }
+
+
+@pytest.mark.parametrize("kind", ["correlation", "runtime_fusion"])
+def test_a_layer_in_the_form_of_tensorrt_11_and_rtx(kind: str) -> None:
+    """The kernel that scales an INT8 convolution's FP32 result names the convolution too."""
+    scales = {
+        **_myelin("kgen", "Float", "Half"),
+        "Name": "__myl_MulMaxAddRoun",
+        "TacticName": "__myl_MulMaxAddRoun_0x1",
+    }
+    for data, expected in (("Int8", "int8"), ("Half", "fp16"), ("Float", "fp32")):
+        assert _found(scales, _myelin(kind, data, data)) == {"/body/a/Conv": expected}
+    weights_given = _myelin(kind, "Half", "Float")  # Turing makes INT8 weights FP16 first: they are an input then
+    weights_given["Inputs"] *= 2
+    assert _found(weights_given) == {"/body/a/Conv": "fp16"}
+    assert _found(scales) == {"/body/a/Conv": "fp32"}  # nothing better is known
+
+
+def test_kernels_are_counted_from_a_log() -> None:
+    kinds = ("shape_call", "signal", "wait", "kgen", "correlation", "runtime_fusion")
+    layers = [f"Name: a, b_{kind}, LayerType: {kind}, Inputs: [ {{ Name: x }}], Metadata: " for kind in kinds]
+    plugin = "Name: decode_nms_myl0_95, LayerType: custom_layer, Inputs: [], Metadata: [ONNX Layer: decode_nms]"
+    assert count_kernels("\n".join(["    0.771 VERBOSE Layers:", *layers, plugin, "I/O Tensors:"])) == 3
+    assert count_kernels("    0.771 VERBOSE words\n") is None
+    assert count_kernels("") is None
 
 
 def test_names_are_whole_and_fused_layers_have_several() -> None:

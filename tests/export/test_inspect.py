@@ -55,11 +55,15 @@ def test_what_is_said_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.inputs == {"images": {"type": "uint8", **shapes}}
     assert found.outputs["scores"] == {"type": "float32", "shape": ["B", 99]}
     assert found.precision == {"int8": 0.9, "fp16": 0.1}
+    assert found.kernels is None
     assert found.plugin["name"] == "RetinaFaceDecodeNMS"
     assert ModelSpec.from_json(json.dumps(found.spec)) == sidecar.spec
     monkeypatch.setattr(module, "gpu_capability", lambda: 90)
     assert inspect(path).facts["gpu_here"] == 90
     assert "calibration" not in inspect(write_engine(tmp_path)).facts
+    counted = inspect(write_engine(tmp_path, kernels=59))
+    assert json.loads(counted.to_json())["kernels"] == 59
+    assert "\nkernels              59 in a call, beside the plugin\n" in str(counted)
 
 
 def test_the_layers_are_read_only_where_the_engine_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +82,8 @@ def test_the_layers_are_read_only_where_the_engine_is_sound(tmp_path: Path, monk
     monkeypatch.setattr(module, "is_readable", lambda sidecar: True)
     found = inspect(path)
     assert asked == [path]
-    assert found.problems == ["c computes in fp32"]
+    assert found.valid  # what a version of EngineInspector says of fused layers is no reason to refuse an engine
+    assert found.facts["doubts"] == ["c computes in fp32"]
     assert found.facts["engine_inspector"] == {"fp16": "75.0 %", "unknown": "25.0 %"}
 
     def fails(path: Path, sidecar: object) -> None:

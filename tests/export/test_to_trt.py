@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shlex
 import struct
 import subprocess
@@ -21,7 +22,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export.engine_layers import UNKNOWN, run_builder
+from export.engine_layers import UNKNOWN, compare, count_kernels, layer_precisions, run_builder
 from export.inspect import inspect
 from export.inspect import main as inspect_main
 from export.options import CalibrationOptions
@@ -33,7 +34,8 @@ from export.to_trt import (
     _build,
     _capabilities,
     _note_missing_code,
-    _precision_problems,
+    _note_precision,
+    _suit_int8,
     _timing_cache,
     build_engine,
     main,
@@ -54,6 +56,7 @@ from trt_runtime.kernels import PLUGIN, ensure_library
 ROOT = Path(__file__).parents[2]
 needs_rtx = pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed (Linux on x86_64 only)")
 DYNAMIC = Profile((1, 2, 8), ((160, 192), (320, 320), (544, 960)))
+SMALL = ((320, 320),) * 3
 
 
 def _engine(folder: Path, **changes: object) -> EngineOptions:
@@ -105,7 +108,52 @@ def test_a_precision_is_held(tmp_path: Path, engine: Path) -> None:
     build_engine(fp32)
     assert fp32.plugin_form.stat().st_size > 1.7 * engine.with_suffix(".plugin.onnx").stat().st_size
     assert fp32.out.stat().st_size - engine.stat().st_size > 0.4e6  # 0.43 million weights, two bytes each
-    assert read_header(engine.read_bytes()).compute_capabilities == (75, 80, 86, 89, 120)
+    assert read_header(engine.read_bytes()).compute_capabilities == (86, 89, 120)
+
+
+def _listed_layers(log: str) -> dict[str, Any]:
+    """Return the layers that a build log lists, in the form of EngineInspector's JSON, which takes a GPU to get."""
+    layer = r"^Name: (.*?), LayerType: (\w+), (Inputs: \[.*\]), Outputs: \[.*\], TacticName: (.*?), .*Metadata: (.*)$"
+    tensor = r"\{ Name: .*?Datatype: (\w+), Format: (.*?)\}"
+    layers = []
+    for name, kind, operands, tactic, metadata in re.findall(layer, log, re.MULTILINE):
+        inputs, constants = (
+            [{"Datatype": datatype, "Format": form} for datatype, form in re.findall(tensor, part)]
+            for part in operands.split(", Constants: ")
+        )
+        keys = {"Name": name, "LayerType": kind, "TacticName": tactic, "Metadata": metadata}
+        layers.append({**keys, "Inputs": inputs, "Constants": constants})
+    return {"Layers": layers}
+
+
+@needs_rtx
+@pytest.mark.parametrize(("capabilities", "least", "most"), [((86, 89, 120), 50, 59), ((75,), 60, 75)])
+def test_how_many_kernels_an_engine_has(
+    capabilities: tuple[int, ...],
+    least: int,
+    most: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its build log, which tells what its layers compute in as EngineInspector does."""
+    logs: list[str] = []
+
+    def count(log: str) -> int | None:
+        logs.append(log)
+        return count_kernels(log)
+
+    monkeypatch.setattr("export.to_trt.count_kernels", count)
+    options = _engine(tmp_path, precision="fp16", capabilities=capabilities)
+    sidecar = build_engine(options)
+    assert sidecar is not None
+    assert sidecar.kernels is not None
+    assert least <= sidecar.kernels <= most
+    capsys.readouterr()
+    assert inspect_main([str(options.out), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == sidecar.kernels
+    found = layer_precisions(_listed_layers(logs[0]), set(sidecar.convolutions))
+    assert compare(sidecar.convolutions, found) == ({"fp16": 1.0}, [])
 
 
 def _problems(folder: Path, content: bytes, sidecar: str) -> list[str]:
@@ -247,7 +295,15 @@ def test_inspect_in_table_and_json(engine: Path, tmp_path: Path, capsys: pytest.
     assert data["valid"] is True
     assert data["spec"]["decode"]["top_k"] == 77
     table = printed(engine)
-    for words in ("TensorRT-RTX", "75, 80, 86", "100.0 % fp16", "RetinaFaceDecodeNMS", "score_threshold 0.3", "valid "):
+    for words in (
+        "TensorRT-RTX",
+        "86, 89, 120",
+        "kernels",
+        "100.0 % fp16",
+        "RetinaFaceDecodeNMS",
+        "score_threshold 0.3",
+        "valid ",
+    ):
         assert words in table
     copy = tmp_path / "f.copy"
     copy.write_bytes(engine.read_bytes())
@@ -317,7 +373,8 @@ def _touch(path: Path) -> Path:
         ("--batch 1:8", "MIN:OPT:MAX"),
         ("--batch 4:2:8", "ascending"),
         ("--batch 9999 --size 4096x4096", "pixels"),
-        ("--compute-capability 90", "builds for 75,80"),
+        ("--compute-capability 90", "builds for 75,86"),
+        ("--compute-capability 80", "builds for 75,86"),
         ("--compute-capability eight", "give numbers"),
         ("--flavor tensorrt --compute-capability 86", "for the GPU at hand"),
         ("--flavor other", "invalid choice"),
@@ -645,11 +702,14 @@ def test_the_gpus_it_is_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         monkeypatch.setattr("export.to_trt.gpu_capability", lambda: gpu)
         return _capabilities(EngineOptions("w", Path("f"), capabilities=asked), flavor)
 
-    assert found(None) == (75, 80, 86, 89, 120)
+    assert found(None) == (86, 89, 120)
     assert found(86) == (86,)
     assert found(86, (120, 89, 120)) == (89, 120)
+    assert found(75) == found(None, (75,)) == (75,)
     assert capsys.readouterr().out == ""
-    assert found(90) == (75, 80, 86, 89, 120)
+    assert found(None, (86, 75)) == (75, 86)
+    assert "with sm_75 among them, all GPUs run more kernels" in capsys.readouterr().out
+    assert found(90) == found(80) == (86, 89, 120)
     assert "does not build for the GPU here, sm_90" in capsys.readouterr().out
     assert found(90, (86,)) == (86,)
     assert capsys.readouterr().out == ""
@@ -689,11 +749,11 @@ def test_code_that_the_plugin_lacks_is_named(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out == ""
 
 
-def test_an_engine_that_computes_otherwise_is_not_written(
+def test_an_engine_that_seems_to_compute_otherwise_is_written_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     sidecar = read_sidecar(write_engine(tmp_path))
-    answers: list[Any] = [({"fp32": 0.5, UNKNOWN: 0.5}, ["c computes in fp32"]), BuildError("not here")]
+    answers: list[Any] = [({"fp32": 0.5, UNKNOWN: 0.5}, ["c computes in fp32", "d"]), BuildError("not here")]
 
     def shares(path: Path, asked: Sidecar) -> Any:
         assert asked is sidecar
@@ -704,11 +764,14 @@ def test_an_engine_that_computes_otherwise_is_not_written(
 
     monkeypatch.setattr("export.to_trt.engine_shares", shares)
     monkeypatch.setattr("export.to_trt.is_readable", lambda sidecar: False)
-    assert _precision_problems(tmp_path / "f.engine", sidecar) == []
+    _note_precision(tmp_path / "f.engine", sidecar)
+    assert capsys.readouterr().out == ""
     monkeypatch.setattr("export.to_trt.is_readable", lambda sidecar: True)
-    assert _precision_problems(tmp_path / "f.engine", sidecar) == ["c computes in fp32"]
-    assert "does not tell what 50% of the multiply-accumulates compute in" in capsys.readouterr().out
-    assert _precision_problems(tmp_path / "f.engine", sidecar) == []
+    _note_precision(tmp_path / "f.engine", sidecar)
+    unknown, doubt = capsys.readouterr().out.splitlines()
+    assert "does not tell what 50% of the multiply-accumulates compute in" in unknown
+    assert doubt == "warning: by EngineInspector, c computes in fp32, and 1 more (python -m export.inspect)"
+    _note_precision(tmp_path / "f.engine", sidecar)
     assert capsys.readouterr().out == "note: what the layers compute in could not be read back: not here\n"
 
 
@@ -733,7 +796,12 @@ def test_how_the_builder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert follow("words", [1], {"no": "event"}, done, 7) == "1.2"
     failed = {"event": "failed", "message": "a step", "detail": ["because"]}
     with pytest.raises(BuildError, match=r"^TensorRT-RTX: a step: because$"):
-        follow(progress, failed, code=1)
+        follow(progress, failed, code=1, stderr="a warning of something else")
+    spoken = "RetinaFaceDecodeNMS: the maps have different batch sizes"  # by the plugin, without TensorRT's logger
+    with pytest.raises(BuildError, match=rf"^TensorRT-RTX: a step: because: {spoken}$"):
+        follow(failed, code=1, stderr=f"{spoken}\nsomething else")
+    with pytest.raises(BuildError, match=r"^TensorRT-RTX: a step: last words$"):
+        follow({**failed, "detail": []}, code=1, stderr="first\nlast words")
     with pytest.raises(BuildError, match=r"^TensorRT-RTX: the build process ended with exit code 3: last words$"):
         follow(done, code=3, stderr="first\nlast words\n")
     with pytest.raises(BuildError, match=r"the build process ended with exit code 0$"):
@@ -788,11 +856,11 @@ def test_what_is_noted_of_a_build(
     printed = capsys.readouterr().out
     assert f"wrote {tmp_path / 'f.plugin.onnx'}: mobilenet0.25, convolutions 100% fp16, 0.9 MB" in printed
     size = f"{len(content) / 1e6:.1f} MB"
-    assert f"wrote {out}: TensorRT-RTX {RTX.version()}, fp16, sm_86, {size}, and f.engine.json; " in printed
+    assert f"wrote {out}: TensorRT-RTX {RTX.version()}, fp16, sm_86, {size}, 59 kernels, and f.engine.json; " in printed
     assert "note: --timing-cache was not used" in printed
     assert "large engines" not in printed
     # an engine that the checks refuse leaves the old one
-    monkeypatch.setattr("export.to_trt._precision_problems", lambda engine, sidecar: ["it computes otherwise"])
+    monkeypatch.setattr("export.to_trt.check_engine", lambda engine, sidecar: ["it computes otherwise"])
     with pytest.raises(BuildError, match=r"f\.engine is not written: it computes otherwise"):
         main(line)
     assert out.read_bytes() == content
@@ -833,7 +901,7 @@ def test_the_log_of_a_build_that_fails_is_kept(tmp_path: Path, monkeypatch: pyte
     def run(request: dict[str, Any], environment: dict[str, str], flavor: Flavor, progress: bool) -> str:
         requests.append(request)
         assert Path(request["onnx"]).read_bytes() == b"graph"
-        if len(requests) == 1:
+        if len(requests) != 2:
             Path(request["log"]).write_text("what TensorRT said")
         if len(requests) < 3:
             raise BuildError("it fails")
@@ -849,7 +917,7 @@ def test_the_log_of_a_build_that_fails_is_kept(tmp_path: Path, monkeypatch: pyte
             _build(kept, graph, TENSORRT, (86,), Path("p.so"))
         assert options.log.read_text() == said
     assert not cache.exists()
-    assert _build(kept, graph, TENSORRT, (86,), Path("p.so")) == (b"engine", "10.1")
+    assert _build(kept, graph, TENSORRT, (86,), Path("p.so")) == (b"engine", "10.1", None)
     assert cache.read_bytes() == b"measured"
     assert requests[-1]["timing_cache"] == str(cache)
     assert (requests[-1]["capabilities"], requests[-1]["module"], requests[-1]["plugin"]) == ([], "tensorrt", "p.so")
@@ -861,3 +929,42 @@ def test_the_log_of_a_build_that_fails_is_kept(tmp_path: Path, monkeypatch: pyte
     # a cache that cannot be kept is no failure
     locked = dataclasses.replace(options, timing_cache=tmp_path)
     assert _build(locked, graph, TENSORRT, (86,), Path("p.so"))[0] == b"engine"
+
+
+@needs_rtx
+@pytest.mark.usefixtures("shared_cache")
+def test_int8_in_rtx_spares_the_first_convolution_and_says_what_it_is_worth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The channels of a frame are three: INT8 kernels pad and quantise them for nothing."""
+    calibration = CalibrationOptions("demo", images=16)
+    sidecar = build_engine(
+        _engine(tmp_path, precision="int8", calibration=calibration, profile=Profile(sizes_hw=SMALL))
+    )
+    assert sidecar is not None
+    assert "INT8 is probably slower than FP16 in TensorRT-RTX, and was never timed" in capsys.readouterr().out
+    first = next(iter(sidecar.convolutions))
+    assert sidecar.convolutions[first][1] == "fp16"
+    assert first in sidecar.calibration["recipe"]["float_layers"]
+    assert sidecar.mac_shares["int8"] > 0.8
+    assert sidecar.kernels is not None
+    assert sidecar.kernels <= 84
+
+
+def test_what_int8_is_worth_is_said_of_rtx_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Flavor, "installed", lambda self: True)
+    calibrated = EngineOptions("w", Path("f"), precision="int8", calibration=CalibrationOptions("demo"), flavor="rtx")
+    for options in (
+        dataclasses.replace(calibrated, flavor="tensorrt"),
+        dataclasses.replace(calibrated, onnx_only=True),
+        EngineOptions("w", Path("f"), precision="fp16", flavor="rtx"),
+    ):
+        assert _suit_int8(options) is options
+    assert capsys.readouterr().out == ""
+    suited = _suit_int8(calibrated).calibration
+    assert suited is not None
+    assert suited.float_first
+    monkeypatch.setattr(Flavor, "installed", lambda self: False)
+    assert _suit_int8(calibrated) is calibrated  # what is missing is said where the engine would be built

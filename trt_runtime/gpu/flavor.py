@@ -50,7 +50,7 @@ class Flavor:
 
 
 TENSORRT = Flavor("tensorrt", "TensorRT", "tensorrt", "trt")
-RTX = Flavor("rtx", "TensorRT-RTX", "tensorrt_rtx", "rtx", (75, 80, 86, 89, 120, 121))
+RTX = Flavor("rtx", "TensorRT-RTX", "tensorrt_rtx", "rtx", (75, 86, 89, 120, 121))
 FLAVORS = {flavor.name: flavor for flavor in (TENSORRT, RTX)}
 
 

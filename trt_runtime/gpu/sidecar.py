@@ -110,6 +110,7 @@ class Sidecar:
         built: Date, ISO 8601.
         toolkit: Version of this project.
         command: Command that builds it again.
+        kernels: How many a call runs beside the plugin, by the build log; None if it does not tell.
     """
 
     engine_sha256: str
@@ -128,6 +129,7 @@ class Sidecar:
     built: str
     toolkit: str
     command: str
+    kernels: int | None = None
 
     def __post_init__(self) -> None:
         possible = {
@@ -135,6 +137,7 @@ class Sidecar:
             "compute_capabilities": _are_counts(self.compute_capabilities),
             "convolutions": bool(self.convolutions) and _are_counts(count for count, _ in self.convolutions.values()),
             "profile": _is_profile(self.profile),
+            "kernels": self.kernels is None or _are_counts([self.kernels]),
         }
         for name, right in possible.items():
             if not right:
@@ -171,6 +174,7 @@ class Sidecar:
         if changed:
             raise SpecError("it is not as it was written: its own hash differs")
         del data["format"]
+        data.setdefault("kernels", None)  # not counted before
         if "spec" in data:
             data["spec"] = ModelSpec.from_json(json.dumps(data["spec"]))
         return build(cls, data)

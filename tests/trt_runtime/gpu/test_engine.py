@@ -18,6 +18,7 @@ import onnx
 import pytest
 
 import trt_runtime.kernels
+from export.verify import VerifyOptions, verify
 from facespec.errors import (
     BuildError,
     DeviceMemoryError,
@@ -38,6 +39,7 @@ from trt_runtime.gpu.engine import TrtEngine, check_runs_here
 from trt_runtime.gpu.sidecar import Profile, read_sidecar
 from trt_runtime.gpu.simulated import MAX_BATCH, HostArray, HostDevice, HostEngine
 from trt_runtime.kernels import library
+from trt_runtime.load import load_detector
 from trt_runtime.measure import StageTimer
 
 SIZE = (96, 160)
@@ -171,6 +173,26 @@ def test_a_detector_on_tensorrt_finds_the_faces(rig: Rig, plugin_form: Path, fra
     assert rig.trt.misplaced == []
 
 
+def test_verify_takes_an_engine(rig: Rig, plugin_form: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the sizes of its profile, and only there."""
+
+    def load(name: str, backend: str) -> Any:
+        return rig.detector(size_hw=None) if name.endswith(".engine") else load_detector(name, backend=backend)
+
+    monkeypatch.setattr("export.verify.load_detector", load)
+    monkeypatch.setattr("export.inspect.is_readable", lambda sidecar: False)
+    monkeypatch.setattr("export.verify.EXTRA_SIZES", ((96, 160), (640, 640)))
+    options = VerifyOptions(str(plugin_form), str(rig.path), size_hw=(160, 160), images=3, progress=False)
+    found = verify(options)
+    assert found.candidate.kind == "engine"
+    assert found.budget == "fp16"  # by its sidecar
+    assert found.passed, str(found)
+    cases = {row.case for row in found.rows if row.stage == "boxes"}
+    assert "letterbox 96x160" in cases
+    assert "letterbox 640x640" not in cases
+    gc.collect()  # the detector is freed before the device is asked what is left
+
+
 def test_a_context_is_made_as_tensorrt_wants_it(rig: Rig) -> None:
     with rig.detector() as detector:
         detector.detect(np.zeros((64, 64, 3), np.uint8))
@@ -210,6 +232,16 @@ def test_the_share_of_the_plugin_is_measured_once(rig: Rig, frames: list[Frame])
         assert rig.trt.enqueued == 10 + 3
         assert timer.total_ms["decode+NMS"] / timer.total_ms["network"] == pytest.approx(share / (1 - share))
         assert [context.profiler for context in rig.trt.contexts] == [None]  # the probe has gone
+
+
+def test_a_network_compiled_as_one_layer_tells_no_share(rig: Rig, frames: list[Frame]) -> None:
+    rig.path = write_rtx_engine(rig.folder, spec=rig.network.spec, profile=PROFILE)
+    rig.install(rtx=True, version="1.7.1.116")
+    timer = StageTimer(fine=True)
+    with rig.detector(warm_up=False) as detector:
+        detector.detect(frames[0], timer)
+    assert timer.total_ms["decode+NMS"] == 0
+    assert timer.total_ms["network"] > 0
 
 
 def test_what_cannot_be_profiled_has_no_share(rig: Rig, frames: list[Frame], monkeypatch: pytest.MonkeyPatch) -> None:

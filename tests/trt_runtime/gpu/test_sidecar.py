@@ -77,6 +77,7 @@ def test_shares_of_the_precisions(sidecar: Sidecar) -> None:
         *(("convolutions", value) for value in ({"c": [1, "fp16", 2]}, {"c": "xy"}, {"c": [True, "fp16"]}, None)),
         *(("parity", value) for value in ([1], {"boxes": "1"}, {"boxes": True}, {"boxes": None})),
         *(("calibration", value) for value in ([], None, "")),
+        *(("kernels", value) for value in (0, -1, "59", True)),
         ("spec", []),
         *(("profile", value) for value in ({}, [], {"min": [1, 1, 1, 3], "opt": [1, 1, 1, 3]})),
     ],
@@ -110,6 +111,13 @@ def test_impossible_profiles(sidecar: Sidecar, change: dict[str, object]) -> Non
     data["profile"].update(change)
     with pytest.raises(SpecError, match=r"^profile(\['min'\])? is (not what it should be: \{|.*: expected )"):
         Sidecar.from_json(_sealed(data))
+
+
+def test_a_sidecar_from_before_kernels_were_counted(sidecar: Sidecar) -> None:
+    data = json.loads(dataclasses.replace(sidecar, kernels=59).to_json())
+    assert Sidecar.from_json(_sealed(data)).kernels == 59
+    del data["kernels"]
+    assert Sidecar.from_json(_sealed(data)) == sidecar
 
 
 def test_values_at_their_bounds(sidecar: Sidecar) -> None:

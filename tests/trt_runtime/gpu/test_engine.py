@@ -749,9 +749,9 @@ def test_a_context_reads_and_writes_where_it_was_told(network: HostEngine, astro
         gate = threading.Event()
         stream.submit(gate.wait)
         made.enqueue(stream)
-        found = device.view(memory["num_detections"].address, 8).view(np.int32)
-        assert (found == -1).all()  # it is put on the stream, and not done
+        early = device.view(memory["num_detections"].address, 8).view(np.int32).copy()
         gate.set()
+        assert (early == -1).all()  # it is put on the stream, and not done
         stream.synchronize()
         for name, values in expected.items():
             got = device.view(memory[name].address, values.nbytes).view(values.dtype).reshape(values.shape)

@@ -39,12 +39,12 @@ class ShapeCache(Generic[Key, Value]):
 
     Args:
         capacity: Values kept.
-        make: Makes the value of a key.
+        make: Makes the value of a key, which `get` gives it, and what else `get` was given.
         drop: Frees a value that is given up.
     """
 
     def __init__(
-        self, capacity: int, make: Callable[[Key], Value], drop: Callable[[Value], None] = lambda _: None
+        self, capacity: int, make: Callable[..., Value], drop: Callable[[Value], None] = lambda _: None
     ) -> None:
         self.capacity = capacity
         self.made = 0
@@ -59,7 +59,7 @@ class ShapeCache(Generic[Key, Value]):
     def __contains__(self, key: object) -> bool:
         return key in self._values
 
-    def get(self, key: Key) -> Value:
+    def get(self, key: Key, *parts: Any) -> Value:
         """Return the value of a key; making one gives up the one that was not used for the longest time."""
         with self._lock:
             if key in self._values:
@@ -67,7 +67,7 @@ class ShapeCache(Generic[Key, Value]):
                 return self._values[key]
             while len(self._values) >= self.capacity:  # first, so that its memory is free for the new one
                 self._drop(self._values.popitem(last=False)[1])
-            value = self._values[key] = self._make(key)
+            value = self._values[key] = self._make(key, *parts)
             self.made += 1
             return value
 

@@ -6,6 +6,7 @@ import ctypes
 import re
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -23,7 +24,7 @@ from facespec.spec import NetworkSize
 from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, network_size
 from trt_runtime.gpu.cuda import CudaDevice
 from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, Stream
-from trt_runtime.gpu.engine import Engine, Shape, TrtEngine
+from trt_runtime.gpu.engine import Context, Engine, Shape, TrtEngine
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
 from trt_runtime.gpu.simulated import HostDevice, HostEngine
 from trt_runtime.kernels import LetterboxFrame, describe_frame
@@ -40,7 +41,7 @@ class TRTRetinaFace(RetinaFaceDetector):
     Frames are numpy arrays, which are uploaded as they are, or lie on the GPU already: an array with DLPack or the CUDA
     array interface (PyTorch, CuPy, Numba, PyCUDA), uint8 (H, W, 3) BGR, is read in place, and so is an `Nv12Frame`, the
     output of a hardware decoder. Any number of threads may call one object: they share the engine, and each call has a
-    context, a stream and buffers of its own. The second call with a shape captures its work in a CUDA graph, which
+    context, a stream and buffers of its own. The work of a shape that comes again is captured in a CUDA graph, which
     later calls launch.
 
     Args:
@@ -104,6 +105,7 @@ class TRTRetinaFace(RetinaFaceDetector):
                     raise SpecError(f"{name} takes network sizes of {profile}, not {size[0]}x{size[1]}")
                 if warm_up:
                     self._warm_up()
+                    self.engine.save()
             except BaseException:
                 self.engine.close()
                 raise
@@ -141,13 +143,16 @@ class TRTRetinaFace(RetinaFaceDetector):
             self.engine.close()
 
     def _warm_up(self) -> None:
-        profile = self.engine.profile
-        height, width = self.size_hw if isinstance(self.size_hw, tuple) else profile.sizes_hw[1]
-        frames = [np.zeros((height, width, 3), np.uint8)] * profile.batch[1]
-        box = Letterbox.pad((height, width))
+        size_hw = self._usual_hw()
+        frames = [np.zeros((*size_hw, 3), np.uint8)] * self.engine.profile.batch[1]
+        box = Letterbox.pad(size_hw)
         with self._lane() as lane:
             for _ in range(2):  # the second run is captured
                 lane.run(frames, [box] * len(frames), nullcontext)
+
+    def _usual_hw(self) -> tuple[int, int]:
+        """Return the network size that calls are expected to repeat."""
+        return self.size_hw if isinstance(self.size_hw, tuple) else self.engine.profile.sizes_hw[1]
 
     def _frame_hw(self, frame: Any) -> tuple[int, int]:
         shape = None
@@ -188,7 +193,7 @@ class TRTRetinaFace(RetinaFaceDetector):
 
     def _new_lane(self) -> Lane:
         with self.device.activate():
-            return _GpuLane(self.device, self.engine, self._graphs)
+            return _GpuLane(self.device, self.engine, self._graphs, self._usual_hw())
 
 
 class DeviceArray:
@@ -236,14 +241,16 @@ class _Graphs:
 class _GpuLane:
     """A stream with its memory and contexts; it runs one batch after the other.
 
-    All shapes share one block of memory, as large as the largest shape so far needs. When the block grows, the contexts
-    and graphs are made anew, because they hold its addresses.
+    All shapes share one block of memory and one workspace, as large as the largest shape so far needs. When they grow,
+    the contexts and graphs are made anew, because they hold their addresses. A shape runs in a context that all new
+    shapes share, and gets one of its own when it comes again, or when it has the size that is expected to.
     """
 
-    def __init__(self, device: Device, engine: Engine, graphs: _Graphs) -> None:
-        self._device, self._engine, self._graphs = device, engine, graphs
+    def __init__(self, device: Device, engine: Engine, graphs: _Graphs, usual_hw: tuple[int, int]) -> None:
+        self._device, self._engine, self._graphs, self._usual_hw = device, engine, graphs, usual_hw
         self._stream = device.stream()
-        self._workspace = device.allocate(engine.workspace_bytes, "the network's workspace")
+        self._seen: deque[Shape] = deque(maxlen=GRAPHS)
+        self._shared: Context | None = None
         self._room: _Room | None = None
         self._uploads: tuple[Bytes, Memory] | None = None
         self._plans: ShapeCache[Shape, _Plan] = ShapeCache(GRAPHS, self._make_plan, _Plan.close)
@@ -251,15 +258,16 @@ class _GpuLane:
     def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[NDArray[Any]]:
         batch = max(len(frames), self._engine.profile.batch[0])
         shape = (batch, *boxes[0].size_hw)
+        fine = getattr(stage, "fine", False)
         with self._device.activate():
             try:
                 with stage("upload"):
                     places = self._upload(frames)
-                    if getattr(stage, "fine", False):
+                    if fine:
                         self._stream.synchronize()
-                plan = self._plan(shape)
+                plan = self._plans.get(shape) if shape in self._plans else self._new_plan(shape, fine)
                 plan.describe(places, boxes)
-                if getattr(stage, "fine", False):
+                if fine:
                     plan.run_timed(self._stream, stage.add)  # type: ignore[attr-defined]
                 else:
                     with stage("graph" if self._graphs.used else "network"):
@@ -280,14 +288,16 @@ class _GpuLane:
     def close(self) -> None:
         with _active_to_free(self._device):  # TensorRT frees in whatever context is current
             self._plans.clear()
+            if self._shared:
+                self._shared.close()
             self._free_room()
             self._free_uploads()
-            self._workspace.close()
             self._stream.close()
 
     def _free_room(self) -> None:
         if self._room:
             self._room.block.close()
+            self._room.workspace.close()
             self._room = None
 
     def _free_uploads(self) -> None:
@@ -318,38 +328,51 @@ class _GpuLane:
         rest = iter(uploaded)
         return [place or next(rest) for place in places]
 
-    def _plan(self, shape: Shape) -> _Plan:
-        if shape not in self._plans:
-            self._make_room(shape)
-        return self._plans.get(shape)
+    def _new_plan(self, shape: Shape, repeats: bool) -> _Plan:
+        """Return a plan; `repeats`: whether the shape is worth a context, although nobody knows it yet."""
+        if not repeats and shape[1:] != self._usual_hw and shape not in self._seen:
+            self._seen.append(shape)
+            self._shared = self._shared or self._engine.context(repeats=False)
+            self._make_room(shape, self._shared)
+            return self._make_plan(shape, self._shared)
+        context = self._engine.context()
+        try:
+            self._make_room(shape, context)
+            return self._plans.get(shape, context)
+        except BaseException:
+            context.close()  # now, while the device is active
+            raise
 
-    def _make_room(self, shape: Shape) -> None:
+    def _make_room(self, shape: Shape, context: Context) -> None:
         layout = _Layout(self._engine, shape)
-        needed = layout.nbytes, layout.nbytes - layout.outputs_at, layout.images_at
-        held = self._room.sizes if self._room else (0, 0, 0)
+        needed = layout.nbytes, layout.nbytes - layout.outputs_at, layout.images_at, context.set_shape(shape)
+        held = self._room.sizes if self._room else (0, 0, 0, 0)
         if all(have >= need for have, need in zip(held, needed, strict=True)):
             return
         self._plans.clear()
         self._free_room()
-        nbytes, results, descriptions = map(max, zip(held, needed, strict=True))
-        block = self._device.allocate(nbytes, f"a batch of {shape[0]} at {shape[1]}x{shape[2]}")
-        self._room = _Room(block, self._device.pinned(results), self._device.pinned(descriptions))
+        nbytes, results, descriptions, workspace = map(max, zip(held, needed, strict=True))
+        what = f"a batch of {shape[0]} at {shape[1]}x{shape[2]}"
+        block = self._device.allocate(nbytes, what)
+        pinned = self._device.pinned(results), self._device.pinned(descriptions)
+        self._room = _Room(block, *pinned, self._device.allocate(workspace, f"the network's workspace for {what}"))
 
-    def _make_plan(self, shape: Shape) -> _Plan:
+    def _make_plan(self, shape: Shape, context: Context) -> _Plan:
         assert self._room is not None
-        return _Plan(self._device, self._engine, shape, self._workspace.address, self._room)
+        return _Plan(self._device, self._engine, shape, context, self._room)
 
 
 class _Room(NamedTuple):
-    """A lane's memory: a block on the device, and what is copied from it and to it."""
+    """A lane's memory: a block on the device, what is copied from it and to it, and what the network works in."""
 
     block: Memory
     results: Bytes
     descriptions: Bytes
+    workspace: Memory
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        return self.block.nbytes, len(self.results), len(self.descriptions)
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.block.nbytes, len(self.results), len(self.descriptions), self.workspace.nbytes
 
 
 class _Layout:
@@ -367,9 +390,9 @@ class _Layout:
 
 
 class _Plan:
-    """One shape on one lane: its context, its addresses, its graph."""
+    """One shape on one lane: its context, which knows the shape, its addresses, its graph."""
 
-    def __init__(self, device: Device, engine: Engine, shape: Shape, workspace: int, room: _Room) -> None:
+    def __init__(self, device: Device, engine: Engine, shape: Shape, context: Context, room: _Room) -> None:
         self._device, self._engine, self._shape = device, engine, shape
         layout, block = _Layout(engine, shape), room.block.address
         self._block, self._images, self._found = block, block + layout.images_at, block + layout.outputs_at
@@ -381,8 +404,9 @@ class _Plan:
             at = start - layout.outputs_at
             self.outputs.append(self._results[at : at + 4 * int(np.prod(rest, dtype=int))].view(kind).reshape(rest))
             addresses[name] = block + start
-        self._arguments = shape, addresses, workspace
-        self._context = engine.context(*self._arguments)
+        self._places = addresses, room.workspace
+        self._context = context
+        context.bind(*self._places)
         self._graph: Graph | None = None
         self._has_run = False
         self._share: float | None = None
@@ -426,8 +450,10 @@ class _Plan:
     def run_timed(self, stream: Stream, add: Callable[[str, float], None]) -> None:
         """Run the network on the described frames, and report the milliseconds of each stage to `add`."""
         if self._share is None:
-            probe = self._engine.context(*self._arguments)
+            probe = self._engine.context()
             try:
+                probe.set_shape(self._shape)
+                probe.bind(*self._places)
                 self._share = probe.plugin_share(stream)
             finally:
                 probe.close()

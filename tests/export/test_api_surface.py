@@ -41,11 +41,13 @@ MEMBERS = {
     "Runtime": "get_plugin_registry deserialize_cuda_engine",
     "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_dtype get_tensor_mode get_tensor_shape "
     "device_memory_size_v2 create_runtime_config create_execution_context create_engine_inspector",
-    "IExecutionContext": "set_device_memory set_input_shape set_tensor_address execute_async_v3 nvtx_verbosity "
-    "profiler enqueue_emits_profile report_to_profiler is_stream_capturable",
+    "IExecutionContext": "engine update_device_memory_size_for_shapes set_device_memory set_input_shape "
+    "set_tensor_address execute_async_v3 nvtx_verbosity profiler enqueue_emits_profile report_to_profiler "
+    "is_stream_capturable",
     "EngineInspector": "execution_context get_engine_information",
     "IRuntimeConfig": "create_runtime_cache set_runtime_cache set_execution_context_allocation_strategy "
     "cuda_graph_strategy dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeCache": "serialize deserialize",
 }
 # attributes that these have are not looked up
 PLAIN = (str, list, dict, deque, Path, TextIOWrapper)
@@ -58,6 +60,9 @@ RTX_ONLY = {
     "CudaGraphStrategy.DISABLED",
     "DynamicShapesKernelSpecializationStrategy",
     "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "DynamicShapesKernelSpecializationStrategy.NONE",
+    "IRuntimeCache.deserialize",
+    "IRuntimeCache.serialize",
     "IExecutionContext.is_stream_capturable",
     "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.cuda_graph_strategy",

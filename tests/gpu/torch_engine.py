@@ -20,7 +20,7 @@ from facespec.spec import ModelSpec
 from tests.gpu.kernel import Kernels, build_kernels, capability
 from trainer.checkpoint import load_model
 from trainer.model import RetinaFace
-from trt_runtime.gpu.device import Stream
+from trt_runtime.gpu.device import Memory, Stream
 from trt_runtime.gpu.engine import Shape
 from trt_runtime.gpu.sidecar import Profile
 from trt_runtime.gpu.simulated import HostDevice
@@ -72,7 +72,6 @@ class TorchEngine:
     """
 
     backend = "torch"
-    workspace_bytes = 1
 
     def __init__(self, device: Any, model: RetinaFace | None = None) -> None:
         model = model or open_model()
@@ -89,9 +88,8 @@ class TorchEngine:
             self._letterbox = self.kernels.letterbox
             self.network = self.network.to(f"cuda:{device.index}", torch.float16, memory_format=torch.channels_last)
 
-    def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> Any:
-        kind = HostContext if self.kernels is None else CudaContext
-        return kind(self, shape, addresses)
+    def context(self, repeats: bool = True) -> Any:
+        return HostContext(self) if self.kernels is None else CudaContext(self)
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Any) -> None:
         arguments = (frames, shape[0], (shape[1], shape[2]), self.spec.preprocess.mean_bgr, images)
@@ -103,6 +101,9 @@ class TorchEngine:
     def environment(self) -> dict[str, Any]:
         return {"backend": self.backend, "torch": torch.__version__}
 
+    def save(self) -> None:
+        return
+
     def close(self) -> None:
         del self.network
 
@@ -110,8 +111,15 @@ class TorchEngine:
 class HostContext:
     """Torch's CPU, at its turn on a stream of the simulated device."""
 
-    def __init__(self, engine: TorchEngine, shape: Shape, addresses: dict[str, int]) -> None:
-        device, network, spec = engine.device, engine.network, engine.spec
+    def __init__(self, engine: TorchEngine) -> None:
+        self._engine = engine
+
+    def set_shape(self, shape: Shape) -> int:
+        self._shape = shape
+        return 1
+
+    def bind(self, addresses: dict[str, int], workspace: Memory) -> None:
+        shape, device, network, spec = self._shape, self._engine.device, self._engine.network, self._engine.spec
 
         def work() -> None:
             images = device.view(addresses["images"], 3 * int(np.prod(shape))).reshape(*shape, 3)
@@ -138,17 +146,23 @@ class HostContext:
 class CudaContext:
     """The network and our kernels on a stream of CUDA. What it has computed with stays for its graph."""
 
-    def __init__(self, engine: TorchEngine, shape: Shape, addresses: dict[str, int]) -> None:
+    def __init__(self, engine: TorchEngine) -> None:
         assert engine.kernels is not None
-        self._kernels, self._network = engine.kernels, engine.network
-        place = f"cuda:{engine.device.index}"
-        images = {"shape": (*shape, 3), "typestr": "|u1", "data": (addresses["images"], False), "version": 3}
-        self._images = torch.as_tensor(_Foreign(images), device=place)
-        self._outputs = [addresses[name] for name in engine.spec.decode.outputs]
-        self._params = make_params(shape[0], shape[1:], engine.spec)
-        self._params.channels_last = True
-        self._workspace = torch.empty(engine.kernels.workspace_bytes(self._params), dtype=torch.uint8, device=place)
+        self._kernels, self._network, self._spec = engine.kernels, engine.network, engine.spec
+        self._place = f"cuda:{engine.device.index}"
         self._kept: list[Any] = []
+
+    def set_shape(self, shape: Shape) -> int:
+        self._shape = shape
+        self._params = make_params(shape[0], shape[1:], self._spec)
+        self._params.channels_last = True
+        return self._kernels.workspace_bytes(self._params)
+
+    def bind(self, addresses: dict[str, int], workspace: Memory) -> None:
+        images = {"shape": (*self._shape, 3), "typestr": "|u1", "data": (addresses["images"], False), "version": 3}
+        self._images = torch.as_tensor(_Foreign(images), device=self._place)
+        self._outputs = [addresses[name] for name in self._spec.decode.outputs]
+        self._workspace = workspace.address
 
     def enqueue(self, stream: Stream) -> None:
         ours = torch.cuda.ExternalStream(stream.handle)
@@ -157,7 +171,7 @@ class CudaContext:
             self._kept = [maps, *self._kept[:1]]
             heads = [each.data_ptr() for each in maps]
             code = self._kernels.launch(
-                self._params, HEAD_TYPES[np.dtype(np.float16)], heads, self._outputs, self._workspace.data_ptr(),
+                self._params, HEAD_TYPES[np.dtype(np.float16)], heads, self._outputs, self._workspace,
                 stream.handle,
             )  # fmt: skip
         if code:
@@ -182,7 +196,7 @@ class CudaContext:
 
     def close(self) -> None:
         self._kept = []
-        del self._images, self._workspace
+        self._images = None
 
 
 class _Foreign:

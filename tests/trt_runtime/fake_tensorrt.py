@@ -9,6 +9,8 @@ against the real bindings, and `test_engine.py` those of this file.
 from __future__ import annotations
 
 import enum
+import json
+import math
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,8 +22,10 @@ import numpy as np
 from trt_runtime.gpu.simulated import HostDevice, HostEngine
 from trt_runtime.kernels import PLUGIN
 
-WORKSPACE = 5000
-"""Bytes that a context wants."""
+
+def workspace_bytes(shape: Sequence[int], eager: bool = False) -> int:
+    """Return what a run with an input of a shape needs; kernels that TensorRT-RTX makes for a shape need more."""
+    return 300 + math.prod(shape) * (3 if eager else 2)
 
 
 class Severity(enum.IntEnum):
@@ -69,8 +73,10 @@ class FakeTensorRT(ModuleType):
 
     Attributes:
         fails: What fails, and the error that TensorRT logs of it: "runtime", "plugin", "engine", "context", "shape",
-            "enqueue", "capturable" (what TensorRT-RTX says of it), "capture"; "fault": a kernel of it breaks the
-            device, of which TensorRT says no more than that something failed.
+            "enqueue", "capturable" (what TensorRT-RTX says of it), "capture", "cache" (to write it), "size"; "fault": a
+            kernel of it breaks the device, of which TensorRT says no more than that something failed.
+        room_for: Contexts that the device has memory for at the same time; None is any number.
+        compiled: What TensorRT-RTX has compiled: "any shape", or a shape.
         contexts: Those that are alive.
         enqueued: Runs that were put on a stream, outside of captures.
         misplaced: What was made or freed where the device was not active: TensorRT takes whatever context is current.
@@ -96,6 +102,8 @@ class FakeTensorRT(ModuleType):
         self.__version__ = version
         self.device, self.network, self.profile, self.is_rtx = device, network, tuple(profile), rtx
         self.fails: dict[str, str] = {}
+        self.room_for: int | None = None
+        self.compiled: list[str] = []
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self.enqueued = 0
@@ -164,7 +172,7 @@ class Engine:
     def __init__(self, trt: FakeTensorRT, content: bytes) -> None:
         self._trt = trt
         self.content = content
-        self.device_memory_size_v2 = WORKSPACE
+        self.device_memory_size_v2 = workspace_bytes(trt.profile[-1], eager=trt.is_rtx)
         trt.engines.add(self)
         trt.check_place("engine made")
 
@@ -196,7 +204,9 @@ class Engine:
         if not isinstance(settings, RuntimeConfig):
             settings, strategy = RuntimeConfig(self._trt), settings
             settings.set_execution_context_allocation_strategy(strategy)
-        return None if self._trt.refuses("context") else Context(self._trt, self, settings)
+        room_for = self._trt.room_for
+        full = "" if room_for is None or len(self._trt.contexts) < room_for else "CUDA: out of memory"
+        return None if self._trt.refuses("context", full) else Context(self._trt, self, settings)
 
 
 class RuntimeConfig:
@@ -205,7 +215,7 @@ class RuntimeConfig:
     def __init__(self, trt: FakeTensorRT) -> None:
         self._trt = trt
         self.strategy = trt.ExecutionContextAllocationStrategy.STATIC
-        self.cache: object = None
+        self.cache: RuntimeCache | None = None
         if trt.is_rtx:
             self.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
             self.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
@@ -213,13 +223,39 @@ class RuntimeConfig:
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self.strategy = strategy
 
-    def create_runtime_cache(self) -> object:
+    def create_runtime_cache(self) -> RuntimeCache:
         assert self._trt.is_rtx
-        return SimpleNamespace()
+        return RuntimeCache(self._trt)
 
-    def set_runtime_cache(self, cache: object) -> bool:
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
         assert self._trt.is_rtx
         self.cache = cache
+        return True
+
+
+class RuntimeCache:
+    """What TensorRT-RTX has compiled for one of its versions and one GPU."""
+
+    def __init__(self, trt: FakeTensorRT) -> None:
+        self._trt = trt
+        self.kernels: list[str] = []
+
+    def serialize(self) -> memoryview | None:
+        self._trt.check_place("cache written")
+        if self._trt.refuses("cache"):
+            return None
+        content = {"version": self._trt.__version__, "kernels": self.kernels}
+        return memoryview(json.dumps(content).encode())
+
+    def deserialize(self, blob: bytes) -> bool:
+        self._trt.check_place("cache read")
+        try:
+            content = json.loads(memoryview(blob).tobytes())
+        except ValueError:
+            content = {}
+        if content.get("version") != self._trt.__version__:
+            return not self._trt.refuses("blob", "the blob does not fit")
+        self.kernels += content["kernels"]
         return True
 
 
@@ -234,6 +270,8 @@ class Context:
         self.shape: tuple[int, ...] = ()
         self.addresses: dict[str, int] = {}
         self.memory = (0, 0)
+        self.needs = engine.device_memory_size_v2
+        self._compiled: set[str] = set()
         self._runs: list[bool] = []  # whether each is done
         self._reported = 0
         trt.contexts.add(self)
@@ -254,7 +292,28 @@ class Context:
         if self._trt.refuses("shape", "" if inside and known else f"{shape} of {name} is outside of the profile"):
             return False
         self.shape = tuple(shape)
+        self.needs = self.engine.device_memory_size_v2
         return True
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        if not self.shape or self._trt.refuses("size"):
+            return 0
+        self.needs = workspace_bytes(self.shape, self._specializes)
+        return self.needs
+
+    @property
+    def _specializes(self) -> bool:
+        return self._trt.is_rtx and self.config.dynamic_shapes_kernel_specialization_strategy.name != "NONE"
+
+    def _compile(self) -> None:
+        """What TensorRT-RTX does before a run, unless this context has done it, or the cache has the kernels."""
+        kernels = str(self.shape) if self._specializes else "any shape"
+        cache = self.config.cache
+        if kernels not in self._compiled and (cache is None or kernels not in cache.kernels):
+            self._trt.compiled.append(kernels)
+            if cache is not None:
+                cache.kernels.append(kernels)
+        self._compiled.add(kernels)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         fits = name in self._trt.tensors and address % 256 == 0
@@ -275,7 +334,7 @@ class Context:
         why = ""
         if self.config.strategy != trt.ExecutionContextAllocationStrategy.USER_MANAGED:
             why = "the context has memory of its own"
-        elif nbytes < self.engine.device_memory_size_v2 or address % 256:
+        elif nbytes < self.needs or address % 256:
             why = f"{nbytes} bytes at {address} are no workspace"
         elif set(self.addresses) != set(trt.tensors) or not self.shape:
             why = "not everything is bound"
@@ -286,7 +345,7 @@ class Context:
         elif stream.capturing and "capture" in trt.fails:
             why = trt.fails["capture"]
         elif trt.is_rtx and stream.capturing:
-            if self.config.dynamic_shapes_kernel_specialization_strategy.name != "EAGER":
+            if self.config.dynamic_shapes_kernel_specialization_strategy.name != "EAGER" or not self._compiled:
                 why = "a kernel is compiled during a capture"
             elif self.config.cuda_graph_strategy != trt.CudaGraphStrategy.DISABLED:
                 why = "a capture in a capture"
@@ -296,9 +355,11 @@ class Context:
         if trt.refuses("enqueue", why):
             return False
         assert stream is not None
+        if trt.is_rtx:
+            self._compile()
         if not stream.capturing:
             trt.enqueued += 1
-        shape, addresses, number = self.shape, dict(self.addresses), len(self._runs)
+        shape, addresses, number, nbytes = self.shape, dict(self.addresses), len(self._runs), self.needs
         self._runs.append(False)
 
         def work() -> None:

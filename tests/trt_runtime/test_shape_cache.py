@@ -70,6 +70,11 @@ def test_an_error_of_drop_does_not_bring_the_value_back() -> None:
     assert dropped == ["a", "b"]
 
 
+def test_what_a_value_is_made_of_can_be_handed_over() -> None:
+    cache: ShapeCache[str, str] = ShapeCache(2, lambda key, part: key + part)
+    assert [cache.get("a", "1"), cache.get("a", "2"), cache.get("b", "2")] == ["a1", "a1", "b2"]
+
+
 def test_clear_drops_each_value_once() -> None:
     recorded = Recorded(3)
     recorded.get("abc")

@@ -172,10 +172,11 @@ class Device(Protocol):
         """Release the device; close memory, streams and graphs before. May be called again."""
 
 
-def out_of_memory(what: str, nbytes: int, free: int, total: int) -> DeviceMemoryError:
-    """Return the error for an allocation that failed."""
+def out_of_memory(what: str, nbytes: int | None, free: int, total: int) -> DeviceMemoryError:
+    """Return the error for an allocation that failed; None where nobody knows how much was asked for."""
+    asked = "" if nbytes is None else f"{_size(nbytes)} asked for, "
     return DeviceMemoryError(
-        f"no memory on the device for {what}: {_size(nbytes)} asked for, {_size(free)} of {_size(total)} free: "
+        f"no memory on the device for {what}: {asked}{_size(free)} of {_size(total)} free: "
         "use smaller batches or fewer streams, or stop what else uses the device"
     )
 

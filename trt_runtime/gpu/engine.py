@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from facespec.cli import require
-from facespec.errors import GpuError, ModelFileError
+from facespec.errors import GpuError, ModelFileError, OutputError
+from facespec.files import atomic_path, cache_folder
 from facespec.spec import ModelSpec
 from trt_runtime.gpu import tensorrt_api as api
-from trt_runtime.gpu.device import Device, Stream, out_of_memory
+from trt_runtime.gpu.device import Device, Memory, Stream, out_of_memory
 from trt_runtime.gpu.flavor import FLAVORS
 from trt_runtime.gpu.sidecar import Profile, Sidecar, check_engine, read_sidecar, sidecar_path
 from trt_runtime.kernels import PLUGIN, ensure_library, load_letterbox
@@ -19,9 +23,30 @@ from trt_runtime.kernels import PLUGIN, ensure_library, load_letterbox
 Shape = tuple[int, int, int]
 """(B, H, W) of the input."""
 
+CACHE_FILES = 16
+CACHE_BYTES = 1 << 28
+"""Of what TensorRT-RTX has compiled, all engines together; the files that were used last are kept."""
+
 
 class Context(Protocol):
-    """A network that is prepared for one shape and fixed addresses."""
+    """A network that is prepared for one shape and fixed addresses at a time."""
+
+    def set_shape(self, shape: Shape) -> int:
+        """Set the shape of the input; return the bytes of workspace that it needs; GpuError if the engine refuses it.
+
+        `bind` must follow.
+        """
+
+    def bind(self, addresses: dict[str, int], workspace: Memory) -> None:
+        """Set where everything lies.
+
+        Args:
+            addresses: Of `images` and of every output.
+            workspace: As large as `set_shape` says, or larger; contexts that never run at the same time may share it.
+
+        Raises:
+            GpuError: The engine refuses an address.
+        """
 
     def enqueue(self, stream: Any) -> None:
         """Put the network, decoding and NMS on a stream; GpuError if the engine refuses the run."""
@@ -46,19 +71,17 @@ class Engine(Protocol):
     spec: ModelSpec
     files: list[Path]
     profile: Profile
-    workspace_bytes: int  # device memory that a context needs while it runs
 
-    def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> Context:
-        """Return a context for a shape.
+    def context(self, repeats: bool = True) -> Context:
+        """Return a context.
 
         Args:
-            shape: Of the input.
-            addresses: Of `images` and of every output.
-            workspace: Address of `workspace_bytes` of memory; contexts that never run at the same time may share it.
+            repeats: Whether it is for one shape that is run many times, and for captures, which may take longer to
+                prepare; otherwise for any number of shapes, one after the other.
 
         Raises:
             DeviceMemoryError: The device has no memory for it.
-            GpuError: The engine refuses the shape or an address.
+            GpuError: It cannot be made.
         """
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Any) -> None:
@@ -73,6 +96,9 @@ class Engine(Protocol):
 
     def environment(self) -> dict[str, Any]:
         """Return backend and versions."""
+
+    def save(self) -> None:
+        """Keep what was compiled for the next start, where something is compiled."""
 
     def close(self) -> None:
         """Free it; close its contexts before."""
@@ -123,19 +149,19 @@ class TrtEngine:
             raise GpuError(f"{path}: {flavor.title} cannot load it{self._reason()}; it is built by: {sidecar.command}")
         self._check_contract(path)
         self._cache = api.make_runtime_cache(trt, self._engine)
-        self.workspace_bytes = max(api.workspace_bytes(self._engine), 1)
+        # other GPUs, and other versions, refuse what one of them has compiled
+        name = f"{sidecar.engine_sha256} {trt.__version__} {device.name}"
+        self._cache_path = cache_folder() / "rtx" / f"{hashlib.sha256(name.encode()).hexdigest()}.cache"
+        self._saved = _read_cache(self._cache, self._cache_path) if self._cache is not None else 0
 
-    def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> TrtContext:
+    def context(self, repeats: bool = True) -> TrtContext:
         with self._making:
             self._logger.errors.clear()
-            context = api.make_context(self._trt, self._engine, self._cache)
+            context = api.make_context(self._trt, self._engine, self._cache, repeats)
             if context is None:
                 if "memory" in self._reason().lower():
-                    what = f"an execution context for {shape}"
-                    raise out_of_memory(what, self.workspace_bytes, *self._device.free_and_total())
+                    raise out_of_memory("an execution context", None, *self._device.free_and_total())
                 raise GpuError(f"TensorRT cannot make an execution context{self._reason()}")
-            if not api.bind(context, (*shape, 3), addresses, workspace, self.workspace_bytes):
-                raise GpuError(f"TensorRT refuses an input of {shape}{self._reason()}")
         return TrtContext(self, context)
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Stream) -> None:
@@ -145,7 +171,17 @@ class TrtEngine:
     def environment(self) -> dict[str, Any]:
         return {"backend": self.backend, FLAVORS[self.backend].title: self._trt.__version__}
 
+    def save(self) -> None:
+        content = api.cache_content(self._cache) if self._cache is not None else b""
+        if len(content) > self._saved:
+            self._saved = len(content)
+            with suppress(OSError, OutputError):  # it is compiled again next time
+                with atomic_path(self._cache_path) as temporary:
+                    temporary.write_bytes(content)
+                _drop_oldest(self._cache_path.parent)
+
     def close(self) -> None:
+        self.save()
         self._cache = self._engine = self._runtime = None
 
     def _reason(self) -> str:
@@ -168,6 +204,16 @@ class TrtContext:
     def __init__(self, engine: TrtEngine, context: Any) -> None:
         self._owner = engine
         self._context = context
+
+    def set_shape(self, shape: Shape) -> int:
+        nbytes = api.set_shape(self._context, (*shape, 3))
+        if nbytes is None:
+            raise GpuError(f"TensorRT refuses an input of {shape}{self._owner._reason()}")
+        return max(nbytes, 1)
+
+    def bind(self, addresses: dict[str, int], workspace: Memory) -> None:
+        if not api.bind(self._context, addresses, workspace.address, workspace.nbytes):
+            raise GpuError(f"TensorRT refuses the address of a tensor{self._owner._reason()}")
 
     def enqueue(self, stream: Stream) -> None:
         if not api.enqueue(self._context, stream.handle):
@@ -202,6 +248,26 @@ def check_runs_here(path: str | Path, sidecar: Sidecar, capability: int, device:
             f"{path}: built for {built}, and {device} is sm_{capability}: build it again for this GPU: "
             f"{sidecar.command}"
         )
+
+
+def _read_cache(cache: Any, path: Path) -> int:
+    """Read what TensorRT-RTX compiled before; return how many bytes of it are of use."""
+    try:
+        content = path.read_bytes()
+        os.utime(path)  # those that are not read any more go first
+    except OSError:
+        return 0
+    return len(content) if api.read_cache(cache, content) else 0
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Keep the caches that were used last."""
+    left = CACHE_BYTES
+    files = sorted(folder.glob("*.cache"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for number, path in enumerate(files):
+        left -= path.stat().st_size
+        if number >= CACHE_FILES or left < 0:
+            path.unlink()
 
 
 def _check_version(path: str | Path, sidecar: Sidecar, installed: str) -> None:

@@ -414,7 +414,6 @@ class HostEngine:
     """
 
     backend = "host"
-    workspace_bytes = 1
 
     def __init__(self, path: str | Path, device: HostDevice) -> None:
         if Path(path).suffix.lower() in ENGINE_SUFFIXES:
@@ -436,8 +435,8 @@ class HostEngine:
         smallest, best, largest = [graph.fixed_hw] * 3 if graph.fixed_hw else sizes_hw
         self.profile = Profile((1, 1, MAX_BATCH), (smallest, best, largest))
 
-    def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> HostContext:
-        return HostContext(self, self._device, shape, addresses)
+    def context(self, repeats: bool = True) -> HostContext:
+        return HostContext(self, self._device)
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: HostStream) -> None:
         pad = self.spec.preprocess.mean_bgr
@@ -455,6 +454,9 @@ class HostEngine:
     def environment(self) -> dict[str, Any]:
         return {"backend": self.backend, "onnxruntime": require("onnxruntime", "cpu", "device cpu").__version__}
 
+    def save(self) -> None:
+        return
+
     def close(self) -> None:
         self._session = None
 
@@ -462,8 +464,17 @@ class HostEngine:
 class HostContext:
     """A context of a `HostEngine`: it reads and writes the device's memory only at the addresses that it was given."""
 
-    def __init__(self, engine: HostEngine, device: HostDevice, shape: Shape, addresses: dict[str, int]) -> None:
+    def __init__(self, engine: HostEngine, device: HostDevice) -> None:
+        self._engine, self._device = engine, device
         self._share = 0.0
+        self._work: Any = None
+
+    def set_shape(self, shape: Shape) -> int:
+        self._shape = shape
+        return 1
+
+    def bind(self, addresses: dict[str, int], workspace: Memory) -> None:
+        engine, device, shape = self._engine, self._device, self._shape
 
         def work() -> None:
             images = device.view(addresses["images"], 3 * math.prod(shape)).reshape(*shape, 3)
@@ -471,7 +482,7 @@ class HostContext:
             for name, values in found.items():
                 device.view(addresses[name], values.nbytes)[:] = values.reshape(-1).view(np.uint8)
 
-        self._work: Callable[[], None] = work
+        self._work = work
 
     def enqueue(self, stream: HostStream) -> None:
         stream.submit(self._work)
@@ -485,7 +496,7 @@ class HostContext:
         return self._share
 
     def close(self) -> None:
-        del self._work
+        self._work = None
 
 
 def _run(work: queue.SimpleQueue[Work | None]) -> None:

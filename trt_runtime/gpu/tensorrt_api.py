@@ -54,11 +54,6 @@ def tensors(trt: Any, engine: Any) -> dict[str, tuple[bool, str, tuple[int, ...]
     return found
 
 
-def workspace_bytes(engine: Any) -> int:
-    """Return the device memory a context needs while it runs."""
-    return int(engine.device_memory_size_v2)
-
-
 def make_runtime_cache(trt: Any, engine: Any) -> Any:
     """Return the cache through which contexts share kernels that TensorRT-RTX compiled; None for TensorRT."""
     if not hasattr(trt, "CudaGraphStrategy"):
@@ -66,10 +61,26 @@ def make_runtime_cache(trt: Any, engine: Any) -> Any:
     return engine.create_runtime_config().create_runtime_cache()
 
 
-def make_context(trt: Any, engine: Any, cache: Any) -> Any:
-    """Return an execution context without memory of its own, whose work can be captured in a CUDA graph, or None.
+def read_cache(cache: Any, content: bytes) -> bool:
+    """Add kernels compiled before to a cache; return whether TensorRT-RTX takes them: same version, GPU and driver."""
+    return bool(cache.deserialize(content))
 
-    The cache, from `make_runtime_cache`, must outlive it.
+
+def cache_content(cache: Any) -> bytes:
+    """Return what `read_cache` takes; empty if it cannot be made."""
+    content = cache.serialize()
+    return b"" if content is None else bytes(content)
+
+
+def make_context(trt: Any, engine: Any, cache: Any, repeats: bool) -> Any:
+    """Return an execution context without memory of its own, or None.
+
+    Args:
+        trt: TensorRT's module.
+        engine: From `deserialize`.
+        cache: From `make_runtime_cache`; it must outlive the context.
+        repeats: Whether it runs one shape many times, and can be captured in a CUDA graph; otherwise it runs many
+            shapes, and TensorRT-RTX compiles nothing for each of them.
     """
     settings = strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     if hasattr(engine, "create_runtime_config"):  # since TensorRT 10.13 at the latest; 10.3 has none
@@ -80,6 +91,8 @@ def make_context(trt: Any, engine: Any, cache: Any) -> Any:
         runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         runtime_config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            if repeats
+            else trt.DynamicShapesKernelSpecializationStrategy.NONE
         )
     context = engine.create_execution_context(settings)
     if context is not None:
@@ -88,21 +101,25 @@ def make_context(trt: Any, engine: Any, cache: Any) -> Any:
     return context
 
 
-def bind(context: Any, shape: tuple[int, ...], addresses: dict[str, int], workspace: int, nbytes: int) -> bool:
-    """Set a context's input shape, the addresses of all tensors, and its memory; return whether it accepts them.
+def set_shape(context: Any, shape: tuple[int, ...]) -> int | None:
+    """Set the shape of `images`, (B, H, W, 3); return the bytes of device memory for a run, None if it is refused."""
+    if not context.set_input_shape("images", shape):
+        return None
+    # 0 is an error, too: then as much as the largest shape needs
+    return int(context.update_device_memory_size_for_shapes() or context.engine.device_memory_size_v2)
+
+
+def bind(context: Any, addresses: dict[str, int], workspace: int, nbytes: int) -> bool:
+    """Set the addresses of all tensors of a context, and its memory; return whether it accepts them.
 
     Args:
-        context: From `make_context`.
-        shape: Shape of `images`, (B, H, W, 3).
+        context: From `make_context`, with a shape.
         addresses: Address of each tensor, by its name.
         workspace: Address of its memory, 256-byte aligned.
-        nbytes: Size of that memory.
+        nbytes: Size of that memory, as `set_shape` returns it or more.
     """
     context.set_device_memory(workspace, nbytes)
-    return bool(
-        context.set_input_shape("images", shape)
-        and all(context.set_tensor_address(name, address) for name, address in addresses.items())
-    )
+    return all(context.set_tensor_address(name, address) for name, address in addresses.items())
 
 
 def enqueue(context: Any, stream: int) -> bool:

@@ -6,9 +6,11 @@ import ctypes
 import dataclasses
 import gc
 import importlib
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,8 +34,9 @@ from facespec.letterbox import Frame, Letterbox
 from facespec.spec import MAX_NETWORK_PIXELS, DecodeSpec, ModelSpec, PreprocessSpec
 from tests.engines import write_engine, write_rtx_engine
 from tests.faces import assert_identical
-from tests.trt_runtime.fake_tensorrt import WORKSPACE, FakeGpu, FakeTensorRT
+from tests.trt_runtime.fake_tensorrt import FakeGpu, FakeTensorRT, workspace_bytes
 from trt_runtime import TRTRetinaFace
+from trt_runtime.gpu import engine as engine_module
 from trt_runtime.gpu import tensorrt_api
 from trt_runtime.gpu.engine import TrtEngine, check_runs_here
 from trt_runtime.gpu.sidecar import Profile, read_sidecar
@@ -67,6 +70,7 @@ class Rig:
         self.folder, self.network, self._monkeypatch = folder, network, monkeypatch
         self.path = write_engine(folder, spec=network.spec, profile=PROFILE)
         self.trt = self.install(version="10.14.1.48")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         monkeypatch.setenv("RETINAFACE_PLUGIN", str(library()._name))
         monkeypatch.setattr("trt_runtime.gpu.engine.load_letterbox", self._load)
 
@@ -133,6 +137,8 @@ def test_the_stand_in_has_no_name_that_tensorrt_has_not(network: HostEngine) -> 
         "logger",
         "tensors",
         "misplaced",
+        "room_for",
+        "compiled",
     }
     for name in {*vars(fake), *vars(FakeTensorRT)} - ours - {"refuses", "check_place"}:
         if not name.startswith("__"):
@@ -198,12 +204,12 @@ def test_a_context_is_made_as_tensorrt_wants_it(rig: Rig) -> None:
         detector.detect(np.zeros((64, 64, 3), np.uint8))
         contexts = list(rig.trt.contexts)
         (lane,) = detector._idle
-        workspace = lane._workspace  # type: ignore[attr-defined]
-        assert workspace.nbytes == WORKSPACE
+        workspace = lane._room.workspace  # type: ignore[attr-defined]
+        assert workspace.nbytes == workspace_bytes((2, *SIZE, 3))
         assert [context.shape for context in contexts if context.shape[0] == 2] == [(2, *SIZE, 3)]
         for context in contexts:
             assert context.nvtx_verbosity == rig.trt.ProfilingVerbosity.NONE
-            assert context.memory == (workspace.address, WORKSPACE)
+            assert context.memory == (workspace.address, workspace.nbytes)
             assert len(set(context.addresses.values())) == 6
 
 
@@ -220,6 +226,173 @@ def test_rtx_compiles_before_a_capture_and_shares_what_it_compiled(rig: Rig, fra
         assert len(trt.contexts) == 2
         assert len(caches) == 1
         assert caches != {id(None)}
+
+
+@pytest.fixture
+def rtx(rig: Rig) -> Rig:
+    """A rig with an engine of TensorRT-RTX, of which each `install` is another start."""
+    rig.path = write_rtx_engine(rig.folder, version="1.7.1.116", spec=rig.network.spec, profile=PROFILE)
+    rig.trt = rig.install(rtx=True, version="1.7.1.116")
+    return rig
+
+
+def _caches(rig: Rig) -> list[Path]:
+    return sorted((rig.folder / "cache" / "retinaface-trt" / "rtx").glob("*"))
+
+
+def test_rtx_compiles_at_the_first_start_alone(rtx: Rig, frames: list[Frame]) -> None:
+    best, one = str((2, *SIZE, 3)), str((1, *SIZE, 3))
+    with rtx.detector() as detector:
+        assert rtx.trt.compiled == [best]
+        (path,) = _caches(rtx)  # written after the warm-up: a process may be killed
+        warm = path.read_bytes()
+        detector.detect(frames[0])
+        assert path.read_bytes() == warm
+    assert path.read_bytes() != warm
+    os.utime(path, (1, 1))
+    second = rtx.install(rtx=True, version="1.7.1.116")
+    with rtx.detector() as detector:
+        detector.detect(frames[0])
+    assert second.compiled == []
+    assert path.stat().st_mtime > 1  # it was used
+    assert rtx.trt.compiled == [best, one]
+    assert [*rtx.trt.misplaced, *second.misplaced] == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no cache", b'{"version": "1.7.1.999", "kernels": ["any shape"]}'])
+def test_a_cache_that_is_refused_is_replaced(rtx: Rig, content: bytes) -> None:
+    rtx.detector().close()
+    (path,) = _caches(rtx)
+    good = path.read_bytes()
+    path.write_bytes(content)
+    second = rtx.install(rtx=True, version="1.7.1.116")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rtx.detector().close()
+    assert len(second.compiled) == 1
+    assert _caches(rtx) == [path]
+    assert path.read_bytes() == good
+
+
+def test_gpus_and_versions_have_caches_of_their_own(rtx: Rig) -> None:
+    rtx.detector().close()
+    rtx.gpu.name = "NVIDIA L4, device 1"
+    rtx.detector().close()
+    rtx.install(rtx=True, version="1.7.2.1")
+    rtx.detector().close()
+    assert len(_caches(rtx)) == 3
+
+
+@pytest.mark.parametrize("trouble", ["folder", "unreadable", "serialize"])
+def test_without_a_cache_rtx_runs(rtx: Rig, frames: list[Frame], trouble: str) -> None:
+    (rtx.folder / "cache").mkdir()
+    if trouble == "folder":
+        (rtx.folder / "cache" / "retinaface-trt").write_text("a file in its place")
+    if trouble == "unreadable":
+        rtx.detector().close()
+        (path,) = _caches(rtx)
+        path.unlink()
+        path.mkdir()
+    if trouble == "serialize":
+        rtx.trt.fails["cache"] = "no"
+    with rtx.detector() as detector:
+        assert len(detector.detect(frames[0])) == 1
+    assert not any(path.is_file() for path in _caches(rtx))
+
+
+def test_tensorrt_keeps_no_cache(rig: Rig) -> None:
+    rig.detector().close()
+    assert _caches(rig) == []
+
+
+def test_caches_are_bounded_and_the_oldest_go(rtx: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CACHE_FILES", 3)
+    folder = rtx.folder / "cache" / "retinaface-trt" / "rtx"
+    folder.mkdir(parents=True)
+    for age in range(5):
+        path = folder / f"{age}.cache"
+        path.write_bytes(bytes(1000))
+        os.utime(path, (1000 - age, 1000 - age))
+    rtx.detector().close()
+    own, *others = sorted(_caches(rtx), key=lambda path: path.stat().st_mtime, reverse=True)
+    assert [path.name for path in others] == ["0.cache", "1.cache"]
+    monkeypatch.setattr(engine_module, "CACHE_BYTES", own.stat().st_size + 1500)
+    own.unlink()
+    rtx.detector().close()
+    assert [path.name for path in _caches(rtx)] == ["0.cache", own.name]
+
+
+@pytest.mark.parametrize("is_rtx", [False, True])
+def test_shapes_that_come_once_share_a_context(rig: Rig, request: pytest.FixtureRequest, is_rtx: bool) -> None:
+    trt = request.getfixturevalue("rtx").trt if is_rtx else rig.trt
+    with rig.detector(size_hw=None, warm_up=False) as detector:
+        (largest, *others) = [np.zeros((32 * (6 - side), 32, 3), np.uint8) for side in range(5)]
+        detector.detect(largest)
+        shared = {*map(id, trt.contexts)}
+        for frame in others:
+            detector.detect(frame)
+        assert {*map(id, trt.contexts)} == shared
+        assert len(shared) == 1
+        assert trt.compiled == (["any shape"] if is_rtx else [])
+        assert trt.enqueued == 5
+        detector.detect(others[0])  # it comes again: now it is worth a context
+        assert {context.shape for context in trt.contexts} == {(1, 160, 32, 3), (1, 64, 32, 3)}
+        for _ in range(2):
+            detector.detect(others[0])  # captured, and launched
+        assert trt.enqueued == 6
+        assert trt.compiled == (["any shape", str((1, 160, 32, 3))] if is_rtx else [])
+    assert is_gone(lambda: trt.contexts)
+    assert trt.misplaced == []
+
+
+@pytest.mark.parametrize("is_rtx", [False, True])
+def test_a_workspace_is_as_large_as_the_shapes_need(
+    rig: Rig, frames: list[Frame], request: pytest.FixtureRequest, is_rtx: bool
+) -> None:
+    """It grows, and faces found in graphs of before stay right."""
+    if is_rtx:
+        request.getfixturevalue("rtx")
+    with rig.detector(size_hw=None, warm_up=False) as detector:
+        sizes = []
+        expected = [detector.detect(frame) for frame in (frames[1], frames[0])]
+        for frame, faces in [(frames[1], expected[0]), (frames[0], expected[1])] * 3:
+            assert_identical(detector.detect(frame), faces)
+            (lane,) = detector._idle
+            sizes.append(lane._room.workspace.nbytes)  # type: ignore[attr-defined]
+    least, most = (1, 96, 160, 3), (1, 288, 320, 3)
+    assert sizes[-1] == workspace_bytes(most, eager=is_rtx) < workspace_bytes(PROFILE["max"])
+    assert sizes == sorted(sizes)
+    assert workspace_bytes(least) < sizes[0]
+
+
+def test_where_the_device_has_no_memory_for_a_context_the_detector_goes_on(rig: Rig) -> None:
+    small, large = np.zeros((32, 32, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)
+    with rig.detector(size_hw=None, warm_up=False) as detector:
+        rig.trt.room_for = 2
+        for frame in (large, small, small):
+            detector.detect(frame)
+        with pytest.raises(DeviceMemoryError, match=r"for an execution context: .* free: use"):
+            detector.detect(large)
+        assert is_gone(lambda: rig.trt.contexts)  # the lane has gone, and what it held
+        assert rig.device.allocated_bytes == 0
+        for frame in (large, small, small, small):
+            assert len(detector.detect(frame)) == 0
+        rig.trt.room_for = 0
+        with ThreadPoolExecutor(1) as pool, detector._lane():  # the other thread needs a lane of its own
+            with pytest.raises(DeviceMemoryError):
+                pool.submit(detector.detect, small).result()
+        assert len(detector.detect(small)) == 0  # the first lane is as good as before
+    assert rig.trt.misplaced == []
+
+
+def test_a_context_that_is_refused_is_freed_where_the_device_is_active(rig: Rig, frames: list[Frame]) -> None:
+    for what in ("shape", "address"):
+        rig.trt.fails = {what: "no"}
+        with rig.detector(warm_up=False) as detector, pytest.raises(GpuError) as caught:
+            detector.detect(frames[0])
+        assert "refuses" in str(caught.value)
+        assert is_gone(lambda: rig.trt.contexts)  # although the error holds what it went through
+    assert rig.trt.misplaced == []
 
 
 def test_the_share_of_the_plugin_is_measured_once(rig: Rig, frames: list[Frame]) -> None:
@@ -276,10 +449,10 @@ def test_what_cannot_be_profiled_has_no_share(rig: Rig, frames: list[Frame], mon
         (
             {"context": "out of memory"},
             DeviceMemoryError,
-            r"for an execution context for \(1, 96, 160\): 4\.9 KiB asked",
+            r"for an execution context: .* free: use smaller batches",
         ),
         ({"shape": "bad dims"}, GpuError, r"TensorRT refuses an input of \(1, 96, 160\) \(bad dims\)$"),
-        ({"address": "null"}, GpuError, r"TensorRT refuses an input of \(1, 96, 160\) \(null\)$"),
+        ({"address": "null"}, GpuError, r"TensorRT refuses the address of a tensor \(null\)$"),
         ({"enqueue": "x" * 400}, GpuError, r"TensorRT cannot run the network \(x{300}\)$"),
     ],
 )
@@ -302,7 +475,7 @@ def test_errors_of_before_are_not_the_reason(rig: Rig, monkeypatch: pytest.Monke
     engine._logger.log(rig.trt.ILogger.ERROR, "something else")
     monkeypatch.setattr(tensorrt_api, "make_context", lambda *arguments: None)
     with rig.device.activate(), pytest.raises(GpuError) as caught:
-        engine.context((1, 96, 160), {"images": 256}, 256)
+        engine.context()
     assert str(caught.value) == "TensorRT cannot make an execution context"
 
     def load_plugin(runtime: Any, plugin: str) -> bool:
@@ -381,10 +554,9 @@ def test_contexts_are_made_one_at_a_time(rig: Rig) -> None:
             inside[0] -= 1
         return make(*arguments)
 
-    addresses = {name: 256 * (1 + index) for index, name in enumerate(rig.trt.tensors)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensorrt_api, "make_context", counted)
-        threads = [threading.Thread(target=engine.context, args=((1, *SIZE), addresses, 256)) for _ in range(3)]
+        threads = [threading.Thread(target=engine.context) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -483,17 +655,19 @@ def test_where_a_capture_fails_the_detector_works_without_graphs(rig: Rig, frame
 def test_what_an_engine_knows(rig: Rig) -> None:
     engine = rig.engine()
     assert engine.profile == Profile((1, 2, 4), ((32, 32), (64, 96), (320, 640)))
-    assert engine.workspace_bytes == WORKSPACE
     assert engine.spec == rig.network.spec
-    engine._engine.device_memory_size_v2 = 0
-    assert tensorrt_api.workspace_bytes(engine._engine) == 0
     engine.close()
     assert is_gone(lambda: rig.trt.engines)
 
 
-def test_an_engine_without_a_workspace_gets_a_byte(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_api, "workspace_bytes", lambda engine: 0)
-    assert rig.engine().workspace_bytes == 1
+def test_the_workspace_of_a_shape(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TensorRT cannot tell it is that of the largest shape, and never nothing."""
+    context = rig.engine().context()
+    assert context.set_shape((1, *SIZE)) == workspace_bytes((1, *SIZE, 3))
+    rig.trt.fails = {"size": "no"}
+    assert context.set_shape((1, *SIZE)) == workspace_bytes(PROFILE["max"])
+    monkeypatch.setattr(tensorrt_api, "set_shape", lambda *arguments: 0)
+    assert context.set_shape((1, *SIZE)) == 1
 
 
 def test_padding_is_the_mean_of_the_model(rig: Rig, network: HostEngine) -> None:
@@ -632,22 +806,23 @@ def test_a_context_reads_and_writes_where_it_was_told(network: HostEngine, astro
         memory = {"images": device.allocate(batch.nbytes, "images")}
         for name, values in expected.items():
             memory[name] = device.allocate(values.nbytes, name)
-        context = network.__class__.context
-        made = context(_on(network, device), (2, *SIZE), {name: item.address for name, item in memory.items()}, 0)
+        made = _on(network, device).context()
+        workspace = device.allocate(made.set_shape((2, *SIZE)), "the workspace")
+        made.bind({name: item.address for name, item in memory.items()}, workspace)
         device.view(memory["images"].address, batch.nbytes)[:] = batch.reshape(-1)
         gate = threading.Event()
         stream.submit(gate.wait)
         made.enqueue(stream)
-        found = device.view(memory["num_detections"].address, 8).view(np.int32)
-        assert (found == -1).all()  # it is put on the stream, and not done
+        early = device.view(memory["num_detections"].address, 8).view(np.int32).copy()
         gate.set()
+        assert (early == -1).all()  # it is put on the stream, and not done
         stream.synchronize()
         for name, values in expected.items():
             got = device.view(memory[name].address, values.nbytes).view(values.dtype).reshape(values.shape)
             np.testing.assert_array_equal(got, values)
         assert 0 < made.plugin_share(stream) < 1
         made.close()
-        for item in memory.values():
+        for item in (*memory.values(), workspace):
             item.close()  # which looks at what lies beside it
 
 

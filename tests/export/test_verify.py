@@ -659,6 +659,7 @@ class _Counting(_Fixed):
     def __init__(self, precision: str = "fp32", **options: Any):
         super().__init__(**options)
         self.info = ModelInfo("x", "stub", precision, {}, self.fixed_hw)
+        self.detector = None
         self.notes = [f"a note of {precision}"]
         self.sizes: list[tuple[int, int] | None] = []
 

@@ -349,9 +349,10 @@ def test_what_is_said_about_errors_of_cuda() -> None:
         (716, "aligned to 16 bytes"),
         (35, "newer than the driver: update the NVIDIA driver"),
         (209, "no code for this GPU: update the NVIDIA driver, or compile the plugin"),
+        (222, "driver"),
     ):
         assert words in MENDS[code]
-    assert len(MENDS) == 4
+    assert len(MENDS) == 5
 
 
 def test_the_description_is_that_of_the_header() -> None:

@@ -35,7 +35,6 @@ class StubEngine:
     """See the module."""
 
     backend = "stub"
-    workspace_bytes = 256
 
     def __init__(self, device: Any) -> None:
         self.spec = ModelSpec()
@@ -45,8 +44,11 @@ class StubEngine:
         self.open_contexts = 0
         self.closed = False
 
-    def context(self, shape: Shape, addresses: dict[str, int], workspace: int) -> StubContext:
-        return StubContext(self, shape, addresses)
+    def context(self, repeats: bool = True) -> StubContext:
+        return StubContext(self)
+
+    def save(self) -> None:
+        pass
 
     def letterbox(self, frames: int, shape: Shape, images: int, stream: Any) -> None:
         pass
@@ -62,11 +64,20 @@ class StubEngine:
 class StubContext:
     """A context of a `StubEngine`."""
 
-    def __init__(self, engine: StubEngine, shape: Shape, addresses: dict[str, int]) -> None:
+    def __init__(self, engine: StubEngine) -> None:
         self._engine = engine
+        self._outputs: list[tuple[int, Any]] = []
+        engine.open_contexts += 1
+
+    def set_shape(self, shape: Shape) -> int:
+        self._batch = shape[0]
+        return 256
+
+    def bind(self, addresses: dict[str, int], workspace: Any) -> None:
+        engine = self._engine
         self._outputs = []
         for name, (kind, rest) in engine.spec.decode.outputs.items():
-            values = np.zeros((shape[0], *rest), kind)
+            values = np.zeros((self._batch, *rest), kind)
             if name.startswith("num"):
                 values[:] = 1
             else:
@@ -74,7 +85,6 @@ class StubContext:
             room = engine.device.pinned(values.nbytes)
             room[:] = values.reshape(-1).view(np.uint8)
             self._outputs.append((addresses[name], room))
-        engine.open_contexts += 1
 
     def enqueue(self, stream: Any) -> None:
         for address, room in self._outputs:

@@ -79,7 +79,6 @@ class CopyingEngine:
     """
 
     backend = "copying"
-    workspace_bytes = 1
     spec = ModelSpec()
     files: tuple[Path, ...] = ()
     profile = Profile((1, 2, 4), ((SIDE, SIDE), (SIDE, SIDE), (SIDE, SIDE)))
@@ -90,15 +89,26 @@ class CopyingEngine:
         self.seen, self._zeros = device.pinned(4), device.pinned(1 << 20)
         self._zeros[:] = 0
 
-    def context(self, shape: Any, addresses: dict[str, int], workspace: int) -> Any:
-        outputs = self.spec.decode.outputs.items()
-        sizes = {name: 4 * shape[0] * int(np.prod(rest, dtype=int)) for name, (_, rest) in outputs}
+    def context(self, repeats: bool = True) -> Any:
+        context = SimpleNamespace(can_capture=lambda stream: True, close=lambda: None)
+
+        def set_shape(shape: Any) -> int:
+            context.batch = shape[0]
+            return 1
+
+        def bind(addresses: dict[str, int], workspace: Any) -> None:
+            context.addresses = addresses
 
         def enqueue(stream: Any) -> None:
-            for name, nbytes in sizes.items():
-                self._device.copy_in(addresses[name], self._zeros[:nbytes], stream)
+            for name, (_, rest) in self.spec.decode.outputs.items():
+                nbytes = 4 * context.batch * int(np.prod(rest, dtype=int))
+                self._device.copy_in(context.addresses[name], self._zeros[:nbytes], stream)
 
-        return SimpleNamespace(enqueue=enqueue, can_capture=lambda stream: True, close=lambda: None)
+        context.set_shape, context.bind, context.enqueue = set_shape, bind, enqueue
+        return context
+
+    def save(self) -> None:
+        pass
 
     def letterbox(self, frames: int, shape: Any, images: int, stream: Any) -> None:
         for slot, address in enumerate(self.addresses):

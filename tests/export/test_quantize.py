@@ -536,6 +536,6 @@ def test_int8_engines(tmp_path: Path, shared_cache: None) -> None:
     assert sidecar.calibration == {"source": "demo", "images": 16, "seed": 0, "recipe": recipe}
     found = inspect(options.out)
     assert found.valid
-    assert found.precision == pytest.approx({"int8": 0.880, "fp16": 0.120}, abs=0.001)
+    assert found.precision == pytest.approx({"int8": 0.857, "fp16": 0.143}, abs=0.001)
     assert inspect(options.plugin_form).precision == found.precision
     assert calibration_module.MIN_IMAGES == 8

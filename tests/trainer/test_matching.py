@@ -92,6 +92,12 @@ def test_worked_example() -> None:
     assert ignored == 0
 
 
+def test_a_prior_at_the_threshold_is_positive() -> None:
+    iou = np.array([[0.9, 0.35, 0.349]], np.float32)
+    positive, _, _ = assign(pairs_of(iou), torch.zeros(1, 4), 3, 0.35, 0.2)
+    assert positive.tolist() == [True, True, False]
+
+
 @given(seed=st.integers(0, 2**32 - 1), levels=st.integers(2, 30))
 @settings(max_examples=120, deadline=None)
 def test_rules_equal_plain_loops(seed: int, levels: int) -> None:

@@ -14,12 +14,11 @@ import onnxsim
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
 
 from facespec.boxes import make_priors
 from facespec.errors import ModelFileError
 from facespec.spec import SPEC_KEY, ModelSpec
-from trainer.model import RetinaFace
+from trainer.model import MergedHeads, RetinaFace
 from trt_runtime.kernels import PLUGIN, decode_attributes, make_params
 
 OPSET = 19
@@ -208,25 +207,6 @@ def detector_outputs(spec: ModelSpec) -> list[onnx.ValueInfoProto]:
         helper.make_tensor_value_info(name, _TYPES[kind], ["batch", *shape])
         for name, (kind, shape) in spec.decode.outputs.items()
     ]
-
-
-class MergedHeads(nn.Module):
-    """RetinaFace with the three heads of each level merged into one 1×1 convolution of 4 + 8 + 20 channels."""
-
-    def __init__(self, model: RetinaFace) -> None:
-        super().__init__()
-        self.model = model
-        self.heads = nn.ModuleList()
-        for level in zip(model.ClassHead, model.BboxHead, model.LandmarkHead, strict=True):
-            parts = [head.get_submodule("conv1x1") for head in level]
-            weight, bias = (torch.cat([part.get_parameter(name) for part in parts]) for name in ("weight", "bias"))
-            merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
-            merged.weight, merged.bias = nn.Parameter(weight), nn.Parameter(bias)
-            self.heads.append(merged)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Return the head maps (B, 16 * priors per cell, H/s, W/s) for strides 8, 16, 32."""
-        return tuple(head(x) for head, x in zip(self.heads, self.model.features(pixels), strict=True))
 
 
 def export_network(model: RetinaFace, size_hw: tuple[int, int] | None) -> onnx.ModelProto:

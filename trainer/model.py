@@ -284,6 +284,25 @@ class RetinaFace(nn.Module):
         return head_map.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, width))
 
 
+class MergedHeads(nn.Module):
+    """RetinaFace with the three heads of each level merged into one 1×1 convolution of 4 + 8 + 20 channels."""
+
+    def __init__(self, model: RetinaFace) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleList()
+        for level in zip(model.ClassHead, model.BboxHead, model.LandmarkHead, strict=True):
+            parts = [head.get_submodule("conv1x1") for head in level]
+            weight, bias = (torch.cat([part.get_parameter(name) for part in parts]) for name in ("weight", "bias"))
+            merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
+            merged.weight, merged.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self.heads.append(merged)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return the head maps (B, 16 * priors per cell, H/s, W/s) for strides 8, 16, 32."""
+        return tuple(head(x) for head, x in zip(self.heads, self.model.features(pixels), strict=True))
+
+
 class TorchRetinaFace:
     """RetinaFace in PyTorch as a `facespec.Detector`.
 

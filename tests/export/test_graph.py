@@ -24,7 +24,6 @@ from export.graph import (
     IR_VERSION,
     OPSET,
     GraphBuilder,
-    MergedHeads,
     add_decode_nms,
     add_preprocessing,
     build_heads,
@@ -40,7 +39,7 @@ from facespec.boxes import Decoded, decode_detections, make_priors
 from facespec.errors import ModelFileError, SpecError
 from facespec.spec import SPEC_KEY, AnchorSpec, DecodeSpec, ModelSpec
 from trainer import load_model
-from trainer.model import RetinaFace
+from trainer.model import MergedHeads, RetinaFace
 from trt_runtime.kernels import PLUGIN
 
 Heads = list[NDArray[np.float32]]

@@ -19,7 +19,7 @@ from facespec.errors import GpuError
 from facespec.spec import ModelSpec
 from tests.gpu.kernel import Kernels, build_kernels, capability
 from trainer.checkpoint import load_model
-from trainer.model import RetinaFace
+from trainer.model import MergedHeads, RetinaFace
 from trt_runtime.gpu.device import Memory, Stream
 from trt_runtime.gpu.engine import Shape
 from trt_runtime.gpu.sidecar import Profile
@@ -41,26 +41,18 @@ def open_model() -> RetinaFace:
 
 
 class HeadMaps(nn.Module):
-    """uint8 (B, H, W, 3) to one map (B, 16 * per_cell, h, w) a level, the three heads of a level as one convolution."""
+    """uint8 (B, H, W, 3) to one map (B, 16 * per_cell, h, w) a level."""
 
     def __init__(self, model: RetinaFace) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model)
-        self.heads = nn.ModuleList()
-        for parts in zip(model.ClassHead, model.BboxHead, model.LandmarkHead, strict=True):
-            convolutions: list[Any] = [part.conv1x1 for part in parts]
-            merged = nn.Conv2d(convolutions[0].in_channels, sum(each.out_channels for each in convolutions), 1)
-            with torch.no_grad():
-                merged.weight.copy_(torch.cat([each.weight for each in convolutions]))
-                merged.bias.copy_(torch.cat([each.bias for each in convolutions]))  # type: ignore[union-attr]
-            self.heads.append(merged)
+        self.network = MergedHeads(copy.deepcopy(model))
         self.register_buffer("mean", torch.tensor(model.spec.preprocess.mean_bgr, dtype=torch.float32))
 
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        kind = self.heads[0].weight.dtype
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kind = next(self.network.parameters()).dtype
         pixels = images.to(kind).sub(self.mean.to(kind)).permute(0, 3, 1, 2)  # channels-last as it lies
-        features = self.model.features(pixels)
-        return [head(level) for head, level in zip(self.heads, features, strict=True)]
+        maps: tuple[torch.Tensor, ...] = self.network(pixels)
+        return maps
 
 
 class TorchEngine:

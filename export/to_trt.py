@@ -352,9 +352,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sidecar = build_engine(options)
     if sidecar is not None:
         print(f"{engine_line(options.out, sidecar)}; {time.perf_counter() - start:.1f} s")
-        if 75 in sidecar.compute_capabilities and sidecar.engine_bytes > 20e6:
+        if TURING in sidecar.compute_capabilities and sidecar.engine_bytes > 20e6:
             print(
-                "note: for sm_75, TensorRT-RTX makes large engines of one fixed shape; --batch 1:1:2 makes a small one"
+                f"note: for sm_{TURING}, TensorRT-RTX makes large engines of one fixed shape; "
+                "--batch 1:1:2 makes a small one"
             )
     if options.timing_cache and (sidecar is None or sidecar.flavor == RTX.name):
         print("note: --timing-cache was not used: it is for TensorRT alone")

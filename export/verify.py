@@ -438,14 +438,11 @@ def _empty_rows(reference: Side, candidate: Side, size_hw: tuple[int, int], limi
 
 def _widerface(options: VerifyOptions, data: Path) -> tuple[list[Sample], dict[Any, Any]]:
     """Return the images that exist, evenly thinned out, and their ground truth, in the same order."""
-    from trainer.average_precision import load_ground_truth
+    from trainer.average_precision import load_ground_truth, present_images
 
     truth = load_ground_truth(data / "gt")
-    folder = data / "val" / "images"
-    paths = {key: folder / key[0] / f"{key[1]}.jpg" for key in truth}
-    keys = [key for key in truth if paths[key].is_file()]
-    if not keys:
-        raise DataError(f"{folder}: none of the {len(truth)} WIDER FACE images is there (event/name.jpg)")
+    paths = present_images(data / "val" / "images", truth)
+    keys = list(paths)
     keys = [keys[i] for i in _evenly(len(keys), options.images or len(keys))]
     samples = [Sample("/".join(key), functools.partial(_read, paths[key])) for key in keys]
     return samples, {key: truth[key] for key in keys}

@@ -24,6 +24,9 @@ from facespec.errors import MissingPackageError, RetinaFaceError, SpecError
 from facespec.files import write_text
 
 PROGRAM = "retinaface-trt"
+DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,4})?")
+"""Words of `--device`."""
+
 _T = TypeVar("_T")
 
 COMMANDS = {
@@ -122,7 +125,7 @@ def parse_device(text: str) -> str:
     Raises:
         SpecError: It is another word.
     """
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,4})?", text):
+    if not DEVICE.fullmatch(text):
         raise SpecError(f"device {text!r} is not one of auto, cpu, cuda and cuda:N")
     return text
 

@@ -7,7 +7,7 @@ match at an IoU of 0.5 with areas that count the border pixel (+1), and faces ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,19 @@ def load_ground_truth(folder: str | Path) -> dict[ImageKey, ImageTruth]:
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{folder}: the .mat files are not WIDER FACE ground truth ({error})") from None
     return truth
+
+
+def present_images(folder: Path, keys: Iterable[ImageKey]) -> dict[ImageKey, Path]:
+    """Return the images that exist, in a folder of event folders of .jpg files, in the order of their keys.
+
+    Raises:
+        DataError: None of them is there.
+    """
+    paths = {key: folder / key[0] / f"{key[1]}.jpg" for key in keys}
+    present = {key: path for key, path in paths.items() if path.is_file()}
+    if not present:
+        raise DataError(f"{folder}: none of the {len(paths)} WIDER FACE images is there (event/name.jpg)")
+    return present
 
 
 def _file_name(value: object) -> str:

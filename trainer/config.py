@@ -9,13 +9,12 @@ import dataclasses
 import difflib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from facespec.cli import require
+from facespec.cli import DEVICE, require
 from facespec.codec import build, short
 from facespec.errors import ConfigError, SpecError
 from facespec.files import write_text
@@ -185,7 +184,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(
-            re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device) is not None,
+            DEVICE.fullmatch(self.device) is not None,
             f"run.device is {self.device!r}: choose from auto, cpu, cuda, cuda:N",
         )
         _require(self.workers >= 0, f"run.workers is {self.workers}: it must not be negative")

@@ -34,7 +34,16 @@ from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, widerface_root, write_text
 from facespec.images import read_image
 from facespec.spec import parse_size
-from trainer.average_precision import LEVELS, Array, Curve, ImageKey, ImageTruth, average_precision, load_ground_truth
+from trainer.average_precision import (
+    LEVELS,
+    Array,
+    Curve,
+    ImageKey,
+    ImageTruth,
+    average_precision,
+    load_ground_truth,
+    present_images,
+)
 
 PROTOCOLS = ("original", "letterbox")
 LETTERBOX_HW = (640, 640)
@@ -155,10 +164,7 @@ def predict(
     Raises:
         DataError: None of the images is there.
     """
-    paths = {key: images / key[0] / f"{key[1]}.jpg" for key in truth}
-    present = {key: path for key, path in paths.items() if path.is_file()}
-    if not present:
-        raise DataError(f"{images}: none of the {len(truth)} WIDER FACE images is there (event/name.jpg)")
+    present = present_images(images, truth)
     found = Predictions(missing=len(truth) - len(present))
     for key, path in tqdm(present.items(), unit="image", disable=None if progress else True):
         with quiet_libraries():

@@ -20,7 +20,7 @@ from facespec.detections import Detections, to_detections
 from facespec.errors import DeviceMemoryError, FrameError
 from facespec.letterbox import Frame, Letterbox
 from tests.gpu.kernel import ROOT, gpu_problem
-from trt_runtime import kernels
+from tests.plugins.host_letterbox import host_letterbox
 from trt_runtime.gpu.frame import Nv12Frame
 from trt_runtime.gpu.simulated import HostArray, HostDevice
 from trt_runtime.trt import TRTRetinaFace, open_device
@@ -47,16 +47,6 @@ def load_photograph() -> Frame:
     from facespec.samples import sample_frames
 
     return next(frame for name, frame in sample_frames().items() if "astronaut" in name)
-
-
-def letterbox(frame: Frame, box: Letterbox, pad: tuple[int, int, int]) -> Frame:
-    """Return the network's input by the letterbox kernel on the host; OpenCV may be missing."""
-    out = np.empty((*box.size_hw, 3), np.uint8)
-    place = kernels.describe_frame(frame.ctypes.data, frame.strides[0], box.frame_hw, box.scaled_hw)
-    array = (kernels.LetterboxFrame * 1)(place)
-    launch = kernels.load_letterbox(kernels.library())
-    launch(kernels.ctypes.addressof(array), 1, box.size_hw, pad, out.ctypes.data, 0)
-    return out
 
 
 @unittest.skipUnless(torch is not None, "torch is not installed")
@@ -95,7 +85,9 @@ class DetectorTest(unittest.TestCase):
         spec = cls.model.spec
         frame_hw = frame.shape[:2]
         box = Letterbox.fit(frame_hw, SIZE)  # type: ignore[arg-type]
-        pixels = torch.from_numpy(letterbox(frame, box, spec.preprocess.mean_bgr)).permute(2, 0, 1)[None].float()
+        pixels = (
+            torch.from_numpy(host_letterbox([frame], [box], spec.preprocess.mean_bgr)[0]).permute(2, 0, 1)[None].float()
+        )
         with torch.inference_mode():
             heads = cls.model(pixels - torch.tensor(spec.preprocess.mean_bgr, dtype=torch.float32)[:, None, None])
         maps = [each[0].numpy() for each in heads]

@@ -43,6 +43,9 @@ def request_(tmp_path: Path) -> dict[str, Any]:
         "profile": {"min": [1, 32, 64, 3], "opt": [2, 64, 96, 3], "max": [4, 96, 128, 3]},
         "capabilities": [],
         "timing_cache": None,
+        "optimization_level": None,
+        "timing_iterations": None,
+        "aux_streams": None,
         "timing_cache_out": str(tmp_path / "cache.out"),
     }
 
@@ -91,6 +94,20 @@ def test_the_gpus_it_is_built_for(trt: MagicMock, request_: dict[str, Any]) -> N
     assert config.num_compute_capabilities == 2
     given = [call.args for call in config.set_compute_capability.call_args_list]
     assert given == [(trt.ComputeCapability.SM86, 0), (trt.ComputeCapability.SM120, 1)]
+
+
+def test_the_settings_of_the_builder(trt: MagicMock, request_: dict[str, Any]) -> None:
+    """Those that are asked for, 0 too; the others stay as TensorRT has them."""
+
+    def built(**settings: int) -> tuple[int, int, int]:
+        made = trt.Builder.return_value.create_builder_config.return_value
+        made.builder_optimization_level, made.avg_timing_iterations, made.max_aux_streams = 3, 1, -1
+        build({**request_, **settings}, trt, "logger")
+        return made.builder_optimization_level, made.avg_timing_iterations, made.max_aux_streams
+
+    assert built() == (3, 1, -1)
+    assert built(optimization_level=0, timing_iterations=8, aux_streams=0) == (0, 8, 0)
+    assert built(optimization_level=5) == (5, 1, -1)
 
 
 def test_the_timing_cache(trt: MagicMock, request_: dict[str, Any], tmp_path: Path) -> None:

@@ -88,6 +88,17 @@ def test_what_a_network_is_built_with(trt: MagicMock, request_: dict[str, Any]) 
     assert not Path(request_["timing_cache_out"]).exists()
 
 
+def test_a_capture_is_promised_where_the_flavour_can(trt: MagicMock, request_: dict[str, Any]) -> None:
+    """TensorRT-RTX alone has the flag."""
+    config = trt.Builder.return_value.create_builder_config.return_value
+    build(request_, trt, "logger")
+    config.set_flag.assert_called_once_with(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    config.set_flag.reset_mock()
+    del trt.BuilderFlag.REQUIRE_USER_ALLOCATION
+    build(request_, trt, "logger")
+    config.set_flag.assert_not_called()
+
+
 def test_the_gpus_it_is_built_for(trt: MagicMock, request_: dict[str, Any]) -> None:
     build({**request_, "capabilities": [86, 120]}, trt, "logger")
     config = trt.Builder.return_value.create_builder_config.return_value

@@ -57,7 +57,7 @@ class PluginName:
     """How TensorRT finds the plugin: as in plugins/src/plugin.cpp."""
 
     name: str = "RetinaFaceDecodeNMS"
-    version: str = "1"
+    version: str = "2"
     namespace: str = "retinaface_trt"
     domain: str = "trt.plugins"
     node: str = "decode_nms"

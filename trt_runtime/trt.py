@@ -450,6 +450,7 @@ class _Plan:
     def run_timed(self, stream: Stream, add: Callable[[str, float], None]) -> None:
         """Run the network on the described frames, and report the milliseconds of each stage to `add`."""
         if self._share is None:
+            self._letterbox(stream)  # what the plugin takes depends on the faces of the frame
             probe = self._engine.context()
             try:
                 probe.set_shape(self._shape)

@@ -682,6 +682,25 @@ def test_stages(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None
     assert fine.total_ms["upload"] >= LATE_S * 1e3  # it was waited for
 
 
+def test_the_share_of_the_plugin_is_that_of_the_frame(
+    device: HostDevice, plugin_form: Path, astronaut: Frame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not of what the memory held before."""
+    seen, run = [], HostEngine.run
+
+    def noted(engine: HostEngine, images: Any) -> Any:
+        seen.append(images.copy())
+        return run(engine, images)
+
+    monkeypatch.setattr(HostEngine, "run", noted)
+    with TRTRetinaFace(plugin_form, size_hw=(160, 160), device=device, warm_up=False) as detector:
+        detector.detect(astronaut, StageTimer(fine=True))
+        frame = Letterbox.place(astronaut.shape[:2], (160, 160)).apply(astronaut, detector.spec.preprocess.mean_bgr)
+    assert len(seen) == 2
+    for images in seen:
+        np.testing.assert_array_equal(images, frame[None])
+
+
 def test_a_kernel_that_fails_is_an_error_and_not_a_result(plugin_form: Path, astronaut: Frame) -> None:
     device = HostDevice()
     detector = TRTRetinaFace(plugin_form, size_hw=(64, 64), device=device)

@@ -234,8 +234,12 @@ class CudaDevice:
         except GpuError as error:
             raise FrameError(f"the frame's address {address:#x} is not in CUDA's memory ({error})") from None
         context = int(self._context)
-        with suppress(GpuError):  # memory of a pool and mapped memory belong to no context, and every one reaches them
+        try:
             context = int(self.cuda("cuPointerGetAttribute", kinds.CU_POINTER_ATTRIBUTE_CONTEXT, address)) or context
+        except DeviceLostError:
+            raise
+        except GpuError:  # memory of a pool and mapped memory belong to no context, and every one reaches them
+            pass
         if index == self.index and context != int(self._context):
             raise FrameError(
                 f"the frame lies in another CUDA context of GPU {index} than the detector's: let PyCUDA use the "

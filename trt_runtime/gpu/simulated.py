@@ -211,7 +211,9 @@ class HostDevice:
 
     def lose(self, error: BaseException) -> None:
         """Record a failure of some work; the first one counts."""
-        self._failure = self._failure or error
+        with self._lock:
+            if self._failure is None:
+                self._failure = error
 
     @property
     def lost(self) -> bool:

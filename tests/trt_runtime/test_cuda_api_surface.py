@@ -513,7 +513,7 @@ print(ctypes.CDLL('libcuda.so.1').fake_cuda_depth())
         "DeviceMemoryError no memory on the device for the second: 800.0 MiB asked for, 724.0 MiB of 1.0 GiB free: use"
     )
     assert lines[2] == f"({1 << 30}, {1 << 30})"
-    assert lines[3] == "1"  # CU_MEMHOSTALLOC_PORTABLE: pinned for every context
+    assert lines[3] == "3"  # CU_MEMHOSTALLOC_PORTABLE | _DEVICEMAP: for every context, and within reach of kernels
     assert lines[4:] == ["1", "0", "0"]  # it lives as long as a view of it; and no context is left current
 
 

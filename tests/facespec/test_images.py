@@ -460,7 +460,7 @@ def _animation(filter_type: int) -> bytes:
 
 
 def _decode_apart(path: Path, seconds: float = 60) -> list[str]:
-    """Read an image in a process of its own; return its shape or the error, and the seconds of the processor it took."""
+    """Read an image in a process of its own; return its shape or the error, and the processor seconds that took."""
     code = (
         "import sys, time\nfrom facespec.images import ImageError, read_image\nstart = time.process_time()\n"
         "try:\n    print(read_image(sys.argv[1]).shape)\nexcept ImageError as error:\n    print(error)\n"
@@ -522,7 +522,7 @@ def test_scans_of_a_jpeg_are_counted_before_it_is_decoded(side: int, most: int) 
 
 def test_bytes_like_those_of_a_scan_do_not_count() -> None:
     """They stand in segments, as in a thumbnail, and after the image, as in the film of a phone's photo."""
-    like = b"\xff\xda\0\2" * 15_000
+    like = b"\0\0" + b"\xff\xda\0\2" * 15_000
     comment = b"\xff\xfe" + struct.pack(">H", len(like) + 2) + like
     assert decode_image(JPEG[:2] + comment + JPEG[2:] + like).shape == (48, 64, 3)
     scans = _with_scans(64, 20)
@@ -552,5 +552,5 @@ def test_the_header_of_a_jpeg_is_read_in_time(head: bytes, message: str) -> None
 def test_a_png_has_no_end_of_chunks() -> None:
     png = LOSSLESS["png"]
     assert decode_image(png[:33] + _chunk(b"abCd", b"") * 99_000 + png[33:]).shape == (48, 64, 3)
-    with pytest.raises(ImageError, match="^it: the PNG file has more than 100000 chunks: save it again$"):
+    with pytest.raises(ImageError, match=r"^it: the PNG file has more than 100000 chunks: save it again$"):
         decode_image(png[:33] + _chunk(b"abCd", b"") * 100_000 + png[33:], "it")

@@ -132,9 +132,10 @@ def read_training(path: str | Path) -> tuple[State, dict[str, Any]]:
     """
     content = _read(Path(path))
     training = content.get("training")
-    if content.get("format") != CHECKPOINT_FORMAT or not isinstance(training, dict):
+    state = content.get("model")
+    if content.get("format") != CHECKPOINT_FORMAT or not isinstance(training, dict) or not isinstance(state, dict):
         raise WeightsError(f"{path}: holds no state of a training run to resume; --pretrained starts from its weights")
-    return content["model"], training
+    return _normalise(state, Path(path)), training
 
 
 def save_checkpoint(path: str | Path, model: RetinaFace, **extra: Any) -> None:
@@ -202,7 +203,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _checked(path: Path) -> io.BytesIO:
-    """Return what `torch.load` may read: what was checked, so that another reader of zip archives finds nothing else."""
+    """Return what `torch.load` may read: a copy of what was checked, in which any reader of archives finds the same."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size <= _MAX_BYTES and file.read(4) != b"PK\3\4":  # the older form

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-MAX_OPERATIONS = 500_000
+MAX_OPERATIONS = 250_000
 """A checkpoint of a training run has some 50 for each tensor."""
 
 MAX_PARTS = 1_000_000
@@ -83,7 +83,7 @@ class _Check:
 
     def run(self, file: BinaryIO) -> None:
         stack, marks = self.stack, self.marks
-        memo: dict[int, _Item] = {}
+        memo: dict[Any, _Item] = {}
         for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
             name = operation.name
             if number > MAX_OPERATIONS:

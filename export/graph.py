@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxsim
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from facespec.boxes import make_priors
+from facespec.cli import require
 from facespec.errors import ModelFileError
 from facespec.spec import SPEC_KEY, ModelSpec
 from trainer.model import MergedHeads, RetinaFace
@@ -320,6 +320,7 @@ def finished(graph: onnx.ModelProto, spec: ModelSpec) -> onnx.ModelProto:
     Raises:
         ModelFileError: The ONNX checker finds the graph at fault.
     """
+    onnxsim = require("onnxsim", "export", "the export")  # it imports onnxruntime: facespec comes first
     simplified, _ = onnxsim.simplify(graph)  # whether it kept the outputs is for the parity report to say
     onnx.helper.set_model_props(simplified, {SPEC_KEY: spec.to_json()})
     check_graph(simplified)

@@ -444,7 +444,7 @@ def _open_json(target: str | None, stack: ExitStack) -> TextIO | None:
             raise OutputError("--json -: standard output is closed; give a file")
         return sys.stdout
     temporary = stack.enter_context(atomic_path(target))
-    return stack.enter_context(temporary.open("w", encoding="utf-8"))
+    return stack.enter_context(temporary.open("w", encoding="utf-8", errors="backslashreplace"))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:

@@ -23,6 +23,9 @@ from facespec.errors import OutputError
 _UNFINISHED = re.compile(r"\..*\.[0-9a-f]{16}\.partial(\..*)?", re.DOTALL)
 """Names of what is being written. A lock is held on it: what has none was left behind by a process that was killed."""
 
+_under_way: set[Path] = set()
+"""What this process is writing."""
+
 _MAX_LINKS = 40  # as in Linux
 
 
@@ -63,7 +66,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-        os.close(lock)
+        _done(temporary, lock)
 
 
 @contextmanager
@@ -82,7 +85,7 @@ def work_folder(parent: str | Path | None = None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        _done(folder, lock)
 
 
 def _unfinished(folder: Path, stem: str, suffix: str, create: Callable[[Path], None]) -> tuple[Path, int]:
@@ -97,8 +100,22 @@ def _unfinished(folder: Path, stem: str, suffix: str, create: Callable[[Path], N
         with suppress(OSError):  # a file system without locks: nothing there is ever swept
             fcntl.flock(lock, fcntl.LOCK_EX)
         if place.exists():
+            _under_way.add(place)
             return place, lock
         os.close(lock)
+
+
+def _done(place: Path, lock: int) -> None:
+    _under_way.discard(place)
+    os.close(lock)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process is writing, because it is about to end without further ado."""
+    for place in tuple(_under_way):
+        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):
+            place.unlink()
 
 
 @functools.lru_cache(1024)

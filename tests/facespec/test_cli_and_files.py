@@ -132,6 +132,75 @@ def test_the_end_of_a_terminal_is_an_interrupt(name: str, ignored: bool, expecte
     assert (result.returncode, result.stdout, result.stderr) == expected
 
 
+_BUSY = "hashlib.pbkdf2_hmac('sha1', b'', b'', (1 << 31) - 1)"  # C code that takes half an hour
+
+
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_sigterm_ends_what_c_code_keeps_busy(where: str, tmp_path: Path) -> None:
+    """Python handles no signal while C code runs; nor does it end while a thread does."""
+    busy = _BUSY if where == "main" else f"Thread(target=lambda: {_BUSY}).start(); time.sleep(1000)"
+    setup = "import hashlib, time, facespec.cli\nfrom threading import Thread, Timer\nfrom facespec.files import *"
+    setup += "\nfacespec.cli.GRACE_S = 0.5"
+    body = f"""with atomic_path({str(tmp_path / "a")!r}), work_folder({str(tmp_path)!r}):
+        Timer(0.5, print, ['x'], {{'flush': True}}).start()  # when it is busy
+        {busy}"""
+    code, said = _terminated(body, setup)
+    assert code == 130
+    assert said.splitlines()[-1] == "interrupted: it did not end by itself"
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_being_finished_is_not_ended(tmp_path: Path) -> None:
+    setup = "import time, facespec.cli\nfacespec.cli.GRACE_S = 0.2"
+    body = f"""try:
+        print('x', flush=True); time.sleep(1000)
+    finally:
+        with finishing(): time.sleep(1.5)
+        open({str(tmp_path / "done")!r}, 'w')"""
+    assert _terminated(body, setup) == (130, "interrupted\n")
+    assert (tmp_path / "done").exists()
+
+
+def test_a_signal_of_a_child_is_not_its_parent_s() -> None:
+    """What a forked child gets would reach the parent by what they share."""
+    setup = "import os, signal, time, facespec.cli\nfacespec.cli.GRACE_S = 0.2"
+    body = """child = os.fork()
+    if not child:
+        try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(100)
+        finally: os._exit(0)
+    os.waitpid(child, 0); time.sleep(1); return 5"""
+    assert _run(body, setup).returncode == 5
+
+
+def _terminated(body: str, setup: str) -> tuple[int, str]:
+    """Run a main function until it prints, and end it; return the exit code and what stands on stderr."""
+    code = f"from facespec.cli import *\n{setup}\ndef main():\n    {body}\nrun(main)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], text=True, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        assert process.stdout.readline()
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+def test_names_cannot_steer_a_terminal() -> None:
+    name = "a\x1b]0;title\x07\x9b2J\u202egpj.\n\tb\u00e9"
+    result = _run(f"print({name!r}); print({name!r}, file=sys.stderr); raise DataError({name!r})", "import sys")
+    shown = "a\\u001b]0;title\\u0007\\u009b2J\\u202egpj."
+    assert result.stdout == f"{shown}\n\tb\u00e9\n"
+    assert result.stderr == f"{shown}\n\tb\u00e9\nerror: {shown} b\u00e9\n"
+    body = "with quiet_libraries(): print('\\x1b[2J', file=sys.stderr)\n    return 0"
+    assert _run(body, "import sys").stderr == "\\u001b[2J\n"
+    text = json.dumps({"source": name}, ensure_ascii=False)
+    assert json.loads(_run(f"print({text!r}); return 0").stdout) == {"source": name}
+
+
 def test_output_that_cannot_be_written_or_encoded() -> None:
     with open("/dev/full", "w") as full:
         result = _run("print('x' * 100); return 0", stdout=full)

@@ -10,7 +10,6 @@ import hashlib
 import re
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,7 +22,7 @@ from export.options import DECODE_OPTIONS, Export, add_export_arguments, export_
 from export.to_onnx import ExportedGraph, check_files, export_graph
 from facespec.cli import ArgumentParser, argument, run, version
 from facespec.errors import BuildError, MissingPackageError, MissingToolError, OutputError, RetinaFaceError, SpecError
-from facespec.files import atomic_path, cache_folder, write_text
+from facespec.files import atomic_path, cache_folder, work_folder, write_text
 from facespec.spec import DecodeSpec, parse_size
 from plugins.build import ARCHITECTURES, PTX_ARCHITECTURE, parse_capabilities, read_report
 from trt_runtime.gpu.flavor import AUTO, FLAVORS, RTX, TENSORRT, Flavor, child_environment, find_flavor, gpu_capability
@@ -280,8 +279,7 @@ def _build(
 ) -> tuple[bytes, str, int | None]:
     """Build in a child process, in a folder of its own; return the engine, TensorRT's version, and its kernels."""
     cache = _timing_cache(options, flavor)
-    with child_environment(flavor) as environment, tempfile.TemporaryDirectory(prefix="retinaface-") as folder:
-        work = Path(folder)
+    with child_environment(flavor) as environment, work_folder() as work:
         (work / "graph.onnx").write_bytes(graph.content)
         request = {
             "module": flavor.module,

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.errors import BuildError, FrameError, MissingToolError, RetinaFaceError, SpecError
-from facespec.files import cache_folder
+from facespec.files import cached_file
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
 
 _HERE = Path(__file__).resolve().parent
@@ -87,8 +87,8 @@ def find_library(target: str = "plugin") -> Path | None:
     if build := _build_module():
         found: Path | None = build.find_library(target)
         return found
-    places = [folder / f"libretinaface_{target}.so" for folder in (_HERE / "lib", cache_folder() / "lib")]
-    return next((place for place in places if place.is_file()), None)
+    name = f"lib/libretinaface_{target}.so"
+    return _HERE / name if (_HERE / name).is_file() else cached_file(name)
 
 
 def ensure_library(target: str = "plugin", *, runs_here: bool = False) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import cv2
 import numpy as np
 
-from facespec.cli import require
+from facespec.cli import finishing, require
 from facespec.errors import VideoError, reason
 from facespec.files import atomic_path
 from facespec.images import MAX_PIXELS
@@ -98,9 +100,25 @@ class Source:
             return None
 
 
-def load_av(why: str) -> Any:
-    """Import PyAV, and keep FFmpeg from writing to stderr; `why`: what needs it, for the message."""
+_BYTES_PER_PIXEL = 8  # of the largest pictures that FFmpeg makes of what it decodes
+_max_allocation = 0
+
+
+def load_av(why: str, max_pixels: int = MAX_PIXELS) -> Any:
+    """Import PyAV, keep FFmpeg from writing to stderr, and bound what it allocates at once.
+
+    Some headers say how much memory what follows them needs, up to 2 GB. What the largest picture needs is allowed.
+
+    Args:
+        why: What needs it, for the message.
+        max_pixels: Of a picture; the largest number that was asked for counts, for all of FFmpeg.
+    """
+    global _max_allocation
     av = require("av", "cpu", why)
+    if _BYTES_PER_PIXEL * max_pixels > _max_allocation:
+        _max_allocation = _BYTES_PER_PIXEL * max_pixels
+        with suppress(OSError, AttributeError):  # another build of PyAV: its FFmpeg is not to be found
+            ctypes.CDLL(av.buffer.__file__).av_max_alloc(ctypes.c_size_t(_max_allocation))
     # With any level but None decoder threads wait for the GIL, whatever they log, and the thread that frees the decoder
     # may hold it. What matters of the messages is counted in `damaged`.
     av.logging.set_level(None)
@@ -193,7 +211,7 @@ class VideoFile(Source):
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(str(path))
-        self._av = load_av("reading video")
+        self._av = load_av("reading video", max_pixels)
         self.path = Path(path)
         if not self.path.is_file():
             raise VideoError(f"{path}: {'not a regular file' if self.path.exists() else 'no such file'}")
@@ -352,13 +370,11 @@ class VideoWriter:
         keep = self._stream is not None and (kind is None or issubclass(kind, KeyboardInterrupt))
         failure = None if keep else (error or VideoError("nothing was written"))
         try:
-            try:
+            with finishing(), closing(self._container):  # in a large file the index moves to the front
                 self._encoder.shutdown()
                 if keep:
                     self._wait()
                     self._encode(None)
-            finally:
-                self._container.close()
         except self._av.error.FFmpegError as cause:
             failure = VideoError(f"{self.path}: cannot be written ({reason(cause)})")
         self._file.__exit__(type(failure) if failure else None, failure, None)

@@ -115,7 +115,7 @@ RF_FN float area_of(const Box& box) { return mul(relu(sub(box.x2, box.x1)), relu
 // overlaps none, whatever lower() and upper() make of its coordinates.
 RF_FN bool overlap(const Box& a, float area_a, const Box& b, float area_b, float threshold) {
   const float w = upper(0.f, sub(lower(a.x2, b.x2), upper(a.x1, b.x1)));
-  const float h = upper(0.f, sub(lower(a.y2, b.y2), upper(a.y1, b.y1)));
+  const float h = sub(lower(a.y2, b.y2), upper(a.y1, b.y1));  // below 0 it makes `both` 0 or less, as w does
   const float both = mul(w, h);
   return both > mul(threshold, sub(add(area_a, area_b), both));
 }
@@ -283,7 +283,7 @@ struct Candidate {
   float area;
   uint32_t earlier;  // the boxes of its tile that come before it and that it overlaps too much, a bit each
   uint64_t key;
-  bool alive;
+  int32_t alive;
 };
 
 // Greedy NMS of `count` sorted candidates, one for each thread at most, with one barrier for each tile of 32: the warp
@@ -311,9 +311,8 @@ RF_BODY int32_t suppress_few(Block& block, const Problem<T>& p, int32_t image, i
     warp.each(kTile, [&](int32_t lane) {
       Candidate& mine = own[first + lane];
       uint32_t found = 0;
-      RF_UNROLL_4 for (int32_t i = 0; i < others; ++i) {
-        const bool too_much = overlap(s.few.boxes[first + i], s.few.areas[first + i], mine.box, mine.area, threshold);
-        found |= uint32_t(too_much) << i;
+      RF_UNROLL_4 for (int32_t i = first + others; i-- > first;) {
+        found = 2 * found + overlap(s.few.boxes[i], s.few.areas[i], mine.box, mine.area, threshold);
       }
       mine.earlier = found & ((1u << lane) - 1u);
     });
@@ -444,22 +443,25 @@ RF_BODY void finish_sorted(Block& block, const Problem<T>& p, int32_t image, int
   uint64_t* const keys = kShared ? s.keys : w.sorted;
   uint32_t* const alive = kShared ? s.alive : w.alive;
 
-  const bool all = candidates == count;
-  if (!all) select(block, g, w, count, s);
-  const int32_t step = 1 << g.slice_threads_log2;
-  block.each(g.slices * step, [&](int32_t thread) {
-    const int32_t slice = thread >> g.slice_threads_log2;
-    const uint64_t* const from = w.keys + int64_t(slice) * g.slice_priors;
-    const int32_t size = s.slice_count[slice], base = s.slice_base[slice];
-    RF_UNROLL_4 for (int32_t i = thread & (step - 1); i < size; i += step) {
-      const uint64_t key = from[i];
-      if (all) {
-        keys[base + i] = key;
-      } else if (key >= s.prefix) {
-        keys[block.fetch_add(&s.appended, 1)] = key;
-      }
-    }
-  });
+  if (candidates == count) {  // all enter
+    const int32_t step = 1 << g.slice_threads_log2;
+    block.each(g.slices * step,
+               [&](int32_t thread) {  // first, where each key lies: so all of them are on their way at once
+                 const int32_t slice = thread >> g.slice_threads_log2;
+                 const int32_t size = s.slice_count[slice], base = s.slice_base[slice];
+                 for (int32_t i = thread & (step - 1); i < size; i += step) keys[base + i] = slice * g.slice_priors + i;
+               });
+    block.sync();
+    block.each(count, [&](int32_t i) { keys[i] = w.keys[keys[i]]; });
+  } else {
+    select(block, g, w, count, s);
+    block.each_warp(g.slices, [&](auto& warp, int32_t slice) {
+      const uint64_t* const from = w.keys + int64_t(slice) * g.slice_priors;
+      warp.each(s.slice_count[slice], [&](int32_t i) {
+        if (from[i] >= s.prefix) keys[block.fetch_add(&s.appended, 1)] = from[i];
+      });
+    });
+  }
   block.each(padded - count, [&](int32_t i) { keys[count + i] = 0; });
   block.sync();
   sort(block, keys, padded);

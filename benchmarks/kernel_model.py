@@ -31,7 +31,7 @@ NVDISASM_COMMAND = "pip install nvidia-cuda-nvdisasm"
 KERNELS = {"fp32": "finish_kernelIf", "fp16": "finish_kernelINS_4Half"}
 THREADS = 1024
 SIZE = 640, 640
-CASES = ((50, 10), (300, 60), (1000, 200), (2000, 100))
+CASES = ((50, 10), (300, 60), (1000, 200), (2000, 100), (5000, 50))
 WHAT = (
     "Machine code (sm_90) of the finish kernel, run on the CPU for one image of 640x640 with FP32 heads. cycles: of a "
     "MODEL, see benchmarks/sass.py; nothing was measured on a GPU. issued: instructions of all warps. generic: loads "

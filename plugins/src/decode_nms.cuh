@@ -47,6 +47,8 @@ struct FinishShared {
   int32_t slice_count[kMaxSlices];
   int32_t slice_base[kMaxSlices];
   int32_t histogram[256];
+  Box tile_boxes[kTile];  // over kFinishThreads candidates
+  float tile_areas[kTile];
   uint32_t overlaps[kTile];  // of each box of the tile: the later boxes of the tile it overlaps too much
   uint64_t prefix;           // of the key that is the last to enter NMS
   int32_t needed;            // keys wanted among those that share the prefix
@@ -359,8 +361,8 @@ RF_BODY int32_t suppress_few(Block& block, const Problem<T>& p, int32_t image, i
   return kept;
 }
 
-// The same for any number of sorted boxes, three barriers for each tile that has any left: the overlaps within the
-// tile, who of it is kept, and what these suppress behind it. w.kept lists the positions of the kept boxes; their
+// The same for any number of sorted boxes, four barriers for each tile that has any left: its boxes, the overlaps
+// within it, who of it is kept, and what these suppress behind it. w.kept lists the positions of the kept boxes; their
 // number is returned.
 template <typename Block>
 RF_BODY int32_t suppress_many(Block& block, const DecodeParams& p, int32_t count, const Workspace& w, uint32_t* alive,
@@ -370,11 +372,19 @@ RF_BODY int32_t suppress_many(Block& block, const DecodeParams& p, int32_t count
     const uint32_t members = alive[tile];
     const int32_t before = s.kept;
     if (!members) continue;
-    const Box* const boxes = w.boxes + tile * kTile;
+    block.each(kTile, [&](int32_t i) {
+      if (!(members >> i & 1u)) return;
+      const Box box = w.boxes[tile * kTile + i];
+      s.tile_boxes[i] = box;
+      s.tile_areas[i] = area_of(box);
+    });
+    block.sync();
+    const auto too_much = [&](int32_t better, const Box& box, float area) {
+      return overlap(s.tile_boxes[better], s.tile_areas[better], box, area, p.iou_threshold);
+    };
     block.each_word(0, kTile, s.overlaps, [&](int32_t row, int32_t column) {
-      const Box a = boxes[row], b = boxes[column];
       return column > row && (members >> row & members >> column & 1u) &&
-             overlap(a, area_of(a), b, area_of(b), p.iou_threshold);
+             too_much(row, s.tile_boxes[column], s.tile_areas[column]);
     });
     block.sync();
     block.one([&] {
@@ -399,8 +409,7 @@ RF_BODY int32_t suppress_many(Block& block, const DecodeParams& p, int32_t count
         const Box box = w.boxes[word * kTile + bit];
         const float area = area_of(box);
         for (uint32_t rest = kept; rest; rest &= rest - 1u) {
-          const Box better = boxes[lowest_bit(rest)];
-          if (overlap(better, area_of(better), box, area, p.iou_threshold)) return false;
+          if (too_much(lowest_bit(rest), box, area)) return false;
         }
         return true;
       });

@@ -143,6 +143,11 @@ def tables() -> dict[str, str]:
             "| {name} | {p50:.2f} | {p95:.2f} | {p99:.2f} |",
             [{**ms, "name": name.replace("_", " ").replace("onnx", "ONNX")} for name, ms in host_kernel],
         ),
+        "host_overhead": _table(
+            "| what is detected in | one call, us | bare, us | ratio |",
+            "| {name} | {ours_us:.1f} | {bare_us:.1f} | {ratio:.2f} |",
+            [{"name": name, **each} for name, each in _load("host_overhead")[0].items()],
+        ),
         "plugin_kernels": _kernels(_load("plugin_kernels")),
         "cpu_latency": _cpu_latency(_load("cpu_latency")),
         "latency": _table(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from facespec.cli import ArgumentParser, run
 from facespec.detections import Detections
 from facespec.draw import draw_detections
 from facespec.errors import DataError, MissingPackageError, MissingToolError, RetinaFaceError
-from facespec.files import write_text
+from facespec.files import work_folder, write_text
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_photographs
@@ -141,8 +140,8 @@ def demo(out: Path) -> None:
     print(f"   ms per photograph: {stages}\n")
 
     render_video(photographs, out / "sample.mp4")
-    with tempfile.TemporaryDirectory() as folder:
-        video_lines = Path(folder) / "video.json"
+    with work_folder() as folder:
+        video_lines = folder / "video.json"
         summary = detect(DetectOptions(str(out / "sample.mp4"), model, out=out / "faces.mp4", json=str(video_lines)))
         lines += video_lines.read_text(encoding="utf-8").splitlines()
     write_text(out / "faces.json", "\n".join(lines) + "\n")

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from facespec.errors import BuildError
+from facespec.files import work_folder
 from trt_runtime.gpu.flavor import FLAVORS, Flavor, child_environment, gpu_capability
 from trt_runtime.gpu.sidecar import Convolutions, Sidecar, precision_shares
 from trt_runtime.kernels import PLUGIN, ensure_library
@@ -112,14 +113,14 @@ def read_information(engine: Path, sidecar: Sidecar) -> dict[str, Any]:
         BuildError: TensorRT does not load it, or has died.
     """
     flavor = FLAVORS[sidecar.flavor]
-    with child_environment(flavor) as environment, tempfile.TemporaryDirectory(prefix="retinaface-") as folder:
-        out = Path(folder) / "layers.json"
+    with child_environment(flavor) as environment, work_folder() as folder:
+        out = folder / "layers.json"
         request = {
             "module": flavor.module,
             "engine": str(engine.resolve()),
             "plugin": str(ensure_library("plugin")),
             "shape": sidecar.profile["opt"],
-            "log": str(Path(folder) / "log"),
+            "log": str(folder / "log"),
             "out": str(out),
         }
         try:

@@ -17,6 +17,7 @@ from typing import Any
 
 from facespec.cli import ArgumentParser, run
 from facespec.errors import BuildError, ModelFileError, OutputError, SpecError
+from facespec.files import work_folder
 from facespec.spec import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES, SPEC_KEY, ModelSpec
 from plugins.build import read_report
 from trt_runtime.cpu import OrtRetinaFace
@@ -332,21 +333,24 @@ def write(layout: Layout) -> Path:
             raise OutputError(f"{folder} holds another model or other settings: give another --name, or --force")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{options.name}.", dir=options.out) as temporary:
-            new, old = Path(temporary) / "new", Path(temporary) / "old"
+        with work_folder(options.out) as temporary:
+            new = temporary / "new"
             _fill(new if only_version else new / str(options.version), layout.versioned)
             if not only_version:
                 _fill(new, layout.shared)
                 (new / "config.pbtxt").write_text(config, encoding="utf-8")
                 (new / "README.md").write_text(layout.readme(), encoding="utf-8")
-            if target.exists():
-                target.rename(old)
-            try:
-                new.rename(target)
-            except BaseException:  # an interrupt, too, brings the old one back
-                if old.exists():
-                    old.rename(target)
-                raise
+            # the old one is moved to where nothing is swept, should the process be killed
+            with tempfile.TemporaryDirectory(prefix=f".{options.name}.", dir=options.out) as aside:
+                old = Path(aside) / "old"
+                if target.exists():
+                    target.rename(old)
+                try:
+                    new.rename(target)
+                except BaseException:  # an interrupt, too, brings the old one back
+                    if old.exists():
+                        old.rename(target)
+                    raise
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from None
     return target

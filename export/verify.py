@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from facespec.agreement import Agreement, Budget, Sample, draw_disagreements
 from facespec.cli import ArgumentParser, argument, json_output, make_callable, quiet_libraries, require, run
 from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, SpecError
-from facespec.files import check_outputs, widerface_root
+from facespec.files import check_outputs, widerface_root, work_folder
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_crops, sample_photographs, tiled
@@ -177,11 +176,11 @@ class Side:
         from trt_runtime.cpu import OrtRetinaFace
 
         model = OnnxModel(path)
-        with tempfile.TemporaryDirectory() as folder:
+        with work_folder() as folder:
             if model.weights:
                 self.notes.append(f"{self.name}: its weights lie outside: fp16, if it has any, is not emulated")
             elif computes_in_fp16(graph := load_graph(model.content, "export.verify")):
-                emulated = Path(folder) / "emulated.onnx"
+                emulated = folder / "emulated.onnx"
                 emulated.write_bytes(emulate_fp16(graph).SerializeToString())
                 model = OnnxModel(emulated)
                 self.detector = OrtRetinaFace(model)

@@ -13,15 +13,18 @@ import re
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from itertools import takewhile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
+from facespec.addresses import hide_secrets
 from facespec.errors import MissingPackageError, RetinaFaceError, SpecError
-from facespec.files import write_text
+from facespec.files import remove_unfinished, write_text
 
 PROGRAM = "retinaface-trt"
 DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,4})?")
@@ -104,7 +107,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 known = [str(word) for action in self._actions for word in action.choices or ()]
             close = difflib.get_close_matches(typed[1] or typed[2], known, 1)
             message += f": did you mean {close[0]}?" if close else ""
-        self.exit(2, f"error: {message} ({self.prog} --help)\n")
+        self.exit(2, f"error: {hide_secrets(message)} ({self.prog} --help)\n")
 
 
 def argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:
@@ -237,7 +240,7 @@ def quiet_libraries() -> Iterator[None]:
                 os.close(null)
                 if sys.stderr.fileno() == 2:
                     encoding = sys.stderr.encoding
-                    sys.stderr = open(os.dup(_quiet_stderr), "w", 1, encoding, errors="backslashreplace")
+                    sys.stderr = Harmless(open(os.dup(_quiet_stderr), "w", 1, encoding, errors="backslashreplace"))
         _quiet_depth += 1
     try:
         yield
@@ -250,24 +253,112 @@ def quiet_libraries() -> Iterator[None]:
                 _quiet_stderr = -1
 
 
+_STEERING = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+class Harmless:
+    """A text stream on which nothing can steer a terminal or turn the order of letters round, as names of files may.
+
+    Control characters but tab and line ends become escapes, those of JSON.
+    """
+
+    def __init__(self, stream: io.TextIOBase) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text; return how many characters it has."""
+        self._stream.write(_STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+GRACE_S = 4.0
+"""How long a command may take to end by itself after SIGTERM or SIGHUP."""
+
+_finishing = 0
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """Within it a process is not ended before its time: a video is being finished, say, which may take a while."""
+    global _finishing
+    _finishing += 1
+    try:
+        yield
+    finally:
+        _finishing -= 1
+
+
+@contextmanager
+def _ended_in_time(numbers: Iterable[int]) -> Iterator[None]:
+    """End this process `GRACE_S` after one of these signals, whatever it does: Python handles none while C code runs.
+
+    What is half written goes.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget_signals)
+    asked = set(numbers)
+
+    def watch() -> None:
+        while (came := os.read(reader, 64)) and asked.isdisjoint(came):
+            pass
+        os.close(reader)
+        if not came:
+            return
+        left, before = GRACE_S, time.monotonic()
+        while left > 0:
+            time.sleep(0.1)
+            now = time.monotonic()
+            left, before = left - (0 if _finishing else now - before), now
+        remove_unfinished()
+        with suppress(OSError):
+            print("interrupted: it did not end by itself", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    threading.Thread(target=watch, name="ended in time", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(others)
+        os.close(writer)
+
+
+def _forget_signals() -> None:  # those of a child are not its parent's
+    with suppress(ValueError):  # a thread has forked
+        signal.set_wakeup_fd(-1)
+
+
+def _tell_defect(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """Print a traceback without the passwords that messages of libraries may hold."""
+    print(hide_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Call a command's main function and leave with its exit code; errors that a user can mend take one line.
 
     SIGTERM and SIGHUP, as the end of a container or a terminal sends them, count as an interrupt: temporary files go, a
-    video is finished. A signal that the caller ignores stays ignored.
+    video is finished. What does not end by itself is ended. A signal that the caller ignores stays ignored.
     """
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
-            signal.signal(number, signal.default_int_handler)
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in numbers:  # nohup has the other one ignored
+        signal.signal(number, signal.default_int_handler)
+    sys.excepthook = _tell_defect
+    threading.excepthook = lambda found: _tell_defect(found.exc_type, found.exc_value, found.exc_traceback)
     # a daemon may have closed them: what is printed must not end in another file, or in an error
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, Harmless(stream))
     try:
-        code = main()
+        with _ended_in_time(numbers):
+            code = main()
         sys.stdout.flush()
     except RetinaFaceError as error:
         code = _fail(str(error))
@@ -287,5 +378,5 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def _fail(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", hide_secrets(" ".join(message.split())), file=sys.stderr)
     return 1

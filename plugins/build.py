@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from facespec.cli import ArgumentParser, argument, run
 from facespec.errors import BuildError, MissingToolError, SpecError
-from facespec.files import atomic_path, cache_folder, write_text
+from facespec.files import atomic_path, cache_folder, cached_file, work_folder, write_text
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY_FOLDER = ROOT.parent / "trt_runtime" / "lib"
@@ -190,8 +189,8 @@ def _call(command: Sequence[str | Path]) -> str:
     Raises:
         BuildError: It failed; the message holds its first error.
     """
-    with tempfile.TemporaryDirectory(prefix="retinaface-") as folder:  # nvcc leaves files behind when it is stopped
-        environment = {**os.environ, "TMPDIR": folder}
+    with work_folder() as folder:  # nvcc leaves files behind when it is stopped
+        environment = {**os.environ, "TMPDIR": str(folder)}
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
     output = result.stdout + result.stderr
     if result.returncode:
@@ -337,10 +336,10 @@ def _numbers(value: object) -> list[int]:
 
 def find_library(target: str = "plugin") -> Path | None:
     """Return the library of a target if it is current, in `LIBRARY_FOLDER` or in the user's cache folder."""
-    for folder in (LIBRARY_FOLDER, cache_folder() / "lib"):
-        if is_current(target, folder):
-            return library_path(target, folder)
-    return None
+    if is_current(target, LIBRARY_FOLDER):
+        return library_path(target, LIBRARY_FOLDER)
+    cached = cached_file(f"lib/{library_path(target).name}")
+    return cached if cached and is_current(target, cached.parent) else None
 
 
 def ensure(target: str = "plugin") -> Path:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
+from facespec.cli import finishing
 from facespec.codec import build
 from facespec.errors import ConfigError, NonFiniteError, OutputError, SpecError, WeightsError, reason
 from facespec.spec import ModelSpec
@@ -290,9 +291,10 @@ class _Run:
                 if state.step == (len(state.history) + 1) * self.per_epoch:
                     self._end_epoch()  # it was stopped while it evaluated
                 for images, targets in self._batches():
-                    stop = self._step(images, targets, signals.seen)
-                    if stop or state.step % checkpoint_every == 0:
-                        self._save()
+                    with finishing():  # so that a step that takes long is not lost
+                        stop = self._step(images, targets, signals.seen)
+                        if stop or state.step % checkpoint_every == 0:
+                            self._save()
                     if stop:
                         self._say(f"stopped after step {state.step}: --resume auto goes on from there")
                         raise KeyboardInterrupt

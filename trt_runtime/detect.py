@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import cv2
 from tqdm import tqdm
 
+from facespec.addresses import without_secrets
 from facespec.cli import ArgumentParser, argument, quiet_libraries, run
 from facespec.draw import draw_detections
 from facespec.errors import DataError, FrameError, ImageError, OutputError
@@ -35,7 +36,7 @@ from trt_runtime.detector import RetinaFaceDetector
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import StageTimer
 from trt_runtime.media.files import VIDEO_SUFFIXES, Source, VideoWriter, require_display
-from trt_runtime.media.live import open_source, without_secrets
+from trt_runtime.media.live import open_source
 from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
 
 
@@ -258,8 +259,8 @@ def _run_images(
 
 def _run_videos(targets: dict[str, Path], detector: RetinaFaceDetector, sink: _Sink, summary: Summary) -> None:
     jobs = [
-        Job(_label(source), partial(_open, source), partial(_output, _label(source), targets.get(source), sink))
-        for source in sink.options.sources
+        Job(label, partial(_open, source), partial(_output, label, targets.get(source), sink))
+        for source, label in _labels(sink.options.sources).items()
     ]
     told: set[str] = set()
     show = sink.options.show
@@ -321,11 +322,20 @@ def _output(label: str, path: Path | None, sink: _Sink, source: Source) -> Itera
         yield use
 
 
-def _label(source: str) -> str:
-    """Return a source as it may be shown: without a password, and a camera as one."""
+def _labels(sources: Sequence[str]) -> dict[str, str]:
+    """Return each source as it may be shown: a camera as one, an address without passwords, numbered if need be."""
+    labels: dict[str, str] = {}
+    for source in sources:
+        shown = _shown(source)
+        alike = sum(label == shown or label.startswith(f"{shown} (") for label in labels.values())
+        labels[source] = f"{shown} ({alike + 1})" if alike else shown
+    return labels
+
+
+def _shown(source: str) -> str:
     if _is_camera(source):
         return f"camera {source}"
-    return without_secrets(source) if "://" in source else source
+    return source if "://" not in source and Path(source).exists() else without_secrets(source)
 
 
 def _targets(sources: Sequence[str], paths: list[Path], folder: Path) -> dict[str, Path]:
@@ -341,11 +351,11 @@ def _targets(sources: Sequence[str], paths: list[Path], folder: Path) -> dict[st
 def _video_targets(sources: Sequence[str], folder: Path) -> dict[str, Path]:
     """Return the annotated video of each source: a file's has its name, an address's says host and path."""
     names = {}
-    for source in sources:
+    for source, label in _labels(sources).items():
         if _is_camera(source):
             names[source] = f"camera{source}"
         elif "://" in source:
-            names[source] = re.sub(r"[^\w.-]+", "_", _label(source).split("://")[1]).strip("_.") or "stream"
+            names[source] = re.sub(r"[^\w.-]+", "_", label.split("://")[1]).strip("_.")[:100] or "stream"
         else:
             names[source] = Path(source).stem
     return _distinct({source: folder / f"{name}.mp4" for source, name in names.items()}, folder)
@@ -353,7 +363,7 @@ def _video_targets(sources: Sequence[str], folder: Path) -> dict[str, Path]:
 
 def _distinct(targets: dict[str, Path], folder: Path) -> dict[str, Path]:
     names = Counter(targets.values())
-    twice = [_label(source) for source, target in targets.items() if names[target] > 1]
+    twice = [_shown(source) for source, target in targets.items() if names[target] > 1]
     if twice:
         raise OutputError(f"--out {folder}: {twice[0]} and {twice[1]} would get the same name; run them apart")
     return targets
@@ -376,11 +386,12 @@ def _image_sources(sources: Sequence[str]) -> list[Path] | None:
     """
     found = [(source, _images(source)) for source in sources]
     images = [path for _, paths in found for path in paths or []]
-    videos = [_label(source) for source, paths in found if paths is None]
+    videos = [source for source, paths in found if paths is None]
     if images and videos:
-        raise DataError(f"{images[0]} is an image, {videos[0]} is not: run images and videos apart")
-    if len(set(videos)) < len(videos):
-        raise DataError(f"{Counter(videos).most_common(1)[0][0]} is given more than once")
+        raise DataError(f"{images[0]} is an image, {_shown(videos[0])} is not: run images and videos apart")
+    places = Counter(re.sub("://.*@", "://***@", source, flags=re.DOTALL) for source in videos)
+    if places.total() > len(places):
+        raise DataError(f"{_shown(places.most_common(1)[0][0])} is given more than once")
     return list(dict.fromkeys(images)) if images else None
 
 
@@ -402,9 +413,9 @@ def _images(source: str) -> list[Path] | None:
         found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
         found = [item for item in found if item.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
-            raise DataError(f"{source}: no image matches this pattern; videos are named one by one")
+            raise DataError(f"{without_secrets(source)}: no image matches this pattern; videos are named one by one")
         return found
-    raise DataError(f"{source}: no such file or folder")
+    raise DataError(f"{without_secrets(source)}: no such file or folder")
 
 
 def _check_outputs(
@@ -444,7 +455,7 @@ def _open_json(target: str | None, stack: ExitStack) -> TextIO | None:
             raise OutputError("--json -: standard output is closed; give a file")
         return sys.stdout
     temporary = stack.enter_context(atomic_path(target))
-    return stack.enter_context(temporary.open("w", encoding="utf-8"))
+    return stack.enter_context(temporary.open("w", encoding="utf-8", errors="backslashreplace"))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:

@@ -52,12 +52,17 @@ struct Place {
   int32_t level, cell, member;
 };
 
+// Of a prior by its number in a level.
+RF_FN Place place_in(const DecodeParams& p, int32_t level, int32_t local) {
+  const int32_t cell = p.per_cell == 2 ? local >> 1 : local / p.per_cell;  // spares a division in the usual case
+  return {level, cell, local - cell * p.per_cell};
+}
+
+// Of a prior by its number in the image.
 RF_FN Place place_of(const DecodeParams& p, const Geometry& g, int32_t prior) {
   int32_t level = 0;
   while (level + 1 < p.levels && prior >= g.first_prior[level + 1]) ++level;
-  const int32_t local = prior - g.first_prior[level];
-  const int32_t cell = p.per_cell == 2 ? local >> 1 : local / p.per_cell;  // spares a division in the usual case
-  return {level, cell, local - cell * p.per_cell};
+  return place_in(p, level, prior - g.first_prior[level]);
 }
 
 // The value of a channel at a place.
@@ -123,25 +128,25 @@ RF_FN Vector load_vector(const char* data, int32_t i) {
   const uint4 v = __ldg(reinterpret_cast<const uint4*>(data) + i);
   return {{v.x, v.y, v.z, v.w}};
 #else
-  Vector v;
-  std::memcpy(&v, data + 16 * int64_t(i), sizeof v);
-  return v;
+  typedef uint32_t __attribute__((may_alias, aligned(1))) Word;  // word by word: compilers then take four at once
+  const Word* const words = reinterpret_cast<const Word*>(data + 16 * int64_t(i));
+  return {{words[0], words[1], words[2], words[3]}};
 #endif
 }
 
-// Not 0 if an exponent in it is all ones: infinity or NaN.
-RF_FN uint32_t non_finite(const Vector& v, float) {
-  uint32_t found = 0;
-  for (const uint32_t word : v.words) found |= (word & 0x7f800000u) == 0x7f800000u;
-  return found;
+// Sets a sign bit of `seen`, of the word or of its half, where an exponent in v is all ones, infinity or NaN: adding
+// one to that carries.
+RF_FN void note_non_finite(Vector& seen, const Vector& v, float) {
+  for (int32_t i = 0; i < 4; ++i) seen.words[i] |= (v.words[i] & 0x7f800000u) + 0x00800000u;
 }
-RF_FN uint32_t non_finite(const Vector& v, Half) {
-  uint32_t found = 0;
-  for (const uint32_t word : v.words) {
-    found |= (word & 0x7c00u) == 0x7c00u;
-    found |= (word & 0x7c000000u) == 0x7c000000u;
-  }
-  return found;
+RF_FN void note_non_finite(Vector& seen, const Vector& v, Half) {
+  for (int32_t i = 0; i < 4; ++i) seen.words[i] |= (v.words[i] & 0x7c007c00u) + 0x04000400u;
+}
+RF_FN bool has_non_finite(const Vector& seen, float) {
+  return (seen.words[0] | seen.words[1] | seen.words[2] | seen.words[3]) & 0x80000000u;
+}
+RF_FN bool has_non_finite(const Vector& seen, Half) {
+  return (seen.words[0] | seen.words[1] | seen.words[2] | seen.words[3]) & 0x80008000u;
 }
 
 RF_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -158,7 +163,7 @@ RF_BODY void scan(Block& block, const Problem<T>& p, int32_t image, int32_t slic
   });
   block.sync();
 
-  uint32_t broken = 0;
+  Vector seen{};
   for (int32_t level = 0; level < params.levels; ++level) {
     // the vectors of this slice that lie in this level
     const int64_t size = g.first_vector[level + 1] - g.first_vector[level];
@@ -167,19 +172,28 @@ RF_BODY void scan(Block& block, const Problem<T>& p, int32_t image, int32_t slic
     const int64_t last = least(from + g.slice_vectors, size);
     if (first >= last) continue;
     const char* data = reinterpret_cast<const char*>(p.heads[level]) + 16 * (int64_t(image) * size + first);
-    block.each(int32_t(last - first), [&](int32_t i) { broken |= non_finite(load_vector(data, i), T{}); });
+    block.each(int32_t(last - first), [&](int32_t i) { note_non_finite(seen, load_vector(data, i), T{}); });
   }
-  if (broken) block.raise(&s.broken);
+  if (has_non_finite(seen, T{})) block.raise(&s.broken);
 
-  const int32_t first = slice * g.slice_priors;
-  uint64_t* const keys = w.keys + first;
-  block.each(int32_t(least(g.slice_priors, g.priors - first)), [&](int32_t i) {
-    const Place at = place_of(params, g, first + i);
-    const float background = head_value(p, image, at, 2 * at.member);
-    const float face = head_value(p, image, at, 2 * at.member + 1);
-    const float difference = add(sub(face, background), 0.f);  // + 0 turns -0 into +0
-    if (difference >= params.logit_threshold) keys[block.fetch_add(&s.count, 1)] = make_key(difference, first + i);
-  });
+  uint64_t* const keys = w.keys + int64_t(slice) * g.slice_priors;
+  for (int32_t level = 0; level < params.levels; ++level) {
+    // the priors of this slice that lie in this level
+    const int64_t from = int64_t(slice) * g.slice_priors - g.first_prior[level];
+    const int32_t first = int32_t(from > 0 ? from : 0);
+    const int32_t size = g.first_prior[level + 1] - g.first_prior[level];
+    const int32_t last = int32_t(least(from + g.slice_priors, size));
+    if (first >= last) continue;
+    block.each(last - first, [&](int32_t i) {
+      const Place at = place_in(params, level, first + i);
+      const float background = head_value(p, image, at, 2 * at.member);
+      const float face = head_value(p, image, at, 2 * at.member + 1);
+      const float difference = add(sub(face, background), 0.f);  // + 0 turns -0 into +0
+      if (difference >= params.logit_threshold) {
+        keys[block.fetch_add(&s.count, 1)] = make_key(difference, g.first_prior[level] + first + i);
+      }
+    });
+  }
 
   // the rows of all images are shared out among the slices; finish overwrites those it needs
   const int32_t rows = (params.max_detections + g.slices - 1) / g.slices;

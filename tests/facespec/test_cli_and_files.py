@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import fcntl
+import grp
+import hashlib
 import importlib.metadata
 import json
 import os
+import pwd
 import re
 import signal
 import subprocess
@@ -28,8 +32,10 @@ from facespec.cli import (
     text_table,
 )
 from facespec.errors import DataError, MissingPackageError, OutputError, SpecError
-from facespec.files import _own_folder, atomic_path, cache_folder, check_outputs, write_text
+from facespec.files import _own_folder, atomic_path, cache_folder, cached_file, check_outputs, write_text
 from facespec.spec import parse_size
+from plugins.build import find_library
+from trt_runtime.kernels import ensure_library
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -124,6 +130,75 @@ def test_the_end_of_a_terminal_is_an_interrupt(name: str, ignored: bool, expecte
     setup = f"import os, signal\nsignal.signal(signal.{name}, signal.SIG_{'IGN' if ignored else 'DFL'})"
     result = _run(f"os.kill(os.getpid(), signal.{name}); print('went on'); return 5", setup)
     assert (result.returncode, result.stdout, result.stderr) == expected
+
+
+_BUSY = "hashlib.pbkdf2_hmac('sha1', b'', b'', (1 << 31) - 1)"  # C code that takes half an hour
+
+
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_sigterm_ends_what_c_code_keeps_busy(where: str, tmp_path: Path) -> None:
+    """Python handles no signal while C code runs; nor does it end while a thread does."""
+    busy = _BUSY if where == "main" else f"Thread(target=lambda: {_BUSY}).start(); time.sleep(1000)"
+    setup = "import hashlib, time, facespec.cli\nfrom threading import Thread, Timer\nfrom facespec.files import *"
+    setup += "\nfacespec.cli.GRACE_S = 0.5"
+    body = f"""with atomic_path({str(tmp_path / "a")!r}), work_folder({str(tmp_path)!r}):
+        Timer(0.5, print, ['x'], {{'flush': True}}).start()  # when it is busy
+        {busy}"""
+    code, said = _terminated(body, setup)
+    assert code == 130
+    assert said.splitlines()[-1] == "interrupted: it did not end by itself"
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_being_finished_is_not_ended(tmp_path: Path) -> None:
+    setup = "import time, facespec.cli\nfacespec.cli.GRACE_S = 0.2"
+    body = f"""try:
+        print('x', flush=True); time.sleep(1000)
+    finally:
+        with finishing(): time.sleep(1.5)
+        open({str(tmp_path / "done")!r}, 'w')"""
+    assert _terminated(body, setup) == (130, "interrupted\n")
+    assert (tmp_path / "done").exists()
+
+
+def test_a_signal_of_a_child_is_not_its_parent_s() -> None:
+    """What a forked child gets would reach the parent by what they share."""
+    setup = "import os, signal, time, facespec.cli\nfacespec.cli.GRACE_S = 0.2"
+    body = """child = os.fork()
+    if not child:
+        try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(100)
+        finally: os._exit(0)
+    os.waitpid(child, 0); time.sleep(1); return 5"""
+    assert _run(body, setup).returncode == 5
+
+
+def _terminated(body: str, setup: str) -> tuple[int, str]:
+    """Run a main function until it prints, and end it; return the exit code and what stands on stderr."""
+    code = f"from facespec.cli import *\n{setup}\ndef main():\n    {body}\nrun(main)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], text=True, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        assert process.stdout.readline()
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+def test_names_cannot_steer_a_terminal() -> None:
+    name = "a\x1b]0;title\x07\x9b2J\u202egpj.\n\tb\u00e9"
+    result = _run(f"print({name!r}); print({name!r}, file=sys.stderr); raise DataError({name!r})", "import sys")
+    shown = "a\\u001b]0;title\\u0007\\u009b2J\\u202egpj."
+    assert result.stdout == f"{shown}\n\tb\u00e9\n"
+    assert result.stderr == f"{shown}\n\tb\u00e9\nerror: {shown} b\u00e9\n"
+    body = "with quiet_libraries(): print('\\x1b[2J', file=sys.stderr)\n    return 0"
+    assert _run(body, "import sys").stderr == "\\u001b[2J\n"
+    text = json.dumps({"source": name}, ensure_ascii=False)
+    assert json.loads(_run(f"print({text!r}); return 0").stdout) == {"source": name}
 
 
 def test_output_that_cannot_be_written_or_encoded() -> None:
@@ -279,11 +354,17 @@ def test_what_is_written_lies_beside_its_place_and_goes_whatever_happens(tmp_pat
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cached_file("x") is None
+    assert not list(tmp_path.iterdir())
     assert cache_folder() == tmp_path / "cache" / "retinaface-trt"
     for unset in ("", None):
         monkeypatch.setenv("XDG_CACHE_HOME", "") if unset == "" else monkeypatch.delenv("XDG_CACHE_HOME")
         assert cache_folder() == tmp_path / "home" / ".cache" / "retinaface-trt"
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")  # a folder of whoever gave us the current folder
+    assert cache_folder() == tmp_path / "home" / ".cache" / "retinaface-trt"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    # they are made at once, by us: where anyone may make folders, another user would be quicker than what is kept first
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")} == {0o700}
 
     def nobody(number: int) -> None:
         raise KeyError(number)
@@ -297,6 +378,161 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert own.stat().st_mode & 0o777 == 0o700
     assert cache_folder() == own
     _own_folder.cache_clear()
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "link", "parent", "foreign", "sticky", "group"])
+def test_a_cache_that_others_can_write_to_is_not_used(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library in it is what a stranger made of it, and the report beside it says that it is right."""
+    report = json.loads(ensure_library("host").with_suffix(".json").read_text())
+    home = tmp_path / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setattr("plugins.build.LIBRARY_FOLDER", tmp_path / "none")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    library = home / "retinaface-trt" / "lib" / "libretinaface_host.so"
+    write_text(library, "code")
+    write_text(
+        library.with_suffix(".json"), json.dumps({**report, "library_sha256": hashlib.sha256(b"code").hexdigest()})
+    )
+    (home / "retinaface-trt").chmod(0o755)
+    place = {"file": library, "parent": home, "sticky": home}.get(what, library.parent)
+    expected = None if what != "sticky" else library
+    if what == "link":
+        library.rename(tmp_path / "code")
+        library.symlink_to(tmp_path / "code")
+    elif what == "foreign":
+        if os.geteuid():
+            pytest.skip("only root can give a file to another user")
+        os.chown(library, 12345, -1)
+    elif what == "group":
+        place.chmod(0o775)
+        monkeypatch.setattr(grp, "getgrgid", lambda number: grp.struct_group(("staff", "x", number, ["a", "b"])))
+    else:
+        place.chmod(0o1777 if what == "sticky" else 0o777)
+    if expected:
+        assert find_library("host") == expected
+        return
+    with pytest.warns(RuntimeWarning, match=f"{home}/retinaface-trt is not used, because others could put code there"):
+        assert find_library("host") is None
+    own = cache_folder()
+    assert (own.parent, own.stat().st_mode & 0o777) == (tmp_path, 0o700)
+    _own_folder.cache_clear()
+
+
+def test_the_group_of_a_user_alone_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    user = pwd.getpwuid(os.geteuid())
+    (tmp_path / "retinaface-trt").mkdir()
+    (tmp_path / "retinaface-trt").chmod(0o775)
+    os.chown(tmp_path / "retinaface-trt", -1, user.pw_gid)
+    alone = grp.struct_group((user.pw_name, "x", user.pw_gid, []))
+    monkeypatch.setattr(grp, "getgrgid", lambda number: alone)
+    assert cache_folder() == tmp_path / "retinaface-trt"
+
+
+def test_a_link_of_another_user_where_everyone_writes_is_not_followed(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give a link to another user")
+    shared, victim = tmp_path / "shared", tmp_path / "victim"
+    shared.mkdir()
+    victim.mkdir()
+    (victim / "out.json").write_text("precious")
+    (shared / "out.json").symlink_to(victim / "out.json")
+    (shared / "folder").symlink_to(victim)
+    (tmp_path / "mine").symlink_to("shared/folder")
+    for link in ("out.json", "folder"):
+        os.chown(shared / link, 12345, -1, follow_symlinks=False)
+    shared.chmod(0o1777)
+    for path in ("shared/out.json", "shared/folder/out.json", "mine/out.json", "mine/../shared/out.json"):
+        with pytest.raises(OutputError, match=r"shared/(out\.json|folder) is a link of another user"):
+            write_text(tmp_path / path, "x")
+        with pytest.raises(OutputError, match="is a link of another user"):
+            check_outputs([("--out", tmp_path / path)], [])
+    assert (victim / "out.json").read_text() == "precious"
+    assert os.listdir(victim) == ["out.json"]
+    shared.chmod(0o755)  # a folder in which only its owner makes links
+    write_text(tmp_path / "mine" / "out.json", "x")
+    assert (victim / "out.json").read_text() == "x"
+
+
+def test_permissions_are_kept_and_those_of_new_files_are_the_umask_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    umask = _umask()
+
+    def change(mask: int) -> int:
+        raise AssertionError("another thread would write with this mask")
+
+    monkeypatch.setattr(os, "umask", change)
+    for mode in (0o600, 0o400, 0o640, 0o755):
+        target = tmp_path / f"{mode:o}.txt"
+        target.write_text("old")
+        target.chmod(mode)
+        with atomic_path(target) as temporary:
+            assert temporary.stat().st_mode & 0o077 & ~mode == 0  # nor is it open to others while it is written
+            temporary.unlink()  # as linkers do
+            temporary.write_text("new")
+        assert (target.read_text(), target.stat().st_mode & 0o777) == ("new", mode)
+    write_text(tmp_path / "new.txt", "new")
+    assert (tmp_path / "new.txt").stat().st_mode & 0o777 == 0o666 & ~umask
+    if not os.geteuid():  # whoever put an open file there does not open what takes its place
+        os.chown(tmp_path / "755.txt", 12345, -1)
+        write_text(tmp_path / "755.txt", "new")
+        assert (tmp_path / "755.txt").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is being written is not, nor what only looks like it."""
+    body = f"""with atomic_path({str(tmp_path / "o.mp4")!r}) as a, work_folder({str(tmp_path)!r}) as b:
+        (b / 'graph').write_text('x')
+        print(a.name, b.name, flush=True)
+        sys.stdin.read()
+    return 0"""
+    code = f"import sys\nfrom facespec.files import *\ndef main():\n    {body}\nmain()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        for _ in range(2)
+    ]
+    names = [str(child.stdout.readline(), "utf-8").split() for child in children if child.stdout]
+    assert set(names[0] + names[1]) == set(os.listdir(tmp_path))
+    children[0].kill()
+    children[0].wait()
+    others = [".o.json", ".o.partial.mp4", ".o.0123456789abcdeg.partial", "o.0123456789abcdef.partial"]
+    for name in others:
+        (tmp_path / name).touch()
+    write_text(tmp_path / "p.txt", "x")
+    assert set(os.listdir(tmp_path)) == {*names[1], *others, "p.txt"}
+    children[1].communicate(b"")
+    assert set(os.listdir(tmp_path)) == {"o.mp4", *others, "p.txt"}
+
+
+@pytest.mark.parametrize("step", ["open", "flock"])
+def test_what_is_swept_before_it_is_locked_is_made_again(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = {"open": os, "flock": fcntl}[step]
+    real, swept = getattr(module, step), []
+
+    def sweep_first(*arguments: Any) -> Any:
+        if not swept and arguments[-1] in (os.O_RDONLY, fcntl.LOCK_EX):
+            swept.extend(tmp_path.glob(".o.*"))
+            swept[0].unlink()
+        return real(*arguments)
+
+    monkeypatch.setattr(module, step, sweep_first)
+    write_text(tmp_path / "o.txt", "x")
+    assert len(swept) == 1
+    assert os.listdir(tmp_path) == ["o.txt"]
+
+
+def test_names_that_are_no_utf8_are_written_as_escapes(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9 \xc3\xa9.jpg")
+    write_text(tmp_path / "names.txt", name)
+    assert (tmp_path / "names.txt").read_bytes() == b"caf\\udce9 \xc3\xa9.jpg"
+    write_text(tmp_path / "names.json", json.dumps([name], ensure_ascii=False))
+    assert json.loads((tmp_path / "names.json").read_bytes()) == [name]
 
 
 def test_links_are_written_through_and_devices_left_alone(tmp_path: Path) -> None:

@@ -561,8 +561,10 @@ def test_images_or_videos_of_several_sources(here: Path) -> None:
 
 
 def test_how_sources_are_shown() -> None:
-    assert [module._label(name) for name in ("0", "clip.mp4", "rtsp://u:p@h/x", "a@b.mp4")] == [
+    sources = ["0", "clip.mp4", "rtsp://u:p@h/x", "a@b.mp4", "http://h/x?id=a", "http://h/x?id=b", "http://h/x?id=c"]
+    assert list(module._labels(sources).values()) == [
         "camera 0", "clip.mp4", "rtsp://***@h/x", "a@b.mp4",
+        "http://h/x?id=***", "http://h/x?id=*** (2)", "http://h/x?id=*** (3)",
     ]  # fmt: skip
 
 

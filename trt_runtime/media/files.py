@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import cv2
 import numpy as np
 
-from facespec.cli import require
+from facespec.cli import finishing, require
 from facespec.errors import VideoError, reason
 from facespec.files import atomic_path
 from facespec.images import MAX_PIXELS
@@ -47,6 +49,11 @@ class TimedFrame(NamedTuple):
     seconds: float
 
 
+def new_frame(height: int, width: int) -> Frame:
+    """Return an array for a picture, uint8 (height, width, 3), undefined."""
+    return np.empty((height, width, 3), np.uint8)
+
+
 class Source:
     """Where frames come from: a context manager that is iterated once, over `TimedFrame`.
 
@@ -57,6 +64,8 @@ class Source:
         frame_count: Number of frames announced; 0 if unknown.
         damaged: Packets and frames so far that were broken and passed over.
         reconnects: Connections so far after the first.
+        new_frame: Makes the array, uint8 (height, width, 3), that a picture goes to. With `pinned_frame` of a detector
+            it is not copied again.
     """
 
     live = False
@@ -65,6 +74,7 @@ class Source:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.new_frame: Callable[[int, int], Frame] = new_frame
         self._stopped = threading.Event()
 
     def __enter__(self: Self) -> Self:
@@ -84,15 +94,31 @@ class Source:
         """Return the picture of a decoded frame, or None if it cannot be converted; count what is damaged."""
         self.damaged += bool(frame.is_corrupt)
         try:
-            return pictures(frame)
+            return pictures(frame, self.new_frame)
         except pictures.errors:
             self.damaged += 1
             return None
 
 
-def load_av(why: str) -> Any:
-    """Import PyAV, and keep FFmpeg from writing to stderr; `why`: what needs it, for the message."""
+_BYTES_PER_PIXEL = 8  # of the largest pictures that FFmpeg makes of what it decodes
+_max_allocation = 0
+
+
+def load_av(why: str, max_pixels: int = MAX_PIXELS) -> Any:
+    """Import PyAV, keep FFmpeg from writing to stderr, and bound what it allocates at once.
+
+    Some headers say how much memory what follows them needs, up to 2 GB. What the largest picture needs is allowed.
+
+    Args:
+        why: What needs it, for the message.
+        max_pixels: Of a picture; the largest number that was asked for counts, for all of FFmpeg.
+    """
+    global _max_allocation
     av = require("av", "cpu", why)
+    if _BYTES_PER_PIXEL * max_pixels > _max_allocation:
+        _max_allocation = _BYTES_PER_PIXEL * max_pixels
+        with suppress(OSError, AttributeError):  # another build of PyAV: its FFmpeg is not to be found
+            ctypes.CDLL(av.buffer.__file__).av_max_alloc(ctypes.c_size_t(_max_allocation))
     # With any level but None decoder threads wait for the GIL, whatever they log, and the thread that frees the decoder
     # may hold it. What matters of the messages is counted in `damaged`.
     av.logging.set_level(None)
@@ -148,15 +174,19 @@ class Pictures:
         self.errors = av.error.FFmpegError, ValueError
         self._reformatter = av.video.reformatter.VideoReformatter()
 
-    def __call__(self, frame: Any) -> Frame:
+    def __call__(self, frame: Any, new_frame: Callable[[int, int], Frame] = new_frame) -> Frame:
         """Return uint8 (H, W, 3) BGR, upright; raise one of `errors` if the frame cannot be converted.
 
         The frame's own matrix and range hold; without them BT.601, limited.
         """
-        image = self._reformatter.reformat(frame, format="bgr24").to_ndarray()
+        (plane,) = self._reformatter.reformat(frame, format="bgr24").planes
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : 3 * plane.width]
+        image = rows.reshape(plane.height, plane.width, 3)
         if rotation := round(getattr(frame, "rotation", 0) / 90) % 4:  # as phones record upright video
-            image = np.ascontiguousarray(np.rot90(image, rotation))
-        return image
+            image = np.rot90(image, rotation)
+        out = new_frame(*image.shape[:2])
+        np.copyto(out, image)
+        return out
 
 
 def frame_rate(value: float, otherwise: float) -> float:
@@ -181,7 +211,7 @@ class VideoFile(Source):
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(str(path))
-        self._av = load_av("reading video")
+        self._av = load_av("reading video", max_pixels)
         self.path = Path(path)
         if not self.path.is_file():
             raise VideoError(f"{path}: {'not a regular file' if self.path.exists() else 'no such file'}")
@@ -340,13 +370,11 @@ class VideoWriter:
         keep = self._stream is not None and (kind is None or issubclass(kind, KeyboardInterrupt))
         failure = None if keep else (error or VideoError("nothing was written"))
         try:
-            try:
+            with finishing(), closing(self._container):  # in a large file the index moves to the front
                 self._encoder.shutdown()
                 if keep:
                     self._wait()
                     self._encode(None)
-            finally:
-                self._container.close()
         except self._av.error.FFmpegError as cause:
             failure = VideoError(f"{self.path}: cannot be written ({reason(cause)})")
         self._file.__exit__(type(failure) if failure else None, failure, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import random
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from facespec.addresses import hide_secrets, without_secrets
 from facespec.errors import VideoError, reason
 from facespec.images import MAX_PIXELS
 from trt_runtime.media.files import (
@@ -42,16 +44,16 @@ _PROTOCOLS = {
     "srt": "srt",
     "tcp": "tcp",
 }
-_NETWORK_FORMATS = f"{FORMATS},rtsp,hls,mpjpeg,live_flv"
+_NETWORK_FORMATS = f"{FORMATS},rtsp,mpjpeg,live_flv"
 SCHEMES = tuple(_PROTOCOLS)
 """Addresses that `NetworkStream` reads."""
 
-_SECRET = re.compile(r"([?&;][^=&;]*(?:pass|pwd|token|key|secret|auth|sig)[^=&;]*=)[^&;#]*", re.IGNORECASE)
 _QUEUED_PACKETS = 32  # about a second that is read ahead of the decoder
 _POLL_S = 0.1  # how soon a stop is noticed
 _GRACE_S = 0.3  # how long a closed connection is waited for
 _JUMP_S = 10.0  # time stamps this far from the clock are no use
 _PROBE_S = 2.0
+_PATIENCE = 1.5  # of the time-out, and half a second: finding out about the stream begins when the connection stands
 
 
 def open_source(text: str) -> Source:
@@ -70,7 +72,9 @@ def open_source(text: str) -> Source:
     if text.isdecimal():
         return Camera(int(text[:9]))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):
-        raise VideoError(f"{text}: no such file, and addresses that can be read start with {', '.join(SCHEMES)}://")
+        raise VideoError(
+            f"{without_secrets(text)}: no such file, and addresses that can be read start with {', '.join(SCHEMES)}://"
+        )
     return VideoFile(text)
 
 
@@ -159,9 +163,10 @@ class NetworkStream(Source):
             raise VideoError(f"{self.name}: transport must be tcp or udp, got {transport!r}")
         if not 0 < timeout_s < 1e6:
             raise VideoError(f"{self.name}: timeout_s must be above 0, got {timeout_s}")
-        self._av = load_av("reading video")
+        self._av = load_av("reading video", max_pixels)
         self._url = f"{scheme}://{rest}"
         self._timeout_s, self._max_pixels = timeout_s, max_pixels
+        self._patience_s = _PATIENCE * timeout_s + 0.5
         self._backoff_s, self._max_backoff_s, self._max_attempts = backoff_s, max_backoff_s, max_attempts
         self._options = {
             "protocol_whitelist": _PROTOCOLS[scheme],
@@ -178,6 +183,7 @@ class NetworkStream(Source):
             self._options |= {"overrun_nonfatal": "1"}  # a reader that misses packets need not start anew
         self._attempts = 0
         self._lost_by = ""
+        self._connection: Any = None
         self._connection = self._connect()
         container, stream = self._connection.container, self._connection.stream
         finite = scheme in ("http", "https") and _is_file(container)
@@ -254,7 +260,9 @@ class NetworkStream(Source):
         raise VideoError(f"{self.name}: lost, after {self._attempts} attempts to connect again: {problem}")
 
     def _connect(self) -> _Connection:
-        connection = _Connection(self._open)
+        if self._connection is not None and self._connection.lingers:  # or their number would grow without end
+            raise VideoError(f"{self.name}: the last connection does not end")
+        connection = _Connection(self._open, self._patience_s)
         try:
             error = connection.opened(self._stopped)
         except BaseException:  # Ctrl-C while it waits
@@ -269,8 +277,21 @@ class NetworkStream(Source):
 
     def _open(self) -> tuple[Any, Any]:
         start = time.monotonic()
+        timeout = (self._timeout_s, self._timeout_s)
         try:
-            container = self._av.open(self._url, options=self._options, timeout=(self._timeout_s, self._timeout_s))
+            try:
+                container = self._av.open(self._url, options=self._options, timeout=timeout)
+            except self._av.error.ArgumentError:  # a format that is not among ours: HLS, say
+                if not self._url.startswith("http"):
+                    raise
+                from trt_runtime.media.playlists import Playlists  # http and ssl are slow to import
+
+                playlists = Playlists(
+                    self._av, self.name, self._url, self._options, self._timeout_s, self._patience_s, self._stopped
+                )
+                options = {**self._options, "format_whitelist": f"{_NETWORK_FORMATS},hls", "http_persistent": "0"}
+                container = self._av.open(self._url, format="hls", options=options, timeout=timeout, io_open=playlists)
+                playlists.opened()
         except self._av.error.FFmpegError:
             if time.monotonic() - start < self._timeout_s:
                 raise
@@ -285,7 +306,7 @@ class NetworkStream(Source):
             return "this build of PyAV does not know the protocol"
         if isinstance(error, self._av.error.InvalidDataError):
             return "what is there is not a video that can be read"
-        return reason(error, None).replace(self._url, self.name)  # whole, or it may end in a password
+        return hide_secrets(reason(error, None).replace(self._url, self.name))  # whole, or it may end in a password
 
 
 def _is_file(container: Any) -> bool:
@@ -298,13 +319,16 @@ class _Connection:
 
     Args:
         open_: Returns a container and its video stream, both from PyAV; called by the thread.
+        patience_s: How long the thread may give nothing. FFmpeg ends by itself before that, unless it is busy with
+            something else than waiting.
     """
 
-    def __init__(self, open_: Callable[[], tuple[Any, Any]]) -> None:
+    def __init__(self, open_: Callable[[], tuple[Any, Any]], patience_s: float = math.inf) -> None:
         self.container: Any = None
         self.stream: Any = None
         self._items: queue.Queue[Any] = queue.Queue(_QUEUED_PACKETS)  # packets, then None for the end, or an exception
         self._closed = threading.Event()
+        self._patience_s = patience_s
         self._thread = threading.Thread(target=self._read, args=(open_,), name="network stream", daemon=True)
         self._thread.start()
 
@@ -315,10 +339,18 @@ class _Connection:
 
     def next(self, stopped: threading.Event) -> Any:
         """Return the next packet, the exception that ended the connection, or None at its end or when stopped."""
+        end = time.monotonic() + self._patience_s
         while not stopped.is_set():
             with suppress(queue.Empty):
                 return self._items.get(timeout=_POLL_S)
+            if time.monotonic() > end:
+                return TimeoutError(f"nothing within {self._patience_s:g} s")
         return None
+
+    @property
+    def lingers(self) -> bool:
+        """Whether its thread goes on although it is closed."""
+        return self._closed.is_set() and self._thread.is_alive()
 
     def close(self) -> None:
         """Close the connection: at once, or, where its thread waits for the network, when that has timed out."""
@@ -383,11 +415,3 @@ class _Clock:
             seconds = self._last + (1e-3 if self._live else self._step)
         self._last = seconds
         return seconds
-
-
-def without_secrets(url: str) -> str:
-    """Return an address without user, password and what looks like a key in its query.
-
-    A password may hold any character, so everything up to the last @ counts as one.
-    """
-    return _SECRET.sub(r"\1***", re.sub(r"://.*@", "://***@", url, flags=re.DOTALL))

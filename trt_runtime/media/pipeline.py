@@ -12,6 +12,7 @@ no frame waits for a full one.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -19,10 +20,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, NamedTuple
 
 from facespec.detections import Detections
-from facespec.errors import ConfigError, RetinaFaceError
+from facespec.errors import ConfigError, RetinaFaceError, VideoError
 from facespec.letterbox import Frame
 from trt_runtime.detector import DetectionStream, RetinaFaceDetector
 from trt_runtime.measure import StageTimer
@@ -30,6 +32,12 @@ from trt_runtime.media.files import Source
 
 WAIT = "wait"
 """Stage in which a live source has no frame yet; no work is done in it."""
+
+PATIENCE_S = 60.0
+"""How long a source may take to open, and one that is not live to give a frame."""
+
+_GRACE_S = 1.0
+"""How long a source may take to end once it is stopped; what it reads then is left to its thread."""
 
 
 class SeenFrame(NamedTuple):
@@ -153,10 +161,11 @@ def run_pipeline(
     tick: Callable[[list[SourceReport]], bool] = lambda reports: True,
     tick_s: float = 0.1,
 ) -> PipelineReport:
-    """Run a detector over sources until they end; all threads have ended, too, when it returns or raises.
+    """Run a detector over sources until they end.
 
-    A source that fails is reported, and the others go on. KeyboardInterrupt ends all sources: what is in the network is
-    still used, what waits for it is not.
+    A source that fails is reported, and the others go on; so is one that neither opens nor gives a frame within
+    `PATIENCE_S`. KeyboardInterrupt ends all sources: what is in the network is still used, what waits for it is not.
+    Threads that C code keeps busy, or that wait for what never comes, are left behind.
 
     Args:
         detector: What runs the frames.
@@ -200,6 +209,7 @@ class _Lane:
     in_flight: int = 0  # those of them that are not used yet
     ended: bool = False  # nothing more gets ready
     given_up: bool = False  # nothing more is used
+    asked: float = math.inf  # since when the source is opening or reading
     start: float = 0.0  # when its opening began
 
     def __post_init__(self) -> None:
@@ -225,27 +235,31 @@ class _Pipeline:
         self.calls = 0  # of the network, unfinished
         self.turn = 0  # calls of the network, begun
         self.stopping = self.aborted = False
+        self.stopped_at = math.inf
         self.error: Exception | None = None
         self.unused = len(jobs)  # lanes whose output is not done
         self.finished = threading.Event()
         self.stream: DetectionStream
 
     def run(self, tick: Callable[[list[SourceReport]], bool], tick_s: float) -> PipelineReport:
+        readers = [
+            threading.Thread(target=self._read, args=[lane], name=f"read {lane.job.name}", daemon=True)
+            for lane in self.lanes
+        ]
         threads = [threading.Thread(target=self._feed, name="feed")]
-        for lane in self.lanes:
-            threads.append(threading.Thread(target=self._read, args=[lane], name=f"read {lane.job.name}"))
-            threads.append(threading.Thread(target=self._use, args=[lane], name=f"use {lane.job.name}"))
+        threads += [threading.Thread(target=self._use, args=[lane], name=f"use {lane.job.name}") for lane in self.lanes]
         reports = [lane.report for lane in self.lanes]
         interrupted = False
 
         def wait() -> None:
             while self.unused and not self.finished.wait(tick_s):
+                self._leave_behind()
                 if not tick(reports):
                     self._stop()
 
         with self.detector.stream(self.depth) as self.stream:
             try:
-                for thread in threads:
+                for thread in (*readers, *threads):
                     thread.start()
                 try:
                     wait()
@@ -260,6 +274,10 @@ class _Pipeline:
                 for thread in threads:
                     if thread.ident is not None:  # it was started
                         thread.join()
+                end = monotonic() + _GRACE_S
+                for thread in readers:
+                    if thread.ident is not None:
+                        thread.join(max(end - monotonic(), 0))
         if self.error:
             raise self.error
         timer = StageTimer()
@@ -270,15 +288,18 @@ class _Pipeline:
     def _read(self, lane: _Lane) -> None:
         report, lane.start = lane.report, time.perf_counter()
         try:
+            lane.asked = monotonic()
             with lane.job.open() as source:
                 with self.lock:
                     lane.source, stopped = source, self.stopping or lane.given_up
-                report.frame_count = source.frame_count
+                report.frame_count, source.new_frame = source.frame_count, self.detector.pinned_frame
                 frames = iter(source)
                 try:
                     while not stopped:
+                        lane.asked = math.inf if source.live else monotonic()
                         with lane.reading(WAIT if source.live else "read"):
                             frame = next(frames, None)
+                        lane.asked = math.inf
                         if frame is None:
                             break
                         given = self.stream.hand_over(frame.image)  # only here its CUDA stream is known
@@ -289,15 +310,33 @@ class _Pipeline:
                 finally:
                     report.damaged, report.reconnects = source.damaged, source.reconnects
         except RetinaFaceError as error:
-            if not self.stopping:  # what a source says when it is stopped is of no interest
+            if not (self.stopping or lane.ended):  # what a source says when it is stopped is of no interest
                 report.error = error
         except Exception as error:
-            self._stop(abort=True, error=error)
+            if not lane.ended:
+                self._stop(abort=True, error=error)
         finally:
-            with self.lock:
-                lane.ended = True
-                lane.results.notify()
-                self.work.notify()
+            self._end(lane)
+
+    def _end(self, lane: _Lane) -> None:
+        with self.lock:
+            lane.ended = True
+            lane.results.notify()
+            self.work.notify()
+
+    def _leave_behind(self) -> None:
+        """End the lanes whose sources do not come back: where all are stopped, or after `PATIENCE_S`."""
+        now = monotonic()
+        for lane in self.lanes:
+            if lane.ended:
+                continue
+            if now > self.stopped_at + _GRACE_S:
+                self._end(lane)
+            elif now > lane.asked + PATIENCE_S:
+                lane.report.error = VideoError(f"{lane.job.name}: nothing could be read within {PATIENCE_S:g} s")
+                self._end(lane)
+                if lane.source:
+                    lane.source.stop()
 
     def _offer(self, lane: _Lane, item: _Item, live: bool) -> bool:
         """Put a frame where the feeder takes it; return whether more are wanted."""
@@ -308,7 +347,7 @@ class _Pipeline:
                     lane.report.dropped += 1
                 else:
                     lane.room.wait()
-            if self.stopping or lane.given_up:
+            if self.stopping or lane.given_up or lane.ended:
                 return False
             lane.ready.append(item)
             self.work.notify()
@@ -442,6 +481,7 @@ class _Pipeline:
         """End the sources; what is in the network is still used unless the run is aborted."""
         with self.lock:
             self.stopping = True
+            self.stopped_at = min(self.stopped_at, monotonic())
             self.aborted |= abort
             self.error = self.error or error
             for lane in self.lanes:

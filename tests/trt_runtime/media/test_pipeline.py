@@ -21,6 +21,7 @@ from facespec.letterbox import Frame
 from trt_runtime.detector import DetectionStream
 from trt_runtime.load import load_detector
 from trt_runtime.measure import StageTimer
+from trt_runtime.media import pipeline
 from trt_runtime.media.files import Source, TimedFrame, VideoFile, VideoWriter
 from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, PipelineReport, SeenFrame, Use, run_pipeline
 
@@ -129,6 +130,11 @@ class Network:
         self.calls: list[list[tuple[int, int]]] = []
         self.depth = self.running = self.most = 0
         self.lock = threading.Lock()
+        self.made: list[Frame] = []
+
+    def pinned_frame(self, height: int, width: int) -> Frame:
+        self.made.append(np.empty((height, width, 3), np.uint8))
+        return self.made[-1]
 
     def stream(self, depth: int = 1) -> DetectionStream:
         self.depth = depth
@@ -168,6 +174,13 @@ def _wait_until(true: Callable[[], bool]) -> None:
 def _run(detector: Any, work: list[tuple[Callable[[], Source], Kept]], **options: Any) -> PipelineReport:
     jobs = [Job(str(number), open_, output) for number, (open_, output) in enumerate(work)]
     return run_pipeline(detector, jobs, PipelineOptions(**options))
+
+
+def test_videos_are_decoded_into_frames_of_the_detector(clips: list[Path]) -> None:
+    network, kept = Network(), Kept()
+    _run(network, [(lambda: VideoFile(clips[0]), kept)])
+    assert len(kept.frames) == len(network.made) > 3
+    assert all(seen.image is made for seen, made in zip(kept.frames, network.made, strict=True))
 
 
 def _same(left: Detections, right: Detections) -> bool:
@@ -253,6 +266,7 @@ def test_memory_is_bounded_however_slow_the_output_is(live: bool) -> None:
 def test_frames_of_several_sources_share_a_call_that_nobody_waits_for(detector: Any) -> None:
     class Counting:
         max_batch, marks = 3, []  # type: ignore[var-annotated]
+        pinned_frame = detector.pinned_frame
 
         @contextmanager
         def stream(self, depth: int) -> Iterator[Any]:
@@ -709,6 +723,51 @@ def test_what_a_source_says_when_it_is_stopped_is_no_error() -> None:
     report = run_pipeline(Network(), jobs, tick=lambda reports: not kept.numbers, tick_s=0.01)  # type: ignore[arg-type]
     assert report.sources[0].error is None
     assert (report.sources[0].complete, report.interrupted, kept.left) == (True, False, "in order")
+
+
+@pytest.mark.parametrize("busy_with", ["opening", "reading"])
+@pytest.mark.parametrize("how", ["stopped", "patience"])
+def test_a_source_that_does_not_come_back_is_left_behind(
+    busy_with: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C code cannot be interrupted. The other source is used to its end, and its output is complete."""
+    go_on, waits = threading.Event(), threading.Event()
+    if how == "patience":
+        monkeypatch.setattr(pipeline, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(pipeline, "_GRACE_S", 0.3)
+
+    class Stuck(Made):
+        def __iter__(self) -> Iterator[TimedFrame]:
+            waits.set()
+            go_on.wait(60)
+            yield from super().__iter__()
+
+    def open_() -> Any:
+        if busy_with == "opening":
+            waits.set()
+            go_on.wait(60)
+        return Stuck(3)
+
+    def tick(reports: list[pipeline.SourceReport]) -> bool:
+        _wait_until(waits.is_set)
+        return how == "patience" or not reports[1].complete
+
+    before = set(threading.enumerate())
+    stuck, used = Kept(), Kept()
+    jobs = [Job("stuck", open_, stuck), Job("used", lambda: Made(20), used)]  # type: ignore[arg-type,return-value]
+    try:
+        report = run_pipeline(Network(), jobs, tick=tick, tick_s=0.02)  # type: ignore[arg-type]
+        assert [thread.name for thread in set(threading.enumerate()) - before] == ["read stuck"]
+    finally:
+        go_on.set()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(20)
+    assert used.numbers == list(range(20))
+    assert report.sources[1].complete
+    assert not stuck.frames
+    error = report.sources[0].error
+    expected = "stuck: nothing could be read within 0.3 s" if how == "patience" else "None"
+    assert str(error) == expected
 
 
 def test_an_abort_stops_every_source_and_raises_the_first_error() -> None:

@@ -132,10 +132,10 @@ class Straight:
     def upload(self, frame: NDArray[np.uint8], copy: bool = True) -> Any:
         self._driver.cuCtxPushCurrent(self._context)
         pinned, memory = self._lane._uploads
+        source = pinned[: frame.size].reshape(frame.shape) if copy else frame
         if copy:
-            np.copyto(pinned[: frame.size].reshape(frame.shape), frame)
-            frame = pinned
-        self._driver.cuMemcpyHtoDAsync(memory.address, frame.ctypes.data, frame.size, self._stream)
+            np.copyto(source, frame)
+        self._driver.cuMemcpyHtoDAsync(memory.address, source.ctypes.data, source.size, self._stream)
         return self._run(memory.address, 3 * self._sides[1], 0, 0)
 
     def _run(self, address: int, pitch: int, chroma: int, pixel_format: int) -> Any:

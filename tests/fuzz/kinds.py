@@ -6,9 +6,13 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import random
 import re
+import signal
 import struct
+import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -64,10 +68,11 @@ def mutate(chance: random.Random, data: bytes, others: Seeds) -> bytes:
     """Return data with a few changes: bits, bytes, numbers, pieces that go, come twice, or come from another seed."""
     changed = bytearray(data)
     head = chance.random() < 0.5  # headers are where most is decided
+    ways = chance.choice((3, 8))  # the first three keep the length, on which what follows hangs
     for _ in range(chance.choice((1, 1, 2, 3, 5, 9))):
         at = chance.randrange(min(len(changed), 400) if head and changed else len(changed) + 1)
         length = chance.choice((1, 2, 4, 8, 30, 200))
-        way = chance.randrange(8)
+        way = chance.randrange(ways)
         if way == 0 and at < len(changed):
             changed[at] ^= 1 << chance.randrange(8)
         elif way == 1:
@@ -115,7 +120,7 @@ def _image_seeds() -> Seeds:
     found += [saved(photo, "JPEG", exif=exif), saved(photo.convert("CMYK"), "JPEG"), saved(photo, "BMP")]
     found += [saved(photo, "JPEG", progressive=True), saved(photo.convert("L"), "JPEG", progressive=True)]
     for form in ("PNG", "WEBP"):
-        found.append(saved(photo, form, save_all=True, append_images=frames[1:], duration=40, exif=exif))
+        found += 3 * [saved(photo, form, save_all=True, append_images=frames[1:], duration=40, exif=exif)]
     found += [saved(photo, "WEBP", lossless=True), saved(photo, "WEBP"), saved(photo.convert("P"), "BMP")]
     for packing in (None, "tiff_lzw", "jpeg", "packbits", "tiff_adobe_deflate"):
         found.append(saved(photo, "TIFF", compression=packing))
@@ -123,7 +128,11 @@ def _image_seeds() -> Seeds:
     for data in (pixels, pixels[..., 0], pixels.astype(np.uint16), pixels.astype(np.float32)):
         for order in ("<", ">"):
             buffer = io.BytesIO()
-            tifffile.imwrite(buffer, data, tile=(16, 32), byteorder=order, compression="zlib" if order == "<" else None)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tifffile.imwrite(
+                    buffer, data, tile=(16, 32), byteorder=order, compression="zlib" if order == "<" else None
+                )
             found.append(buffer.getvalue())
     found += [saved(photo.convert(mode), "PPM") for mode in ("RGB", "L", "1")]
     return [*found, b"P3 8 4 255\n" + b"1 2 3 " * 32, b"P2 8 4 9\n" + b"1 " * 32, b"P1 8 4\n" + b"1 0 " * 16]
@@ -139,7 +148,7 @@ def _take_image(data: bytes, folder: Path) -> None:
 
 
 def _mend_png(chance: random.Random, data: bytes) -> bytes:
-    """Give the chunks of a PNG right checksums, so that the decoder goes on; at times change the pixels beneath."""
+    """Give the chunks of a PNG right checksums; at times change the pixels beneath, or leave a chunk out."""
     if data[:8] != b"\x89PNG\r\n\x1a\n" or chance.random() < 0.1:
         return data
     parts, at = [data[:8]], 8
@@ -150,12 +159,14 @@ def _mend_png(chance: random.Random, data: bytes) -> bytes:
             start = 4 * (kind == b"fdAT")
             try:
                 rows = bytearray(zlib.decompress(body[start:]))
-                rows[57 * 3 * chance.randrange(max(len(rows) // 171, 1))] = chance.randrange(12)  # filter of a row
+                rows[169 * chance.randrange(len(rows) // 169)] = chance.randrange(12)  # filter of a row
                 body = body[:start] + zlib.compress(bytes(rows))
-            except (zlib.error, IndexError):
+            except (zlib.error, ValueError):
                 pass
-        parts.append(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
         at += 12 + length
+        if chance.random() < 0.05:
+            continue
+        parts.append(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
     return b"".join(parts)
 
 
@@ -353,7 +364,21 @@ def _take_address(data: bytes, folder: Path) -> None:
     assert _SECRET[:6] not in shown, f"{address} is shown as {shown}"
 
 
+def _take_fault(data: bytes, folder: Path) -> None:
+    """Do what the fuzzer must notice; it is for the fuzzer's own test."""
+    if data == b"crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if data == b"exception":
+        raise ZeroDivisionError("not an error of ours")
+    if data == b"hang":
+        time.sleep(100)
+    if data == b"memory":
+        np.ones(1200 << 20, np.uint8)
+    raise RetinaFaceError("several\nlines" if data == b"lines" else "refused, as it should be")
+
+
 KINDS = {
+    "fault": Kind(0, lambda: [b"none"], _take_fault),
     "image": Kind(4000, _image_seeds, _take_image, _mend_png),
     "onnx": Kind(500, _onnx_seeds, _take_onnx),
     "checkpoint": Kind(300, _checkpoint_seeds, _take_checkpoint, _mend_checkpoint),

@@ -21,7 +21,7 @@ from pathlib import Path
 from facespec.errors import RetinaFaceError
 from tests.fuzz.kinds import KINDS, case
 
-SECONDS, FIRST_SECONDS = 10, 60
+SECONDS, FIRST_SECONDS = 10, 180
 """Of a case; the first of a process imports what it needs."""
 
 GROWTH_MIB, IMPORTS_MIB = 700, 300

@@ -35,6 +35,9 @@ MAX_PARTS = 100_000
 MAX_SCANNED_PIXELS = 1_280_000_000
 """Scans of a JPEG times its pixels, which count as a megapixel at least: each scan is a pass over the whole picture."""
 
+TIFF_SCANS = "5"
+"""At this scan of a JPEG in a TIFF libtiff gives up; the JPEGs that TIFF allows have one, or one for each channel."""
+
 
 # these return (width, height); they raise EOFError or struct.error where the data ends before the image does, and
 # ValueError where it would take too long to decode
@@ -200,6 +203,8 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
         raise ImageError(f"{name}: the {kind} header gives no size ({width}x{height})")
     if width * height > max_pixels:
         raise ImageError(f"{name}: {width}x{height} is more than {max_pixels / 1e6:g} megapixels; scale it down first")
+    if kind == "TIFF":  # a strip may be a JPEG of any number of scans; libtiff asks this for each
+        os.environ.setdefault("LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER", TIFF_SCANS)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:

@@ -278,6 +278,9 @@ OVERFIT: Settings = {
 }
 """What `data.overfit` starts from: a few images are seen often, and nothing holds the weights back."""
 
+MAX_YAML, MAX_SCALAR = 50_000, 1_000
+"""Characters of YAML text, and of one value in it: Python takes long for integers of more digits, or refuses them."""
+
 MAY_CHANGE = ("run.", "data.root", "data.val")
 """Settings that a resumed run may have other values of: none of them changes what is computed."""
 
@@ -360,6 +363,13 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     yaml = require("yaml", "train", f"reading {where}")
     try:
+        if len(text) > MAX_YAML:
+            raise ValueError(f"more than {MAX_YAML} characters are no settings")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):  # a few lines of them may stand for gigabytes
+                raise ValueError(f"*{event.anchor}: write it out, what is repeated by name is not taken")
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
+                raise ValueError(f"a value of more than {MAX_SCALAR} characters")
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: cannot be read ({' '.join(str(error).split())[:200]})") from None

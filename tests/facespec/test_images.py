@@ -554,3 +554,28 @@ def test_a_png_has_no_end_of_chunks() -> None:
     assert decode_image(png[:33] + _chunk(b"abCd", b"") * 99_000 + png[33:]).shape == (48, 64, 3)
     with pytest.raises(ImageError, match=r"^it: the PNG file has more than 100000 chunks: save it again$"):
         decode_image(png[:33] + _chunk(b"abCd", b"") * 100_000 + png[33:], "it")
+
+
+def test_a_tiff_may_not_hold_a_jpeg_of_many_scans() -> None:
+    """It takes one strip; libtiff would take a hundred scans, seven seconds of 64 megapixels."""
+
+    def tiff(strip: bytes) -> bytes:
+        entries = [
+            (256, 64),
+            (257, 64),
+            (258, 8),
+            (259, 7),
+            (262, 1),
+            (273, 200),
+            (277, 1),
+            (278, 64),
+            (279, len(strip)),
+        ]
+        body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+        head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + body
+        return head + bytes(200 - len(head)) + strip
+
+    assert decode_image(tiff(_save(Image.new("L", (64, 64), 77), "JPEG"))).shape == (64, 64, 3)
+    for scans in (6, 50):
+        with pytest.raises(ImageError, match="the TIFF file is damaged"):
+            decode_image(tiff(_with_scans(64, scans)))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.config import (
     TrainConfig,
     changed,
     from_settings,
+    parse_yaml,
     read_yaml,
     resolve,
     to_settings,
@@ -72,14 +74,32 @@ def test_a_resumed_run_keeps_what_is_not_said() -> None:
         "seed: !!python/object/apply:os.system ['true']",
         "recipe: [1]",
         "- 1",
+        f"seed: 0x{'f' * 999}",
+        f"seed: 0x{'f' * 9999}",
+        f"seed: {'59:' * 15_000}1",
+        f"loss: {{box_weight: 0x{'f' * 990}}}",
+        "x" * 60_000,
+        "a: &a [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(30)),
         f"a: &a [{'x, ' * 99}]\nb: &b [{'*a, ' * 99}]\nc: &c [{'*b, ' * 99}]\nseed: [{'*c, ' * 99}]",
     ],
 )
 def test_hostile_yaml_ends_in_one_short_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
+    start = time.process_time()
     with pytest.raises(ConfigError) as caught:
         resolve(read_yaml(tmp_path / "c.yaml"))
+    assert time.process_time() - start < 5  # what is refused here for its length took minutes
     assert len(str(caught.value)) < 1500
+
+
+def test_a_value_is_not_repeated_by_name(tmp_path: Path) -> None:
+    """885 bytes whose lists hold one another, nine times each, were still read after 25 s."""
+    lists = "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(9))
+    (tmp_path / "c.yaml").write_text(f"a0: &a0 [{', '.join('x' * 9)}]\n{lists}seed: *a9\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: cannot be read \(\*a0: write it out, what is repeated by name"):
+        read_yaml(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match=r"^--set seed: cannot be read \(\*a: write it out"):
+        parse_yaml("[&a 1, *a]", "--set seed")
 
 
 def test_an_empty_section_says_nothing(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror plugins/include/*.h plugins/src/* tests/*/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror plugins/include/*.h plugins/src/* tests/*/*.cpp benchmarks/*.cpp
 
 # No installation: on a machine with a GPU, nvcc and a torch that sees the GPU, in $(VENV) or not
 test-gpu:

@@ -15,7 +15,7 @@ from plugins.build import build
 WHAT = (
     "Resources of the decode + NMS kernels, from ptxas. scan: 512 threads a block, a block for 128 priors (256, 512 "
     "... in images of more than 131,072 priors); finish: 1024 threads, one block an image; its shared memory sorts up "
-    "to 4096 candidates, more are sorted in the workspace."
+    "to 4096 candidates, more are sorted in the workspace; up to 1024 go through NMS in registers and shared memory."
 )
 
 

@@ -48,6 +48,19 @@ def _kernels(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def _cycles(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each case: the cycles of the model before and now."""
+    cases: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in rows:
+        case = cases.setdefault((row["candidates"], row["faces"]), dict(row))
+        case["now" if row["sources"] == "now" else "before"] = row["cycles"]
+    return _table(
+        "| candidates | faces | before, cycles | now | ratio |",
+        "| {candidates} | {faces} | {before} | {now} | {ratio:.2f} |",
+        [{**case, "ratio": case["now"] / case["before"]} for case in cases.values()],
+    )
+
+
 def _precisions(rows: list[dict[str, Any]]) -> str:
     """Return a line for each precision: AP by both protocols, and agreement with FP32 where images are letterboxed."""
     lines = [{"precision": "fp32", "int8": "0 %", "recall": "", "landmarks": ""}]
@@ -143,7 +156,13 @@ def tables() -> dict[str, str]:
             "| {name} | {p50:.2f} | {p95:.2f} | {p99:.2f} |",
             [{**ms, "name": name.replace("_", " ").replace("onnx", "ONNX")} for name, ms in host_kernel],
         ),
+        "host_overhead": _table(
+            "| what is detected in | one call, us | bare, us | ratio |",
+            "| {name} | {ours_us:.1f} | {bare_us:.1f} | {ratio:.2f} |",
+            [{"name": name, **each} for name, each in _load("host_overhead")[0].items()],
+        ),
         "plugin_kernels": _kernels(_load("plugin_kernels")),
+        "kernel_model": _cycles(_load("kernel_model")),
         "cpu_latency": _cpu_latency(_load("cpu_latency")),
         "latency": _table(
             "| | p50, ms | faces | of them our FP32 finds, too |",

@@ -121,6 +121,12 @@ def build(request: dict[str, Any], trt: Any, logger: Any) -> Any:
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names and types of layers, for EngineInspector
     config.progress_monitor = make_monitor(trt)
+    if request["optimization_level"] is not None:
+        config.builder_optimization_level = request["optimization_level"]
+    if request["timing_iterations"] is not None:
+        config.avg_timing_iterations = request["timing_iterations"]
+    if request["aux_streams"] is not None:
+        config.max_aux_streams = request["aux_streams"]
     if request["capabilities"]:
         config.num_compute_capabilities = len(request["capabilities"])
         for index, number in enumerate(request["capabilities"]):

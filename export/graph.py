@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxsim
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from facespec.boxes import make_priors
+from facespec.cli import require
 from facespec.errors import ModelFileError
 from facespec.spec import SPEC_KEY, ModelSpec
 from trainer.model import MergedHeads, RetinaFace
@@ -280,9 +280,11 @@ def build_portable(heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple
 
 
 def build_plugin_form(
-    heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None
+    heads_graph: onnx.ModelProto, spec: ModelSpec, size_hw: tuple[int, int] | None, channels_last: bool = False
 ) -> onnx.ModelProto:
     """Return the graph that TensorRT builds: decoding and NMS are one plugin node; see `build_portable`.
+
+    With `channels_last` the plugin is given the head maps as [B, H, W, C], through a Transpose each, else as they are.
 
     Raises:
         SpecError: The plugin is not made for so many levels or priors per cell.
@@ -290,17 +292,21 @@ def build_plugin_form(
     """
     make_params(1, size_hw or (320, 320), spec)
     model, outputs = copy.deepcopy(heads_graph), detector_outputs(spec)
+    g, heads = GraphBuilder("decode_"), [head.name for head in model.graph.output]
+    if channels_last:
+        heads = [g.op("Transpose", head, perm=[0, 2, 3, 1]) for head in heads]
     node = helper.make_node(
         PLUGIN.name,
-        [head.name for head in model.graph.output],
+        heads,
         [output.name for output in outputs],
         name=PLUGIN.node,
         domain=PLUGIN.domain,
         plugin_version=PLUGIN.version,
         plugin_namespace=PLUGIN.namespace,
         **decode_attributes(spec),
+        channels_last=int(channels_last),
     )
-    model.graph.node.append(node)
+    model.graph.node.extend([*g.nodes, node])
     del model.graph.output[:]
     model.graph.output.extend(outputs)
     model.opset_import.append(helper.make_opsetid(PLUGIN.domain, 1))
@@ -314,6 +320,7 @@ def finished(graph: onnx.ModelProto, spec: ModelSpec) -> onnx.ModelProto:
     Raises:
         ModelFileError: The ONNX checker finds the graph at fault.
     """
+    onnxsim = require("onnxsim", "export", "the export")  # it imports onnxruntime: facespec comes first
     simplified, _ = onnxsim.simplify(graph)  # whether it kept the outputs is for the parity report to say
     onnx.helper.set_model_props(simplified, {SPEC_KEY: spec.to_json()})
     check_graph(simplified)

@@ -299,7 +299,7 @@ def emulate_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
                 attribute.i = TensorProto.FLOAT
         nodes.append(node)
         for index, name in enumerate(node.output):
-            if name in stored and node.op_type != "DequantizeLinear":
+            if name in stored and node.op_type not in ("DequantizeLinear", "Transpose"):
                 wide, half = f"{name}/wide", f"{name}/half"
                 node.output[index] = wide
                 nodes.append(helper.make_node("Cast", [wide], [half], half, to=TensorProto.FLOAT16))

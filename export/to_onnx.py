@@ -74,7 +74,13 @@ def check_files(options: Export, outputs: Iterable[tuple[str, Path | None]]) -> 
 
 
 def export_graph(
-    options: Export, path: Path, size_hw: tuple[int, int] | None, best_hw: tuple[int, int], *, plugin: bool = False
+    options: Export,
+    path: Path,
+    size_hw: tuple[int, int] | None,
+    best_hw: tuple[int, int],
+    *,
+    plugin: bool = False,
+    channels_last: bool = False,
 ) -> ExportedGraph:
     """Write the graph of a checkpoint if it finds the faces that PyTorch finds, and print the comparison.
 
@@ -84,6 +90,7 @@ def export_graph(
         size_hw: Fixed network size, or None for any multiple of 32.
         best_hw: Size that INT8 is calibrated and multiply-accumulates are counted at.
         plugin: Write the plugin form, which is compared at `best_hw`; portable graphs are compared at `size_hw`.
+        channels_last: Of the plugin form; see `export.graph.build_plugin_form`.
 
     Raises:
         ParityError: It differs by more than the tolerances of its precision.
@@ -101,7 +108,9 @@ def export_graph(
     heads, used = with_precision(
         build_heads(model, size_hw), options.precision, options.calibration, best_hw, spec, options.progress
     )
-    graph = (build_plugin_form if plugin else build_portable)(heads, spec, size_hw)
+    graph = build_portable(heads, spec, size_hw)
+    if plugin:
+        graph = build_plugin_form(heads, spec, size_hw, channels_last)
     report = check_parity(graph, model, frames, best_hw if plugin else size_hw, options.precision)
     print(report, flush=True)
     report.require_equal()

@@ -35,6 +35,21 @@ AHEAD_OF_TIME = (86, 89, 120)
 with others, all of them run the kernels that it alone needs."""
 
 
+BUILDER_OPTIONS = {
+    "--optimization-level": ("optimization_level", 0, 5, "the higher, the faster the engine and the slower its build"),
+    "--timing-iterations": ("timing_iterations", 1, 1000, "times that each kernel is timed before one is chosen"),
+    "--aux-streams": ("aux_streams", 0, 64, "streams at most, beside the main one, for branches of the network"),
+}
+"""Settings of the builder, the fields of `EngineOptions` they set, the numbers they take, and what --help says."""
+
+TENSORRT_ALONE = {
+    "--timing-cache": "timing_cache",
+    "--optimization-level": "optimization_level",
+    "--timing-iterations": "timing_iterations",
+}
+"""Options that TensorRT-RTX has no use for, and their fields: it compiles on the user's machine, and times nothing."""
+
+
 @dataclass(frozen=True)
 class EngineOptions(Export):
     """What to build; `out` is the engine, the plugin form goes beside it. See `Export` for the other fields.
@@ -45,6 +60,9 @@ class EngineOptions(Export):
         capabilities: Compute capabilities of a TensorRT-RTX engine; empty for the GPU at hand, or `AHEAD_OF_TIME`.
         onnx_only: Stop after the plugin form.
         timing_cache: File that makes the next build faster; None for a file in the user's cache folder. TensorRT only.
+        optimization_level: From 0, the fastest build, to 5, the fastest engine. TensorRT only.
+        timing_iterations: Times each kernel is timed before one is chosen. TensorRT only.
+        aux_streams: Streams at most, beside the main one, for branches of the network; None leaves it to the builder.
     """
 
     profile: Profile = field(default_factory=Profile)
@@ -52,6 +70,9 @@ class EngineOptions(Export):
     capabilities: tuple[int, ...] = field(default=(), kw_only=True)
     onnx_only: bool = field(default=False, kw_only=True)
     timing_cache: Path | None = field(default=None, kw_only=True)
+    optimization_level: int = field(default=5, kw_only=True)
+    timing_iterations: int = field(default=8, kw_only=True)
+    aux_streams: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.out.name:
@@ -67,6 +88,10 @@ class EngineOptions(Export):
                 f"--compute-capability {','.join(map(str, unknown))}: TensorRT-RTX builds for "
                 f"{','.join(map(str, RTX.capabilities))}"
             )
+        for option, (name, least, most, _) in BUILDER_OPTIONS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise SpecError(f"{option} {value}: give a number from {least} to {most}")
 
     @property
     def plugin_form(self) -> Path:
@@ -101,6 +126,9 @@ class EngineOptions(Export):
         for option, (name, _) in DECODE_OPTIONS.items():
             if getattr(self.decode, name) != getattr(default, name):
                 words += [option, str(getattr(self.decode, name))]
+        for option, (name, *_) in BUILDER_OPTIONS.items():
+            if getattr(self, name) != getattr(EngineOptions, name):
+                words += [option, str(getattr(self, name))]
         out = str(self.out)
         words += ["--out", f"./{out}" if out.startswith("-") else out]
         return shlex.join(word if word.isprintable() else "NAME" for word in words)
@@ -119,7 +147,10 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     check_files(options, outputs)
     options = _suit_int8(options)
     profile = options.profile
-    graph = export_graph(options, options.plugin_form, profile.fixed_hw, profile.sizes_hw[1], plugin=True)
+    last = _likely_flavor(options).channels_last
+    graph = export_graph(
+        options, options.plugin_form, profile.fixed_hw, profile.sizes_hw[1], plugin=True, channels_last=last
+    )
     print(f"wrote {graph.path}: {graph.spec.backbone}, convolutions {graph.shares}, {len(graph.content) / 1e6:.1f} MB")
     if options.onnx_only:
         return None
@@ -169,13 +200,20 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     return sidecar
 
 
+def _likely_flavor(options: EngineOptions) -> Flavor:
+    """Return the flavour an engine would be built with; nothing need be installed for its plugin form alone."""
+    with suppress(MissingPackageError):  # raised where the engine would be built
+        return find_flavor(options.flavor_asked)
+    return FLAVORS.get(options.flavor_asked, RTX)
+
+
 def _suit_int8(options: EngineOptions) -> EngineOptions:
     """Return the options with which INT8 costs TensorRT-RTX the fewest kernels, and say what INT8 is worth there."""
     with suppress(MissingPackageError):  # raised where the engine would be built
         if options.calibration and not options.onnx_only and find_flavor(options.flavor_asked) is RTX:
             print(
                 "note: INT8 is probably slower than FP16 in TensorRT-RTX, and was never timed: of mobilenet0.25 it "
-                f"makes 84 kernels, FP16 59; on sm_{TURING} nothing computes in INT8. Take --fp16 unless you time both"
+                f"makes 81 kernels, FP16 53; on sm_{TURING} nothing computes in INT8. Take --fp16 unless you time both"
             )
             return replace(options, calibration=replace(options.calibration, float_first=True))
     return options
@@ -253,6 +291,9 @@ def _build(
             "capabilities": capabilities if flavor is RTX else [],
             "timing_cache": str(cache.resolve()) if cache else None,
             "timing_cache_out": str(work / "timing.cache"),
+            "optimization_level": None if flavor is RTX else options.optimization_level,
+            "timing_iterations": None if flavor is RTX else options.timing_iterations,
+            "aux_streams": options.aux_streams,
             "log": str(work / "build.log"),
             "out": str(work / "engine"),
         }
@@ -331,6 +372,9 @@ def parse_arguments(argv: Sequence[str] | None) -> EngineOptions:
     parser.add_argument("--onnx-only", action="store_true", help="write the plugin form alone")
     cache = "what TensorRT measured (default: in ~/.cache/retinaface-trt)"
     parser.add_argument("--timing-cache", type=Path, metavar="FILE", help=cache)
+    for option, (name, least, most, text) in BUILDER_OPTIONS.items():
+        text = f"{text}, {least} to {most}{'; TensorRT alone' if option in TENSORRT_ALONE else ''}"
+        parser.add_argument(option, dest=name, type=int, default=getattr(EngineOptions, name), metavar="N", help=text)
     add_export_arguments(parser)
     given = export_fields(parser.parse_args(argv))
     return EngineOptions(profile=Profile(given.pop("batch"), given.pop("sizes_hw")), **given)
@@ -356,8 +400,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"note: for sm_{TURING}, TensorRT-RTX makes large engines of one fixed shape; "
                 "--batch 1:1:2 makes a small one"
             )
-    if options.timing_cache and (sidecar is None or sidecar.flavor == RTX.name):
-        print("note: --timing-cache was not used: it is for TensorRT alone")
+    if sidecar is None or sidecar.flavor == RTX.name:
+        for option, name in TENSORRT_ALONE.items():
+            if getattr(options, name) != getattr(EngineOptions, name):
+                print(f"note: {option} was not used: it is for TensorRT alone")
     return 0
 
 

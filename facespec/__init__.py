@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from facespec.boxes import make_priors
@@ -11,6 +13,12 @@ from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec, PreprocessSpec
 if TYPE_CHECKING:
     from facespec.detections import LANDMARK_NAMES, Detections, Detector
     from facespec.letterbox import Letterbox
+
+# Nothing leaves the machine unasked. Both packages look up their makers' servers from their import on, so this comes
+# before it, here, where every program of ours begins; children inherit the first and begin here, too. OpenVINO has no
+# variable: without openvino_telemetry it takes a stub of its own. ORT_DISABLE_TELEMETRY=0 is a user's own choice.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 __all__ = [
     "LANDMARK_NAMES",

@@ -22,6 +22,9 @@ ARCFACE_LANDMARKS_112 = np.array(
 """(5, 2) x, y of the landmarks in an aligned 112x112 crop. Source: ArcFace (Deng et al., CVPR 2019) and insightface."""
 
 
+_falling = np.minimum.accumulate
+
+
 @dataclass(frozen=True, eq=False)
 class Detections:
     """Faces of one frame, sorted by score. Arrays are the caller's own: no later call changes them.
@@ -168,16 +171,30 @@ def to_detections(
         NonFiniteError: The network gave NaN or infinity.
     """
     # sorted by logits; the sigmoid of neighbours may differ from that order by a rounding
-    scores = np.minimum.accumulate(scores[:num_detections])
-    # greedy NMS: what passes a higher threshold is a prefix of what passed the model's own
-    count = int(np.count_nonzero(scores >= score_threshold))
-    boxes, landmarks = box.to_frame(boxes[:count]), box.to_frame(landmarks[:count])
-    if num_candidates < 0 or not (np.isfinite(boxes).all() and np.isfinite(landmarks).all()):
+    scores = _falling(scores[:num_detections])
+    count = num_detections
+    if count and not scores[-1] >= score_threshold:
+        # greedy NMS: what passes a higher threshold is a prefix of what passed the model's own
+        count = int(np.count_nonzero(scores >= score_threshold))
+        scores = scores[:count].copy()
+    corners, points = 4 * count, 10 * count
+    scales = box.scales
+    if points > len(scales):
+        scales = np.resize(scales, points)
+    boxes, landmarks = boxes.ravel()[:corners] * scales[:corners], landmarks.ravel()[:points] * scales[:points]
+    # bytes are searched in a fifth of the time that `all` takes
+    if num_candidates < 0 or 0 in np.isfinite(boxes).tobytes() or 0 in np.isfinite(landmarks).tobytes():
         raise NonFiniteError("the network gave values that are not finite: its weights or its file are damaged")
     cut = num_candidates > decode.top_k or num_detections >= decode.max_detections
-    # a cut below the threshold loses nothing
-    truncated = bool(cut and count == num_detections)
-    return Detections(boxes, scores[:count].copy(), landmarks, box.frame_hw, truncated)
+    found = object.__new__(Detections)  # its own __init__ checks the shapes, which takes as long as all of this
+    vars(found).update(
+        boxes=boxes.reshape(count, 4),
+        scores=scores,
+        landmarks=landmarks.reshape(count, 5, 2),
+        frame_hw=box.frame_hw,
+        truncated=cut and count == num_detections,  # a cut below the threshold loses nothing
+    )
+    return found
 
 
 class Detector(Protocol):

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -28,41 +29,73 @@ MAX_FILE_BYTES = 256 << 20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 
 
-# these return (width, height), and raise EOFError or struct.error where the data ends before the image does
+MAX_PARTS = 100_000
+"""Files with more segments (JPEG) or chunks (PNG) are refused."""
+
+MAX_SCANNED_PIXELS = 1_280_000_000
+"""Scans of a JPEG times its pixels, which count as a megapixel at least: each scan is a pass over the whole picture."""
+
+
+# these return (width, height); they raise EOFError or struct.error where the data ends before the image does, and
+# ValueError where it would take too long to decode
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    size, position = None, 2
-    while position + 4 <= len(data):
-        if data[position] != 0xFF:
-            raise EOFError
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # no payload
-            position += 2
+    size = None
+    for marker, start, end in _jpeg_segments(data, 2):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height, width = struct.unpack_from(">HH", data, start + 3)
+            size = width, height
         elif marker == 0xDA:  # start of scan: pixels follow, the end-of-image marker must come after them
-            if size is None or data.rfind(b"\xff\xd9") < position:
+            if size is None or data.rfind(b"\xff\xd9") < start:
                 raise EOFError
+            most = MAX_SCANNED_PIXELS // max(size[0] * size[1], 1_000_000)
+            scans = 1 + sum(marker == 0xDA for marker, _, _ in _jpeg_segments(data, end))
+            if scans > most:
+                raise ValueError(f"has {scans} scans, of its size {most} are taken: save it again")
             return size
-        else:
-            length = int.from_bytes(data[position + 2 : position + 4], "big")
-            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-                height, width = struct.unpack_from(">HH", data, position + 5)
-                size = width, height
-            position += 2 + length
     raise EOFError
+
+
+_JPEG_MARKER = re.compile(rb"\xff(?:([\x02-\xcf\xd8-\xfe])|(?<!\xff\xff)\xff{255})")
+
+
+def _jpeg_segments(data: bytes, position: int) -> Iterator[tuple[int, int, int]]:
+    """Yield marker, start and end of the segments up to the end of the image; pixels and fill bytes are passed over."""
+    for _ in range(MAX_PARTS):
+        found = _JPEG_MARKER.search(data, position)
+        if not found or found[1] == b"\xd9":
+            return
+        if not found[1]:
+            raise ValueError("has a run of fill bytes: save it again")
+        start = found.end()
+        position = start + int.from_bytes(data[start : start + 2], "big")
+        yield found[1][0], start, position
+    raise ValueError(f"has more than {MAX_PARTS} segments: save it again")
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
     kind, width, height = struct.unpack_from(">4sII", data, 12)
     if kind != b"IHDR":
         raise EOFError
-    position = 8
-    while position + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, position)
-        if data[position + 4 : position + 8] == b"IEND":
-            return width, height
-        position += 12 + length
-    raise EOFError
+    return width, height
+
+
+def _png_pixels(data: bytes) -> bytes:
+    """Return a PNG with only the chunks that the first picture needs.
+
+    OpenCV 5.0 crashes on damaged frames of an animation, and texts may unpack to a thousand times their size.
+    """
+    position, parts = 8, [data[:8]]
+    for _ in range(MAX_PARTS):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            raise EOFError
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"):
+            parts.append(data[position:end])
+        if kind == b"IEND":
+            return b"".join(parts)
+        position = end
+    raise ValueError(f"has more than {MAX_PARTS} chunks: save it again")
 
 
 def _bmp_size(data: bytes) -> tuple[int, int]:
@@ -157,8 +190,12 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
     kind, read_size = known
     try:
         width, height = read_size(data)
+        if kind == "PNG":
+            data = _png_pixels(data)
     except (EOFError, struct.error):
         raise ImageError(f"{name}: the {kind} file is truncated or damaged") from None
+    except ValueError as error:
+        raise ImageError(f"{name}: the {kind} file {error}") from None
     if width <= 0 or height <= 0:
         raise ImageError(f"{name}: the {kind} header gives no size ({width}x{height})")
     if width * height > max_pixels:

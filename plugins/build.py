@@ -103,8 +103,8 @@ def library_path(target: str = "plugin", folder: Path | None = None) -> Path:
     return (folder or LIBRARY_FOLDER) / f"libretinaface_{target}.so"
 
 
-def find_nvcc() -> Path:
-    """Return nvcc: on PATH, under CUDA_HOME or CUDA_PATH, in /usr/local/cuda, or of NVIDIA's pip packages.
+def find_cuda_tool(name: str, command: str) -> Path:
+    """Return a program: on PATH, under CUDA_HOME or CUDA_PATH, in /usr/local/cuda, or of NVIDIA's pip packages.
 
     Raises:
         MissingToolError: There is none; the message names the command that brings one.
@@ -113,12 +113,17 @@ def find_nvcc() -> Path:
     pip_roots = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     wheels = [found for root in pip_roots for found in sorted(Path(root).glob("nvidia/cu*/bin"), reverse=True)]
     folders = [*homes, os.environ.get("PATH", os.defpath), SYSTEM_CUDA / "bin", *wheels]
-    found = shutil.which("nvcc", path=os.pathsep.join(map(str, folders)))
+    found = shutil.which(name, path=os.pathsep.join(map(str, folders)))
     if not found:
         raise MissingToolError(
-            f"no nvcc on PATH, under CUDA_HOME, in {SYSTEM_CUDA} or among the pip packages: {NVCC_COMMAND}"
+            f"no {name} on PATH, under CUDA_HOME, in {SYSTEM_CUDA} or among the pip packages: {command}"
         )
     return Path(found)
+
+
+def find_nvcc() -> Path:
+    """Return the CUDA compiler; see `find_cuda_tool`."""
+    return find_cuda_tool("nvcc", NVCC_COMMAND)
 
 
 def find_compiler() -> Path:

@@ -9,6 +9,8 @@ import ast
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
+import os
 import re
 import shutil
 import warnings
@@ -26,6 +28,7 @@ from facespec.errors import OutputError, SpecError, WeightsError
 from facespec.files import atomic_path
 from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, ModelSpec
 from trainer.model import BACKBONES, RetinaFace, backbone_of
+from trainer.pickles import UnsafePickleError, check_pickle
 
 CHECKPOINT_FORMAT = "retinaface-trt checkpoint 1"
 
@@ -35,6 +38,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.in
 
 FILTER_LENGTH = 3**-0.5
 """Root of the sum of squares of a filter as PyTorch initialises convolutions, whatever their size."""
+
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The pickled number that files of PyTorch before 1.6 begin with."""
 
 _OTHER_FILES = {
     b"\x08": "an ONNX file",
@@ -126,9 +132,10 @@ def read_training(path: str | Path) -> tuple[State, dict[str, Any]]:
     """
     content = _read(Path(path))
     training = content.get("training")
-    if content.get("format") != CHECKPOINT_FORMAT or not isinstance(training, dict):
+    state = content.get("model")
+    if content.get("format") != CHECKPOINT_FORMAT or not isinstance(training, dict) or not isinstance(state, dict):
         raise WeightsError(f"{path}: holds no state of a training run to resume; --pretrained starts from its weights")
-    return content["model"], training
+    return _normalise(state, Path(path)), training
 
 
 def save_checkpoint(path: str | Path, model: RetinaFace, **extra: Any) -> None:
@@ -180,34 +187,48 @@ def _read(path: Path) -> dict[str, Any]:
     for magic, kind in _OTHER_FILES.items():
         if head.startswith(magic):
             raise WeightsError(f"{path}: {kind}, expected a PyTorch checkpoint (.pth)")
-    size = _unpacked_bytes(path)
-    if size > _MAX_BYTES or size > 2 * path.stat().st_size + (1 << 20):  # torch.save does not compress
-        raise WeightsError(f"{path}: refused, it would unpack to {size >> 20} MiB")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters becomes the error below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(_checked(path), map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except UnsafePickleError as error:
+        raise WeightsError(f"{path}: refused, {error}") from None
     except Exception as error:  # torch raises many kinds for damaged files
-        reason = str(error)
-        if found := re.search(r"GLOBAL ([\w.]+)", reason):
-            raise WeightsError(
-                f"{path}: refused, its pickle asks for more than tensors ({found[1]}), which can run code; "
-                "save a plain state_dict instead"
-            ) from None
-        if "TorchScript" in reason:
-            raise WeightsError(f"{path}: a TorchScript archive, expected a state dict (torch.save)") from None
         raise WeightsError(f"{path}: not a PyTorch checkpoint, or damaged ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a state dict, found {type(content).__name__}")
     return content
 
 
-def _unpacked_bytes(path: Path) -> int:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return sum(part.file_size for part in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
-        return path.stat().st_size  # the older form, or damaged: torch.load will tell
+def _checked(path: Path) -> io.BytesIO:
+    """Return what `torch.load` may read: a copy of what was checked, in which any reader of archives finds the same."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= _MAX_BYTES and file.read(4) != b"PK\3\4":  # the older form
+            file.seek(0)
+            content = io.BytesIO(file.read(size))
+            if content.read(len(_LEGACY_START)) != _LEGACY_START:
+                raise ValueError("not a checkpoint")
+            for _ in range(4):  # version, machine, content, keys of the storages
+                check_pickle(content, size)
+            content.seek(0)
+            return content
+        content = io.BytesIO()
+        with zipfile.ZipFile(file) as packed, zipfile.ZipFile(content, "w") as plain:
+            parts = {part.filename.partition("/")[2]: part for part in packed.infolist()}
+            unpacked = sum(part.file_size for part in packed.infolist())
+            if max(size, unpacked) > _MAX_BYTES or unpacked > 2 * size + (1 << 20):  # torch.save does not compress
+                raise WeightsError(f"{path}: refused, it would unpack to {unpacked >> 20} MiB")
+            if "constants.pkl" in parts:
+                raise WeightsError(f"{path}: a TorchScript archive, expected a state dict (torch.save)")
+            for part in parts.values():
+                plain.writestr(part.filename, packed.read(part))
+            storages = {name[5:]: part.file_size for name, part in parts.items() if name.startswith("data/")}
+            check_pickle(io.BytesIO(packed.read(parts["data.pkl"])), storages)
+    content.seek(0)
+    return content
 
 
 def _normalise(content: dict[Any, Any], path: Path) -> State:

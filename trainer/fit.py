@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require("torch", "train", "training")
     from trainer.checkpoint import read_training
     from trainer.config import read_yaml, resolve
-    from trainer.loop import LAST, fit
+    from trainer.loop import LAST, check_training, fit
 
     said = {**(read_yaml(options.config) if options.config else {}), **options.settings}
     if options.check_data:
@@ -98,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not resume.exists():
             print(f"nothing to resume in {said['run.output']}: a new run")
             resume = None
-    base = read_training(resume)[1]["settings"] if resume else None
+    base = None
+    if resume:
+        _, training = read_training(resume)
+        check_training(resume, training)
+        base = training["settings"]
     fit(resolve(said, base), resume=resume)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import signal
 import threading
@@ -22,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from facespec.cli import finishing
-from facespec.errors import ConfigError, NonFiniteError, OutputError
+from facespec.codec import build
+from facespec.errors import ConfigError, NonFiniteError, OutputError, SpecError, WeightsError, reason
 from facespec.spec import ModelSpec
 from trainer.average_precision import LEVELS
 from trainer.checkpoint import is_folded, load_pretrained, read_training, save_checkpoint, unfold
@@ -184,8 +186,14 @@ class TrainState:
         save_checkpoint(path, self.averaged(), training=training)
 
     def load(self, path: Path, config: TrainConfig, digest: str) -> None:
-        """Take over what `save` wrote, unless the settings or the images are others than those of the run."""
+        """Take over what `save` wrote, unless the settings or the images are others than those of the run.
+
+        Raises:
+            ConfigError: They are others.
+            WeightsError: The checkpoint is not one that `save` wrote for this model.
+        """
         average, training = read_training(path)
+        check_training(path, training)
         if names := changed(from_settings(training["settings"]), config):
             old, new = training["settings"], to_settings(config)
             raise ConfigError(
@@ -197,14 +205,57 @@ class TrainState:
                 f"{path} was trained on other images than there are now: bring them back, or start a new run with "
                 "--pretrained"
             )
+        try:
+            self._take(average, training)
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:  # PyTorch raises all these
+            raise WeightsError(
+                f"{path}: cannot be resumed, it was not written for this model ({reason(error)})"
+            ) from None
+
+    def _take(self, average: dict[str, Tensor], training: dict[str, Any]) -> None:
         self.model.load_state_dict(training["weights"])
         if self.pixel_term is not None:
             self.pixel_term.load_state_dict(training["pixel_term"])
-        self.optimizer.load_state_dict(training["optimizer"])
+        # of the optimizer the momenta alone; all else is said by the settings
+        trained = [value for group in self.optimizer.param_groups for value in group["params"]]
+        momenta = {number: kept["momentum_buffer"] for number, kept in training["optimizer"]["state"].items()}
+        for number, momentum in momenta.items():
+            if not 0 <= number < len(trained) or (momentum is not None and momentum.shape != trained[number].shape):
+                raise ValueError(f"its momentum {number} is of no parameter")
+        state = {number: {"momentum_buffer": momentum} for number, momentum in momenta.items()}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         if self.ema is not None:
             self.ema.model.load_state_dict(average)
             self.ema.updates = training["ema_updates"]
+        if training["step"] < 0:
+            raise ValueError(f"step {training['step']}")
         self.step, self.sums, self.history = training["step"], training["sums"], training["history"]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What `TrainState.save` writes."""
+
+    settings: dict[str, Any]
+    data: str
+    weights: dict[str, Any]
+    pixel_term: dict[str, Any]
+    optimizer: dict[str, Any]
+    ema_updates: int
+    step: int
+    sums: dict[str, float]
+    history: tuple[dict[str, float], ...]
+
+
+def check_training(path: Path, training: dict[str, Any]) -> None:
+    """Raise WeightsError unless the state of a run, of a checkpoint `path`, is such as `TrainState.save` writes."""
+    try:
+        build(_Training, training, "training")
+        json.dumps(training["settings"])  # plain values, which can be compared
+        if not all(isinstance(name, str) for name in training["settings"]):
+            raise SpecError("a setting without a name")
+    except (SpecError, TypeError) as error:
+        raise WeightsError(f"{path}: holds no state of a training run to resume ({reason(error)})") from None
 
 
 class _Run:

@@ -217,7 +217,8 @@ class SSH(nn.Module):
         """Return a map of the shape of `x`."""
         shared = self.conv5X5_1(x)
         branches = self.conv3X3(x), self.conv5X5_2(shared), self.conv7x7_3(self.conv7X7_2(shared))
-        return F.relu(torch.cat(branches, dim=1))
+        # of each branch, not of all together: builders fuse it with the convolution before it
+        return torch.cat([F.relu(branch) for branch in branches], dim=1)
 
 
 class Head(nn.Module):

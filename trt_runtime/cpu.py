@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from facespec.letterbox import Frame, Letterbox
 from facespec.spec import ModelSpec, NetworkSize, check_size
 from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, letterboxed, network_size
 from trt_runtime.kernels import decode_nms, library
-from trt_runtime.measure import cores
+from trt_runtime.measure import StageTimer, cores
 from trt_runtime.onnx_model import OnnxModel, open_session
 
 COMPILED_SIZES = 4
@@ -123,20 +123,21 @@ class _OrtLane(Lane):
         self._session, self._heads, self._spec = session, heads, spec
         self._outputs = heads or list(spec.decode.outputs)
 
-    def run(
-        self, frames: Sequence[Frame], boxes: Sequence[Letterbox], stage: Callable[[str], Any]
-    ) -> list[NDArray[Any]]:
-        with stage("letterbox"):
-            batch = letterboxed(frames, boxes, self._spec)
-        with stage("network"):
-            try:
-                outputs = self._session.run(self._outputs, {"images": batch})
-            except Exception as error:
-                raise ModelFileError(f"ONNX Runtime failed on a batch of {batch.shape}: {reason(error)}") from None
-        if self._heads:
-            with stage("decode+NMS"):
-                outputs = _decode(outputs, boxes[0].size_hw, self._spec)
-        return list(outputs)
+    def run(self, frames: Sequence[Frame], boxes: Sequence[Letterbox], timer: StageTimer | None) -> list[NDArray[Any]]:
+        if timer is not None:
+            timer.begin("letterbox")
+        batch = letterboxed(frames, boxes, self._spec)
+        if timer is not None:
+            timer.begin("network")
+        try:
+            outputs = self._session.run(self._outputs, {"images": batch})
+        except Exception as error:
+            raise ModelFileError(f"ONNX Runtime failed on a batch of {batch.shape}: {reason(error)}") from None
+        if not self._heads:
+            return list(outputs)
+        if timer is not None:
+            timer.begin("decode+NMS")
+        return _decode(outputs, boxes[0].size_hw, self._spec)
 
 
 class OpenVinoRetinaFace(_CpuRetinaFace):
@@ -211,9 +212,7 @@ class _OpenVinoLane(Lane):
         # requests go with their model, when the detector gives that up
         self._requests: WeakKeyDictionary[Any, tuple[Any, Frame | None]] = WeakKeyDictionary()
 
-    def run(
-        self, frames: Sequence[Frame], boxes: Sequence[Letterbox], stage: Callable[[str], Any]
-    ) -> list[NDArray[Any]]:
+    def run(self, frames: Sequence[Frame], boxes: Sequence[Letterbox], timer: StageTimer | None) -> list[NDArray[Any]]:
         (frame,), (box,) = frames, boxes
         spec = self._detector.spec
         size_hw = None if self._detector.size_hw is None else box.size_hw
@@ -222,16 +221,19 @@ class _OpenVinoLane(Lane):
             made = np.empty((*size_hw, 3), np.uint8) if size_hw else None
             self._requests[compiled] = compiled.create_infer_request(), made
         request, buffer = self._requests[compiled]
-        with stage("letterbox"):
-            fits = box.frame_hw == box.size_hw
-            pixels = box.apply(frame, spec.preprocess.mean_bgr, out=None if fits else buffer)
-        with stage("network"):
-            try:
-                found = request.infer({0: pixels[None]}, share_inputs=True, share_outputs=True)
-            except Exception as error:
-                raise ModelFileError(f"OpenVINO failed on a frame of {box.size_hw}: {reason(error)}") from None
-        with stage("decode+NMS"):  # copies: the request's memory serves the next call
-            return _decode(list(found.values()), box.size_hw, spec)
+        if timer is not None:
+            timer.begin("letterbox")
+        fits = box.frame_hw == box.size_hw
+        pixels = box.apply(frame, spec.preprocess.mean_bgr, out=None if fits else buffer)
+        if timer is not None:
+            timer.begin("network")
+        try:
+            found = request.infer({0: pixels[None]}, share_inputs=True, share_outputs=True)
+        except Exception as error:
+            raise ModelFileError(f"OpenVINO failed on a frame of {box.size_hw}: {reason(error)}") from None
+        if timer is not None:
+            timer.begin("decode+NMS")
+        return _decode(list(found.values()), box.size_hw, spec)  # copies: the request's memory serves the next call
 
 
 _loading_openvino = threading.Lock()

@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -51,6 +51,7 @@ class ShapeCache(Generic[Key, Value]):
         self._make = make
         self._drop = drop
         self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._last: tuple[Key, Value] | None = None  # used
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -59,35 +60,58 @@ class ShapeCache(Generic[Key, Value]):
     def __contains__(self, key: object) -> bool:
         return key in self._values
 
+    def find(self, key: Key) -> Value | None:
+        """Return the value of a key, or None if none is kept."""
+        last = self._last
+        if last is not None and last[0] == key:
+            return last[1]
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            self._last = key, self._values[key]
+            return self._values[key]
+
     def get(self, key: Key, *parts: Any) -> Value:
         """Return the value of a key; making one gives up the one that was not used for the longest time."""
+        value = self.find(key)
+        if value is not None:
+            return value
         with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
+            if key in self._values:  # another thread was faster
                 return self._values[key]
+            self._last = None  # it may be the one that is given up
             while len(self._values) >= self.capacity:  # first, so that its memory is free for the new one
                 self._drop(self._values.popitem(last=False)[1])
             value = self._values[key] = self._make(key, *parts)
             self.made += 1
+            self._last = key, value
             return value
 
     def clear(self) -> None:
         """Give up everything."""
         with self._lock:
+            self._last = None
             while self._values:
                 self._drop(self._values.popitem()[1])
 
 
 class Lane(Protocol):
-    """What one call has for itself while it runs: a session's request, or a context, a stream and buffers on a GPU."""
+    """What one call has for itself while it runs: a session's request, or a context, a stream and buffers on a GPU.
 
-    def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[NDArray[Any]]:
+    Attributes:
+        keeps_shapes: Whether its outputs have the shapes of `DecodeSpec.outputs` by construction.
+    """
+
+    keeps_shapes: bool = False
+
+    def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], timer: StageTimer | None) -> list[NDArray[Any]]:
         """Return the outputs of a detector graph for a batch, `DecodeSpec.outputs` in its order, batch first.
 
         Args:
             frames: Frames as the caller gave them, checked.
             boxes: How they lie in the network input; all of one size.
-            stage: Context manager that times a stage by its name.
+            timer: Is told which stage begins.
         """
 
     def close(self) -> None:
@@ -121,7 +145,8 @@ class RetinaFaceDetector:
         # of a proxy: its own method would make a reference cycle, and its memory would wait for the garbage collector
         place = functools.partial(type(self)._place, weakref.proxy(self))
         self._placements: ShapeCache[tuple[tuple[int, int], NetworkSize], _Placement] = ShapeCache(SHAPES, place)
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._idle: list[Lane] = []
         self._lent = 0
         self._closed = self._freed = False
@@ -183,7 +208,11 @@ class RetinaFaceDetector:
             ModelFileError: The backend failed on the model.
             ClosedError: The detector is closed.
         """
-        return self.detect_batch([frame], timer)[0]
+        if self._closed:
+            self._check_open()
+        key = self._frame_hw(frame), self.size_hw
+        box, _ = self._placements.find(key) or self._placements.get(key)
+        return self._run([frame], [box], timer)[0]
 
     def detect_batch(self, frames: Iterable[Any], timer: StageTimer | None = None) -> list[Detections]:
         """Return the faces of several frames, which may differ in size, in their order; see `detect`."""
@@ -202,6 +231,14 @@ class RetinaFaceDetector:
                 stop += 1
             results += self._run(frames[start:stop], boxes[start:stop], timer)
         return results
+
+    def pinned_frame(self, height: int, width: int) -> Frame:
+        """Return a frame to decode into, uint8 (height, width, 3), undefined: the detector takes it without a copy.
+
+        It is an array like any other, and its memory serves the next one when nobody refers to it any more. Fill it
+        again only after the results of what it held are there.
+        """
+        return np.empty((height, width, 3), np.uint8)
 
     def stream(self, depth: int = 2) -> DetectionStream:
         """Return a context in which calls overlap: while one frame is computed the next is prepared.
@@ -250,44 +287,77 @@ class RetinaFaceDetector:
 
     @contextmanager
     def _lane(self) -> Iterator[Lane]:
-        """Lend a lane: an idle one, the last used first, or a new one."""
-        with self._changed:
-            self._check_open()
-            self._lent += 1
-            lane = self._idle.pop() if self._idle else None
+        """Lend a lane; one that fails in an unknown state is closed."""
+        lane: Lane | None = self._borrow()
         try:
-            lane = lane or self._new_lane()
-            try:
-                yield lane
-            except (FrameError, NonFiniteError):
-                raise
-            except BaseException:
-                broken, lane = lane, None  # its state is unknown
-                broken.close()
-                raise
+            yield lane  # type: ignore[misc]
+        except BaseException as error:
+            lane = _unless_broken(lane, error)
+            raise
         finally:
-            with self._changed:
-                self._lent -= 1
-                if lane is not None:
-                    self._idle.append(lane)
+            self._give_back(lane)
+
+    def _borrow(self) -> Lane:
+        """Return an idle lane, the last used first, or a new one."""
+        with self._lock:
+            if self._closed:
+                self._check_open()
+            self._lent += 1
+            if self._idle:
+                return self._idle.pop()
+        try:
+            return self._new_lane()
+        except BaseException:
+            self._give_back(None)
+            raise
+
+    def _give_back(self, lane: Lane | None) -> None:
+        with self._lock:
+            self._lent -= 1
+            if lane is not None:
+                self._idle.append(lane)
+            if self._closed:  # `close` waits for the last one
                 self._changed.notify_all()
 
     def _run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], timer: StageTimer | None) -> list[Detections]:
-        stage: Any = timer or nullcontext
         decode = self.spec.decode
-        with self._lane() as lane:
-            outputs = lane.run(frames, boxes, stage)
-            with stage("results"):  # copies: the lane's buffers serve the next call
-                shapes = [(len(frames), *shape) for shape in self._shapes]
-                counts = outputs[0]
-                if [output.shape for output in outputs] != shapes or not (
-                    (counts >= 0) & (counts <= decode.max_detections)
-                ).all():
-                    raise ModelFileError("the model's outputs are not what it announces: export it again")
-                return [
-                    to_detections(box, decode, self._score_threshold, *values)
-                    for box, *values in zip(boxes, *outputs, strict=True)
-                ]
+        lane: Any = self._borrow()
+        try:
+            outputs = lane.run(frames, boxes, timer)
+            if timer is not None:
+                timer.begin("results")
+            if not lane.keeps_shapes and [output.shape for output in outputs] != [
+                (len(frames), *shape) for shape in self._shapes
+            ]:
+                raise ModelFileError(_NOT_ANNOUNCED)
+            num_detections, boxes_px, scores, landmarks, num_candidates = outputs
+            counts, candidates = num_detections.tolist(), num_candidates.tolist()
+            limit, least, results = decode.max_detections, self._score_threshold, []
+            for i, box in enumerate(boxes):  # copies: the lane's buffers serve the next call
+                if not 0 <= counts[i] <= limit:
+                    raise ModelFileError(_NOT_ANNOUNCED)
+                results.append(
+                    to_detections(box, decode, least, counts[i], boxes_px[i], scores[i], landmarks[i], candidates[i])
+                )
+            return results
+        except BaseException as error:
+            lane = _unless_broken(lane, error)
+            raise
+        finally:
+            self._give_back(lane)
+            if timer is not None:
+                timer.begin("")
+
+
+def _unless_broken(lane: Any, error: BaseException) -> Any:
+    """Return a lane that may be used again after an error; close one whose state is unknown, and return None."""
+    if isinstance(error, (FrameError, NonFiniteError)):
+        return lane
+    lane.close()
+    return None
+
+
+_NOT_ANNOUNCED = "the model's outputs are not what it announces: export it again"
 
 
 class DetectionStream:

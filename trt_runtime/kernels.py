@@ -10,15 +10,17 @@ import ctypes
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +59,7 @@ class PluginName:
     """How TensorRT finds the plugin: as in plugins/src/plugin.cpp."""
 
     name: str = "RetinaFaceDecodeNMS"
-    version: str = "1"
+    version: str = "2"
     namespace: str = "retinaface_trt"
     domain: str = "trt.plugins"
     node: str = "decode_nms"
@@ -245,14 +247,27 @@ def make_params(batch: int, size_hw: tuple[int, int], spec: ModelSpec) -> Decode
     return params
 
 
+class _DecodePlan(NamedTuple):
+    """What no frame of a size changes; of each output its name, type, shape and offset."""
+
+    maps: list[tuple[int, ...]]
+    outputs: list[tuple[str, np.dtype[Any], tuple[int, ...], int]]
+    nbytes: int
+    params: bytes
+
+
 @functools.lru_cache(256)
-def _decode_plan(
-    size_hw: tuple[int, int], anchors: AnchorSpec, decode: DecodeSpec
-) -> tuple[list[tuple[int, int, int]], dict[str, tuple[np.dtype[Any], tuple[int, ...]]], DecodeParams]:
-    """Return what no frame of a size changes: shapes (C, H, W) of the head maps, the outputs, and the parameters."""
-    maps = [(16 * anchors.per_cell, rows, columns) for rows, columns in anchors.grids_hw(size_hw)]
-    outputs = {name: (np.dtype(kind), shape) for name, (kind, shape) in decode.outputs.items()}
-    return maps, outputs, make_params(0, size_hw, ModelSpec(anchors=anchors, decode=decode))
+def _decode_plan(batch: int, size_hw: tuple[int, int], anchors: AnchorSpec, decode: DecodeSpec) -> _DecodePlan:
+    maps: list[tuple[int, ...]] = [(batch, 16 * anchors.per_cell, *grid) for grid in anchors.grids_hw(size_hw)]
+    outputs, at = [], 0
+    for name, (kind, shape) in decode.outputs.items():
+        outputs.append((name, np.dtype(kind), (batch, *shape), at))
+        at += -(-4 * math.prod((batch, *shape)) // 64) * 64
+    params = make_params(batch, size_hw, ModelSpec(anchors=anchors, decode=decode))
+    problem = library().retinaface_host_check(ctypes.byref(params)) if batch else None
+    if problem:
+        raise ValueError(problem.decode())
+    return _DecodePlan(maps, outputs, at, bytes(params))
 
 
 @functools.cache
@@ -303,41 +318,38 @@ def decode_nms(
         BuildError: The library must be compiled, and there is no C++ compiler.
         MemoryError: There is not enough memory.
     """
-    batch = len(heads[0]) if heads else 0
-    maps_chw, results, template = _decode_plan(size_hw, spec.anchors, spec.decode)
-    shapes = [(batch, *chw) for chw in maps_chw]
-    if [head.shape for head in heads] != shapes:
-        raise ValueError(f"heads of shapes {[head.shape for head in heads]}, expected {shapes}")
-    kinds = {np.dtype(head.dtype) for head in heads}
+    plan = _decode_plan(len(heads[0]) if heads else 0, size_hw, spec.anchors, spec.decode)
+    if [head.shape for head in heads] != plan.maps:
+        raise ValueError(f"heads of shapes {[head.shape for head in heads]}, expected {plan.maps}")
+    kinds = {head.dtype for head in heads}
     if len(kinds) != 1 or not kinds <= HEAD_TYPES.keys():
         raise ValueError(f"heads must all be float32 or all float16, not {sorted(map(str, kinds))}")
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, not {order!r}")
     if not 64 <= shared_capacity <= SHARED_KEYS or shared_capacity & (shared_capacity - 1):
         raise ValueError(f"shared_capacity must be a power of two from 64 to {SHARED_KEYS}, not {shared_capacity}")
-    outputs = {name: np.empty((batch, *shape), kind) for name, (kind, shape) in results.items()}
-    if batch == 0:
+    room = np.empty(plan.nbytes, np.uint8)
+    outputs = {name: np.ndarray(shape, kind, room, at) for name, kind, shape, at in plan.outputs}
+    if not len(heads[0]):
         return outputs
-    params = DecodeParams.from_buffer_copy(template)
-    params.batch = batch
-    problem = library().retinaface_host_check(ctypes.byref(params))
-    if problem:
-        raise ValueError(problem.decode())
-    last = [head.transpose(0, 2, 3, 1) for head in heads]
-    params.channels_last = all(view.flags.c_contiguous for view in last)
-    maps = last if params.channels_last else [np.ascontiguousarray(head) for head in heads]
-    addresses = (ctypes.c_void_p * len(maps))(*(head.ctypes.data for head in maps))
-    schedule = Schedule(order=ORDERS.index(order), threads=8, warp_size=4, skipped_line=0, seed=seed)
+    params = DecodeParams.from_buffer_copy(plan.params)
+    maps = heads
+    if not all(head.flags.c_contiguous for head in heads):
+        maps = [head.transpose(0, 2, 3, 1) for head in heads]
+        params.channels_last = all(view.flags.c_contiguous for view in maps)
+        if not params.channels_last:
+            maps = [np.ascontiguousarray(head) for head in heads]
+    start = room.ctypes.data
     failed = library().retinaface_host_decode_nms(
         ctypes.byref(params),
         HEAD_TYPES[kinds.pop()],
-        addresses,
-        ctypes.byref(Outputs(*(array.ctypes.data for array in outputs.values()))),
+        (ctypes.c_void_p * len(maps))(*[head.ctypes.data for head in maps]),
+        ctypes.byref(Outputs(*[start + at for *_, at in plan.outputs])),
         shared_capacity,
-        ctypes.byref(schedule),
+        ctypes.byref(Schedule(order=ORDERS.index(order), threads=8, warp_size=4, skipped_line=0, seed=seed)),
     )
     if failed:
-        raise MemoryError(f"no memory to decode {batch} images of {size_hw[1]}x{size_hw[0]}")
+        raise MemoryError(f"no memory to decode {len(heads[0])} images of {size_hw[1]}x{size_hw[0]}")
     return outputs
 
 
@@ -381,29 +393,39 @@ class LetterboxFrame(ctypes.Structure):
     )
 
 
-def describe_frame(
+FRAME = struct.Struct("=QQqqiiiii12x")
+"""The fields of a `LetterboxFrame`, packed."""
+
+
+def frame_fields(
     address: int,
     pitch: int,
     frame_hw: tuple[int, int],
     scaled_hw: tuple[int, int],
-    pixel_format: PixelFormat = PixelFormat.BGR,
+    pixel_format: int = PixelFormat.BGR,
     chroma_address: int = 0,
     chroma_pitch: int = 0,
-) -> LetterboxFrame:
-    """Return the description of a frame that the kernel reads; it is scaled to `Letterbox.scaled_hw`.
+) -> tuple[int, ...]:
+    """Return the fields of a `LetterboxFrame` for a frame, which is scaled to `Letterbox.scaled_hw`.
 
     The addresses are those of the first pixel or the luma plane, and of the U and V plane of NV12; a pitch is the bytes
-    from row to row.
+    from row to row; `pixel_format` is a `PixelFormat`.
 
     Raises:
         FrameError: There can be no such frame, or it is too large.
     """
-    (height, width), nv12 = frame_hw, pixel_format != PixelFormat.BGR
+    (height, width), (scaled_height, scaled_width) = frame_hw, scaled_hw
+    nv12 = pixel_format != 0
     row = width if nv12 else 3 * width
     problem = ""
-    if not all(1 <= side <= MAX_FRAME_SIDE for side in (height, width, *scaled_hw)):
+    if not (
+        0 < height <= MAX_FRAME_SIDE
+        and 0 < width <= MAX_FRAME_SIDE
+        and 0 < scaled_height <= MAX_FRAME_SIDE
+        and 0 < scaled_width <= MAX_FRAME_SIDE
+    ):
         problem = (
-            f"scaled to {scaled_hw[1]}x{scaled_hw[0]}: sides must be 1 to {MAX_FRAME_SIDE} pixels for the GPU; "
+            f"scaled to {scaled_width}x{scaled_height}: sides must be 1 to {MAX_FRAME_SIDE} pixels for the GPU; "
             "cv2.resize makes a smaller frame"
         )
     elif nv12 and (height % 2 or width % 2):
@@ -419,7 +441,12 @@ def describe_frame(
         problem = "it has no chroma plane; NV12 does"
     if problem:
         raise FrameError(f"frame of {width}x{height} pixels, {PixelFormat(pixel_format).name}: {problem}")
-    return LetterboxFrame(address, chroma_address, pitch, chroma_pitch, height, width, *scaled_hw, int(pixel_format))
+    return address, chroma_address, pitch, chroma_pitch, height, width, scaled_height, scaled_width, pixel_format
+
+
+def describe_frame(*arguments: Any) -> LetterboxFrame:
+    """Return `frame_fields` of the same arguments as the kernel reads them."""
+    return LetterboxFrame(*frame_fields(*arguments))
 
 
 def load_letterbox(library: Any) -> Launch:

@@ -40,6 +40,7 @@ class StageTimer:
     def __init__(self, fine: bool = False) -> None:
         self.fine = fine
         self.total_ms: dict[str, float] = {}
+        self._stage, self._start = "", 0.0
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -49,6 +50,13 @@ class StageTimer:
             yield
         finally:
             self.add(stage, (time.perf_counter() - start) * 1e3)
+
+    def begin(self, stage: str) -> None:
+        """End the stage that was begun before, if one was, and begin another; "" is none."""
+        now = time.perf_counter()
+        if self._stage:
+            self.add(self._stage, (now - self._start) * 1e3)
+        self._stage, self._start = stage, now
 
     def add(self, stage: str, ms: float) -> None:
         """Add a time that was measured elsewhere."""

@@ -127,12 +127,17 @@ def plain(value: Any) -> Any:
 
 
 def plugin_problem(attributes: dict[str, Any], spec: ModelSpec) -> str | None:
-    """Return where the attributes of a plugin node are not what a spec says, or None."""
+    """Return where the attributes of a plugin node are not those of this version, or not what a spec says; or None."""
     identity = {"plugin_version": PLUGIN.version, "plugin_namespace": PLUGIN.namespace}
     for name, value in {**identity, **decode_attributes(spec)}.items():
         value = plain(value)
         if attributes.get(name) != value:
-            return f"the plugin's {name} is {attributes.get(name)}, the spec says {value}"
+            wanted = f"the spec says {value}"
+            if name in identity:
+                wanted = f"this version has {value}: export it again with python -m export.to_trt --onnx-only"
+            return f"the plugin's {name} is {attributes.get(name)}, {wanted}"
+    if attributes.get("channels_last") not in (0, 1):
+        return f"the plugin's channels_last is {attributes.get('channels_last')}, it must be 0 or 1"
     return None
 
 
@@ -161,10 +166,12 @@ def cut_heads(content: bytes, spec: ModelSpec) -> HeadsGraph:
     graph = model.graph
     if any(node.domain == PLUGIN.domain for node in graph.node):
         plugin = find_plugin(model)
-        problem = plugin_problem(plugin_attributes(plugin), spec)
-        if problem:
+        attributes = plugin_attributes(plugin)
+        if problem := plugin_problem(attributes, spec):
             raise ModelFileError(problem)
         heads = list(plugin.input)
+        if attributes["channels_last"]:
+            heads = _before_transposes(graph, heads)
     else:
         heads = [f"head_{stride}" for stride in spec.anchors.strides]
     _keep(graph, heads)
@@ -175,6 +182,19 @@ def cut_heads(content: bytes, spec: ModelSpec) -> HeadsGraph:
     sides = [side.dim_value for item in graph.input for side in item.type.tensor_type.shape.dim[1:3]]
     fixed = (sides[0], sides[1]) if len(sides) == 2 and all(side > 0 for side in sides) else None
     return HeadsGraph(model.SerializeToString(), heads, fixed, half)
+
+
+def _before_transposes(graph: Any, heads: list[str]) -> list[str]:
+    """Return the names of the (B, C, H, W) maps of which a plugin is given (B, H, W, C) ones, as the export writes it.
+
+    Raises:
+        ModelFileError: It is given something else.
+    """
+    transposes = [node for node in graph.node if plugin_attributes(node) == {"perm": [0, 2, 3, 1]}]
+    planar = {node.output[0]: node.input[0] for node in transposes if len(node.output) == len(node.input) == 1}
+    if not set(heads) <= planar.keys():
+        raise ModelFileError("its plugin says channels_last, and its inputs are no transposed head maps")
+    return [planar[name] for name in heads]
 
 
 def _keep(graph: Any, outputs: list[str]) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, FrameError, GpuError, RetinaFaceError, SpecError
@@ -27,12 +25,16 @@ from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, Stre
 from trt_runtime.gpu.engine import Context, Engine, Shape, TrtEngine
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
 from trt_runtime.gpu.simulated import HostDevice, HostEngine
-from trt_runtime.kernels import LetterboxFrame, describe_frame
+from trt_runtime.kernels import FRAME, frame_fields
+from trt_runtime.measure import StageTimer
 
 GRAPHS = 32
 """Shapes (B, H, W) for which a lane keeps a context and a CUDA graph."""
 
-_FRAME_BYTES = ctypes.sizeof(LetterboxFrame)
+PINNED_FRAMES = 32
+"""Page-locked frames that are kept for the next ones of their size."""
+
+_FRAME_BYTES, _pack_frame = FRAME.size, FRAME.pack_into
 
 
 class TRTRetinaFace(RetinaFaceDetector):
@@ -85,6 +87,7 @@ class TRTRetinaFace(RetinaFaceDetector):
         self.device: Device = open_device(device) if isinstance(device, str) else device
         self._graphs = _Graphs(graphs and self.device.can_capture)
         self._handing = threading.local()
+        self._pinned = _PinnedFrames(self.device)
         self.engine: Engine
         with self.device.activate():
             self.device.free_and_total()  # of a lost device TensorRT would say only that it cannot load the engine
@@ -133,12 +136,22 @@ class TRTRetinaFace(RetinaFaceDetector):
             self.device.copy_in(memory.address, pixels, stream)
             stream.synchronize()
             stream.close()
-        return DeviceArray(memory, (height, width, 3), getattr(self.device, "index", None))
+        return DeviceArray(self.device, memory, (height, width, 3))
+
+    def pinned_frame(self, height: int, width: int) -> Frame:
+        """Return a frame in page-locked memory, which is uploaded from where it lies; see `RetinaFaceDetector`.
+
+        Raises:
+            DeviceMemoryError: The host cannot page-lock so much memory.
+        """
+        self._check_open()
+        return self._pinned.new(height, width)
 
     def _free(self) -> None:
         """Free contexts, buffers and the engine. The device stays: arrays of `to_device` may still lie on it."""
         super()._free()
         self._handing = threading.local()  # frees the streams of all threads
+        self._pinned.clear()
         with _active_to_free(self.device):
             self.engine.close()
 
@@ -148,16 +161,16 @@ class TRTRetinaFace(RetinaFaceDetector):
         box = Letterbox.pad(size_hw)
         with self._lane() as lane:
             for _ in range(2):  # the second run is captured
-                lane.run(frames, [box] * len(frames), nullcontext)
+                lane.run(frames, [box] * len(frames), None)
 
     def _usual_hw(self) -> tuple[int, int]:
         """Return the network size that calls are expected to repeat."""
         return self.size_hw if isinstance(self.size_hw, tuple) else self.engine.profile.sizes_hw[1]
 
     def _frame_hw(self, frame: Any) -> tuple[int, int]:
-        shape = None
-        if isinstance(frame, DeviceFrame):
+        if isinstance(frame, (DeviceFrame, DeviceArray)):
             return frame.frame_hw
+        shape = None
         if not isinstance(frame, np.ndarray):
             shape = _shape(frame.luma if isinstance(frame, Nv12Frame) else frame)
         if shape is None:
@@ -168,7 +181,7 @@ class TRTRetinaFace(RetinaFaceDetector):
 
     def _hand_over(self, frame: Any) -> Any:
         """Return where a frame lies on the device, with an event after the work that this thread has put on it."""
-        if isinstance(frame, (np.ndarray, DeviceFrame)):
+        if isinstance(frame, (np.ndarray, DeviceFrame)) or self._is_ours(frame):
             return frame
         self._check_open()
         with self.device.activate():
@@ -178,9 +191,9 @@ class TRTRetinaFace(RetinaFaceDetector):
             place = self.device.frame(frame, stream)
             if place is None:
                 return frame
-            ready = self.device.event()
-            ready.record(stream)
-        return replace(place, ready=ready)
+            place.ready = self.device.event()
+            place.ready.record(stream)
+        return place
 
     def _batch_limit(self, size_hw: tuple[int, int]) -> int:
         profile = self.engine.profile
@@ -193,7 +206,11 @@ class TRTRetinaFace(RetinaFaceDetector):
 
     def _new_lane(self) -> Lane:
         with self.device.activate():
-            return _GpuLane(self.device, self.engine, self._graphs, self._usual_hw())
+            return _GpuLane(self.device, self.engine, self._graphs, self._usual_hw(), self._pinned)
+
+    def _is_ours(self, frame: Any) -> bool:
+        """Whether a frame lies complete on the device."""
+        return isinstance(frame, DeviceArray) and frame.device is self.device
 
 
 class DeviceArray:
@@ -203,13 +220,25 @@ class DeviceArray:
 
     Attributes:
         shape: (H, W, 3).
+        frame_hw: (H, W).
+        device: Its `Device`.
         device_index: Index of its GPU; None on the CPU.
     """
 
-    def __init__(self, memory: Memory, shape: tuple[int, int, int], device_index: int | None) -> None:
+    def __init__(self, device: Device, memory: Memory, shape: tuple[int, int, int]) -> None:
         self.shape = shape
-        self.device_index = device_index
+        self.device_index: int | None = getattr(device, "index", None)
+        self.frame_hw = shape[:2]
+        self._place = DeviceFrame(memory.address, 3 * shape[1], self.frame_hw, self.device_index, memory)
+        self.device = device
         self._memory = memory
+
+    @property
+    def place(self) -> DeviceFrame:
+        """Where it lies, for detectors on the same device; GpuError if its memory has been closed."""
+        if self._memory.closed:
+            _ = self._memory.address
+        return self._place
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -222,6 +251,56 @@ class DeviceArray:
             "version": 3,
             "stream": None,
         }
+
+
+class _Lease:
+    """Memory that arrays refer to: it ends with the last of them."""
+
+    def __init__(self, memory: Bytes) -> None:
+        self.__array_interface__ = memory.__array_interface__
+
+
+class _PinnedFrames:
+    """Page-locked frames of the host; the memory of one that nobody refers to any more serves the next."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._keeps = PINNED_FRAMES
+        self._lent: dict[int, int] = {}  # bytes by address
+        self._idle: list[Bytes] = []
+        self._lock = threading.RLock()  # the garbage collector may take a frame back while this thread holds it
+
+    def new(self, height: int, width: int) -> Frame:
+        """Return a frame, uint8 (height, width, 3), undefined."""
+        nbytes = 3 * height * width
+        with self._lock:
+            found = next((index for index, memory in enumerate(self._idle) if len(memory) == nbytes), None)
+            memory = None if found is None else self._idle.pop(found)
+        if memory is None:
+            with self._device.activate():
+                memory = self._device.pinned(nbytes)
+        lease = _Lease(memory)
+        weakref.finalize(lease, self._take_back, memory).atexit = False
+        self._lent[memory.ctypes.data] = nbytes
+        frame: Frame = np.asarray(lease).reshape(height, width, 3)
+        return frame
+
+    def _take_back(self, memory: Bytes) -> None:
+        with self._lock:
+            del self._lent[memory.ctypes.data]
+            if len(self._idle) < self._keeps:
+                self._idle.append(memory)
+
+    def holds(self, frame: Frame) -> bool:
+        """Whether a frame is one of these, or the first rows of one."""
+        if not self._lent or not frame.flags.c_contiguous:
+            return False
+        return self._lent.get(frame.__array_interface__["data"][0], 0) >= frame.nbytes
+
+    def clear(self) -> None:
+        """Free what is idle, now and from now on."""
+        with self._lock:
+            self._idle, self._keeps = [], 0
 
 
 class _Graphs:
@@ -246,8 +325,14 @@ class _GpuLane:
     shapes share, and gets one of its own when it comes again, or when it has the size that is expected to.
     """
 
-    def __init__(self, device: Device, engine: Engine, graphs: _Graphs, usual_hw: tuple[int, int]) -> None:
+    keeps_shapes = True
+
+    def __init__(
+        self, device: Device, engine: Engine, graphs: _Graphs, usual_hw: tuple[int, int], pinned: _PinnedFrames
+    ) -> None:
         self._device, self._engine, self._graphs, self._usual_hw = device, engine, graphs, usual_hw
+        self._pinned, self._active = pinned, device.activate()
+        self._least = engine.profile.batch[0]
         self._stream = device.stream()
         self._seen: deque[Shape] = deque(maxlen=GRAPHS)
         self._shared: Context | None = None
@@ -255,23 +340,24 @@ class _GpuLane:
         self._uploads: tuple[Bytes, Memory] | None = None
         self._plans: ShapeCache[Shape, _Plan] = ShapeCache(GRAPHS, self._make_plan, _Plan.close)
 
-    def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[NDArray[Any]]:
-        batch = max(len(frames), self._engine.profile.batch[0])
-        shape = (batch, *boxes[0].size_hw)
-        fine = getattr(stage, "fine", False)
-        with self._device.activate():
+    def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], timer: StageTimer | None) -> list[Any]:
+        count, fine = len(frames), timer is not None and timer.fine
+        height, width = boxes[0].size_hw
+        shape = (count if count > self._least else self._least), height, width
+        with self._active:
             try:
-                with stage("upload"):
-                    places = self._upload(frames)
-                    if fine:
-                        self._stream.synchronize()
-                plan = self._plans.get(shape) if shape in self._plans else self._new_plan(shape, fine)
-                plan.describe(places, boxes)
-                if fine:
-                    plan.run_timed(self._stream, stage.add)  # type: ignore[attr-defined]
+                if timer is not None:
+                    timer.begin("upload")
+                plan = self._plans.find(shape) or self._new_plan(shape, fine)
+                self._describe(plan, frames, boxes)
+                if timer is not None and fine:
+                    self._stream.synchronize()
+                    timer.begin("")
+                    plan.run_timed(self._stream, timer.add)
                 else:
-                    with stage("graph" if self._graphs.used else "network"):
-                        plan.run(self._stream, self._graphs)
+                    if timer is not None:
+                        timer.begin("graph" if self._graphs.used else "network")
+                    plan.run(self._stream, self._graphs)
             except DeviceLostError:
                 raise
             except BaseException as error:
@@ -283,7 +369,7 @@ class _GpuLane:
                 except GpuError:
                     pass
                 raise
-        return [values[: len(frames)] for values in plan.outputs]
+        return plan.outputs if count == shape[0] else [values[:count] for values in plan.outputs]
 
     def close(self) -> None:
         with _active_to_free(self._device):  # TensorRT frees in whatever context is current
@@ -296,7 +382,7 @@ class _GpuLane:
 
     def _free_room(self) -> None:
         if self._room:
-            self._room.block.close()
+            self._room.images.close()
             self._room.workspace.close()
             self._room = None
 
@@ -305,28 +391,43 @@ class _GpuLane:
             self._uploads[1].close()
             self._uploads = None
 
-    def _upload(self, frames: Sequence[Any]) -> list[DeviceFrame]:
-        """Return where the frames lie on the device, after copying those of the host to it."""
-        places = [None if isinstance(item, np.ndarray) else self._device.frame(item, self._stream) for item in frames]
-        hosts = [check_frame(item) for item, place in zip(frames, places, strict=True) if place is None]
-        if not hosts:
-            return [place for place in places if place]
-        starts = _starts([frame.size for frame in hosts])
+    def _describe(self, plan: _Plan, frames: Sequence[Any], boxes: Sequence[Letterbox]) -> None:
+        """Write where the frames of a run lie on the device, after copying those of the host to it."""
+        device, hosts = self._device, []
+        for slot, item in enumerate(frames):
+            if isinstance(item, DeviceArray) and item.device is device:
+                plan.describe(slot, item.place, boxes[slot])
+                continue
+            place = None if isinstance(item, np.ndarray) else device.frame(item, self._stream)
+            if place is None:
+                hosts.append((slot, check_frame(item)))
+            else:
+                plan.describe(slot, place, boxes[slot])
+        if hosts:
+            for (slot, _), place in zip(hosts, self._copy([frame for _, frame in hosts]), strict=True):
+                plan.describe(slot, place, boxes[slot])
+        plan.clear(len(frames))
+
+    def _copy(self, frames: Sequence[Frame]) -> list[DeviceFrame]:
+        """Return where frames of the host lie on the device once the stream has copied them."""
+        starts = _starts([frame.size for frame in frames])
         if self._uploads is None or self._uploads[1].nbytes < starts[-1]:
             self._free_uploads()
-            megapixels = sum(frame.size for frame in hosts) / 3e6
-            memory = self._device.allocate(starts[-1], f"{len(hosts)} frames of {megapixels:.1f} megapixels")
+            megapixels = sum(frame.size for frame in frames) / 3e6
+            memory = self._device.allocate(starts[-1], f"{len(frames)} frames of {megapixels:.1f} megapixels")
             self._uploads = self._device.pinned(starts[-1]), memory
         pinned, memory = self._uploads
-        uploaded = []
-        for frame, start in zip(hosts, starts, strict=False):
+        places = []
+        for frame, start in zip(frames, starts, strict=False):
+            if self._pinned.holds(frame):
+                source = frame.reshape(-1)
+            else:
+                source = pinned[start : start + frame.size]
+                np.copyto(source.reshape(frame.shape), frame)
+            self._device.copy_in(memory.address + start, source, self._stream)
             height, width = frame.shape[:2]
-            room = pinned[start : start + frame.size]
-            np.copyto(room.reshape(frame.shape), frame)
-            self._device.copy_in(memory.address + start, room, self._stream)
-            uploaded.append(DeviceFrame(memory.address + start, 3 * width, (height, width), None, memory))
-        rest = iter(uploaded)
-        return [place or next(rest) for place in places]
+            places.append(DeviceFrame(memory.address + start, 3 * width, (height, width), None, memory))
+        return places
 
     def _new_plan(self, shape: Shape, repeats: bool) -> _Plan:
         """Return a plan; `repeats`: whether the shape is worth a context, although nobody knows it yet."""
@@ -345,17 +446,17 @@ class _GpuLane:
 
     def _make_room(self, shape: Shape, context: Context) -> None:
         layout = _Layout(self._engine, shape)
-        needed = layout.nbytes, layout.nbytes - layout.outputs_at, layout.images_at, context.set_shape(shape)
-        held = self._room.sizes if self._room else (0, 0, 0, 0)
+        needed = layout.images_bytes, layout.nbytes, context.set_shape(shape)
+        held = self._room.sizes if self._room else (0, 0, 0)
         if all(have >= need for have, need in zip(held, needed, strict=True)):
             return
         self._plans.clear()
         self._free_room()
-        nbytes, results, descriptions, workspace = map(max, zip(held, needed, strict=True))
+        images, nbytes, workspace = map(max, zip(held, needed, strict=True))
         what = f"a batch of {shape[0]} at {shape[1]}x{shape[2]}"
-        block = self._device.allocate(nbytes, what)
-        pinned = self._device.pinned(results), self._device.pinned(descriptions)
-        self._room = _Room(block, *pinned, self._device.allocate(workspace, f"the network's workspace for {what}"))
+        block = self._device.allocate(images, what)
+        pinned = self._device.pinned(nbytes)
+        self._room = _Room(block, pinned, self._device.allocate(workspace, f"the network's workspace for {what}"))
 
     def _make_plan(self, shape: Shape, context: Context) -> _Plan:
         assert self._room is not None
@@ -363,30 +464,32 @@ class _GpuLane:
 
 
 class _Room(NamedTuple):
-    """A lane's memory: a block on the device, what is copied from it and to it, and what the network works in."""
+    """A lane's memory: images on the device; what it reads and writes in the host's memory; what the network works in.
 
-    block: Memory
-    results: Bytes
-    descriptions: Bytes
+    Descriptions of frames are a few bytes, which the letterbox reads where the host wrote them, and outputs are written
+    where the host reads them: so there is nothing to copy between, and to wait for.
+    """
+
+    images: Memory
+    pinned: Bytes
     workspace: Memory
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        return self.block.nbytes, len(self.results), len(self.descriptions), self.workspace.nbytes
+    def sizes(self) -> tuple[int, int, int]:
+        return self.images.nbytes, len(self.pinned), self.workspace.nbytes
 
 
 class _Layout:
-    """Offsets in a lane's block for one shape: descriptions of the frames, then images, then each output."""
+    """Sizes of a lane's memory for one shape; offsets in the pinned part: descriptions of frames, then each output."""
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         batch, height, width = shape
         self.outputs = {
             name: (np.dtype(kind), (batch, *rest)) for name, (kind, rest) in engine.spec.decode.outputs.items()
         }
-        sizes = [batch * _FRAME_BYTES, batch * height * width * 3]
-        sizes += [4 * int(np.prod(rest, dtype=int)) for _, rest in self.outputs.values()]
+        sizes = [batch * _FRAME_BYTES, *(4 * int(np.prod(rest, dtype=int)) for _, rest in self.outputs.values())]
         self.starts = _starts(sizes)
-        self.images_at, self.outputs_at, self.nbytes = self.starts[1], self.starts[2], self.starts[-1]
+        self.images_bytes, self.nbytes = batch * height * width * 3, self.starts[-1]
 
 
 class _Plan:
@@ -394,16 +497,17 @@ class _Plan:
 
     def __init__(self, device: Device, engine: Engine, shape: Shape, context: Context, room: _Room) -> None:
         self._device, self._engine, self._shape = device, engine, shape
-        layout, block = _Layout(engine, shape), room.block.address
-        self._block, self._images, self._found = block, block + layout.images_at, block + layout.outputs_at
-        self._results = room.results[: layout.nbytes - layout.outputs_at]
-        self._descriptions = room.descriptions[: shape[0] * _FRAME_BYTES]
-        self.outputs: list[NDArray[Any]] = []
+        layout, pinned = _Layout(engine, shape), room.pinned
+        self._images = room.images.address
+        self._table = memoryview(pinned)[: shape[0] * _FRAME_BYTES]  # type: ignore[arg-type]
+        self._descriptions = pinned.ctypes.data
+        self.outputs: list[Any] = []
         addresses = {"images": self._images}
-        for (name, (kind, rest)), start in zip(layout.outputs.items(), layout.starts[2:], strict=False):
-            at = start - layout.outputs_at
-            self.outputs.append(self._results[at : at + 4 * int(np.prod(rest, dtype=int))].view(kind).reshape(rest))
-            addresses[name] = block + start
+        for (name, (kind, rest)), start in zip(layout.outputs.items(), layout.starts[1:], strict=False):
+            nbytes = 4 * int(np.prod(rest, dtype=int))
+            values = pinned[start : start + nbytes].view(kind).reshape(rest)
+            self.outputs.append(list(values) if values.ndim > 1 else values)  # images apart, once and for all
+            addresses[name] = self._descriptions + start
         self._places = addresses, room.workspace
         self._context = context
         context.bind(*self._places)
@@ -411,34 +515,43 @@ class _Plan:
         self._has_run = False
         self._share: float | None = None
 
-    def describe(self, places: Sequence[DeviceFrame], boxes: Sequence[Letterbox]) -> None:
-        """Write the descriptions of the frames of the next run; slots beyond them stay empty."""
-        table = (LetterboxFrame * self._shape[0]).from_buffer(self._descriptions)  # type: ignore[arg-type]
-        ctypes.memset(table, 0, ctypes.sizeof(table))
-        for slot, (place, box) in enumerate(zip(places, boxes, strict=True)):
-            if place.frame_hw != box.frame_hw:
-                raise FrameError(f"the frame says it is {box.frame_hw}, and it is {place.frame_hw}")
-            chroma = place.chroma_address, place.chroma_pitch
-            table[slot] = describe_frame(
-                place.address, place.pitch, place.frame_hw, box.scaled_hw, place.pixel_format, *chroma
-            )
+    def describe(self, slot: int, place: DeviceFrame, box: Letterbox) -> None:
+        """Write the description of a frame of the next run."""
+        if place.frame_hw != box.frame_hw:
+            raise FrameError(f"the frame says it is {box.frame_hw}, and it is {place.frame_hw}")
+        fields = frame_fields(
+            place.address,
+            place.pitch,
+            place.frame_hw,
+            box.scaled_hw,
+            place.pixel_format,
+            place.chroma_address,
+            place.chroma_pitch,
+        )
+        _pack_frame(self._table, _FRAME_BYTES * slot, *fields)
+
+    def clear(self, count: int) -> None:
+        """Empty the slots behind those of `count` frames."""
+        if count < self._shape[0]:
+            start = count * _FRAME_BYTES
+            self._table[start:] = bytes(len(self._table) - start)
 
     def run(self, stream: Stream, graphs: _Graphs) -> None:
         """Run the network on the described frames, and wait for the results."""
-        if graphs.used and self._graph is None and self._has_run:
-            self._capture(stream, graphs)
-        if self._graph is not None:
-            self._graph.launch(stream)
+        graph = self._graph
+        if graph is None and self._has_run and graphs.used:
+            graph = self._capture(stream, graphs)
+        if graph is not None:
+            graph.launch(stream)
         else:
             self._enqueue(stream)
         stream.synchronize()
         self._has_run = True
 
-    def _capture(self, stream: Stream, graphs: _Graphs) -> None:
+    def _capture(self, stream: Stream, graphs: _Graphs) -> Graph | None:
         if not self._context.can_capture(stream):
-            return graphs.fail(
-                "TensorRT-RTX cannot capture this engine; python -m export.to_trt builds one that it can"
-            )
+            graphs.fail("TensorRT-RTX cannot capture this engine; python -m export.to_trt builds one that it can")
+            return None
         try:
             self._graph = stream.capture(lambda: self._enqueue(stream))
         except DeviceLostError:
@@ -446,10 +559,12 @@ class _Plan:
         except GpuError as error:
             stream.synchronize()  # a device that is lost is no failed capture
             graphs.fail(str(error))
+        return self._graph
 
     def run_timed(self, stream: Stream, add: Callable[[str, float], None]) -> None:
         """Run the network on the described frames, and report the milliseconds of each stage to `add`."""
         if self._share is None:
+            self._letterbox(stream)  # what the plugin takes depends on the faces of the frame
             probe = self._engine.context()
             try:
                 probe.set_shape(self._shape)
@@ -457,20 +572,17 @@ class _Plan:
                 self._share = probe.plugin_share(stream)
             finally:
                 probe.close()
-        events = [self._device.event() for _ in range(4)]
+        events = [self._device.event() for _ in range(3)]
         events[0].record(stream)
         self._letterbox(stream)
         events[1].record(stream)
         self._context.enqueue(stream)
         events[2].record(stream)
-        self._device.copy_out(self._results, self._found, stream)
-        events[3].record(stream)
         stream.synchronize()
-        letterbox, network, download = (later.elapsed_ms(before) for before, later in pairwise(events))
+        letterbox, network = (later.elapsed_ms(before) for before, later in pairwise(events))
         add("letterbox", letterbox)
         add("network", network * (1 - self._share))
         add("decode+NMS", network * self._share)
-        add("download", download)
 
     def close(self) -> None:
         """Free context and graph."""
@@ -479,13 +591,11 @@ class _Plan:
         self._context.close()
 
     def _letterbox(self, stream: Stream) -> None:
-        self._device.copy_in(self._block, self._descriptions, stream)
-        self._engine.letterbox(self._block, self._shape, self._images, stream)
+        self._engine.letterbox(self._descriptions, self._shape, self._images, stream)
 
     def _enqueue(self, stream: Stream) -> None:
         self._letterbox(stream)
         self._context.enqueue(stream)
-        self._device.copy_out(self._results, self._found, stream)
 
 
 @contextmanager

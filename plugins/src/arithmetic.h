@@ -12,9 +12,11 @@
 #include <cuda_fp16.h>
 #define RF_FN __host__ __device__ __forceinline__
 #define RF_BODY __device__ __forceinline__  // calls a Block, which is there on the device only
+#define RF_UNROLL_4 _Pragma("unroll 4")     // four loads in flight
 #else
 #define RF_FN inline
 #define RF_BODY inline
+#define RF_UNROLL_4
 #endif
 
 namespace retinaface {
@@ -45,9 +47,15 @@ RF_FN float float_of(uint32_t bits) {
 }
 #endif
 
-// relu keeps a NaN, as numpy does: the area of a box that overflowed is NaN, so it overlaps nothing.
+// The lower and the upper of two numbers; of a number and a NaN either, and of zeros either: nothing may hang on these.
+#ifdef __CUDA_ARCH__
+RF_FN float lower(float a, float b) { return fminf(a, b); }
+RF_FN float upper(float a, float b) { return fmaxf(a, b); }
+#else
 RF_FN float lower(float a, float b) { return b < a ? b : a; }
 RF_FN float upper(float a, float b) { return b > a ? b : a; }
+#endif
+// relu keeps a NaN, as numpy does: the area of a box that overflowed is NaN, so it overlaps nothing.
 RF_FN float relu(float a) { return a < 0.f ? 0.f : a; }
 
 // One NaN for all: machines differ in the bits they give to it.

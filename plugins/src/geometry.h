@@ -25,6 +25,7 @@ struct Geometry {
   int32_t priors;                        // of one image
   int32_t slices;                        // of one image
   int32_t slice_priors;
+  int32_t slice_threads_log2;  // of finish, for the keys of each slice: as many as there are, a warp at most
   int64_t slice_vectors;
   int32_t spill_capacity;  // candidates that fit in the workspace: a power of two
 };
@@ -48,6 +49,7 @@ inline Geometry make_geometry(const DecodeParams& p, HeadType type) {
   g.slice_priors = kMinSlicePriors;
   while (int64_t(g.slice_priors) * kMaxSlices < g.priors) g.slice_priors *= 2;
   g.slices = (g.priors + g.slice_priors - 1) / g.slice_priors;
+  while (g.slice_threads_log2 < 5 && g.slices << (g.slice_threads_log2 + 1) <= kFinishThreads) ++g.slice_threads_log2;
   g.slice_vectors = (g.first_vector[p.levels] + g.slices - 1) / g.slices;
   g.spill_capacity = power_of_two(p.top_k < g.priors ? p.top_k : g.priors);
   return g;

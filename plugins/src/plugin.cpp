@@ -1,7 +1,8 @@
-// RetinaFaceDecodeNMS, version 1: the kernels as a TensorRT plugin (IPluginV3), for TensorRT 10 and 11 and
+// RetinaFaceDecodeNMS, version 2: the kernels as a TensorRT plugin (IPluginV3), for TensorRT 10 and 11 and
 // TensorRT-RTX.
 //
-// inputs   one map for each pyramid level, see include/decode_nms.h; fp32 or fp16, planar or channels-last
+// inputs   one map for each pyramid level, see include/decode_nms.h; fp32 or fp16. The attribute channels_last tells
+//          their shape: 0 for [B,C,H,W], in whichever format TensorRT prefers; 1 for [B,H,W,C], which is linear
 // outputs  num_detections int32 [B], boxes [B,K,4], scores [B,K], landmarks [B,K,5,2] fp32, num_candidates int32 [B]
 //
 // Nothing of libnvinfer is linked: its headers are enough, and IPluginRegistry::loadLibrary calls getCreators below.
@@ -34,7 +35,7 @@ using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 
 constexpr const char* kName = "RetinaFaceDecodeNMS";
-constexpr const char* kVersion = "1";
+constexpr const char* kVersion = "2";
 constexpr const char* kNamespace = "retinaface_trt";
 constexpr int32_t kOutputs = 5;
 
@@ -70,6 +71,7 @@ struct Attributes {
   std::vector<float> iou_threshold;
   std::vector<int32_t> top_k;
   std::vector<int32_t> max_detections;
+  std::vector<int32_t> channels_last;  // 1: the maps are [B,H,W,C], 0: [B,C,H,W]
 
   // visit(name, values) for each attribute; they are scalars where they hold one value
   template <typename Self, typename Visit>
@@ -81,6 +83,7 @@ struct Attributes {
     visit("iou_threshold", self.iou_threshold);
     visit("top_k", self.top_k);
     visit("max_detections", self.max_detections);
+    visit("channels_last", self.channels_last);
   }
 };
 
@@ -121,7 +124,8 @@ bool make_params(const Attributes& a, DecodeParams& p) {
   const size_t levels = a.strides.size();
   if (levels < 1 || levels > size_t(kMaxLevels) || a.min_sizes.empty() || a.min_sizes.size() % levels ||
       a.min_sizes.size() / levels > size_t(kMaxPerCell) || a.variances.size() != 2 || a.logit_threshold.size() != 1 ||
-      a.iou_threshold.size() != 1 || a.top_k.size() != 1 || a.max_detections.size() != 1) {
+      a.iou_threshold.size() != 1 || a.top_k.size() != 1 || a.max_detections.size() != 1 ||
+      a.channels_last.size() != 1) {
     report("an attribute is missing or has the wrong number of values");
     return false;
   }
@@ -138,6 +142,11 @@ bool make_params(const Attributes& a, DecodeParams& p) {
   p.iou_threshold = a.iou_threshold[0];
   p.top_k = a.top_k[0];
   p.max_detections = a.max_detections[0];
+  p.channels_last = a.channels_last[0];
+  if (p.channels_last != 0 && p.channels_last != 1) {
+    report("channels_last must be 0 or 1");
+    return false;
+  }
   if (const char* const problem = check(p)) {
     report(problem);
     return false;
@@ -153,7 +162,8 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
   DecodeNMS(Attributes attributes, const DecodeParams& params)
       : attributes_(std::move(attributes)),
         params_(params),
-        timing_id_("top_k " + std::to_string(params.top_k) + " keep " + std::to_string(params.max_detections)) {}
+        timing_id_("top_k " + std::to_string(params.top_k) + " keep " + std::to_string(params.max_detections) +
+                   (params.channels_last ? " channels last" : "")) {}
 
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {
     switch (type) {
@@ -209,13 +219,14 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
     }
     const PluginTensorDesc& first = tensors[0].desc;
     if (position > 0) return tensor.type == first.type && tensor.format == first.format;
+    const bool linear = tensor.format == TensorFormat::kLINEAR;
+    if (params_.channels_last) return linear && (tensor.type == DataType::kFLOAT || tensor.type == DataType::kHALF);
     // 16 * per_cell channels fill every one of these channels-last formats without padding
     if (tensor.type == DataType::kFLOAT) {
-      return tensor.format == TensorFormat::kLINEAR || tensor.format == TensorFormat::kHWC;
+      return linear || tensor.format == TensorFormat::kHWC;
     }
     return tensor.type == DataType::kHALF &&
-           (tensor.format == TensorFormat::kLINEAR || tensor.format == TensorFormat::kHWC8 ||
-            tensor.format == TensorFormat::kHWC16);
+           (linear || tensor.format == TensorFormat::kHWC8 || tensor.format == TensorFormat::kHWC16);
   }
 
   int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
@@ -228,7 +239,8 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
       return -1;
     }
     for (int32_t level = 0; level < inputs; ++level) {
-      if (in[level].desc.dims.nbDims != 4 || in[level].desc.dims.d[1] != 16 * params_.per_cell) {
+      if (in[level].desc.dims.nbDims != 4 ||
+          in[level].desc.dims.d[params_.channels_last ? 3 : 1] != 16 * params_.per_cell) {
         report("a map does not have 16 channels for each prior of a cell");
         return -1;
       }
@@ -287,15 +299,22 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
     return output == 0 || output == kOutputs - 1 ? DataType::kINT32 : DataType::kFLOAT;
   }
 
-  // The parameters at the largest shapes of a profile.
-  DecodeParams at_maximum(const DynamicPluginTensorDesc* in) const {
+  // The parameters for maps of these sizes.
+  template <typename DimsOf>
+  DecodeParams sized(DimsOf&& dims_of) const {
     DecodeParams p = params_;
-    p.batch = int32_t(in[0].max.d[0]);
+    p.batch = int32_t(dims_of(0).d[0]);
+    const int32_t rows = p.channels_last ? 1 : 2;  // the dimension
     for (int32_t level = 0; level < p.levels; ++level) {
-      p.grid_h[level] = int32_t(in[level].max.d[2]);
-      p.grid_w[level] = int32_t(in[level].max.d[3]);
+      p.grid_h[level] = int32_t(dims_of(level).d[rows]);
+      p.grid_w[level] = int32_t(dims_of(level).d[rows + 1]);
     }
     return p;
+  }
+
+  // The parameters at the largest shapes of a profile.
+  DecodeParams at_maximum(const DynamicPluginTensorDesc* in) const {
+    return sized([in](int32_t level) { return in[level].max; });
   }
 
   static HeadType head_type(const PluginTensorDesc* in) {
@@ -303,13 +322,8 @@ class DecodeNMS final : public nvinfer1::IPluginV3,
   }
 
   DecodeParams shaped(const PluginTensorDesc* in) const {
-    DecodeParams p = params_;
-    p.batch = int32_t(in[0].dims.d[0]);
-    p.channels_last = in[0].format != TensorFormat::kLINEAR;
-    for (int32_t level = 0; level < p.levels; ++level) {
-      p.grid_h[level] = int32_t(in[level].dims.d[2]);
-      p.grid_w[level] = int32_t(in[level].dims.d[3]);
-    }
+    DecodeParams p = sized([in](int32_t level) { return in[level].dims; });
+    if (in[0].format != TensorFormat::kLINEAR) p.channels_last = 1;
     return p;
   }
 

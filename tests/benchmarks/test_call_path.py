@@ -56,7 +56,7 @@ def test_a_warm_call_computes_nothing_of_the_spec(
     assert len(found.files) <= files, found.files
     assert "facespec/detections.py:to_detections" in _names(found)
     assert "facespec/spec.py" not in found.files
-    computed = {"place", "_place", "fit", "pad", "scale_xy", "_to_frame", "_batch_limit", "_decode_plan", "make_params"}
+    computed = {"place", "_place", "fit", "pad", "scale_xy", "scales", "_batch_limit", "_decode_plan", "make_params"}
     assert not computed & {function.rpartition(":")[2] for function in _names(found)}
 
 
@@ -67,7 +67,7 @@ def test_what_is_kept_for_a_size_is_never_changed() -> None:
     last = [np.ascontiguousarray(level.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) for level in first]
     expected = decode_nms(first, (64, 64), ModelSpec())
     kept = {name: values.copy() for name, values in expected.items()}
-    kept_plan = bytes(kernels._decode_plan((64, 64), ModelSpec().anchors, ModelSpec().decode)[2])
+    kept_plan = kernels._decode_plan(1, (64, 64), ModelSpec().anchors, ModelSpec().decode).params
     count = kept["num_detections"][0]
     assert count > 3
     for maps in (last, first):
@@ -76,7 +76,7 @@ def test_what_is_kept_for_a_size_is_never_changed() -> None:
         np.testing.assert_array_equal(found["boxes"][0, :count], kept["boxes"][0, :count])
     for name, values in kept.items():
         np.testing.assert_array_equal(expected[name], values)
-    assert bytes(kernels._decode_plan((64, 64), ModelSpec().anchors, ModelSpec().decode)[2]) == kept_plan
+    assert kernels._decode_plan(1, (64, 64), ModelSpec().anchors, ModelSpec().decode).params == kept_plan
 
 
 def test_the_command_knows_what_a_model_runs_in(

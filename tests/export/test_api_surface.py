@@ -34,7 +34,8 @@ MEMBERS = {
     "OnnxParser": "parse num_errors get_error",
     "ParserError": "desc",
     "IBuilderConfig": "clear_flag set_flag profiling_verbosity progress_monitor num_compute_capabilities "
-    "set_compute_capability add_optimization_profile create_timing_cache set_timing_cache get_timing_cache",
+    "set_compute_capability add_optimization_profile create_timing_cache set_timing_cache get_timing_cache "
+    "builder_optimization_level avg_timing_iterations max_aux_streams",
     "IOptimizationProfile": "set_shape",
     "ITimingCache": "serialize",
     "IPluginRegistry": "load_library get_creator",

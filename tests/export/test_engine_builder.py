@@ -43,6 +43,9 @@ def request_(tmp_path: Path) -> dict[str, Any]:
         "profile": {"min": [1, 32, 64, 3], "opt": [2, 64, 96, 3], "max": [4, 96, 128, 3]},
         "capabilities": [],
         "timing_cache": None,
+        "optimization_level": None,
+        "timing_iterations": None,
+        "aux_streams": None,
         "timing_cache_out": str(tmp_path / "cache.out"),
     }
 
@@ -85,12 +88,37 @@ def test_what_a_network_is_built_with(trt: MagicMock, request_: dict[str, Any]) 
     assert not Path(request_["timing_cache_out"]).exists()
 
 
+def test_a_capture_is_promised_where_the_flavour_can(trt: MagicMock, request_: dict[str, Any]) -> None:
+    """TensorRT-RTX alone has the flag."""
+    config = trt.Builder.return_value.create_builder_config.return_value
+    build(request_, trt, "logger")
+    config.set_flag.assert_called_once_with(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    config.set_flag.reset_mock()
+    del trt.BuilderFlag.REQUIRE_USER_ALLOCATION
+    build(request_, trt, "logger")
+    config.set_flag.assert_not_called()
+
+
 def test_the_gpus_it_is_built_for(trt: MagicMock, request_: dict[str, Any]) -> None:
     build({**request_, "capabilities": [86, 120]}, trt, "logger")
     config = trt.Builder.return_value.create_builder_config.return_value
     assert config.num_compute_capabilities == 2
     given = [call.args for call in config.set_compute_capability.call_args_list]
     assert given == [(trt.ComputeCapability.SM86, 0), (trt.ComputeCapability.SM120, 1)]
+
+
+def test_the_settings_of_the_builder(trt: MagicMock, request_: dict[str, Any]) -> None:
+    """Those that are asked for, 0 too; the others stay as TensorRT has them."""
+
+    def built(**settings: int) -> tuple[int, int, int]:
+        made = trt.Builder.return_value.create_builder_config.return_value
+        made.builder_optimization_level, made.avg_timing_iterations, made.max_aux_streams = 3, 1, -1
+        build({**request_, **settings}, trt, "logger")
+        return made.builder_optimization_level, made.avg_timing_iterations, made.max_aux_streams
+
+    assert built() == (3, 1, -1)
+    assert built(optimization_level=0, timing_iterations=8, aux_streams=0) == (0, 8, 0)
+    assert built(optimization_level=5) == (5, 1, -1)
 
 
 def test_the_timing_cache(trt: MagicMock, request_: dict[str, Any], tmp_path: Path) -> None:

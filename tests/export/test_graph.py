@@ -282,6 +282,7 @@ def test_both_forms_are_built_on_copies(small: onnx.ModelProto, half: bool) -> N
     before = heads.SerializeToString()
     spec = load_model().spec
     portable, plugin = build_portable(heads, spec, SIZE), build_plugin_form(heads, spec, SIZE)
+    channels_last = build_plugin_form(heads, spec, SIZE, channels_last=True)
     assert heads.SerializeToString() == before
     names = list(spec.decode.outputs)
     for graph in (portable, plugin):
@@ -308,6 +309,14 @@ def test_both_forms_are_built_on_copies(small: onnx.ModelProto, half: bool) -> N
         PLUGIN.namespace.encode(),
     )
     assert {item.domain: item.version for item in plugin.opset_import} == {"": 19, PLUGIN.domain: 1}
+    # the same plugin on transposed maps
+    assert values["channels_last"] == 0
+    *_, first, second, third, other = channels_last.graph.node
+    for transpose, head in zip((first, second, third), HEAD_NAMES, strict=True):
+        assert (transpose.op_type, list(transpose.input)) == ("Transpose", [head])
+        assert helper.get_attribute_value(transpose.attribute[0]) == [0, 2, 3, 1]
+    assert list(other.input) == [node.output[0] for node in (first, second, third)]
+    assert {item.name: helper.get_attribute_value(item) for item in other.attribute} == {**values, "channels_last": 1}
 
 
 TENSORRT_10 = {
@@ -329,9 +338,10 @@ TENSORRT_10 = {
 docs/operators.md in onnx/onnx-tensorrt, branches 10.0-GA and 10.1-GA, those that our graphs have."""
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "resnet18"])
 def test_the_parser_of_tensorrt_10_takes_the_plugin_forms(
-    kind: str, small: onnx.ModelProto, request: pytest.FixtureRequest
+    kind: str, channels_last: bool, small: onnx.ModelProto, request: pytest.FixtureRequest
 ) -> None:
     if kind == "int8":
         small = to_int8(request.getfixturevalue("heads"), request.getfixturevalue("calibrated").ranges)
@@ -339,7 +349,7 @@ def test_the_parser_of_tensorrt_10_takes_the_plugin_forms(
     if kind == "resnet18":
         small = build_heads(RetinaFace(ModelSpec(backbone="resnet18")).eval(), SIZE)
     small = to_fp16(small) if kind in ("fp16", "int8") else small
-    form = onnx.shape_inference.infer_shapes(build_plugin_form(small, ModelSpec(), None))
+    form = onnx.shape_inference.infer_shapes(build_plugin_form(small, ModelSpec(), None, channels_last))
     assert 9 <= {item.domain: item.version for item in form.opset_import}[""] <= 20
     types = {item.name: item.type.tensor_type.elem_type for item in [*form.graph.value_info, *form.graph.input]}
     types.update({item.name: item.data_type for item in form.graph.initializer})

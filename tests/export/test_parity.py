@@ -190,14 +190,17 @@ def test_a_tolerance_below_a_pixel_still_pairs_what_is_a_pixel_apart() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("form", ["portable", "plugin"])
+@pytest.mark.parametrize("form", ["portable", "plugin", "channels last"])
 def test_both_forms_in_both_precisions(
     form: str, precision: str, heads: onnx.ModelProto, photographs: dict[str, Frame]
 ) -> None:
     """By the tolerances of the precision, at the size of the network."""
     model = load_model()
     network = to_fp16(heads) if precision == "fp16" else heads
-    graph = (build_portable if form == "portable" else build_plugin_form)(network, model.spec, (320, 320))
+    if form == "portable":
+        graph = build_portable(network, model.spec, (320, 320))
+    else:
+        graph = build_plugin_form(network, model.spec, (320, 320), channels_last=form == "channels last")
     report = check_parity(graph, model, photographs, (320, 320), precision)
     assert report.title == ("ONNX" if form == "portable" else "plugin form")
     assert [row.image for row in report.rows] == list(photographs)

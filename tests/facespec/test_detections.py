@@ -339,3 +339,34 @@ def test_a_crop_of_what_is_no_frame_is_refused() -> None:
         with pytest.raises(FrameError, match="uint8"):
             _aligned_crops(frame, landmarks)
     assert _aligned_crops(np.zeros((99, 99, 3), np.uint8), landmarks[:0]).shape == (0, 112, 112, 3)
+
+
+def _outputs(count: int, value: float = 10.0) -> dict[str, Any]:
+    random = np.random.default_rng(count)
+    return {
+        "num_detections": count,
+        "boxes": (value * random.uniform(1, 2, (count, 4))).astype(np.float32),
+        "scores": np.linspace(0.9, 0.6, count, dtype=np.float32),
+        "landmarks": (value * random.uniform(1, 2, (count, 5, 2))).astype(np.float32),
+        "num_candidates": count,
+    }
+
+
+def test_a_crowd_is_scaled_to_the_last_face() -> None:
+    """More faces than the factors that are kept for a size are enough for."""
+    box, outputs = Letterbox((300, 200), (96, 64), (96, 96)), _outputs(700)
+    found = to_detections(box, DecodeSpec(), 0.5, **outputs)
+    factors = np.array([200 / 64, 300 / 96])
+    np.testing.assert_allclose(found.boxes, outputs["boxes"] * np.tile(factors, 2), rtol=1e-6)
+    np.testing.assert_allclose(found.landmarks, outputs["landmarks"] * factors, rtol=1e-6)
+
+
+def test_large_values_are_finite() -> None:
+    outputs = _outputs(3, value=1e30)
+    assert len(to_detections(Letterbox.pad((64, 64)), DecodeSpec(), 0.5, **outputs)) == 3
+    for name, at in (("boxes", (2, 3)), ("landmarks", (0, 4, 1))):
+        for value in (np.nan, np.inf, -np.inf):
+            spoilt = {**outputs, name: outputs[name].copy()}
+            spoilt[name][at] = value
+            with pytest.raises(NonFiniteError):
+                to_detections(Letterbox.pad((64, 64)), DecodeSpec(), 0.5, **spoilt)

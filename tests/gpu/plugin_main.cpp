@@ -2,7 +2,7 @@
 // GPU.
 //
 // The first enqueue on a type, format and shape is captured. What the graph and a plain enqueue give must be, bit for
-// bit, what retinaface_launch gives for the same maps, planar.
+// bit, what retinaface_launch gives for the same maps, planar. The maps are [B,C,H,W] in every format, and [B,H,W,C].
 #include <NvInferRuntime.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -31,12 +31,17 @@ struct Format {
   const char* name;
   DataType type;
   TensorFormat format;
+  bool last = false;  // [B,H,W,C]
+
+  bool channels_last() const { return last || format != TensorFormat::kLINEAR; }
 };
 constexpr Format kFormats[] = {{"fp32 kLINEAR", DataType::kFLOAT, TensorFormat::kLINEAR},
                                {"fp32 kHWC", DataType::kFLOAT, TensorFormat::kHWC},
                                {"fp16 kLINEAR", DataType::kHALF, TensorFormat::kLINEAR},
                                {"fp16 kHWC8", DataType::kHALF, TensorFormat::kHWC8},
-                               {"fp16 kHWC16", DataType::kHALF, TensorFormat::kHWC16}};
+                               {"fp16 kHWC16", DataType::kHALF, TensorFormat::kHWC16},
+                               {"fp32 [B,H,W,C]", DataType::kFLOAT, TensorFormat::kLINEAR, true},
+                               {"fp16 [B,H,W,C]", DataType::kHALF, TensorFormat::kLINEAR, true}};
 
 struct Shape {
   int32_t batch, height, width, broken;  // broken: the image with a NaN, or -1
@@ -79,7 +84,9 @@ std::vector<PluginTensorDesc> tensors(const Format& f, const Shape& s) {
   const int64_t batch = s.batch;
   std::vector<PluginTensorDesc> all;
   for (const int64_t stride : {8, 16, 32}) {
-    all.push_back({{4, {batch, kChannels, s.height / stride, s.width / stride}}, f.type, f.format, 1.f});
+    const int64_t rows = s.height / stride, columns = s.width / stride;
+    const Dims dims = f.last ? Dims{4, {batch, rows, columns, kChannels}} : Dims{4, {batch, kChannels, rows, columns}};
+    all.push_back({dims, f.type, f.format, 1.f});
   }
   all.push_back({{1, {batch}}, DataType::kINT32, TensorFormat::kLINEAR, 1.f});
   all.push_back({{3, {batch, kKeep, 4}}, DataType::kFLOAT, TensorFormat::kLINEAR, 1.f});
@@ -105,17 +112,19 @@ DecodeParams make_params(const Shape& s) {
           kKeep};
 }
 
-std::unique_ptr<IPluginV3> create(IPluginCreatorV3One* creator) {
+std::unique_ptr<IPluginV3> create(IPluginCreatorV3One* creator, bool last) {
   const int64_t strides[] = {8, 16, 32};
   const float min_sizes[] = {16, 32, 64, 128, 256.5f, 512}, variances[] = {0.1f, 0.2f}, logit = -1.25f, iou = 0.45f;
+  const int32_t channels_last = last;
   const PluginField fields[] = {{"strides", strides, PluginFieldType::kINT64, kLevels},
                                 {"min_sizes", min_sizes, PluginFieldType::kFLOAT32, kLevels * kPerCell},
                                 {"variances", variances, PluginFieldType::kFLOAT32, 2},
                                 {"logit_threshold", &logit, PluginFieldType::kFLOAT32, 1},
                                 {"iou_threshold", &iou, PluginFieldType::kFLOAT32, 1},
                                 {"top_k", &kTopK, PluginFieldType::kINT32, 1},
-                                {"max_detections", &kKeep, PluginFieldType::kINT32, 1}};
-  const PluginFieldCollection node{7, fields};
+                                {"max_detections", &kKeep, PluginFieldType::kINT32, 1},
+                                {"channels_last", &channels_last, PluginFieldType::kINT32, 1}};
+  const PluginFieldCollection node{8, fields};
   return std::unique_ptr<IPluginV3>{creator->createPlugin("node", &node, TensorRTPhase::kBUILD)};
 }
 
@@ -176,7 +185,7 @@ void test_shape(Launch launch, IPluginV3OneRuntime* runtime, const Format& forma
   for (int32_t level = 0; level < kLevels; ++level) {
     const auto map = head_map(params, level, shape.broken);
     const size_t cells = size_t(params.grid_h[level] * params.grid_w[level]);
-    maps.push_back(upload(map, cells, format.type, format.format != TensorFormat::kLINEAR));
+    maps.push_back(upload(map, cells, format.type, format.channels_last()));
     planar.push_back(upload(map, cells, format.type, false));
   }
   Results blank;
@@ -251,16 +260,16 @@ int main(int argc, char** argv) {
 
   int32_t count = 0;
   auto* const creator = static_cast<IPluginCreatorV3One*>(creators(count)[0]);
-  const auto built = create(creator);
-  expect(built != nullptr, "created from an ONNX node");
-  auto* const build = static_cast<IPluginV3OneBuild*>(built->getCapabilityInterface(PluginCapabilityType::kBUILD));
-  const PluginFieldCollection* const stored = runtime_of(built.get())->getFieldsToSerialize();
-  const std::unique_ptr<IPluginV3> loaded{creator->createPlugin("node", stored, TensorRTPhase::kRUNTIME)};
-  expect(loaded != nullptr, "created from an engine");
   cudaStream_t stream;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   for (const Format& format : kFormats) {
     where = format.name;
+    const auto built = create(creator, format.last);
+    expect(built != nullptr, "created from an ONNX node");
+    auto* const build = static_cast<IPluginV3OneBuild*>(built->getCapabilityInterface(PluginCapabilityType::kBUILD));
+    const PluginFieldCollection* const stored = runtime_of(built.get())->getFieldsToSerialize();
+    const std::unique_ptr<IPluginV3> loaded{creator->createPlugin("node", stored, TensorRTPhase::kRUNTIME)};
+    expect(loaded != nullptr, "created from an engine");
     const auto least = tensors(format, kSmallest), most = tensors(format, kLargest);
     std::vector<DynamicPluginTensorDesc> range;
     for (int32_t i = 0; i < kLevels + kOutputs; ++i)

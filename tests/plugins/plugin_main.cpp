@@ -2,6 +2,7 @@
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -26,7 +27,7 @@ struct Fields {
   std::vector<float> min_sizes{16, 32, 64, 128, 256.5f, 512};
   std::vector<float> variances{0.1f, 0.2f};
   float logit = -1.25f, iou = 0.45f;
-  int32_t top_k = 77, keep = 33;
+  int32_t top_k = 77, keep = 33, last = 0;
 
   std::vector<PluginField> list() const {
     return {{"strides", strides.data(), PluginFieldType::kINT64, int32_t(strides.size())},
@@ -36,6 +37,7 @@ struct Fields {
             {"iou_threshold", &iou, PluginFieldType::kFLOAT32, 1},
             {"top_k", &top_k, PluginFieldType::kINT32, 1},
             {"max_detections", &keep, PluginFieldType::kINT32, 1},
+            {"channels_last", &last, PluginFieldType::kINT32, 1},
             {"something_else", &keep, PluginFieldType::kINT32, 1}};
   }
 };
@@ -142,7 +144,7 @@ int main(int, char** argv) {
   expect(count == 1, "one creator");
   expect(!std::strcmp(creator->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE"), "kind of creator");
   std::printf("%s %s %s\n", creator->getPluginName(), creator->getPluginVersion(), creator->getPluginNamespace());
-  expect(creator->getFieldNames()->nbFields == 7, "number of attributes");
+  expect(creator->getFieldNames()->nbFields == 8, "number of attributes");
 
   const Fields good;
   std::unique_ptr<IPluginV3> plugin{create(creator, good.list(), TensorRTPhase::kBUILD)};
@@ -150,7 +152,7 @@ int main(int, char** argv) {
 
   // every attribute survives a round through an engine, whatever integer type the parser gave it
   const auto first = serialized(plugin.get());
-  expect(first.size() == 7, "every attribute is serialised");
+  expect(first.size() == 8, "every attribute is serialised");
   expect(first.at("strides") == std::string("\x08\0\0\0\x10\0\0\0\x20\0\0\0", 12), "strides");
   expect(!std::memcmp(first.at("min_sizes").data(), good.min_sizes.data(), 24), "min_sizes");
   expect(!std::memcmp(first.at("logit_threshold").data(), &good.logit, 4), "logit_threshold");
@@ -167,7 +169,7 @@ int main(int, char** argv) {
   expect(attached && serialized(attached.get()) == first, "attached to a context");
 
   // impossible attributes are refused
-  for (size_t missing = 0; missing < 7; ++missing) {
+  for (size_t missing = 0; missing < 8; ++missing) {
     auto fields = good.list();
     fields.erase(fields.begin() + long(missing));
     expect(!create(creator, fields, TensorRTPhase::kBUILD), "a missing attribute is refused");
@@ -182,6 +184,8 @@ int main(int, char** argv) {
   refuse([](Fields& f) { f.logit = 1.f / 0.f; }, "logit_threshold infinity");
   refuse([](Fields& f) { f.top_k = 0; }, "top_k 0");
   refuse([](Fields& f) { f.keep = -1; }, "max_detections -1");
+  refuse([](Fields& f) { f.last = 2; }, "channels_last 2");
+  refuse([](Fields& f) { f.last = -1; }, "channels_last -1");
   refuse([](Fields& f) { f.strides[1] = 0; }, "a stride of 0");
   refuse([](Fields& f) { f.min_sizes.pop_back(); }, "min_sizes that do not divide by the levels");
   refuse([](Fields& f) { f.strides.assign(5, 8); }, "five levels");
@@ -269,13 +273,14 @@ int main(int, char** argv) {
            {"variances", std::string(reinterpret_cast<const char*>(good.variances.data()), 8)},
            {"iou_threshold", std::string(reinterpret_cast<const char*>(&good.iou), 4)},
            {"top_k", std::string(reinterpret_cast<const char*>(&good.top_k), 4)},
-           {"max_detections", std::string(reinterpret_cast<const char*>(&good.keep), 4)}}) {
+           {"max_detections", std::string(reinterpret_cast<const char*>(&good.keep), 4)},
+           {"channels_last", std::string(4, '\0')}}) {
     expect(first.at(name) == value, name.c_str());
   }
   const auto* offered = creator->getFieldNames();
-  const std::vector<std::string> names{"strides",       "min_sizes", "variances",     "logit_threshold",
-                                       "iou_threshold", "top_k",     "max_detections"};
-  for (int32_t i = 0; i < 7; ++i) {
+  const std::vector<std::string> names{"strides",       "min_sizes", "variances",      "logit_threshold",
+                                       "iou_threshold", "top_k",     "max_detections", "channels_last"};
+  for (int32_t i = 0; i < 8; ++i) {
     const bool whole = i == 0 || i > 4;
     expect(offered->fields[i].name == names[size_t(i)], "names of the attributes");
     expect(offered->fields[i].type == (whole ? PluginFieldType::kINT32 : PluginFieldType::kFLOAT32), "their types");
@@ -296,15 +301,16 @@ int main(int, char** argv) {
              !std::strcmp(core->getPluginNamespace(), creator->getPluginNamespace()),
          "names of the plugin");
   std::map<std::string, int> timings;
-  const auto timing = [&](int32_t top_k, int32_t keep) {
+  const auto timing = [&](int32_t top_k, int32_t keep, int32_t last = 0) {
     Fields fields;
+    fields.last = last;
     fields.top_k = top_k;
     fields.keep = keep;
     std::unique_ptr<IPluginV3> made{create(creator, fields.list(), TensorRTPhase::kBUILD)};
     ++timings[capability<IPluginV3OneBuild>(made.get(), PluginCapabilityType::kBUILD)->getTimingCacheID()];
   };
-  timing(77, 33), timing(77, 33), timing(78, 33), timing(77, 34);
-  expect(timings.size() == 3, "timings are shared where the work is the same, and nowhere else");
+  timing(77, 33), timing(77, 33), timing(78, 33), timing(77, 34), timing(77, 33, 1);
+  expect(timings.size() == 4, "timings are shared where the work is the same, and nowhere else");
   expect(timings.count(build->getTimingCacheID()) == 1, "of equal plugins");
 
   // all types, shapes and formats
@@ -376,6 +382,42 @@ int main(int, char** argv) {
   auto grown = tensors(DataType::kFLOAT, TensorFormat::kLINEAR, 1, 64, 96);
   for (size_t i = 0; i < 3; ++i) grown[i].max = large[i].max;
   expect(build->getWorkspaceSize(grown.data(), 3, grown.data() + 3, 5) == more, "workspace of the greatest shapes");
+
+  // maps that are [B,H,W,C]: linear, of the same workspace
+  const auto last = [](std::vector<DynamicPluginTensorDesc> all) {
+    for (size_t i = 0; i < 3; ++i) {
+      for (Dims* dims : {&all[i].desc.dims, &all[i].min, &all[i].opt, &all[i].max}) {
+        std::rotate(dims->d + 1, dims->d + 2, dims->d + 4);
+      }
+    }
+    return all;
+  };
+  {
+    Fields fields;
+    fields.last = 1;
+    const std::unique_ptr<IPluginV3> made{create(creator, fields.list(), TensorRTPhase::kBUILD)};
+    expect(made && serialized(made.get()).at("channels_last") == std::string("\1\0\0\0", 4), "channels_last");
+    auto* const other = capability<IPluginV3OneBuild>(made.get(), PluginCapabilityType::kBUILD);
+    for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kINT8}) {
+      for (const TensorFormat format :
+           {TensorFormat::kLINEAR, TensorFormat::kHWC, TensorFormat::kHWC8, TensorFormat::kHWC16}) {
+        const auto all = last(tensors(type, format, 1, 64, 96));
+        const bool takes = format == TensorFormat::kLINEAR && type != DataType::kINT8;
+        expect(other->supportsFormatCombination(0, all.data(), 3, 5) == takes, "formats of [B,H,W,C]");
+      }
+    }
+    const auto given = last(large);
+    expect(other->configurePlugin(given.data(), 3, given.data() + 3, 5) == 0, "[B,H,W,C] is taken");
+    expect(other->configurePlugin(large.data(), 3, large.data() + 3, 5) != 0, "[B,C,H,W] is not");
+    expect(build->configurePlugin(given.data(), 3, given.data() + 3, 5) != 0, "nor the other way round");
+    expect(other->getWorkspaceSize(given.data(), 3, given.data() + 3, 5) == more, "workspace of [B,H,W,C]");
+    auto* const running = capability<IPluginV3OneRuntime>(made.get(), PluginCapabilityType::kRUNTIME);
+    PluginTensorDesc now[3] = {given[0].desc, given[1].desc, given[2].desc};
+    now[2].dims.d[3] = 0;  // of channels, which are known
+    expect(running->onShapeChange(now, 3, nullptr, 5) == 0, "a shape of [B,H,W,C]");
+    now[2].dims.d[2] = 0;
+    expect(running->onShapeChange(now, 3, nullptr, 5) != 0, "without columns");
+  }
 
   // shapes at run time
   shaped[2].dims.d[0] = 2;

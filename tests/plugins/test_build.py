@@ -337,7 +337,7 @@ def test_headers_are_found_without_being_told(monkeypatch: pytest.MonkeyPatch) -
 
 def test_how_the_plugin_is_named_in_graphs() -> None:
     """Files that were exported hold these names; those that TensorRT asks for are compared with the library's below."""
-    assert (PLUGIN.name, PLUGIN.version, PLUGIN.namespace) == ("RetinaFaceDecodeNMS", "1", "retinaface_trt")
+    assert (PLUGIN.name, PLUGIN.version, PLUGIN.namespace) == ("RetinaFaceDecodeNMS", "2", "retinaface_trt")
     assert (PLUGIN.domain, PLUGIN.node) == ("trt.plugins", "decode_nms")
 
 

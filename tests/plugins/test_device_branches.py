@@ -114,13 +114,16 @@ def _aligned(size: int) -> tuple[NDArray[np.uint8], int]:
     return memory, memory.ctypes.data + -memory.ctypes.data % 16
 
 
-@pytest.mark.parametrize(("name", "half", "last"), [("cut", False, True), ("mixed slots", True, False)])
+@pytest.mark.parametrize(
+    ("name", "half", "last", "top_k"),
+    [("cut", False, True, 90), ("mixed slots", True, False, 90), ("over 1024", False, False, 5000)],
+)
 def test_the_launcher_runs_every_block_of_the_kernels(
-    name: str, half: bool, last: bool, device: Any, counted: Counted
+    name: str, half: bool, last: bool, top_k: int, device: Any, counted: Counted
 ) -> None:
     """All threads of all blocks, as many as it asks for, give what the host gives, in either type and layout."""
     kind = KINDS[name]
-    options = {**kind.options, **ONE_SIZE, "batch": 2, "max_detections": 40, "top_k": 90}
+    options = {**kind.options, **ONE_SIZE, "batch": 2, "max_detections": 40, "top_k": top_k}
     case = make_case(name, 1, kind.contents, **options)
     heads = [np.ascontiguousarray(head, np.float16 if half else np.float32) for head in case.heads]
     expected = decode_nms(heads, case.size_hw, case.spec)

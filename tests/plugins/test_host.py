@@ -323,6 +323,11 @@ def _spilled(case: Case, out: Outputs) -> bool:
     return bool((_entered(case, out) > case.capacity).all())
 
 
+def _more_than_threads(case: Case, out: Outputs) -> bool:
+    """So its keys are in shared memory, and its boxes are not in registers."""
+    return bool((_entered(case, out) > 1024).all() and case.capacity == 4096)
+
+
 def _full(case: Case, out: Outputs) -> bool:
     return bool((out["num_detections"] == case.spec.decode.max_detections).all())
 
@@ -349,6 +354,9 @@ KINDS = {
     "other variances": Kind(100, (_few, _faces), {"variances": (0.3, 0.05)}, _suppressed, 0.2),
     "cut": Kind(60, (_every, _tied, _quantised), {**ONE_SIZE, "top_k": 100}, _cut, 0.8),
     "spilled": Kind(32, (_every, _covered), {**ONE_SIZE, "top_k": 700, "capacity": 128}, _spilled),
+    "over 1024": Kind(
+        6, (_every, _covered), {**ONE_SIZE, "top_k": 5000, "capacity": 4096, "max_detections": 300}, _more_than_threads
+    ),
     "few wanted": Kind(40, (_every,), {**ONE_SIZE, "max_detections": 33, "iou_threshold": 0.7}, _full, 0.4),
     "crowd": Kind(
         2,

@@ -25,12 +25,14 @@ from tests.plugins.host_letterbox import host_letterbox, host_letterbox_nv12
 from trt_runtime import kernels
 from trt_runtime.gpu.flavor import gpu_capability
 from trt_runtime.kernels import (
+    FRAME,
     MAX_FRAME_SIDE,
     MENDS,
     LaunchError,
     LetterboxFrame,
     PixelFormat,
     describe_frame,
+    frame_fields,
     load_letterbox,
     pack_bgr,
 )
@@ -370,6 +372,7 @@ def test_the_description_is_that_of_the_header() -> None:
         "data": 4096, "chroma": 8192, "pitch": 128, "chroma_pitch": 120, "height": 50, "width": 100,
         "scaled_height": 25, "scaled_width": 60, "format": 1,
     }  # fmt: skip
+    assert bytes(frame) == FRAME.pack(*frame_fields(4096, 128, (50, 100), (25, 60), PixelFormat.NV12_BT601, 8192, 120))
     assert [name for name, _ in LetterboxFrame._fields_] == [
         name for line in re.findall(r"^  (?:const void\*|int64_t|int32_t) ([^;]+);", header, re.MULTILINE)[:8]
         for name in re.findall(r"\w+(?=,|\[|$)", line)

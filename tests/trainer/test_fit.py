@@ -415,7 +415,9 @@ def test_flags_win_over_the_file_and_a_run_that_is_not_there_is_a_new_one(
     assert capsys.readouterr().out == "nothing to resume in there: a new run\n"
     # what the run was started with holds unless it is said anew; its folder is where it is looked for
     last = Path("there") / "last.pth"
-    save_checkpoint(last, load_model(), training={"settings": {"seed": 8, "optimizer.lr": 0.5, "run.output": "moved"}})
+    state = {"data": "", "weights": {}, "pixel_term": {}, "optimizer": {}, "ema_updates": 0, "step": 0, "sums": {}}
+    settings = {"seed": 8, "optimizer.lr": 0.5, "run.output": "moved"}
+    save_checkpoint(last, load_model(), training={"settings": settings, **state, "history": []})
     main(line)
     config, resume = seen.pop()
     assert (config.seed, config.data.size, config.optimizer.lr, config.run.output) == (3, 96, 0.5, "there")
@@ -426,6 +428,13 @@ def test_flags_win_over_the_file_and_a_run_that_is_not_there_is_a_new_one(
     assert (config.seed, config.run.output, resume) == (8, "moved", last)
     main(["--seed", "1"])
     assert seen.pop() == (resolve({"seed": 1}), None)
+    for spoilt, words in (
+        ({"settings": 3, "history": []}, "settings is 3: expected an object"),
+        ({}, "missing fields"),
+    ):
+        save_checkpoint(last, load_model(), training={**state, **spoilt})
+        with pytest.raises(WeightsError, match=f"{last}: holds no state of a training run to resume .*{words}"):
+            main(["--resume", str(last)])
 
 
 def test_a_run_is_written_down_so_that_it_can_be_run_again(

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -300,6 +301,67 @@ def test_a_state_that_is_saved_is_the_state_that_is_loaded(tmp_path: Path) -> No
     save_checkpoint(tmp_path / "w.pth", state.model)
     with pytest.raises(WeightsError, match="no state of a training run to resume; --pretrained"):
         other.state.load(tmp_path / "w.pth", config, "digest")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content, training: training.pop("settings"),
+        lambda content, training: training.update(settings=[1]),
+        lambda content, training: training.update(settings={3: 1}),
+        lambda content, training: training["settings"].update({"data.overfit": torch.zeros(2)}),
+        lambda content, training: training.update(data=torch.zeros(3)),
+        lambda content, training: training.pop("weights"),
+        lambda content, training: training["weights"].popitem(),
+        lambda content, training: training["weights"].update({"fpn.output1.0.weight": 3}),
+        lambda content, training: training["weights"].update({"fpn.output1.0.weight": torch.zeros(1)}),
+        lambda content, training: training["optimizer"].pop("state"),
+        lambda content, training: training["optimizer"].update(state=[1]),
+        lambda content, training: training["optimizer"].update(state={"x": {"momentum_buffer": None}}),
+        lambda content, training: training["optimizer"].update(state={9999: {"momentum_buffer": torch.zeros(1)}}),
+        lambda content, training: training["optimizer"]["state"].update({0: 5}),
+        lambda content, training: training["optimizer"]["state"].update({0: {}}),
+        lambda content, training: training["optimizer"]["state"].update({0: {"momentum_buffer": "x"}}),
+        lambda content, training: training["optimizer"]["state"].update({0: {"momentum_buffer": torch.zeros(5)}}),
+        lambda content, training: training.update(step="7"),
+        lambda content, training: training.update(step=-1),
+        lambda content, training: training.update(sums=[("total", 1.0)]),
+        lambda content, training: training.update(sums={"total": "1"}),
+        lambda content, training: training.update(history=[3]),
+        lambda content, training: training.update(history={"epoch": torch.zeros(4)}),
+        lambda content, training: training.update(ema_updates=None),
+        lambda content, training: content.pop("model"),
+        lambda content, training: content.update(model=[1, 2]),
+        lambda content, training: content["model"].popitem(),
+    ],
+)
+def test_a_malformed_checkpoint_is_not_resumed(
+    tmp_path: Path, spoil: Callable[[dict[str, Any], dict[str, Any]], object]
+) -> None:
+    config = _settings(tmp_path, ema__decay=0.5)
+    run, _ = _run(config)
+    for value in run.state.model.parameters():
+        value.grad = torch.full_like(value, 0.25)
+    run.state.optimizer.step()
+    run.state.save(tmp_path / "s.pth", config, "digest")
+    content = torch.load(tmp_path / "s.pth", weights_only=True)
+    spoil(content, content["training"])
+    torch.save(content, tmp_path / "s.pth")
+    with pytest.raises((WeightsError, ConfigError), match=r"s\.pth") as caught:
+        run.state.load(tmp_path / "s.pth", config, "digest")
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_the_optimizer_do_not_come_from_a_checkpoint(tmp_path: Path) -> None:
+    config = _settings(tmp_path)
+    run, _ = _run(config)
+    run.state.save(tmp_path / "s.pth", config, "digest")
+    content = torch.load(tmp_path / "s.pth", weights_only=True)
+    content["training"]["optimizer"]["param_groups"][0].update(lr="fast", momentum=9, maximize=True)
+    torch.save(content, tmp_path / "s.pth")
+    before = [dict(group, params=0) for group in run.state.optimizer.param_groups]
+    run.state.load(tmp_path / "s.pth", config, "digest")
+    assert [dict(group, params=0) for group in run.state.optimizer.param_groups] == before
 
 
 def _start(config: TrainConfig, pixel_term: PixelTerm | None = None, pretrained: str | None = None) -> TrainState:

@@ -11,6 +11,7 @@ import numpy as np
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import DecodeSpec, ModelSpec, NetworkSize
 from trt_runtime.detector import Lane, RetinaFaceDetector
+from trt_runtime.measure import StageTimer
 
 SPEC = ModelSpec(decode=DecodeSpec(max_detections=8))
 
@@ -22,16 +23,19 @@ def frame_of(faces: int, size_hw: tuple[int, int] = (32, 64)) -> Frame:
 class HandmadeLane:
     """Its outputs lie in buffers that serve the next call, as those of a GPU do."""
 
+    keeps_shapes = False
+
     def __init__(self, detector: HandmadeDetector) -> None:
         self.detector, self.closed, self.runs = detector, False, 0
         self._buffers: dict[int, list[Any]] = {}
 
-    def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], stage: Callable[[str], Any]) -> list[Any]:
+    def run(self, frames: Sequence[Any], boxes: Sequence[Letterbox], timer: StageTimer | None) -> list[Any]:
         assert not self.closed
         self.runs += 1
         self.detector.calls.append([int(frame.flat[0]) for frame in frames])
-        with stage("network"):
-            self.detector.on_run(self)
+        if timer is not None:
+            timer.begin("network")
+        self.detector.on_run(self)
         outputs = self._buffers.setdefault(
             len(frames),
             [

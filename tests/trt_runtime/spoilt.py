@@ -18,9 +18,9 @@ class OddPictures(Pictures):
 
     count = 0
 
-    def __call__(self, frame: Any) -> Frame:
+    def __call__(self, frame: Any, *new_frame: Any) -> Frame:
         self.count += 1
-        return super().__call__(av.VideoFrame(64, 64, "rgb96le") if self.count in (1, 4) else frame)
+        return super().__call__(av.VideoFrame(64, 64, "rgb96le") if self.count in (1, 4) else frame, *new_frame)
 
 
 def with_nan(path: Path, out: Path) -> Path:

@@ -289,9 +289,9 @@ def test_whole_calls_have_no_timer_and_the_others_a_fine_one(unhurried: list[flo
     timers: list[StageTimer | None] = []
 
     class Watched(HandmadeDetector):
-        def detect_batch(self, frames: Any, timer: StageTimer | None = None) -> list[Detections]:
+        def _run(self, frames: Any, boxes: Any, timer: StageTimer | None) -> list[Detections]:
             timers.append(timer)
-            return super().detect_batch(frames, timer)
+            return super()._run(frames, boxes, timer)
 
     list(benchmark([{"m": Watched()}], FRAMES, _options(repeats=25, warm_up=3)))
     assert timers[:3] == [None] * 3

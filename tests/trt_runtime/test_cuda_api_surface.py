@@ -167,21 +167,22 @@ for device, memory in ((devices[0], kept[0]), (devices[1], kept[1]), (devices[1]
                 print(found.address == address, found.device_index)
             except RetinaFaceError as error:
                 print(type(error).__name__, error)
-        os.environ["FAKE_CUDA_FAIL"] = "cuPointerGetAttribute=700"
-        try:
-            device.frame(frame(memory.address), stream)
-        except RetinaFaceError as error:
-            print(type(error).__name__)
-        del os.environ["FAKE_CUDA_FAIL"]
+        for number in ("@1", "@2"):  # the GPU is asked for, then the context
+            os.environ["FAKE_CUDA_FAIL"] = f"cuPointerGetAttribute=700{number}"
+            try:
+                device.frame(frame(memory.address), stream)
+            except RetinaFaceError as error:
+                print(type(error).__name__)
+            del os.environ["FAKE_CUDA_FAIL"]
 """
     lines = run(fake, code).splitlines()
     beyond = "FrameError the frame's address 0x"
-    assert [lines[0], lines[3]] == ["True 0", "True 1"]
+    assert [lines[0], lines[4]] == ["True 0", "True 1"]
     assert lines[1].startswith(beyond)
     assert "is not in CUDA's memory (CUDA failed (cuPointerGetAttribute: CUDA_ERROR_INVALID_VALUE" in lines[1]
-    assert lines[4].startswith(beyond)
-    assert lines[6] == "FrameError the frame is on GPU 0, the detector on GPU 1: copy it there first"
-    assert lines[2::3] == ["KernelFaultError"] * 3  # of a lost device nothing can be said about a frame
+    assert lines[5].startswith(beyond)
+    assert lines[8] == "FrameError the frame is on GPU 0, the detector on GPU 1: copy it there first"
+    assert lines[2::4] == lines[3::4] == ["KernelFaultError"] * 3  # of a lost device nothing can be said about a frame
 
 
 @pytest.mark.parametrize("kind", ["SideFrame", "TorchFrame"])
@@ -512,7 +513,7 @@ print(ctypes.CDLL('libcuda.so.1').fake_cuda_depth())
         "DeviceMemoryError no memory on the device for the second: 800.0 MiB asked for, 724.0 MiB of 1.0 GiB free: use"
     )
     assert lines[2] == f"({1 << 30}, {1 << 30})"
-    assert lines[3] == "1"  # CU_MEMHOSTALLOC_PORTABLE: pinned for every context
+    assert lines[3] == "3"  # CU_MEMHOSTALLOC_PORTABLE | _DEVICEMAP: for every context, and within reach of kernels
     assert lines[4:] == ["1", "0", "0"]  # it lives as long as a view of it; and no context is left current
 
 

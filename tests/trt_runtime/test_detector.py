@@ -27,6 +27,7 @@ from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, load_detector
 from trt_runtime import detector as detector_module
 from trt_runtime.detector import RetinaFaceDetector, letterboxed, network_size
 from trt_runtime.measure import StageTimer
+from trt_runtime.onnx_model import OnnxModel
 
 Kind = type[OrtRetinaFace] | type[OpenVinoRetinaFace]
 KINDS: tuple[Kind, ...] = (OrtRetinaFace, OpenVinoRetinaFace)
@@ -192,19 +193,21 @@ def test_truncation_shows(crowd: Frame, plugin_form: Path, tmp_path: Path) -> No
     for decode, score, truncated in TRUNCATIONS:
         path = _changed(plugin_form, tmp_path / "m.onnx", lambda m, decode=decode: limit(m, decode))
         for kind in KINDS:
-            with kind(path, score_threshold=score, threads=1, size_hw=(512, 1536)) as detector:
+            with kind(path, score_threshold=score, threads=1, size_hw=(256, 768)) as detector:
                 assert detector.detect(crowd).truncated == truncated
 
 
-def test_truncation_shows_in_graphs_that_decode_by_themselves(crowd: Frame, tmp_path: Path) -> None:
-    from export.to_onnx import ExportOptions, export_onnx
+def test_truncation_shows_in_graphs_that_decode_by_themselves(crowd: Frame, dynamic_onnx: Path, tmp_path: Path) -> None:
+    from export.graph import build_portable
 
+    model = OnnxModel(dynamic_onnx)
+    heads = onnx.load_model_from_string(model.heads_graph.content)
     exported: dict[DecodeSpec, Path] = {}
-    for decode, score, truncated in TRUNCATIONS[1:]:
+    for decode, score, truncated in TRUNCATIONS:
         if decode not in exported:
             exported[decode] = tmp_path / f"{len(exported)}.onnx"
-            export_onnx(ExportOptions("mobilenet0.25", exported[decode], (256, 768), decode=decode))
-        with OrtRetinaFace(exported[decode], score_threshold=score, threads=1) as detector:
+            onnx.save(build_portable(heads, dataclasses.replace(model.spec, decode=decode), None), exported[decode])
+        with OrtRetinaFace(exported[decode], score_threshold=score, threads=1, size_hw=(256, 768)) as detector:
             assert detector.detect(crowd).truncated == truncated
 
 

@@ -23,7 +23,7 @@ from trt_runtime.gpu.simulated import HostDevice
 __all__ = ["fake"]
 
 WAYS = list(vars(faults.WAYS))
-CALLED = ("cuStreamSynchronize", "cuGraphLaunch", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuCtxPopCurrent")
+CALLED = ("cuStreamSynchronize", "cuGraphLaunch", "cuMemcpyHtoDAsync", "cuCtxPopCurrent")
 """What calls need; the third one fails, with four threads at work."""
 MADE = ("cuStreamCreate", "cuMemAlloc", "cuMemHostAlloc", "cuStreamBeginCapture", "cuGraphInstantiate")
 """What new lanes need; the first one fails."""

@@ -347,3 +347,11 @@ def test_graphs_are_not_taken_apart_unless_asked_for() -> None:
     assert not StageTimer().fine
     assert StageTimer(fine=True).fine
     assert StageTimer().total_ms == {}
+
+
+def test_a_stage_lasts_until_the_next_begins(clock: list[float]) -> None:
+    timer = StageTimer()
+    for stage, seconds in (("upload", 0.25), ("graph", 0.5), ("", 4.0), ("upload", 1.0), ("", 8.0), ("", 16.0)):
+        timer.begin(stage)
+        clock[0] += seconds
+    assert timer.total_ms == {"upload": 1250.0, "graph": 500.0}

@@ -188,9 +188,75 @@ def test_every_attribute_of_a_plugin_must_be_what_the_spec_says(plugin: dict[str
         wrong = value[::-1] if isinstance(value, list) else f"{value}x" if isinstance(value, str) else value * 2
         for changed, words in (({**plugin, name: wrong}, str(wrong)), ({**plugin, name: None}, "None")):
             problem = plugin_problem(changed, spec)
-            assert problem == f"the plugin's {name} is {words}, the spec says {plugin[name]}"
+            wanted = f"the spec says {plugin[name]}"
+            if name.startswith("plugin_"):
+                again = "export it again with python -m export.to_trt --onnx-only"
+                wanted = f"this version has {plugin[name]}: {again}"
+            assert problem == f"the plugin's {name} is {words}, {wanted}"
         without = {key: item for key, item in plugin.items() if key != name}
         assert name in (plugin_problem(without, spec) or "")
+    for wrong in (None, 2, -1, 0.5, "1", [1]):
+        problem = plugin_problem({**plugin, "channels_last": wrong}, spec)
+        assert problem == f"the plugin's channels_last is {wrong}, it must be 0 or 1"
+
+
+def _with_layout(path: Path, channels_last: bool) -> Any:
+    """Return a plugin form whose plugin takes its head maps in one of the two layouts, written here."""
+    model = onnx.load(path)
+    plugin = find_plugin(model)
+    transposes = [node for node in model.graph.node if node.output[0] in plugin.input and node.op_type == "Transpose"]
+    maps = [node.input[0] for node in transposes] or list(plugin.input)
+    for node in [*transposes, plugin]:
+        model.graph.node.remove(node)
+    if channels_last:
+        made = [onnx.helper.make_node("Transpose", [name], [f"{name}_last"], perm=[0, 2, 3, 1]) for name in maps]
+        model.graph.node.extend(made)
+    plugin.input[:] = [f"{name}_last" for name in maps] if channels_last else maps
+    next(item for item in plugin.attribute if item.name == "channels_last").i = int(channels_last)
+    model.graph.node.append(plugin)
+    return model
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_both_layouts_of_the_head_maps_are_cut_where_they_are_planar(channels_last: bool, plugin_form: Path) -> None:
+    model = _with_layout(plugin_form, channels_last)
+    cut = cut_heads(model.SerializeToString(), ModelSpec())
+    assert cut.heads == ["head_8", "head_16", "head_32"]
+    kept = onnx.load_model_from_string(cut.content).graph.node
+    assert kept[-1].op_type == "Conv"
+    assert sum(node.op_type == "Transpose" for node in kept) == 1  # of the frames
+
+
+def test_head_maps_that_are_not_transposed_as_the_plugin_says_are_refused(plugin_form: Path) -> None:
+    def refused(model: Any) -> None:
+        with pytest.raises(ModelFileError, match="its plugin says channels_last, and its inputs are no transposed"):
+            cut_heads(model.SerializeToString(), ModelSpec())
+
+    planar = _with_layout(plugin_form, False)
+    next(item for item in find_plugin(planar).attribute if item.name == "channels_last").i = 1
+    refused(planar)
+    for change in (
+        lambda node: node.attribute[0].ints.__setitem__(slice(None), [0, 3, 2, 1]),
+        lambda node: node.attribute.pop(),
+        lambda node: node.output.append("more"),
+        lambda node: node.input.pop(),
+    ):
+        model = _with_layout(plugin_form, True)
+        change(model.graph.node[-2])
+        refused(model)
+
+
+def test_a_plugin_form_of_an_older_version_is_refused(plugin_form: Path, tmp_path: Path) -> None:
+    """Version 1 had no layout."""
+    model = onnx.load(plugin_form)
+    attributes = find_plugin(model).attribute
+    next(item for item in attributes if item.name == "plugin_version").s = b"1"
+    attributes.remove(next(item for item in attributes if item.name == "channels_last"))
+    onnx.save(model, tmp_path / "old.onnx")
+    with pytest.raises(
+        ModelFileError, match=r"old\.onnx: the plugin's plugin_version is 1, this version has 2: export it again"
+    ):
+        load_detector(tmp_path / "old.onnx").detect(np.zeros((64, 64, 3), np.uint8))
 
 
 @pytest.mark.parametrize("form", ["plugin_form", "dynamic_onnx", "static_onnx"])
@@ -202,10 +268,7 @@ def test_a_cut_graph_holds_what_its_head_maps_need(form: str, request: pytest.Fi
     assert not cut.half
     assert [item.name for item in graph.output] == cut.heads
     assert {item.type.tensor_type.elem_type for item in graph.output} == {onnx.TensorProto.FLOAT}
-    if form == "plugin_form":
-        assert cut.heads == list(find_plugin(onnx.load(path)).input)
-    else:
-        assert cut.heads == ["head_8", "head_16", "head_32"]
+    assert cut.heads == ["head_8", "head_16", "head_32"]
     assert 50 < len(graph.node) < len(before.node)
     kept = [node.output[0] for node in graph.node]
     assert kept == [node.output[0] for node in before.node if node.output[0] in set(kept)]  # in their order

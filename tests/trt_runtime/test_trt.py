@@ -41,8 +41,9 @@ from trt_runtime import Nv12Frame, OrtRetinaFace, TRTRetinaFace, load_detector
 from trt_runtime.gpu.engine import check_runs_here
 from trt_runtime.gpu.sidecar import read_sidecar
 from trt_runtime.gpu.simulated import HostArray, HostDevice, HostEngine, HostStream
+from trt_runtime.kernels import FRAME
 from trt_runtime.measure import StageTimer
-from trt_runtime.trt import GRAPHS
+from trt_runtime.trt import GRAPHS, PINNED_FRAMES
 
 LATE_S = 0.002
 
@@ -376,7 +377,7 @@ def test_what_is_closed_holds_nothing(device: HostDevice, plugin_form: Path, ast
         assert len(graphs) == 2
         with device.activate():
             other = device.stream()
-        memories = kept._room.block, kept._uploads[1], kept._room.workspace
+        memories = kept._room.images, kept._uploads[1], kept._room.workspace
     assert [each._work for each in (kept._shared, *(plan._context for plan in (*first, *last)))] == [None] * 3
     assert device.allocated_bytes == 0
     with device.activate():
@@ -417,12 +418,12 @@ def test_rooms_grow_and_never_shrink(device: HostDevice, plugin_form: Path) -> N
         assert held[2:] == [held[1]] * 3
         assert rooms._plans.made == 2  # for the two shapes that came again
         # one frame room for uploads, as large as the largest batch, and none of before
-        uploads = device.allocated_bytes - rooms._room.block.nbytes - 1
+        uploads = device.allocated_bytes - rooms._room.images.nbytes - 1
         pinned, memory = rooms._uploads
         assert uploads == len(pinned) == memory.nbytes == 416 * 416 * 3
         assert len(_plans(detector)) == 2
         detector.detect(np.zeros((417, 417, 3), np.uint8))
-        assert device.allocated_bytes - rooms._room.block.nbytes - 1 == -(-417 * 417 * 3 // 256) * 256
+        assert device.allocated_bytes - rooms._room.images.nbytes - 1 == -(-417 * 417 * 3 // 256) * 256
 
 
 @pytest.mark.parametrize("device", [True, -1, 0.0, 1.5, None])
@@ -592,6 +593,7 @@ def test_an_engine_for_larger_batches_gets_empty_slots(
 ) -> None:
     with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device, warm_up=False) as detector:
         expected = [detector.detect(frame) for frame in frames]
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device, warm_up=False) as detector:
         detector.engine.profile = dataclasses.replace(detector.engine.profile, batch=(4, 4, 8))
         for frame, want in zip(frames, expected, strict=True):
             _assert_same(detector.detect(frame), want)
@@ -604,8 +606,9 @@ def test_an_engine_for_larger_batches_gets_empty_slots(
         assert (images[1:] == np.uint8(detector.spec.preprocess.mean_bgr)).all()
         assert (images[0] != images[1]).any()
         (lane,) = detector._idle
-        row = len(lane._room.descriptions) // 4  # type: ignore[attr-defined]
-        assert not lane._room.descriptions[row:].any()  # type: ignore[attr-defined]
+        descriptions = lane._room.pinned[: 4 * FRAME.size]  # type: ignore[attr-defined]
+        assert descriptions[: FRAME.size].any()
+        assert not descriptions[FRAME.size :].any()
 
 
 def test_sizes_an_engine_does_not_take(device: HostDevice, tmp_path: Path, astronaut: Frame, plugin_form: Path) -> None:
@@ -677,9 +680,28 @@ def test_stages(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None
         detector.detect(astronaut, other)
     assert list(other.total_ms) == ["upload", "network", "results"]
     assert list(plain.total_ms) == ["upload", "graph", "results"]
-    assert list(fine.total_ms) == ["upload", "letterbox", "network", "decode+NMS", "download", "results"]
+    assert list(fine.total_ms) == ["upload", "letterbox", "network", "decode+NMS", "results"]
     assert fine.total_ms["network"] > fine.total_ms["decode+NMS"] > 0
     assert fine.total_ms["upload"] >= LATE_S * 1e3  # it was waited for
+
+
+def test_the_share_of_the_plugin_is_that_of_the_frame(
+    device: HostDevice, plugin_form: Path, astronaut: Frame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not of what the memory held before."""
+    seen, run = [], HostEngine.run
+
+    def noted(engine: HostEngine, images: Any) -> Any:
+        seen.append(images.copy())
+        return run(engine, images)
+
+    monkeypatch.setattr(HostEngine, "run", noted)
+    with TRTRetinaFace(plugin_form, size_hw=(160, 160), device=device, warm_up=False) as detector:
+        detector.detect(astronaut, StageTimer(fine=True))
+        frame = Letterbox.place(astronaut.shape[:2], (160, 160)).apply(astronaut, detector.spec.preprocess.mean_bgr)
+    assert len(seen) == 2
+    for images in seen:
+        np.testing.assert_array_equal(images, frame[None])
 
 
 def test_a_kernel_that_fails_is_an_error_and_not_a_result(plugin_form: Path, astronaut: Frame) -> None:
@@ -719,3 +741,94 @@ def test_what_is_no_plugin_form_is_refused(device: HostDevice, static_onnx: Path
         TRTRetinaFace(tmp_path / "f.onnx", device="cpu")
     with pytest.raises(GpuError, match="device must be"):
         TRTRetinaFace(static_onnx, device="tpu")
+
+
+class _Copies(HostDevice):
+    """Notes where what is copied to it lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[int] = []
+
+    def copy_in(self, address: int, source: Any, stream: HostStream) -> None:
+        self.sources.append(source.ctypes.data)
+        super().copy_in(address, source, stream)
+
+
+def test_pinned_frames_are_uploaded_from_where_they_lie(plugin_form: Path, astronaut: Frame) -> None:
+    device = _Copies()
+    height, width = astronaut.shape[:2]
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device) as detector:
+        expected = detector.detect(astronaut)
+        pinned = detector.pinned_frame(height, width)
+        assert (pinned.shape, pinned.dtype) == (astronaut.shape, np.uint8)
+        pinned[:] = astronaut
+        start = pinned.ctypes.data
+        device.sources.clear()
+        assert_identical(detector.detect(pinned), expected)
+        assert device.sources == [start]
+        device.sources.clear()  # a part of one whose rows are in one piece, and one whose rows are not
+        for part in (pinned[:200], pinned[:, :300]):
+            assert_identical(detector.detect(part), detector.detect(part.copy()))
+        assert [source == start for source in device.sources] == [True, False, False, False]
+        batch = detector.detect_batch([astronaut, pinned, HostArray(astronaut), pinned])
+        for found in batch:
+            _assert_same(found, expected)
+
+
+def test_the_memory_of_pinned_frames_serves_the_next(plugin_form: Path) -> None:
+    device = HostDevice()
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device, warm_up=False) as detector:
+        first, second = detector.pinned_frame(40, 60), detector.pinned_frame(40, 60)
+        assert first.ctypes.data != second.ctypes.data
+        address, row = first.ctypes.data, first[3]  # a view of it holds it, too
+        del first
+        third = detector.pinned_frame(40, 60)
+        assert third.ctypes.data not in (address, second.ctypes.data)
+        del row
+        assert detector.pinned_frame(60, 41).ctypes.data != address
+        assert detector.pinned_frame(60, 40).ctypes.data == address  # as many bytes
+        many = [detector.pinned_frame(40, 60) for _ in range(PINNED_FRAMES + 3)]
+        del many
+        assert len(detector._pinned._idle) == PINNED_FRAMES
+        assert len(detector._pinned._lent) == 2
+    assert detector._pinned._idle == []
+    del second, third
+    assert detector._pinned._idle == []
+    with pytest.raises(ClosedError):
+        detector.pinned_frame(40, 60)
+
+
+def test_other_detectors_give_plain_frames(dynamic_onnx: Path) -> None:
+    with OrtRetinaFace(dynamic_onnx, size_hw=(64, 64)) as detector:
+        frame = detector.pinned_frame(40, 60)
+        assert (frame.shape, frame.dtype) == ((40, 60, 3), np.uint8)
+        frame[:] = 0
+        assert len(detector.detect(frame)) == 0
+
+
+def test_arrays_of_another_device_are_no_frames_of_this(plugin_form: Path, astronaut: Frame) -> None:
+    """Not even of the same kind, with an address that the other one may have, too."""
+    with (
+        TRTRetinaFace(plugin_form, size_hw=(160, 160), device=HostDevice()) as one,
+        TRTRetinaFace(plugin_form, size_hw=(160, 160), device=HostDevice()) as other,
+    ):
+        frame = one.to_device(astronaut)
+        assert_identical(one.detect(frame), one.detect(astronaut))
+        with pytest.raises(FrameError, match="DeviceArray"):
+            other.detect(frame)
+        frame._memory.close()
+        with pytest.raises(GpuError, match="closed"):
+            one.detect(frame)
+
+
+def test_results_are_written_where_the_host_reads_them(device: HostDevice, plugin_form: Path, astronaut: Frame) -> None:
+    """Nothing is copied back, and the kernels find the descriptions of frames in the host's memory."""
+    copied: list[int] = []
+    with TRTRetinaFace(plugin_form, size_hw=(320, 320), device=device) as detector:
+        device.copy_out = lambda *_: copied.append(1)  # type: ignore[method-assign, assignment]
+        frame = HostArray(astronaut)
+        device.copy_in = lambda *_: copied.append(1)  # type: ignore[method-assign, assignment]
+        for found in (detector.detect(frame), detector.detect(frame), *detector.detect_batch([frame] * 3)):
+            assert len(found) == 1
+    assert copied == []

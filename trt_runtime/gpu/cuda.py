@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -84,17 +84,35 @@ class Cuda:
         """Call a function; return its results: None, a value, or a tuple."""
         try:
             status, *values = getattr(self.driver, name)(*arguments)
-        except RuntimeError as error:  # cuda.bindings does not find libcuda, or the function in it
-            if "function" in str(error).lower():  # versions of cuda.bindings differ in the capital
-                mend = f"the NVIDIA driver is too old for the cuda-bindings here, it has no {name}: update it"
-            else:
-                mend = "there is no NVIDIA driver here (libcuda.so.1 was not found)"
-            raise GpuError(mend + CPU_INSTEAD) from None
-        except ValueError as error:  # a driver newer than cuda.bindings has errors that these do not know
-            raise GpuError(f"CUDA failed ({name}: {error}): update cuda-bindings to see why") from None
+        except (RuntimeError, ValueError) as error:
+            raise self._unknown(name, error) from None
         if status:
             raise self._error(name, status)
         return values[0] if len(values) == 1 else tuple(values) or None
+
+    def prepared(self, name: str, *arguments: Any) -> Callable[[], None]:
+        """Return a call with fixed arguments of a function that gives nothing: for what every frame needs."""
+        function = getattr(self.driver, name)
+
+        def call() -> None:
+            try:
+                status = function(*arguments)[0]
+            except (RuntimeError, ValueError) as error:
+                raise self._unknown(name, error) from None
+            if status:
+                raise self._error(name, status)
+
+        return call
+
+    def _unknown(self, name: str, error: Exception) -> GpuError:
+        """Return the error for what cuda.bindings raise by themselves."""
+        if isinstance(error, ValueError):  # a driver newer than cuda.bindings has errors that these do not know
+            return GpuError(f"CUDA failed ({name}: {error}): update cuda-bindings to see why")
+        if "function" in str(error).lower():  # versions of cuda.bindings differ in the capital
+            return GpuError(
+                f"the NVIDIA driver is too old for the cuda-bindings here, it has no {name}: update it{CPU_INSTEAD}"
+            )
+        return GpuError(f"there is no NVIDIA driver here (libcuda.so.1 was not found){CPU_INSTEAD}")
 
     def _error(self, name: str, status: Any) -> GpuError:
         text = self.driver.cuGetErrorString(status)[1] or b""
@@ -158,16 +176,14 @@ class CudaDevice:
         major = cuda("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         minor = cuda("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self.compute_capability = 10 * major + minor
+        kinds = cuda.driver.CUpointer_attribute
+        self._kinds = kinds.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, kinds.CU_POINTER_ATTRIBUTE_CONTEXT
+        self._activation = _Activation(cuda, self._context)
         self._stream = stream
         self.can_capture = stream is None  # a capture of a shared stream would record what others put on it
 
-    @contextmanager
-    def activate(self) -> Iterator[None]:
-        self.cuda("cuCtxPushCurrent", self._context)
-        try:
-            yield
-        finally:
-            _quietly(self.cuda, "cuCtxPopCurrent")  # of a lost device the error of the block counts
+    def activate(self) -> _Activation:
+        return self._activation
 
     def stream(self) -> CudaStream:
         if self._stream is not None:
@@ -184,7 +200,8 @@ class CudaDevice:
 
     def pinned(self, nbytes: int) -> Bytes:
         try:
-            address = self.cuda("cuMemHostAlloc", check_nbytes(nbytes), self.cuda.driver.CU_MEMHOSTALLOC_PORTABLE)
+            flags = self.cuda.driver.CU_MEMHOSTALLOC_PORTABLE | self.cuda.driver.CU_MEMHOSTALLOC_DEVICEMAP
+            address = self.cuda("cuMemHostAlloc", check_nbytes(nbytes), flags)
         except DeviceMemoryError:
             raise DeviceMemoryError(f"the host has no {nbytes} bytes that can be page-locked") from None
         buffer = (ctypes.c_uint8 * nbytes).from_address(int(address))
@@ -192,7 +209,8 @@ class CudaDevice:
         return np.ctypeslib.as_array(buffer)
 
     def copy_in(self, address: int, source: Bytes, stream: Any) -> None:
-        self.cuda("cuMemcpyHtoDAsync", address, check_bytes(source).ctypes.data, source.nbytes, stream.handle)
+        start = check_bytes(source).__array_interface__["data"][0]  # `ctypes.data` takes twice as long
+        self.cuda("cuMemcpyHtoDAsync", address, start, source.nbytes, stream.handle)
 
     def copy_out(self, target: Bytes, address: int, stream: Any) -> None:
         target_address = check_bytes(target, writeable=True).ctypes.data
@@ -225,23 +243,43 @@ class CudaDevice:
         """Return the GPU that an address belongs to; FrameError if it is not in memory of our context."""
         if index is not None and self._is_primary:  # the libraries that tell the GPU work in its primary context
             return index
-        kinds = self.cuda.driver.CUpointer_attribute
         try:
             if index is None:
-                index = int(self.cuda("cuPointerGetAttribute", kinds.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
+                index = int(self.cuda("cuPointerGetAttribute", self._kinds[0], address))
         except DeviceLostError:
             raise
         except GpuError as error:
             raise FrameError(f"the frame's address {address:#x} is not in CUDA's memory ({error})") from None
-        context = int(self._context)
-        with suppress(GpuError):  # memory of a pool and mapped memory belong to no context, and every one reaches them
-            context = int(self.cuda("cuPointerGetAttribute", kinds.CU_POINTER_ATTRIBUTE_CONTEXT, address)) or context
-        if index == self.index and context != int(self._context):
+        ours = context = int(self._context)
+        try:
+            context = int(self.cuda("cuPointerGetAttribute", self._kinds[1], address)) or context
+        except DeviceLostError:
+            raise
+        except GpuError:  # memory of a pool and mapped memory belong to no context, and every one reaches them
+            pass
+        if index == self.index and context != ours:
             raise FrameError(
                 f"the frame lies in another CUDA context of GPU {index} than the detector's: let PyCUDA use the "
                 "primary one (import pycuda.autoprimaryctx), which all other libraries use"
             )
         return index
+
+
+class _Activation:
+    """Makes a context current in a block; any number of threads may be in it, each as often as it wants."""
+
+    def __init__(self, cuda: Cuda, context: Any) -> None:
+        self._push = cuda.prepared("cuCtxPushCurrent", context)
+        self._pop = cuda.prepared("cuCtxPopCurrent")
+
+    def __enter__(self) -> None:
+        self._push()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self._pop()
+        except GpuError:  # of a lost device the error of the block counts
+            pass
 
 
 class CudaStream:
@@ -252,15 +290,19 @@ class CudaStream:
         self._handle = handle
         destroy = [device.free, "cuStreamDestroy", handle] if owned else [lambda: None]
         self._destroy = weakref.finalize(self, *destroy)
+        self._synchronize = device.cuda.prepared("cuStreamSynchronize", device.cuda.driver.CUstream(handle))
+        self._closed = False
 
     @property
     def handle(self) -> int:
-        if not self._destroy.alive:
+        if self._closed:
             raise GpuError("this stream has been closed")
         return self._handle
 
     def synchronize(self) -> None:
-        self._device.cuda("cuStreamSynchronize", self.handle)
+        if self._closed:
+            raise GpuError("this stream has been closed")
+        self._synchronize()
 
     def capture(self, work: Callable[[], object]) -> CudaGraph:
         cuda = self._device.cuda
@@ -287,6 +329,7 @@ class CudaStream:
             cuda("cuEventDestroy", event)  # CUDA keeps it until the stream has reached it
 
     def close(self) -> None:
+        self._closed = True
         self._destroy()
 
 
@@ -297,13 +340,20 @@ class CudaGraph:
         self._device = device
         self._executable = executable
         self._destroy = weakref.finalize(self, device.free, "cuGraphExecDestroy", executable)
+        self._closed = False
+        self._launches: dict[int, Callable[[], None]] = {}  # by stream
 
     def launch(self, stream: Any) -> None:
-        if not self._destroy.alive:
+        if self._closed:
             raise GpuError("this graph has been closed")
-        self._device.cuda("cuGraphLaunch", self._executable, stream.handle)
+        handle = stream.handle
+        if handle not in self._launches:
+            cuda = self._device.cuda
+            self._launches[handle] = cuda.prepared("cuGraphLaunch", self._executable, cuda.driver.CUstream(handle))
+        self._launches[handle]()
 
     def close(self) -> None:
+        self._closed = True
         self._destroy()
 
 

@@ -32,17 +32,21 @@ class Memory:
         nbytes: The size that was asked for.
         free: Frees it once all streams of the device have done their work; it may be called on any thread.
         arguments: For `free`; none of them may refer to this object.
+
+    Attributes:
+        closed: Whether it has been closed.
     """
 
     def __init__(self, address: int, nbytes: int, free: Callable[..., object], *arguments: Any) -> None:
         self.nbytes = nbytes
         self._address = address
+        self.closed = False
         self._free = weakref.finalize(self, free, *arguments)
 
     @property
     def address(self) -> int:
         """Address of its first byte; GpuError if it has been closed."""
-        if not self._free.alive:
+        if self.closed:
             raise GpuError("this memory has been closed")
         return self._address
 
@@ -52,6 +56,7 @@ class Memory:
         Raises:
             GpuError: Something was written right before or after it, where the device can tell.
         """
+        self.closed = True
         self._free()
 
 
@@ -128,7 +133,10 @@ class Device(Protocol):
     can_capture: bool
 
     def activate(self) -> AbstractContextManager[None]:
-        """Make its context current on the calling thread in a block; at its end the one before is current again."""
+        """Make its context current on the calling thread in a block; at its end the one before is current again.
+
+        The result may be entered again, and by other threads.
+        """
 
     def stream(self) -> Stream:
         """Return a new stream that does not wait for the default one; or the caller's if the device was given one."""
@@ -143,7 +151,8 @@ class Device(Protocol):
     def pinned(self, nbytes: int) -> Bytes:
         """Return new page-locked memory of the host, uint8 (nbytes,), undefined; it is freed with its last view.
 
-        Only copies from and to such memory run beside other work.
+        It starts at a multiple of ALIGNMENT. Only copies from and to such memory run beside other work, and kernels
+        reach it, at the same address as the host does.
 
         Raises:
             DeviceMemoryError: The host cannot page-lock so much memory.

@@ -186,7 +186,11 @@ class TrtEngine:
 
     def _reason(self) -> str:
         """Return the last error of the logger in brackets, for an error message; "" if there is none."""
-        return f" ({' '.join(self._logger.errors[-1].split())[:300]})" if self._logger.errors else ""
+        try:
+            last = self._logger.errors[-1]  # another thread may clear them at any time
+        except IndexError:
+            return ""
+        return f" ({' '.join(last.split())[:300]})"
 
     def _check_contract(self, path: str | Path) -> None:
         found = {

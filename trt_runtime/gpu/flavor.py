@@ -27,6 +27,7 @@ class Flavor:
     module: str
     extra: str  # of this project, which installs it
     capabilities: tuple[int, ...] = ()  # that it builds engines for on any machine, without such a GPU
+    channels_last: bool = False  # it makes fewer kernels where the plugin takes head maps as [B, H, W, C]
 
     def installed(self) -> bool:
         """Whether its Python package is installed; the package is not imported."""
@@ -50,7 +51,7 @@ class Flavor:
 
 
 TENSORRT = Flavor("tensorrt", "TensorRT", "tensorrt", "trt")
-RTX = Flavor("rtx", "TensorRT-RTX", "tensorrt_rtx", "rtx", (75, 86, 89, 120, 121))
+RTX = Flavor("rtx", "TensorRT-RTX", "tensorrt_rtx", "rtx", (75, 86, 89, 120, 121), channels_last=True)
 FLAVORS = {flavor.name: flavor for flavor in (TENSORRT, RTX)}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,16 +16,14 @@ from trt_runtime.kernels import PixelFormat
 Nv12Matrix = Literal["bt601", "bt601_full", "bt709", "bt709_full"]
 MATRICES = get_args(Nv12Matrix)
 
-UINT8 = np.dtype(np.uint8)
-
 _DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_HOST, _DLPACK_CUDA_MANAGED = 1, 2, 3, 13
 _DLPACK_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _MEND = ".contiguous() (torch) or cupy.ascontiguousarray mends it"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DeviceFrame:
-    """Where a frame lies on a device.
+    """Where a frame lies on a device; nothing changes it once it is made.
 
     Attributes:
         address: Address of the first row: BGR pixels, or luma.
@@ -69,7 +68,7 @@ class Nv12Frame:
             raise FrameError(f"the matrix of an NV12 frame is one of {', '.join(MATRICES)}, not {self.matrix!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Array:
     """An array on a device; `owner` keeps its memory alive."""
 
@@ -112,21 +111,21 @@ def read_frame(
         if frame.ready is not None:
             frame.ready.hold(stream)
         return frame
-    nv12 = frame if isinstance(frame, Nv12Frame) else None
-    arrays = (nv12.luma, nv12.chroma) if nv12 else (frame,)
+    nv12 = isinstance(frame, Nv12Frame)
+    arrays = (frame.luma, frame.chroma) if isinstance(frame, Nv12Frame) else (frame,)
     read = [_read_array(array, stream.handle, device_index) for array in arrays if holds(array)]
     planes = [plane for plane in read if plane]
     if len(planes) < len(arrays):
         if nv12:
             raise FrameError("an Nv12Frame takes two arrays on the device, and these are not")
         return None
-    found = _nv12_frame(planes[0], planes[1], nv12.matrix) if nv12 else _bgr_frame(planes[0])
+    found = _nv12_frame(planes[0], planes[1], frame.matrix) if isinstance(frame, Nv12Frame) else _bgr_frame(planes[0])
     for plane in planes:
-        index = locate(plane.address, plane.device_index)
-        _check_index(index, device_index)
+        found.device_index = locate(plane.address, plane.device_index)
+        _check_index(found.device_index, device_index)
         if plane.stream is not None:
             stream.wait_for(plane.stream)
-    return replace(found, device_index=index)
+    return found
 
 
 def _check_index(index: int | None, device_index: int | None) -> None:
@@ -136,7 +135,7 @@ def _check_index(index: int | None, device_index: int | None) -> None:
 
 def _bgr_frame(array: _Array) -> DeviceFrame:
     shape = array.shape
-    if len(shape) == 3 and shape[0] == 3 and shape[2] != 3:
+    if len(shape) == 3 and shape[2] != 3 and shape[0] == 3:
         raise FrameError(f"frame must be HxWx3, got {array}: .permute(1, 2, 0).contiguous() mends it")
     if len(shape) == 4:
         raise FrameError(f"frame must be HxWx3, got {array}: several frames go to detect_batch as a list")
@@ -163,7 +162,7 @@ def _pitch(array: _Array, what: str, row_bytes: int) -> int:
         raise FrameError(f"{what} must be uint8 with values 0..255, got {array}")
     if 0 in array.shape:
         raise FrameError(f"{what} is empty: {array}")
-    if array.strides is None:
+    if array.strides is None or array.strides == (row_bytes, 3, 1):
         return row_bytes
     inner = 1
     for side, stride in zip(reversed(array.shape[1:]), reversed(array.strides[1:]), strict=True):
@@ -209,33 +208,12 @@ def _capsule(array: Any, stream_handle: int) -> object:
         raise FrameError(f"a {type(array).__name__} cannot be read as a frame: {reason(error)}") from None
 
 
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("type_code", ctypes.c_uint8),
-        ("type_bits", ctypes.c_uint8),
-        ("type_lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
+_TENSOR = struct.Struct("=QiiiBBHQQQ")
+"""DLTensor: data, device type and number, dimensions, type code, bits and lanes, shape, strides, byte offset. Pointers
+have 8 bytes: there is no CUDA for machines where they have fewer."""
 
-
-class _VersionedTensor(ctypes.Structure):
-    """DLManagedTensorVersioned; before DLPack 1.0 the structure begins with the DLTensor."""
-
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _DLTensor),
-    )
-
+_VERSIONED = struct.Struct("=II24x")
+"""What precedes it in a DLManagedTensorVersioned: major, minor; before DLPack 1.0 the structure begins with it."""
 
 _is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
 _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
@@ -246,29 +224,34 @@ _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_cha
 def _read_capsule(capsule: object, device_index: int | None) -> _Array:
     """Return the array of a DLPack capsule. The capsule is its owner: it is not consumed, so it frees the tensor."""
     if _is_valid(capsule, b"dltensor_versioned"):
-        managed = _VersionedTensor.from_address(_get_pointer(capsule, b"dltensor_versioned"))
-        if managed.major != 1:
-            raise FrameError(f"the frame comes as DLPack {managed.major}.{managed.minor}, and 1.x is known")
-        tensor = managed.tensor
+        start = _get_pointer(capsule, b"dltensor_versioned")
+        major, minor = _VERSIONED.unpack(ctypes.string_at(start, _VERSIONED.size))
+        if major != 1:
+            raise FrameError(f"the frame comes as DLPack {major}.{minor}, and 1.x is known")
+        start += _VERSIONED.size
     elif _is_valid(capsule, b"dltensor"):
-        tensor = _DLTensor.from_address(_get_pointer(capsule, b"dltensor"))
+        start = _get_pointer(capsule, b"dltensor")
     else:
         raise FrameError("the frame's __dlpack__ gave no DLPack capsule")
-    shape = tuple(tensor.shape[: tensor.ndim])
-    kind = f"{_DLPACK_KINDS.get(tensor.type_code, 'DLPack type ')}{tensor.type_bits}"
-    if tensor.type_lanes != 1:
-        kind += f"x{tensor.type_lanes}"
+    data, _, _, ndim, code, bits, lanes, shape, strides, offset = _TENSOR.unpack(ctypes.string_at(start, _TENSOR.size))
+    kind = f"{_DLPACK_KINDS.get(code, 'DLPack type ')}{bits}"
+    if lanes != 1:
+        kind += f"x{lanes}"
     # DLPack counts elements; only uint8 is accepted later, so they are bytes
-    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
-    address = (tensor.data or 0) + tensor.byte_offset
-    return _Array(address, shape, strides, kind, device_index, None, capsule)
+    steps = _sides(strides, ndim) if strides else None
+    return _Array(data + offset, _sides(shape, ndim), steps, kind, device_index, None, capsule)
+
+
+def _sides(address: int, count: int) -> tuple[int, ...]:
+    """Return so many int64 at an address."""
+    return struct.unpack(f"={count}q", ctypes.string_at(address, 8 * count))
 
 
 def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
     """Return the array of a CUDA array interface, version 2 or 3."""
     try:
         version, shape, kind = interface["version"], tuple(map(int, interface["shape"])), interface["typestr"]
-        dtype = UINT8 if kind == "|u1" else np.dtype(kind)
+        name = "uint8" if kind == "|u1" else str(np.dtype(kind))
         address = int(interface["data"][0])
         strides = interface.get("strides")
         strides = None if strides is None else tuple(map(int, strides))
@@ -281,4 +264,4 @@ def _read_interface(interface: dict[str, Any], owner: object) -> _Array:
         raise FrameError("a masked array is no frame")
     if stream is not None and (not isinstance(stream, int) or stream == 0):
         raise FrameError(f"stream {stream!r} in the frame's __cuda_array_interface__ is none: 1 is the default stream")
-    return _Array(address, shape, strides, str(dtype), getattr(owner, "device_index", None), stream, owner)
+    return _Array(address, shape, strides, name, getattr(owner, "device_index", None), stream, owner)

@@ -14,8 +14,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +74,8 @@ class HostDevice:
         self.thread = threading.local()
         self._failure: BaseException | None = None
 
-    @contextmanager
-    def activate(self) -> Iterator[None]:
-        self.thread.depth = getattr(self.thread, "depth", 0) + 1
-        try:
-            yield
-        finally:
-            self.thread.depth -= 1
+    def activate(self) -> _Activation:
+        return _Activation(self.thread)
 
     def stream(self) -> HostStream:
         self.check()
@@ -117,10 +111,17 @@ class HostDevice:
         return array
 
     def view(self, address: int, nbytes: int) -> Bytes:
-        """Return memory as uint8 (nbytes,), for host kernels and tests; GpuError if it is in no live allocation."""
+        """Return memory as uint8 (nbytes,), for host kernels and tests; GpuError if it is in no live allocation.
+
+        Pinned memory is within reach of the device, too.
+        """
         for start, content in tuple(self._live.items()):
             if start <= address and address + nbytes <= start + len(content):
                 return content[address - start : address - start + nbytes]
+        room = self._pinned_room(address, nbytes)
+        if room is not None:
+            start = room.ctypes.data
+            return room[address - start : address - start + nbytes]
         raise GpuError(f"{nbytes} bytes at {address:#x} are in no live allocation of this device")
 
     def copy_in(self, address: int, source: Bytes, stream: HostStream) -> None:
@@ -132,7 +133,7 @@ class HostDevice:
     def _copy(self, address: int, array: Bytes, stream: HostStream, inwards: bool) -> None:
         self.check()
         self.view(address, array.nbytes)
-        if stream.capturing and not self._is_pinned(array):
+        if stream.capturing and self._pinned_room(array.ctypes.data, array.nbytes) is None:
             stream.spoil("a copy from or to memory that is not pinned")
         flat = array.reshape(-1)
 
@@ -142,12 +143,12 @@ class HostDevice:
 
         stream.submit(copy)
 
-    def _is_pinned(self, array: Bytes) -> bool:
-        start = array.ctypes.data
-        return any(
-            first <= start and start + array.nbytes <= room.ctypes.data + room.nbytes
-            for first, room in tuple(self._pinned.items())
-        )
+    def _pinned_room(self, address: int, nbytes: int) -> Bytes | None:
+        """Return what an address in pinned memory lies in; None if it lies in none."""
+        for first, room in tuple(self._pinned.items()):
+            if first <= address and address + nbytes <= room.ctypes.data + room.nbytes:
+                return room
+        return None
 
     def free_and_total(self) -> tuple[int, int]:
         self.check()
@@ -211,12 +212,27 @@ class HostDevice:
 
     def lose(self, error: BaseException) -> None:
         """Record a failure of some work; the first one counts."""
-        self._failure = self._failure or error
+        with self._lock:
+            if self._failure is None:
+                self._failure = error
 
     @property
     def lost(self) -> bool:
         """Whether some work has failed; later work is not run."""
         return self._failure is not None
+
+
+class _Activation:
+    """Counts, for a thread, the blocks in which a `HostDevice` is active."""
+
+    def __init__(self, thread: threading.local) -> None:
+        self._thread = thread
+
+    def __enter__(self) -> None:
+        self._thread.depth = getattr(self._thread, "depth", 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.depth -= 1
 
 
 class HostStream:

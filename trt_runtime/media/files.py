@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from fractions import Fraction
@@ -49,6 +49,11 @@ class TimedFrame(NamedTuple):
     seconds: float
 
 
+def new_frame(height: int, width: int) -> Frame:
+    """Return an array for a picture, uint8 (height, width, 3), undefined."""
+    return np.empty((height, width, 3), np.uint8)
+
+
 class Source:
     """Where frames come from: a context manager that is iterated once, over `TimedFrame`.
 
@@ -59,6 +64,8 @@ class Source:
         frame_count: Number of frames announced; 0 if unknown.
         damaged: Packets and frames so far that were broken and passed over.
         reconnects: Connections so far after the first.
+        new_frame: Makes the array, uint8 (height, width, 3), that a picture goes to. With `pinned_frame` of a detector
+            it is not copied again.
     """
 
     live = False
@@ -67,6 +74,7 @@ class Source:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.new_frame: Callable[[int, int], Frame] = new_frame
         self._stopped = threading.Event()
 
     def __enter__(self: Self) -> Self:
@@ -86,7 +94,7 @@ class Source:
         """Return the picture of a decoded frame, or None if it cannot be converted; count what is damaged."""
         self.damaged += bool(frame.is_corrupt)
         try:
-            return pictures(frame)
+            return pictures(frame, self.new_frame)
         except pictures.errors:
             self.damaged += 1
             return None
@@ -166,15 +174,19 @@ class Pictures:
         self.errors = av.error.FFmpegError, ValueError
         self._reformatter = av.video.reformatter.VideoReformatter()
 
-    def __call__(self, frame: Any) -> Frame:
+    def __call__(self, frame: Any, new_frame: Callable[[int, int], Frame] = new_frame) -> Frame:
         """Return uint8 (H, W, 3) BGR, upright; raise one of `errors` if the frame cannot be converted.
 
         The frame's own matrix and range hold; without them BT.601, limited.
         """
-        image = self._reformatter.reformat(frame, format="bgr24").to_ndarray()
+        (plane,) = self._reformatter.reformat(frame, format="bgr24").planes
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : 3 * plane.width]
+        image = rows.reshape(plane.height, plane.width, 3)
         if rotation := round(getattr(frame, "rotation", 0) / 90) % 4:  # as phones record upright video
-            image = np.ascontiguousarray(np.rot90(image, rotation))
-        return image
+            image = np.rot90(image, rotation)
+        out = new_frame(*image.shape[:2])
+        np.copyto(out, image)
+        return out
 
 
 def frame_rate(value: float, otherwise: float) -> float:

@@ -292,7 +292,7 @@ class _Pipeline:
             with lane.job.open() as source:
                 with self.lock:
                     lane.source, stopped = source, self.stopping or lane.given_up
-                report.frame_count = source.frame_count
+                report.frame_count, source.new_frame = source.frame_count, self.detector.pinned_frame
                 frames = iter(source)
                 try:
                     while not stopped:

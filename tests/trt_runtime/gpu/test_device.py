@@ -213,6 +213,31 @@ def test_a_lost_device(device: HostDevice) -> None:
     assert device.lost
 
 
+def test_the_first_of_two_failures_counts_though_another_thread_is_as_fast() -> None:
+    kept: list[BaseException] = []
+    threads: list[threading.Thread] = []
+
+    class Device(HostDevice):
+        """One on which another stream fails while the first failure is being recorded."""
+
+        @property
+        def _failure(self) -> BaseException | None:
+            seen = kept[-1] if kept else None
+            if threading.current_thread() is threading.main_thread():
+                threads.append(threading.Thread(target=self.lose, args=(OSError("the second"),)))
+                threads[0].start()
+                threads[0].join(0.05)  # time enough to record it, if that were possible
+            return seen
+
+        @_failure.setter
+        def _failure(self, error: BaseException | None) -> None:
+            kept.extend([error] if error else [])
+
+    Device().lose(OSError("the first"))
+    threads[0].join()
+    assert [str(error) for error in kept] == ["the first"]
+
+
 def test_work_starts_late_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr("trt_runtime.gpu.simulated.time.sleep", pauses.append)

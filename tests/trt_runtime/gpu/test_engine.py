@@ -9,6 +9,7 @@ import importlib
 import os
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -504,7 +505,7 @@ def test_a_run_that_fails_costs_a_lane_and_no_more(rig: Rig, frames: list[Frame]
         rig.trt.fails = {"enqueue": "no"}
         with pytest.raises(GpuError, match="cannot run the network"):
             detector.detect(frames[0])
-        assert len(done) == 2  # the frame and its description: what was under way is over, nobody reads the frame
+        assert len(done) == 1  # the frame: what was under way is over, nobody reads it
         assert detector._idle == []
         assert is_gone(lambda: rig.device.allocated_bytes)  # nothing of the lane is left
         with rig.device.activate(), pytest.raises(GpuError, match="closed"):
@@ -562,6 +563,24 @@ def test_contexts_are_made_one_at_a_time(rig: Rig) -> None:
         for thread in threads:
             thread.join()
     assert most == [1]
+
+
+def test_the_reason_of_a_failure_may_be_cleared_by_another_thread(rig: Rig) -> None:
+    class Errors(deque[str]):
+        """Another thread clears them after a look."""
+
+        def __len__(self) -> int:
+            number = super().__len__()
+            self.clear()
+            return number
+
+    engine = rig.engine()
+    engine._logger.errors = Errors(["what is wrong"])
+    assert engine._reason() in ("", " (what is wrong)")
+    engine._logger.errors = deque(["a  reason\nof two lines"])
+    assert engine._reason() == " (a reason of two lines)"
+    engine._logger.errors.clear()
+    assert engine._reason() == ""
 
 
 @pytest.mark.parametrize("change", ["gone", "more", "kind", "shape", "input", "channels", "name"])

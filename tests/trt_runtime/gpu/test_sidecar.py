@@ -293,10 +293,10 @@ def test_engines_that_changed(tmp_path: Path) -> None:
         "its header says compute capabilities [86], its sidecar [86, 89]"
     ]
     plugin = sidecar.plugin
-    again = f"this version has RetinaFaceDecodeNMS 1: build the engine again: {COMMAND}"
-    assert problems(plugin={**plugin, "version": "2"}) == [f"its plugin is RetinaFaceDecodeNMS 2, {again}"]
-    assert problems(plugin={**plugin, "name": "NMS"}) == [f"its plugin is NMS 1, {again}"]
-    assert problems(plugin={**plugin, "namespace": ""}) == [f"its plugin is RetinaFaceDecodeNMS 1, {again}"]
+    again = f"this version has RetinaFaceDecodeNMS 2: build the engine again: {COMMAND}"
+    assert problems(plugin={**plugin, "version": "1"}) == [f"its plugin is RetinaFaceDecodeNMS 1, {again}"]
+    assert problems(plugin={**plugin, "name": "NMS"}) == [f"its plugin is NMS 2, {again}"]
+    assert problems(plugin={**plugin, "namespace": ""}) == [f"its plugin is RetinaFaceDecodeNMS 2, {again}"]
     assert problems(plugin={}) == [f"its plugin is None None, {again}"]
     assert problems(plugin={**plugin, "sources_sha256": "0" * 64}) == []  # kernels may be mended, engines stay
     # of a file that is another one, what else is wrong comes after that

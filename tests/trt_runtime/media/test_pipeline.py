@@ -130,6 +130,11 @@ class Network:
         self.calls: list[list[tuple[int, int]]] = []
         self.depth = self.running = self.most = 0
         self.lock = threading.Lock()
+        self.made: list[Frame] = []
+
+    def pinned_frame(self, height: int, width: int) -> Frame:
+        self.made.append(np.empty((height, width, 3), np.uint8))
+        return self.made[-1]
 
     def stream(self, depth: int = 1) -> DetectionStream:
         self.depth = depth
@@ -169,6 +174,13 @@ def _wait_until(true: Callable[[], bool]) -> None:
 def _run(detector: Any, work: list[tuple[Callable[[], Source], Kept]], **options: Any) -> PipelineReport:
     jobs = [Job(str(number), open_, output) for number, (open_, output) in enumerate(work)]
     return run_pipeline(detector, jobs, PipelineOptions(**options))
+
+
+def test_videos_are_decoded_into_frames_of_the_detector(clips: list[Path]) -> None:
+    network, kept = Network(), Kept()
+    _run(network, [(lambda: VideoFile(clips[0]), kept)])
+    assert len(kept.frames) == len(network.made) > 3
+    assert all(seen.image is made for seen, made in zip(kept.frames, network.made, strict=True))
 
 
 def _same(left: Detections, right: Detections) -> bool:
@@ -254,6 +266,7 @@ def test_memory_is_bounded_however_slow_the_output_is(live: bool) -> None:
 def test_frames_of_several_sources_share_a_call_that_nobody_waits_for(detector: Any) -> None:
     class Counting:
         max_batch, marks = 3, []  # type: ignore[var-annotated]
+        pinned_frame = detector.pinned_frame
 
         @contextmanager
         def stream(self, depth: int) -> Iterator[Any]:

@@ -27,6 +27,7 @@ from facespec.images import (
     read_image,
     write_image,
 )
+from tests.hostile import animation, jpeg_with_scans, png_chunk
 
 
 def _picture(height: int = 48, width: int = 64) -> np.ndarray:
@@ -445,20 +446,6 @@ def test_short_pixel_data_is_noticed() -> None:
             decode_image(data[:-1])
 
 
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def _animation(filter_type: int) -> bytes:
-    """An APNG of 56x40: a grey picture, then two frames of which the first names a filter of its rows."""
-    first, spoilt = (zlib.compress((bytes([kind]) + bytes([9]) * 168) * 40) for kind in (0, filter_type))
-    control = [_chunk(b"fcTL", struct.pack(">IIIIIHHBB", n, 56, 40, 0, 0, 0, 1, 0, 0)) for n in (1, 3)]
-    frames = [_chunk(b"fdAT", struct.pack(">I", number) + body) for number, body in ((2, spoilt), (4, first))]
-    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", 56, 40, 8, 2, 0, 0, 0)) + _chunk(b"acTL", struct.pack(">II", 3, 0))
-    body = _chunk(b"IDAT", first) + control[0] + frames[0] + control[1] + frames[1] + _chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + head + body
-
-
 def _decode_apart(path: Path, seconds: float = 60) -> list[str]:
     """Read an image in a process of its own; return its shape or the error, and the processor seconds that took."""
     code = (
@@ -474,18 +461,18 @@ def _decode_apart(path: Path, seconds: float = 60) -> list[str]:
 
 def test_an_animation_with_a_damaged_frame_gives_its_first_picture(tmp_path: Path) -> None:
     """OpenCV 5.0.0.93 ends the process on filter 9 of a later frame: 312 bytes."""
-    (tmp_path / "a.png").write_bytes(_animation(9))
+    (tmp_path / "a.png").write_bytes(animation(9))
     assert _decode_apart(tmp_path / "a.png")[0] == "(40, 56, 3)"
     for filter_type in (0, 9):
-        np.testing.assert_array_equal(decode_image(_animation(filter_type)), np.full((40, 56, 3), 9))
+        np.testing.assert_array_equal(decode_image(animation(filter_type)), np.full((40, 56, 3), 9))
 
 
 def test_texts_of_a_png_are_not_unpacked(tmp_path: Path) -> None:
     """Texts and profiles that unpack to 4 GB: libpng takes more than ten seconds for them."""
     packed = zlib.compress(bytes(7_900_000), 9)
-    texts = b"".join(_chunk(b"zTXt", b"k%d\0\0" % number + packed) for number in range(500))
+    texts = b"".join(png_chunk(b"zTXt", b"k%d\0\0" % number + packed) for number in range(500))
     png = LOSSLESS["png"]
-    (tmp_path / "texts.png").write_bytes(png[:33] + texts + _chunk(b"iCCP", b"k\0\0" + packed) + png[33:])
+    (tmp_path / "texts.png").write_bytes(png[:33] + texts + png_chunk(b"iCCP", b"k\0\0" + packed) + png[33:])
     shape, seconds = _decode_apart(tmp_path / "texts.png")
     assert shape == "(48, 64, 3)"
     assert float(seconds) < 2
@@ -503,21 +490,15 @@ def test_what_a_picture_needs_of_a_png_is_kept() -> None:
     np.testing.assert_array_equal(decode_image(transparent), decode_image(LOSSLESS["palette png"]))
 
 
-def _with_scans(side: int, scans: int) -> bytes:
-    data = _save(Image.new("L", (side, side), 77), "JPEG", progressive=True)
-    last = data[data.rfind(b"\xff\xda") : -2]
-    return data[:-2] + last * (scans - data.count(b"\xff\xda")) + data[-2:]
-
-
 @pytest.mark.parametrize(("side", "most"), [(64, 1280), (2000, 320)])
 def test_scans_of_a_jpeg_are_counted_before_it_is_decoded(side: int, most: int) -> None:
     """A scan is a few bytes and a pass over all pixels: 800 of 64 megapixels took more than a minute."""
-    assert decode_image(_with_scans(side, most)).shape == (side, side, 3)
+    assert decode_image(jpeg_with_scans(side, most)).shape == (side, side, 3)
     refusal = f"^it: the JPEG file has {most + 1} scans, of its size {most} are taken: save it again$"
     with pytest.raises(ImageError, match=refusal):
-        decode_image(_with_scans(side, most + 1), "it")
+        decode_image(jpeg_with_scans(side, most + 1), "it")
     with pytest.raises(ImageError, match="has 1281 scans" if side == 64 else "has 321 scans"):
-        decode_image(_with_scans(side, most + 1).replace(b"\xff\xda", b"\xff\xff\xff\xda"))  # after fill bytes
+        decode_image(jpeg_with_scans(side, most + 1).replace(b"\xff\xda", b"\xff\xff\xff\xda"))  # after fill bytes
 
 
 def test_bytes_like_those_of_a_scan_do_not_count() -> None:
@@ -525,7 +506,7 @@ def test_bytes_like_those_of_a_scan_do_not_count() -> None:
     like = b"\0\0" + b"\xff\xda\0\2" * 15_000
     comment = b"\xff\xfe" + struct.pack(">H", len(like) + 2) + like
     assert decode_image(JPEG[:2] + comment + JPEG[2:] + like).shape == (48, 64, 3)
-    scans = _with_scans(64, 20)
+    scans = jpeg_with_scans(64, 20)
     at = scans.rfind(b"\xff\xda")
     assert decode_image(scans[:at] + comment + scans[at:]).shape == (64, 64, 3)
 
@@ -551,9 +532,9 @@ def test_the_header_of_a_jpeg_is_read_in_time(head: bytes, message: str) -> None
 
 def test_a_png_has_no_end_of_chunks() -> None:
     png = LOSSLESS["png"]
-    assert decode_image(png[:33] + _chunk(b"abCd", b"") * 99_000 + png[33:]).shape == (48, 64, 3)
+    assert decode_image(png[:33] + png_chunk(b"abCd", b"") * 99_000 + png[33:]).shape == (48, 64, 3)
     with pytest.raises(ImageError, match=r"^it: the PNG file has more than 100000 chunks: save it again$"):
-        decode_image(png[:33] + _chunk(b"abCd", b"") * 100_000 + png[33:], "it")
+        decode_image(png[:33] + png_chunk(b"abCd", b"") * 100_000 + png[33:], "it")
 
 
 def test_a_tiff_may_not_hold_a_jpeg_of_many_scans() -> None:
@@ -578,4 +559,4 @@ def test_a_tiff_may_not_hold_a_jpeg_of_many_scans() -> None:
     assert decode_image(tiff(_save(Image.new("L", (64, 64), 77), "JPEG"))).shape == (64, 64, 3)
     for scans in (6, 50):
         with pytest.raises(ImageError, match="the TIFF file is damaged"):
-            decode_image(tiff(_with_scans(64, scans)))
+            decode_image(tiff(jpeg_with_scans(64, scans)))

@@ -250,28 +250,24 @@ def cache_folder() -> Path:
     """Return where what can be made again is kept: $XDG_CACHE_HOME/retinaface-trt, or ~/.cache/retinaface-trt.
 
     Code is loaded from there. So it must be this user's, with all that is in it, and out of reach for others; otherwise
-    a warning names it. Then, as where it cannot be made, a folder of this process serves, which is removed at its end.
-    XDG_CACHE_HOME counts if it is an absolute path, as its specification asks.
+    a warning names it. Then, as where it cannot be made, a folder of this user among the temporary files serves, or one
+    of this process, which is removed at its end. XDG_CACHE_HOME counts if it is an absolute path, as its specification
+    asks.
     """
-    wanted = _cache_wanted()
-    return (wanted and _trusted(wanted)) or _own_folder()
+    return next(filter(None, map(_trusted, _cache_places())), None) or _own_folder()
 
 
 def cached_file(name: str) -> Path | None:
     """Return a file in the cache folder, or None if there is none; a look makes no folder."""
-    wanted = _cache_wanted()
-    if wanted is None or not wanted.exists():
-        return None
-    place = cache_folder() / name
-    return place if place.is_file() else None
+    folder = next(filter(None, map(_trusted, filter(Path.exists, _cache_places()))), None)
+    return folder / name if folder and (folder / name).is_file() else None
 
 
-def _cache_wanted() -> Path | None:
+def _cache_places() -> Iterator[Path]:
     home = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return Path(home if os.path.isabs(home) else Path.home() / ".cache") / "retinaface-trt"
-    except RuntimeError:  # a user without a home
-        return None
+    with suppress(RuntimeError):  # a user without a home
+        yield Path(home if os.path.isabs(home) else Path.home() / ".cache") / "retinaface-trt"
+    yield Path(tempfile.gettempdir()) / f"retinaface-trt-{os.geteuid()}"
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -87,7 +86,7 @@ class Kind(Enum):
     ALL_LEFT_OUT = "image none of whose faces can be used: left out, as it is no background either"
     BAD_NAME = "image name that leads out of the folder and is not found in it, or stands for another's file: left out"
     MISSING_IMAGE = "image file not there: image left out"
-    DAMAGED_IMAGE = "image file that cannot be read: training will stop at it"
+    DAMAGED_IMAGE = "image file that cannot be read: training refuses it, or leaves it out with data.skip_damaged"
     OUTSIDE = "box outside the image: dropped"
     CLIPPED = "box partly outside the image: cut at its edge"
     LANDMARKS_OUTSIDE = "landmarks partly outside the image: box used without landmarks"
@@ -165,10 +164,19 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def digest(self) -> str:
-        """Return a hash of the images' names, and their order, wherever their folder lies."""
-        names = "\n".join("/".join(PurePath(sample.name).parts[-2:]) for sample in self.samples)
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+    def names(self) -> str:
+        """Return the images' names in their order, one a line, wherever their folder lies."""
+        return "\n".join(_short_name(sample) for sample in self.samples)
+
+    def arranged(self, names: str) -> list[Sample]:
+        """Return the images in an order that `names` gave; those that are not there any more cannot be loaded."""
+        there = {_short_name(sample): sample for sample in self.samples}
+        return [there.get(name) or FileSample(Path(name)) for name in names.split("\n")]
+
+
+def _short_name(sample: Sample) -> str:
+    name = "/".join(PurePath(sample.name).parts[-2:])
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace").replace("\n", "\\n")
 
 
 @dataclass(frozen=True)
@@ -184,9 +192,9 @@ class FileSample:
     """
 
     path: Path
-    labelled: Faces
-    origin: str
-    rows: NDArray[np.int64]
+    labelled: Faces = field(default_factory=lambda: Faces.none())
+    origin: str = ""
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     ignored: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
 
     @property

@@ -162,6 +162,8 @@ def _tiff_directory(data: bytes) -> tuple[dict[int, int], int]:
     big = data[2:4] in (b"+\0", b"\0+")
     width, number = (8, "Q") if big else (4, "I")
     (offset,) = struct.unpack_from(order + number, data, 8 if big else 4)
+    if offset > len(data):  # it may have 64 bits, which Python refuses as a place
+        raise EOFError
     (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, offset)
     if entries > 65_535:
         raise EOFError

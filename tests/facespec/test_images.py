@@ -648,3 +648,10 @@ def test_a_tiff_may_not_hold_a_jpeg_of_many_scans() -> None:
     for scans in (6, 50):
         with pytest.raises(ImageError, match="the TIFF file is damaged"):
             decode_image(tiff(jpeg_with_scans(64, scans)))
+
+
+@pytest.mark.parametrize("offset", [64, 1 << 31, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_a_tiff_whose_directory_lies_far_away(offset: int) -> None:
+    head = b"II+\0\x08\0\0\0" + struct.pack("<Q", offset)
+    with pytest.raises(ImageError, match="TIFF file is truncated or damaged"):
+        decode_image(head + bytes(16))

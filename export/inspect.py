@@ -42,6 +42,7 @@ class Inspection:
         kernels: How many an engine runs in a call beside the plugin; None if that was not counted.
         plugin: What the plugin is called, or its attributes.
         problems: What speaks against using the file; empty if it is valid.
+        unverified: Why nothing but what lies beside the file says what it is; empty if it says so itself.
     """
 
     file: str
@@ -54,6 +55,7 @@ class Inspection:
     plugin: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unverified: str = ""
 
     @property
     def valid(self) -> bool:
@@ -77,7 +79,9 @@ class Inspection:
         if self.plugin:
             rows.append(("plugin", _short(self.plugin)))
         rows += [(part, _short(values)) for part, values in self.spec.items() if part != "format"]
-        rows += [("PROBLEM", problem) for problem in self.problems] or [("valid", "yes")]
+        rows += [("PROBLEM", problem) for problem in self.problems] or [
+            ("valid", f"unverified: {self.unverified}" if self.unverified else "yes")
+        ]
         return "\n".join(_printable(f"{name.replace('_', ' '):20} {value}") for name, value in rows)
 
 
@@ -119,6 +123,8 @@ def inspect_engine(path: Path) -> Inspection:
         found.problems.append(str(error))
         return found
     found.problems += check_engine(path, sidecar)
+    if header.kind == "unknown":
+        found.unverified = "it does not begin as an engine does; all that speaks for it is its sidecar"
     found.facts |= {
         "flavor": FLAVORS[sidecar.flavor].title if sidecar.flavor in FLAVORS else sidecar.flavor,
         "version": sidecar.version,

@@ -130,7 +130,8 @@ class EngineOptions(Export):
             if getattr(self, name) != getattr(EngineOptions, name):
                 words += [option, str(getattr(self, name))]
         out = str(self.out)
-        return shlex.join([*words, "--out", f"./{out}" if out.startswith("-") else out])
+        words += ["--out", f"./{out}" if out.startswith("-") else out]
+        return shlex.join(word if word.isprintable() else "NAME" for word in words)
 
 
 def build_engine(options: EngineOptions) -> Sidecar | None:

@@ -162,7 +162,7 @@ def test_where_an_engine_can_be_asked(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not readable(90)
     assert not readable(86, installed=False)
     assert not readable(86, flavor="rtx")
-    assert not readable(86, flavor="unheard of")
+    assert not readable(86, flavor="unheard")
 
 
 def test_how_the_inspector_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

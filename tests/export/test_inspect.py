@@ -97,6 +97,14 @@ def test_the_layers_are_read_only_where_the_engine_is_sound(tmp_path: Path, monk
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize(("content", "last"), [(b"ftrt" + bytes(226), "yes"), (b"text" + bytes(226), "unverified")])
+def test_what_only_its_sidecar_says_to_be_an_engine_is_unverified(tmp_path: Path, content: bytes, last: str) -> None:
+    found = inspect(write_engine(tmp_path, content))
+    assert found.problems == []
+    assert bool(found.unverified) is (last == "unverified")
+    assert str(found).splitlines()[-1].split()[:2] == ["valid", f"{last}{':' * bool(found.unverified)}"]
+
+
 def test_a_table() -> None:
     found = Inspection("f", "engine", facts={"a_b": None, "hash": "0123456789abcdef" * 4, "list": [1, "x"], "no": ""})
     found.inputs = {"images": {"type": "uint8"}}
@@ -120,6 +128,9 @@ def test_a_table() -> None:
         ("valid", "yes"),
     ]
     assert json.loads(found.to_json())["valid"] is True
+    found.unverified = "only its sidecar says so"
+    assert str(found).splitlines()[-1].split(maxsplit=1) == ["valid", "unverified: only its sidecar says so"]
+    assert json.loads(found.to_json())["unverified"] == "only its sidecar says so"
     found.problems = ["one", "two\x1b[2J\nvalid yes"]
     lines = str(found).splitlines()
     assert [line.split() for line in lines[-2:]] == [["PROBLEM", "one"], ["PROBLEM", "two\\x1b[2J\\nvalid", "yes"]]

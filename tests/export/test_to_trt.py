@@ -238,9 +238,8 @@ def test_sidecars_that_are_not_what_was_written(engine: Path, tmp_path: Path, er
         (problem,) = _problems(tmp_path, content, json.dumps(hostile))
         assert name in problem
     # a row of the table cannot be forged
-    forged = dataclasses.replace(
-        read_sidecar(engine), command="x\nvalid                yes\x1b[2J", engine_sha256="0" * 64
-    )
+    words = {"source": "x\nvalid                yes\x1b[2J"}
+    forged = dataclasses.replace(read_sidecar(engine), calibration=words, engine_sha256="0" * 64)
     _problems(tmp_path, content, forged.to_json())
     assert "\nvalid" not in str(inspect(tmp_path / "c.engine"))
     # not files
@@ -810,6 +809,21 @@ def test_an_engine_that_seems_to_compute_otherwise_is_written_with_a_warning(
     assert doubt == "warning: by EngineInspector, c computes in fp32, and 1 more (python -m export.inspect)"
     _note_precision(tmp_path / "f.engine", sidecar)
     assert capsys.readouterr().out == "note: what the layers compute in could not be read back: not here\n"
+
+
+def test_the_builder_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m` puts that first; whoever gave the user the folder may have planted anything there."""
+    (tmp_path / "work").mkdir()
+    for name in ("export", "json", "runpy", "no_such_tensorrt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(sys, "path", ["", *(path for path in sys.path if path)])
+    monkeypatch.syspath_prepend(str(ROOT))
+    with child_environment(TENSORRT) as environment, pytest.raises(BuildError, match="No module named 'no_such_tens"):
+        run_builder(_request(tmp_path / "work", "no_such_tensorrt"), environment, TENSORRT, False)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_how_the_builder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,6 +190,24 @@ def test_a_bad_image_among_good_ones_is_named_and_passed_over(
     assert len(list((tmp_path / "out").rglob("*.*"))) == 2
 
 
+def test_names_that_are_no_utf8_and_names_that_steer_a_terminal(
+    inside: Run, photos: Path, static_onnx: Path, tmp_path: Path
+) -> None:
+    """The names are in the lines, in the files and in what is printed, and nothing is lost."""
+    names = [os.fsdecode(b"caf\xe9.jpg"), "a\x1b[2J\u202egpj.jpg"]
+    shown = ["caf\\udce9.jpg", "a\\u001b[2J\\u202egpj.jpg"]
+    (photos / "astronaut.png").unlink()
+    photo = (photos / "more" / "hopper.jpg").rename(photos / names[0])
+    (photos / names[1]).write_bytes(photo.read_bytes()[:5000])
+    result = inside("trt_runtime.detect", photos, "--model", static_onnx, "--json", "f.json", "--out", "out")
+    assert result.returncode == 1
+    assert "1 frame, 1 face" in result.stdout
+    assert f"error: {photos}/{shown[1]}: the JPEG file is truncated" in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+    assert sorted(Path(record["source"]).name for record in _lines(tmp_path / "f.json")) == sorted(names)
+    assert os.listdir(tmp_path / "out") == [names[0]]
+
+
 def test_a_video(inside: Run, video: Path, static_onnx: Path, tmp_path: Path) -> None:
     result = inside("trt_runtime.detect", video, "--model", static_onnx, "--out", "out.mp4", "--json", "out.json")
     assert result.returncode == 0, result.stderr

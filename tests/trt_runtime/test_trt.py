@@ -7,6 +7,8 @@ where a test asks for that, so that what is read too early shows.
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ from facespec.errors import (
     SpecError,
 )
 from facespec.letterbox import Frame, Letterbox
+from tests.conftest import ROOT
 from tests.engines import write_engine
 from tests.faces import assert_identical
 from tests.trt_runtime.fake_tensorrt import FakeGpu
@@ -323,7 +326,10 @@ def test_after_an_error_nothing_runs_on(plugin_form: Path, astronaut: Frame) -> 
             done.clear()
             with pytest.raises(FrameError, match=r"the frame says it is \(64, 96\), and it is \(32, 96\)"):
                 detector.detect_batch([astronaut, astronaut[:300], Liar()])
-            assert len(done) == 2
+            assert done == []  # before anything is begun
+            with pytest.raises(FrameError, match="sides must be 1 to 16384"):
+                detector.detect_batch([astronaut, astronaut[:300], np.zeros((2, 16385, 3), np.uint8)])
+            assert len(done) == 3
         assert detector._idle == [lane]
     device.close()
 
@@ -451,7 +457,7 @@ def test_an_engine_that_does_not_serve_is_closed(plugin_form: Path, monkeypatch:
     assert len(closed) == 3
     small = HostDevice(memory_limit=1000)
     with pytest.raises(
-        DeviceMemoryError, match=r"for 1 frames of 0\.0 megapixels: 12\.0 KiB asked for, 1000 bytes of 1000 bytes free"
+        DeviceMemoryError, match=r"for a batch of 1 at 64x64: 12\.0 KiB asked for, 1000 bytes of 1000 bytes free"
     ):
         TRTRetinaFace(plugin_form, size_hw=(64, 64), device=small)
     assert len(closed) == 4
@@ -832,3 +838,31 @@ def test_results_are_written_where_the_host_reads_them(device: HostDevice, plugi
         for found in (detector.detect(frame), detector.detect(frame), *detector.detect_batch([frame] * 3)):
             assert len(found) == 1
     assert copied == []
+
+
+def test_a_fork_cannot_use_its_parent_s_detector(plugin_form: Path) -> None:
+    """The threads that work for it are the parent's: it would find nothing, or wait for ever."""
+    code = f"""
+import os, warnings
+from facespec.errors import DriverGoneError
+from facespec.samples import sample_frames
+from trt_runtime import TRTRetinaFace
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is what this is about
+frame = next(iter(sample_frames().values()))
+with TRTRetinaFace({str(plugin_form)!r}, device="cpu") as detector:
+    found = len(detector.detect(frame))
+    child = os.fork()
+    if not child:
+        code = 3
+        try:
+            detector.detect(frame)
+        except DriverGoneError as error:
+            code = 4 if "make a detector here" in str(error) else 5
+        detector.close()
+        with TRTRetinaFace({str(plugin_form)!r}, device="cpu") as own:
+            os._exit(code if len(own.detect(frame)) == found else 6)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(detector.detect(frame)) == found)
+"""
+    result = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT, timeout=100)
+    assert result.stdout == "4 True\n", result.stderr

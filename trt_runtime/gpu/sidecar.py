@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
+import shlex
 import struct
 from collections import Counter
 from collections.abc import Iterable
@@ -29,6 +31,19 @@ MAX_BATCH = 65535
 """Frames in a batch: a limit of the plugin's grid of thread blocks."""
 
 _SELF_HASH = "sidecar_sha256"
+
+_TEXTS = {
+    "engine_sha256": "[0-9a-f]{64}",
+    "onnx_sha256": "[0-9a-f]{64}",
+    "flavor": "[a-z]{1,20}",
+    "version": "[0-9][0-9A-Za-z.+-]{0,39}",
+    "precision": "[a-z0-9]{1,20}",
+    "built": "[0-9T:.+-]{10,40}",
+    "toolkit": "[0-9A-Za-z.+-]{1,60}",
+}
+"""Fields that are printed, and written to the README of a server: no words, let alone commands, fit into them."""
+
+_COMMAND = ["python", "-m", "export.to_trt"]
 
 Convolutions = dict[str, tuple[int, str]]
 """Each convolution's multiply-accumulates for one image, and precision, by the name of its node in the ONNX graph."""
@@ -108,7 +123,7 @@ class Sidecar:
         onnx_sha256: Of the plugin form it was built from.
         built: Date, ISO 8601.
         toolkit: Version of this project.
-        command: Command that builds it again.
+        command: Command that builds it again, as a shell takes it: `python -m export.to_trt ...` and nothing else.
         kernels: How many a call runs beside the plugin, by the build log; None if it does not tell.
     """
 
@@ -137,6 +152,9 @@ class Sidecar:
             "convolutions": bool(self.convolutions) and _are_counts(count for count, _ in self.convolutions.values()),
             "profile": _is_profile(self.profile),
             "kernels": self.kernels is None or _are_counts([self.kernels]),
+            "plugin": all(re.fullmatch(r"[\w.+-]{0,128}", text, re.ASCII) for text in self.plugin.values()),
+            "command": _is_command(self.command),
+            **{name: re.fullmatch(pattern, getattr(self, name)) for name, pattern in _TEXTS.items()},
         }
         for name, right in possible.items():
             if not right:
@@ -185,6 +203,25 @@ def _digest(data: dict[str, Any]) -> str:
 
 def _are_counts(numbers: Iterable[int]) -> bool:
     return all(0 < number < 1 << 48 for number in numbers)
+
+
+def _is_command(text: str) -> bool:
+    """Whether a text is a command line that calls our builder, and nothing else, whatever a shell makes of it."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return False
+    return words[:3] == _COMMAND and shlex.join(words) == text and text.isprintable()
+
+
+def _with_out(command: str, engine: str | Path) -> str:
+    """Return a command that writes where the engine lies if it would write to a folder of its own choice."""
+    words = shlex.split(command)
+    for at, word in enumerate(words[:-1]):
+        out = Path(words[at + 1])
+        if word == "--out" and (out.is_absolute() or ".." in out.parts) and str(engine).isprintable():
+            words[at + 1] = str(engine)
+    return shlex.join(words)
 
 
 def _is_profile(shapes: dict[str, tuple[int, ...]]) -> bool:
@@ -244,7 +281,8 @@ def read_sidecar(engine: str | Path) -> Sidecar:
             raise ModelFileError(f"{path}: missing, an engine is used with the file that was written beside it")
         if path.stat().st_size > MAX_SIDECAR_BYTES:
             raise ModelFileError(f"{path}: too large for a sidecar")
-        return Sidecar.from_json(path.read_bytes())
+        sidecar = Sidecar.from_json(path.read_bytes())
+        return dataclasses.replace(sidecar, command=_with_out(sidecar.command, engine))
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
     except SpecError as error:

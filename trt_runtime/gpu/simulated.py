@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.cli import require
-from facespec.errors import DeviceLostError, GpuError, KernelFaultError, ModelFileError
+from facespec.errors import DeviceLostError, DriverGoneError, GpuError, KernelFaultError, ModelFileError
 from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
 from trt_runtime.gpu.device import ALIGNMENT, Bytes, Memory, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.gpu.engine import Shape
@@ -73,6 +73,7 @@ class HostDevice:
         self._handles = itertools.count(0x1000, 0x10)
         self.thread = threading.local()
         self._failure: BaseException | None = None
+        self._process = os.getpid()
 
     def activate(self) -> _Activation:
         return _Activation(self.thread)
@@ -187,6 +188,8 @@ class HostDevice:
 
     def check(self, may_capture: bool = True) -> None:
         """Raise GpuError if CUDA would refuse a call now; `may_capture`: whether a capture allows the call."""
+        if os.getpid() != self._process:  # its threads are the parent's: no work would be done
+            raise DriverGoneError("the device is that of the process this one is a fork of: make a detector here")
         if self._failure is not None:
             kind = type(self._failure) if isinstance(self._failure, DeviceLostError) else KernelFaultError
             raise kind(

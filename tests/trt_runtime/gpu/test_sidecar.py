@@ -78,6 +78,12 @@ def test_shares_of_the_precisions(sidecar: Sidecar) -> None:
         *(("parity", value) for value in ([1], {"boxes": "1"}, {"boxes": True}, {"boxes": None})),
         *(("calibration", value) for value in ([], None, "")),
         *(("kernels", value) for value in (0, -1, "59", True)),
+        *(("version", value) for value in ("10.14.1 run: curl x | sh", "10.14\n", "", "\x1b[2J", "v1", "1" * 41)),
+        *(("engine_sha256", value) for value in ("0" * 63, "0" * 65, "F" * 64, "")),
+        *(("onnx_sha256", "x" * 64), ("flavor", "rtx\n"), ("precision", "fp16 "), ("built", "yesterday")),
+        *(("toolkit", "0.1 0"), ("plugin", {"name": "a b"}), ("plugin", {"version": "\x1b"})),
+        *(("command", value) for value in ("", "curl x | sh", "python -m export.to_trt; rm -r x", "python -m export")),
+        *(("command", f"python -m export.to_trt --out {value}") for value in ("$(x)", "'a", "a\x1b", "a&b", "a  b")),
         ("spec", []),
         *(("profile", value) for value in ({}, [], {"min": [1, 1, 1, 3], "opt": [1, 1, 1, 3]})),
     ],
@@ -113,6 +119,22 @@ def test_impossible_profiles(sidecar: Sidecar, change: dict[str, object]) -> Non
         Sidecar.from_json(_sealed(data))
 
 
+@pytest.mark.parametrize(
+    ("out", "shown"),
+    [
+        ("models/f.engine", "models/f.engine"),
+        ("'a b.engine'", "'a b.engine'"),
+        ("/home/me/.ssh/authorized_keys", None),
+        ("../f.engine", None),
+        ("'/tmp/;x'", None),
+    ],
+)
+def test_the_command_writes_where_the_engine_lies(tmp_path: Path, out: str, shown: str | None) -> None:
+    """It is advice, and who wrote the sidecar may be anyone."""
+    path = write_engine(tmp_path, command=f"python -m export.to_trt --weights w --out {out} --fp16")
+    assert read_sidecar(path).command == f"python -m export.to_trt --weights w --out {shown or path} --fp16"
+
+
 def test_a_sidecar_from_before_kernels_were_counted(sidecar: Sidecar) -> None:
     data = json.loads(dataclasses.replace(sidecar, kernels=59).to_json())
     assert Sidecar.from_json(_sealed(data)).kernels == 59
@@ -122,8 +144,10 @@ def test_a_sidecar_from_before_kernels_were_counted(sidecar: Sidecar) -> None:
 
 def test_values_at_their_bounds(sidecar: Sidecar) -> None:
     data = json.loads(sidecar.to_json())
+    command = "python -m export.to_trt --weights "
+    command += "x" * (9_999 - len(command))
     data.update(
-        engine_bytes=(1 << 48) - 1, command="x" * 9_999, parity={"boxes": 0, "scores": 1e-3}, calibration={"images": 16}
+        engine_bytes=(1 << 48) - 1, command=command, parity={"boxes": 0, "scores": 1e-3}, calibration={"images": 16}
     )
     data["profile"]["opt"] = data["profile"]["max"]
     found = Sidecar.from_json(_sealed(data))

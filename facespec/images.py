@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,9 @@ MAX_FILE_BYTES = 256 << 20
 
 MAX_PARTS = 100_000
 """Files with more segments (JPEG) or chunks (PNG) are refused."""
+
+MAX_PACKED_ROWS = 1 << 19
+"""Bytes of the packed rows of a PNG that libpng may unpack to the end, at most a thousand times as much."""
 
 MAX_SCANNED_PIXELS = 1_280_000_000
 """Scans of a JPEG times its pixels, which count as a megapixel at least: each scan is a pass over the whole picture."""
@@ -88,16 +92,20 @@ def _png_pixels(data: bytes) -> bytes:
 
     OpenCV 5.0 crashes on damaged frames of an animation, and texts may unpack to a thousand times their size.
     """
-    position, parts = 8, [data[:8]]
+    position, parts, rows = 8, [data[:8]], list[bytes]()
     for _ in range(MAX_PARTS):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
         if end > len(data):
             raise EOFError
-        if kind in (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"):
+        if kind == b"IDAT":
+            rows.append(data[position:end])
+        elif kind in (b"IHDR", b"PLTE", b"tRNS", b"eXIf"):
             parts.append(data[position:end])
-        if kind == b"IEND":
-            return b"".join(parts)
+        elif kind == b"IEND":
+            if sum(map(len, rows)) > MAX_PACKED_ROWS:
+                rows = _png_rows(data, rows)
+            return b"".join([*parts, *rows, data[position:end]])
         position = end
     raise ValueError(f"has more than {MAX_PARTS} chunks: save it again")
 
@@ -129,6 +137,43 @@ def _gif_colours(flags: int) -> int:
 
 def _gif_size(data: bytes) -> tuple[int, int]:
     return struct.unpack_from("<HH", data, 6)
+
+
+def _png_rows(data: bytes, chunks: list[bytes]) -> list[bytes]:
+    """Return the rows of a PNG in chunks that are not packed, without what is packed after them: libpng reads it all.
+
+    Raises:
+        EOFError: They are damaged, or there are not all of them.
+    """
+    width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    bits = depth * {2: 3, 4: 2, 6: 4}.get(color, 1)
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    left = 0
+    for x, y, step_x, step_y in passes if interlaced else ((0, 0, 1, 1),):
+        columns, lines = -((x - width) // step_x), -((y - height) // step_y)
+        left += lines * (1 + (columns * bits + 7) // 8) if columns > 0 and lines > 0 else 0
+    unpack, pack, made = zlib.decompressobj(), zlib.compressobj(0), list[bytes]()
+
+    def keep(body: bytes) -> None:
+        if body:
+            made.append(struct.pack(">I4s", len(body), b"IDAT") + body + struct.pack(">I", zlib.crc32(b"IDAT" + body)))
+
+    try:
+        for chunk in chunks:
+            packed = chunk[8:-4]
+            while packed and left:
+                piece = unpack.decompress(packed, min(left, 1 << 20))
+                packed = unpack.unconsumed_tail
+                left -= len(piece)
+                keep(pack.compress(piece))
+            if not left and not unpack.eof:
+                unpack.decompress(packed, 1)  # to the checksum, where there is no more
+    except zlib.error:
+        raise EOFError from None
+    if left:
+        raise EOFError
+    keep(pack.flush())
+    return made
 
 
 def _bmp_size(data: bytes) -> tuple[int, int]:
@@ -173,7 +218,9 @@ def _tiff_directory(data: bytes) -> tuple[dict[int, int], int]:
     for place in range(start, start + size * entries, size):
         tag, kind, count = struct.unpack_from(order + "HH" + number, data, place)
         single = count == 1 and kind in kinds and (kind != 16 or big)
-        if tag in (256, 257) and (tag in tags or not single or kind == 1):  # readers differ in what they make of these
+        if tag in (256, 257, 322, 323) and (
+            tag in tags or not single or kind == 1
+        ):  # readers differ in what they make of these
             raise EOFError
         if single or tag == _DNG_VERSION:
             (tags[tag],) = struct.unpack_from(order + (kinds[kind] if single else "I"), data, place + 4 + width)
@@ -191,7 +238,10 @@ def _tiff_size(data: bytes) -> tuple[int, int]:
     tags, _ = _tiff_directory(data)
     if _DNG_VERSION in tags or tags.get(_SUBFILE_TYPE, 0) == 1:  # what readers show first is a small preview
         raise ValueError(_RAW)
-    return tags.get(256, 0), tags.get(257, 0)
+    width, height, tile_width, tile_height = (tags.get(tag, 0) for tag in (256, 257, 322, 323))
+    if tile_width * tile_height > 2 * width * height + (1 << 22):  # libtiff makes room for one
+        raise ValueError(f"has tiles of {tile_width}x{tile_height}, larger than the image: save it again")
+    return width, height
 
 
 _RAW = "is a camera's raw file or begins with a preview: save it as JPEG"
@@ -366,7 +416,11 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
         raise ImageError(f"{name}: {kind} images are not read: save it as JPEG or PNG")
     try:
         width, height = _SIZES[kind](data)
-        pixels = {"PNG": _png_pixels, "GIF": lambda data: _gif_pixels(data)[0]}.get(kind, bytes)(data)
+        pixels = data
+        if kind == "GIF":
+            pixels = _gif_pixels(data)[0]
+        elif kind == "PNG" and 0 < width * height <= max_pixels:
+            pixels = _png_pixels(data)
     except (EOFError, IndexError, struct.error):
         raise ImageError(f"{name}: the {kind} file is truncated or damaged") from None
     except ValueError as error:

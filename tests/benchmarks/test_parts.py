@@ -17,6 +17,7 @@ from benchmarks.environment import benchmark_parser, in_turns, parse, write_resu
 from benchmarks.gpu_kernel import cases, same_detections
 from facespec.detections import Detections
 from facespec.errors import DataError, OutputError
+from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from trt_runtime.measure import Latency, speed_ratio
 
@@ -335,3 +336,30 @@ def test_a_frame_of_a_peer_is_the_one_of_ours(astronaut: Frame) -> None:
     image = box.apply(astronaut, (104, 117, 123))
     back = cv2.resize(image, astronaut.shape[1::-1], interpolation=cv2.INTER_AREA)
     assert np.abs(back.astype(int) - astronaut).mean() < 3
+
+
+def test_reading_is_measured_with_the_checks_and_without(
+    astronaut: Frame, static_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import reading
+
+    write_image(tmp_path / "photos" / "a.jpg", astronaut)
+    np.testing.assert_array_equal(
+        reading.read_alone(tmp_path / "photos" / "a.jpg"), read_image(tmp_path / "photos/a.jpg")
+    )
+    line = [
+        "--data",
+        str(tmp_path / "photos"),
+        "--model",
+        str(static_onnx),
+        "--count",
+        "3",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    monkeypatch.setattr("sys.argv", ["reading", *line])
+    assert reading.main() == 0
+    result = json.loads((tmp_path / "r").read_text())
+    assert [row["reading"] for row in result["results"]] == ["checked", "OpenCV alone"]
+    assert (result["photographs"], result["different"]) == (3, 1)
+    assert all(row["frames_per_second"] > 0 for row in result["results"])

@@ -112,12 +112,12 @@ def test_extreme_shapes(shape: tuple[int, int]) -> None:
     assert decode_image(data).shape == (*shape, 3)
 
 
-def _png_claiming(width: int, height: int) -> bytes:
+def _png_claiming(width: int, height: int, packed: bytes = zlib.compress(bytes(1000))) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    pixels = chunk(b"IDAT", packed)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
@@ -153,7 +153,7 @@ def test_400_megapixels_are_refused_from_the_header(data: bytes) -> None:
 
 def test_refusing_takes_no_memory(tmp_path: Path) -> None:
     """The pixels such a file claims would take 1.2 GB; the process that refuses it grows by a small part of that."""
-    (tmp_path / "huge.png").write_bytes(_png_claiming(20_000, 20_000))
+    (tmp_path / "huge.png").write_bytes(_png_claiming(20_000, 20_000, zlib.compress(bytes(300_000_000), 1)))
     (tmp_path / "huge.jpg").write_bytes(_jpeg_claiming(20_000, 20_000))
     code = (
         "import resource, sys\nfrom facespec.images import *\n"
@@ -655,3 +655,71 @@ def test_a_tiff_whose_directory_lies_far_away(offset: int) -> None:
     head = b"II+\0\x08\0\0\0" + struct.pack("<Q", offset)
     with pytest.raises(ImageError, match="TIFF file is truncated or damaged"):
         decode_image(head + bytes(16))
+
+
+def test_what_is_packed_after_the_rows_of_a_png_is_not_unpacked(tmp_path: Path) -> None:
+    """4 MB unpack to 4 GB behind a picture of 64x48: OpenCV alone takes half a minute."""
+    pack = zlib.compressobj(9)
+    packed = b"".join(pack.compress(bytes(1 << 24)) for _ in range(256)) + pack.flush()
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 48, 8, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + head + png_chunk(b"IDAT", packed) + png_chunk(b"IEND", b"")
+    (tmp_path / "rows.png").write_bytes(data)
+    shape, seconds = _decode_apart(tmp_path / "rows.png")
+    assert shape == "(48, 64, 3)"
+    assert float(seconds) < 2
+
+
+def _interlaced(picture: np.ndarray) -> bytes:
+    """Return a PNG whose rows come in seven passes, in chunks of 50 bytes."""
+    rows = b""
+    for x, y, step_x, step_y in zip((0, 4, 0, 2, 0, 1, 0), (0, 0, 4, 0, 2, 0, 1), (8, 8, 4, 4, 2, 2, 1),
+                                    (8, 8, 8, 4, 4, 2, 2), strict=True):  # fmt: skip
+        part = picture[y::step_y, x::step_x, ::-1]
+        rows += b"".join(b"\0" + row.tobytes() for row in part if row.size)
+    packed = zlib.compress(rows)
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 8, 2, 0, 0, 1))
+    chunks = b"".join(png_chunk(b"IDAT", packed[at : at + 50]) for at in range(0, len(packed), 50))
+    return b"\x89PNG\r\n\x1a\n" + head + chunks + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(48, 64), (1, 1), (3, 5), (9, 2)])
+def test_rows_that_are_unpacked_first_give_the_same_picture(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    photo = Image.fromarray(noise[..., ::-1])
+    files = [_interlaced(noise), *(_save(photo.convert(mode), "PNG") for mode in ("RGB", "L", "P", "RGBA", "LA", "1"))]
+    files += [cv2.imencode(".png", noise.astype(np.uint16) * 257)[1].tobytes()]
+    expected = [decode_image(data) for data in files]
+    np.testing.assert_array_equal(expected[0], noise)
+    monkeypatch.setattr("facespec.images.MAX_PACKED_ROWS", 0)
+    for data, picture in zip(files, expected, strict=True):
+        np.testing.assert_array_equal(decode_image(data), picture)
+        at = data.rindex(b"IDAT") + 6  # within the packed rows
+        with pytest.raises(ImageError, match="damaged"):
+            decode_image(data[:at] + bytes([data[at] ^ 0x55, data[at + 1] ^ 0xFF]) + data[at + 2 :])
+
+
+@pytest.mark.parametrize("side", [0, 48])
+@pytest.mark.parametrize(("tile", "message"), [((16, 16), ""), ((2048, 2048), ""), ((32, 6_160_400), "tiles of 32x6")])
+def test_tiles_of_a_tiff_are_not_much_larger_than_it(tile: tuple[int, int], message: str, side: int) -> None:
+    """libtiff makes room for one: 18 KB took a gigabyte, and ten seconds."""
+    size = (48, 48 + side)
+    tiles = size[0] * size[1] // 256
+    entries = [(256, size[1]), (257, size[0]), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile[0]), (323, tile[1])]
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    after = 8 + 2 + 12 * 10 + 4
+    body += (
+        struct.pack("<HHII", 324, 4, tiles, after) + struct.pack("<HHII", 325, 4, tiles, after + 4 * tiles) + bytes(4)
+    )
+    places = struct.pack(f"<{tiles}I", *[after + 8 * tiles] * tiles)
+    packed = zlib.compress(bytes([7]) * 256)  # one serves for all
+    pixels = struct.pack(f"<{tiles}I", *[len(packed)] * tiles) + packed
+    data = b"II*\0" + struct.pack("<IH", 8, 10) + body + places + pixels
+    if not message:
+        found = decode_image(data)
+        assert found.shape == (*size, 3)
+        assert tile != (16, 16) or (found == 7).all()
+        return
+    with pytest.raises(ImageError, match=message):
+        decode_image(data)

@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-slow test-pycuda mutants lint test-gpu clean
+.PHONY: help demo test test-slow test-pycuda mutants fuzz lint test-gpu clean
 help:
 	@echo "make demo      find faces in sample photographs and a short video; no GPU, no data set (build/demo)"
 	@echo "make test      run the tests, but for those marked slow"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-pycuda  run those of PyCUDA with the real one, built here; needs the CUDA headers (CUDA_HOME)"
 	@echo "make mutants   put faults into copies of the project, one at a time, and see whether the tests notice"
 	@echo "               (FAULTS='trt_runtime/media/live.py': those of a file; '--every 10': a tenth; '--help')"
+	@echo "make fuzz      send mutated files of every kind to what reads them; some minutes of it: MINUTES=30"
 	@echo "make lint      ruff, mypy and clang-format"
 	@echo "make test-gpu  test, sanitize and time all that needs an NVIDIA GPU; needs nvcc and torch, installs nothing"
 	@echo "make clean     remove build/, caches and .venv"
@@ -64,6 +65,10 @@ test-pycuda: build/pycuda/site
 
 mutants: $(VENV)/.dev $(BINDINGS)
 	$(RUN) -m tests.mutants $(FAULTS)
+
+# the short form takes half a minute; what is found is kept in build/fuzz
+fuzz: $(VENV)/.dev
+	$(RUN) -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

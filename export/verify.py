@@ -31,12 +31,12 @@ from facespec.files import check_outputs, widerface_root, work_folder
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox
 from facespec.samples import sample_crops, sample_photographs, tiled
-from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
+from facespec.spec import DEFAULT_SCORE_THRESHOLD, ENGINE_SUFFIXES, ModelSpec, parse_size
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import environment
 from trt_runtime.onnx_model import OnnxModel, load_graph, open_session
 
-DEPLOYED_SUFFIXES = (".onnx", ".engine", ".plan")
+DEPLOYED_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
 DEFAULT_HW = (640, 640)
 EXTRA_SIZES = ((640, 640), (480, 640), (640, 384))
 """Network sizes tried besides the one asked for, where both models take any."""

@@ -76,7 +76,10 @@ def check_types(instance: Any) -> None:
 
 def short(value: object) -> str:
     """Return a value for a message: at most 200 characters, whatever it is."""
-    return _REPR.repr(value)[:200]
+    try:
+        return _REPR.repr(value)[:200]
+    except ValueError:  # Python does not write integers of more than 4,300 digits
+        return f"{type(value).__name__} too long to write"
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:

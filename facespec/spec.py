@@ -34,8 +34,8 @@ mobilenet0.25 and 4 GB for resnet50."""
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt")
 """How the names of PyTorch checkpoints end."""
 
-ENGINE_SUFFIXES = (".engine", ".plan")
-"""How the names of TensorRT engines end."""
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+"""How the names of TensorRT engines end; one of another name is known by its content and its sidecar."""
 
 
 def _require(condition: bool, message: str) -> None:

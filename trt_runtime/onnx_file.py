@@ -15,7 +15,7 @@ MAX_BYTES = 2 << 30
 """Protobuf's own limit."""
 
 _MAX_DEPTH = 32
-_MAX_FIELDS = 5_000_000
+_MAX_FIELDS = 1_000_000
 
 # message -> field number -> the message it holds, or what to collect from it
 _FIELDS: dict[str, dict[int, str]] = {
@@ -53,10 +53,13 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
             raise ValueError("a number is too long")
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield (field number, content) of the length-delimited fields; the others are passed over."""
+def _fields(data: memoryview, header: OnnxHeader) -> Iterator[tuple[int, memoryview]]:
+    """Yield (field number, content) of the length-delimited fields; the others are counted, and passed over."""
     position = 0
     while position < len(data):
+        header.fields += 1
+        if header.fields > _MAX_FIELDS:
+            raise ValueError("too many fields")
         start = position
         tag, position = _varint(data, position)
         if position - start > 5 or not 8 <= tag < 1 << 32:  # readers differ in what they make of these
@@ -78,31 +81,28 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         raise ValueError("the file is truncated")
 
 
-def _entry(data: memoryview) -> tuple[str, str]:
+def _entry(data: memoryview, header: OnnxHeader) -> tuple[str, str]:
     """Return key and value of a StringStringEntryProto."""
-    parts = {number: bytes(content).decode("utf-8", "replace") for number, content in _fields(data)}
+    parts = {number: bytes(content).decode("utf-8", "replace") for number, content in _fields(data, header)}
     return parts.get(1, ""), parts.get(2, "")
 
 
 def _walk(kind: str, data: memoryview, header: OnnxHeader, depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise ValueError("nested too deeply")
-    for number, content in _fields(data):
-        header.fields += 1
-        if header.fields > _MAX_FIELDS:
-            raise ValueError("too many fields")
+    for number, content in _fields(data, header):
         inner = _FIELDS[kind].get(number)
         if inner is None:
             continue
         if inner == "function":  # they may nest without bounds, and this toolkit writes none
             raise ValueError("functions are not taken")
         if inner == "metadata":
-            key, value = _entry(content)
+            key, value = _entry(content, header)
             header.metadata[key] = value
         elif inner == "opset":
-            header.domains.add(_entry(content)[0])  # OperatorSetIdProto: the domain is field 1
+            header.domains.add(_entry(content, header)[0])  # OperatorSetIdProto: the domain is field 1
         elif inner == "external":
-            key, value = _entry(content)
+            key, value = _entry(content, header)
             if key == "location":
                 header.external_files.append(value)
         else:

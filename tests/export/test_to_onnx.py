@@ -164,7 +164,7 @@ def test_command(
     assert "no such weights" in error_line(main, "--weights", "none.pth")
     assert "score_threshold" in error_line(main, "--score", "2")
     (tmp_path / "evil.pth").write_bytes(b"\x80\x04cposix\nsystem\n(X\x09\x00\x00\x00touch ran\x85R.")
-    assert "which can run code" in error_line(main, "--weights", "evil.pth")
+    assert "not a PyTorch checkpoint" in error_line(main, "--weights", "evil.pth")  # nor is it run
     (tmp_path / "evil.pth").unlink()
     assert "ends in .onnx" in error_line(main, "--out", "model")
     assert "try 4096" in error_line(main, "--size", "99999x32")

@@ -135,3 +135,14 @@ def test_values_in_messages_are_short() -> None:
         wide = [wide] * 9
     assert len(short(wide)) == 200
     assert short([1, "a"]) == "[1, 'a']"
+
+
+def test_an_integer_too_long_to_write_is_named_all_the_same() -> None:
+    """Python refuses to write more than 4,300 digits; hexadecimal text is read to any length."""
+    assert short(1 << 20_000) == "int too long to write"
+    with pytest.raises(SpecError, match="shots is too large"):
+        build(Camera, {"shots": 1 << 20_000}, by_hand=True)
+    with pytest.raises(SpecError, match="name is int too long to write: expected a text"):
+        build(Camera, {"name": 1 << 20_000}, by_hand=True)
+    with pytest.raises(SpecError, match="not JSON"):
+        parse_json("[" + "9" * 5000 + "]", "camera")

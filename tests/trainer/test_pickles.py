@@ -98,6 +98,7 @@ def test_what_no_checkpoint_needs_is_refused(name: str, form: str, tmp_path: Pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_hostile_checkpoints_take_neither_time_nor_memory(tmp_path: Path) -> None:
     """All of them, one after the other, in a process of their own."""
     for number, operations in enumerate(HOSTILE.values()):

@@ -286,7 +286,16 @@ def test_the_number_of_fields_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     assert parse_onnx_header(_field(7, graph)).fields == 100
     with pytest.raises(ValueError, match="too many fields"):
         parse_onnx_header(_field(7, graph + _field(1, b"")))
-    assert parse_onnx_header(_field(14, _field(3, b"") * 200) + GRAPH).fields == 2  # of messages that are walked
+    for content in (_field(14, _field(3, b"") * 100), b"\x08\x01" * 100, b"\x0d" + bytes(4) + b"\x08\x01" * 99):
+        with pytest.raises(ValueError, match="too many fields"):  # numbers count, and what lies in metadata
+            parse_onnx_header(content + GRAPH)
+
+
+def test_500_megabytes_of_numbers_are_not_read_through() -> None:
+    """The size does not matter: it ends at the millionth number; 500 MB took more than 45 s."""
+    with pytest.raises(ValueError, match="too many fields"):
+        parse_onnx_header(b"\x08\x01" * 2_000_000)
+    assert onnx_file._MAX_FIELDS == 1_000_000
 
 
 def test_what_is_read_of_metadata_and_external_data() -> None:

@@ -326,7 +326,10 @@ def test_after_an_error_nothing_runs_on(plugin_form: Path, astronaut: Frame) -> 
             done.clear()
             with pytest.raises(FrameError, match=r"the frame says it is \(64, 96\), and it is \(32, 96\)"):
                 detector.detect_batch([astronaut, astronaut[:300], Liar()])
-            assert len(done) == 2
+            assert done == []  # before anything is begun
+            with pytest.raises(FrameError, match="sides must be 1 to 16384"):
+                detector.detect_batch([astronaut, astronaut[:300], np.zeros((2, 16385, 3), np.uint8)])
+            assert len(done) == 3
         assert detector._idle == [lane]
     device.close()
 
@@ -454,7 +457,7 @@ def test_an_engine_that_does_not_serve_is_closed(plugin_form: Path, monkeypatch:
     assert len(closed) == 3
     small = HostDevice(memory_limit=1000)
     with pytest.raises(
-        DeviceMemoryError, match=r"for 1 frames of 0\.0 megapixels: 12\.0 KiB asked for, 1000 bytes of 1000 bytes free"
+        DeviceMemoryError, match=r"for a batch of 1 at 64x64: 12\.0 KiB asked for, 1000 bytes of 1000 bytes free"
     ):
         TRTRetinaFace(plugin_form, size_hw=(64, 64), device=small)
     assert len(closed) == 4
@@ -755,6 +758,7 @@ class _Copies(HostDevice):
 
     def copy_in(self, address: int, source: Any, stream: HostStream) -> None:
         self.sources.append(source.ctypes.data)
+        assert self._pinned_room(source.ctypes.data, source.nbytes) is not None  # else it is read when it may be gone
         super().copy_in(address, source, stream)
 
 

@@ -17,7 +17,7 @@ from facespec.spec import ModelSpec
 from trt_runtime.gpu import tensorrt_api as api
 from trt_runtime.gpu.device import Device, Memory, Stream, out_of_memory
 from trt_runtime.gpu.flavor import FLAVORS
-from trt_runtime.gpu.sidecar import Profile, Sidecar, check_engine, read_sidecar, sidecar_path
+from trt_runtime.gpu.sidecar import Profile, Sidecar, read_engine, read_sidecar, sidecar_path
 from trt_runtime.kernels import PLUGIN, ensure_library, load_letterbox
 
 Shape = tuple[int, int, int]
@@ -121,7 +121,7 @@ class TrtEngine:
 
     def __init__(self, path: str | Path, device: Device) -> None:
         self.sidecar = sidecar = read_sidecar(path)
-        check_runs_here(path, sidecar, device.compute_capability, device.name)
+        content = check_runs_here(path, sidecar, device.compute_capability, device.name)
         flavor = FLAVORS[sidecar.flavor]
         self.backend = flavor.name
         self.spec = sidecar.spec
@@ -142,7 +142,7 @@ class TrtEngine:
         if not api.load_plugin(self._runtime, plugin):
             raise GpuError(f"{flavor.title} cannot load the plugin {plugin}{self._reason()}: python -m plugins.build")
         self._logger.errors.clear()
-        self._engine = api.deserialize(self._runtime, Path(path).read_bytes())
+        self._engine = api.deserialize(self._runtime, content)
         if self._engine is None:
             if "memory" in self._reason().lower():
                 raise out_of_memory(f"the engine {path}", sidecar.engine_bytes, *device.free_and_total())
@@ -241,9 +241,9 @@ class TrtContext:
         self._context = None
 
 
-def check_runs_here(path: str | Path, sidecar: Sidecar, capability: int, device: str) -> None:
-    """Raise ModelFileError unless an engine is the one its sidecar describes, and built for this GPU."""
-    problems = check_engine(path, sidecar)
+def check_runs_here(path: str | Path, sidecar: Sidecar, capability: int, device: str) -> bytes:
+    """Return the content of an engine; ModelFileError unless it is what its sidecar says, and for this GPU."""
+    content, problems = read_engine(path, sidecar)
     if problems:
         raise ModelFileError(f"{path}: {problems[0]}")
     if capability not in sidecar.compute_capabilities:
@@ -252,6 +252,7 @@ def check_runs_here(path: str | Path, sidecar: Sidecar, capability: int, device:
             f"{path}: built for {built}, and {device} is sm_{capability}: build it again for this GPU: "
             f"{sidecar.command}"
         )
+    return content
 
 
 def _read_cache(cache: Any, path: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import mmap
 import re
 import shlex
 import struct
@@ -291,7 +290,14 @@ def read_sidecar(engine: str | Path) -> Sidecar:
 
 
 def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
-    """Return the reasons not to load an engine, each as one line; empty if there are none.
+    """Return the reasons not to load an engine, each as one line; empty if there are none; see `read_engine`."""
+    return read_engine(engine, sidecar)[1]
+
+
+def read_engine(engine: str | Path, sidecar: Sidecar) -> tuple[bytes, list[str]]:
+    """Return the content of an engine, and the reasons not to load it, each as one line; empty if there are none.
+
+    What is loaded must be this content: the file may be another one when it is read again.
 
     Raises:
         ModelFileError: The file is missing or cannot be read.
@@ -306,17 +312,18 @@ def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
     try:
         size = Path(engine).stat().st_size
         if size != sidecar.engine_bytes:
-            return [f"the file has {size} bytes, its sidecar says {sidecar.engine_bytes}", *problems]
-        with open(engine, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if hashlib.sha256(content).hexdigest() != sidecar.engine_sha256:
-                problems.append("the engine is not the one its sidecar describes: its SHA-256 differs")
-            header = read_header(content[:RTX_HEADER_BYTES])
-            if header.kind == "rtx":
-                problems += _missing_from_rtx(content, sidecar)
+            return b"", [f"the file has {size} bytes, its sidecar says {sidecar.engine_bytes}", *problems]
+        with open(engine, "rb") as file:
+            content = file.read(size)
     except FileNotFoundError:
         raise ModelFileError(f"{engine}: no such engine") from None
     except OSError as error:
         raise ModelFileError(f"{engine}: cannot be read ({error.strerror})") from None
+    if hashlib.sha256(content).hexdigest() != sidecar.engine_sha256:
+        problems.append("the engine is not the one its sidecar describes: its SHA-256 differs")
+    header = read_header(content)
+    if header.kind == "rtx":
+        problems += _missing_from_rtx(content, sidecar)
     if header.kind != sidecar.flavor and (header.kind, sidecar.flavor) != ("unknown", "tensorrt"):
         problems.append(f"the file is of kind {header.kind}, its sidecar says {sidecar.flavor}")
     if header.kind == "rtx":
@@ -329,10 +336,10 @@ def check_engine(engine: str | Path, sidecar: Sidecar) -> list[str]:
                 f"its header says compute capabilities {list(header.compute_capabilities)}, "
                 f"its sidecar {list(sidecar.compute_capabilities)}"
             )
-    return problems
+    return content, problems
 
 
-def _missing_from_rtx(content: mmap.mmap, sidecar: Sidecar) -> list[str]:
+def _missing_from_rtx(content: bytes, sidecar: Sidecar) -> list[str]:
     """Return a line about the plugin or attribute that an engine lacks; TensorRT-RTX stores both in plain bytes."""
     start = content.find(PLUGIN.name.encode())
     if start < 0:

@@ -737,6 +737,21 @@ def test_capabilities_are_looked_up_and_not_compared(tmp_path: Path) -> None:
             check_runs_here(path, sidecar, capability, "a GPU")
 
 
+def test_what_is_loaded_is_what_was_hashed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another file may take the engine's place after the check; here it does so as the plugin is looked for."""
+    checked = rig.path.read_bytes()
+
+    def swap(*arguments: Any, **options: Any) -> Path:
+        rig.path.write_bytes(b"another engine")
+        return Path(str(library()._name))
+
+    monkeypatch.setattr("trt_runtime.gpu.engine.ensure_library", swap)
+    engine = rig.engine()
+    assert rig.path.read_bytes() == b"another engine"
+    assert engine._engine.content == checked
+    engine.close()
+
+
 # TensorRT's API for real, as far as it goes without a GPU
 
 

@@ -313,6 +313,7 @@ def _output(label: str, path: Path | None, sink: _Sink, source: Source) -> Itera
             with timer("draw"):
                 canvas = draw_detections(seen.image, seen.faces, copy=False)
             if writer:
+                writer.pixel_aspect = source.pixel_aspect
                 with timer("write"):
                     writer.write(canvas, seen.seconds)
                 timer.add("encode", writer.take_encode_ms())

@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,7 @@ class _Breaks:
 
     def __init__(self, frames: int) -> None:
         self.name, self.live, self.rate, self.frame_count, self.damaged, self.reconnects = "v", False, 10, 9, 0, 0
+        self.pixel_aspect = Fraction(1)
         self._frames = frames
 
     def __enter__(self) -> _Breaks:

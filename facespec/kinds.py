@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from dataclasses import dataclass, field
@@ -81,14 +82,15 @@ def kind_of(path: str | Path) -> str:
     """Return "image", "video" or, of a file that is neither, ""."""
     path = Path(path)
     suffix = path.suffix.lower()
+    start, kind = b"", None
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if path.is_file() else io.BytesIO() as file:  # a pipe may never end
             start = file.read(HEAD)
             kind = image_kind(start)
             if kind == "JPEG" and suffix not in IMAGE_SUFFIXES and _is_motion_jpeg(start + file.read(1 << 20)):
                 return "video"
     except OSError:
-        start, kind = b"", None
+        pass
     if kind:
         return "image"
     if _VIDEO.match(start) and not _SOUND.intersection(brands(start)[:1]):

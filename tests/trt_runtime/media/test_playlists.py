@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import base64
 import functools
-import http.server
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import islice
 
@@ -14,61 +12,11 @@ import numpy as np
 import pytest
 
 from facespec.errors import VideoError
+from tests.trt_runtime.web_site import Answer, Site, site_fixture
 from trt_runtime.media.live import NetworkStream
 from trt_runtime.media.playlists import MAX_PLAYLIST_BYTES, MAX_PLAYLISTS
 
-Answer = tuple[int, dict[str, str], bytes]
-
-
-class Site:
-    """A web server on this machine; `answer` gives status, headers and content for a path; `paths` are those asked."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[str], Answer | None] = lambda path: None
-        self.login = ""
-        self.paths: list[str] = []
-        self.released = threading.Event()
-        site = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                site.paths.append(self.path)
-                encoded = base64.b64encode(site.login.encode()).decode()
-                if site.login and self.headers.get("Authorization") != f"Basic {encoded}":
-                    status, headers, content = 401, {"WWW-Authenticate": 'Basic realm="x"'}, b""
-                else:
-                    answer = site.answer(self.path)
-                    if answer is None:  # silence
-                        site.released.wait(60)
-                        return
-                    status, headers, content = answer
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(http.server.ThreadingHTTPServer):
-            def handle_error(self, *_: object) -> None:
-                pass  # the client has gone
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.address = f"127.0.0.1:{self.server.server_port}"
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    made = Site()
-    thread = threading.Thread(target=made.server.serve_forever, args=(0.02,))
-    thread.start()
-    yield made
-    made.released.set()
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+site = site_fixture
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from tests.trt_runtime.web_site import Site, site_fixture
 from trt_runtime.media import sources as module
 from trt_runtime.media.files import VideoWriter
 from trt_runtime.media.sources import Sources, check_targets, find_sources, is_camera, labels, read_source, targets
+from trt_runtime.media.web import fetch
 
 site = site_fixture
 MODEL = Path("m.onnx")
@@ -215,11 +216,21 @@ def test_an_address_is_what_is_there(site: Site, monkeypatch: pytest.MonkeyPatch
     assert find_sources([f"{base}/photo"]).single
 
 
-def test_what_never_ends_is_only_looked_at(site: Site) -> None:
+def test_what_never_ends_is_only_looked_at(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A camera's stream of pictures: the start of it is read, and no more."""
+    read: list[int] = []
+
+    def seen(*args: Any, **options: Any) -> tuple[bytes, str]:
+        content, place = fetch(*args, **options)
+        read.append(len(content))
+        return content, place
+
+    monkeypatch.setattr("trt_runtime.media.web.fetch", seen)
     parts = b"--next\r\nContent-Type: image/jpeg\r\n\r\n" + bytes(1 << 20)
     site.answer = lambda path: (200, {"Content-Length": str(1 << 40)}, parts)
     assert find_sources([f"http://{site.address}/stream"]).images == []
+    assert len(read) == 1
+    assert 0 < read[0] <= 1 << 17
 
 
 @pytest.mark.parametrize("challenge", ['Basic realm="x"', 'Digest realm="x", nonce="n"'])

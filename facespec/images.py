@@ -7,6 +7,7 @@ ends early is refused, where cv2 would fill the rest with grey and say nothing.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import stat
@@ -21,9 +22,11 @@ import numpy as np
 from facespec.cli import require
 from facespec.errors import ImageError, MissingPackageError, reason
 from facespec.files import atomic_path
-from facespec.kinds import HEAD, brands, image_kind, list_files
+from facespec.kinds import HEAD, brands, image_kind, list_files, names_of
 from facespec.kinds import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from facespec.letterbox import Frame
+
+_log = logging.getLogger("retinaface_trt")
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused."""
@@ -530,10 +533,17 @@ def write_image(path: str | Path, image: Frame) -> None:
         temporary.write_bytes(data.tobytes())
 
 
-def find_images(folder: str | Path) -> list[Path]:
+def find_images(folder: str | Path, *, tell: bool = False) -> list[Path]:
     """Return the files in a folder and below it that are images, sorted by path; see `facespec.kinds`.
+
+    `tell` names the others in the log: what should have been an image must not be missed in silence.
 
     Raises:
         ImageError: A folder cannot be read.
     """
-    return list_files(folder).images
+    listing = list_files(folder)
+    others = sorted(listing.videos + listing.others)
+    if tell and others:
+        count = f"{len(others)} file{'s were' if len(others) > 1 else ' was'}"
+        _log.warning("%s not taken, no images: %s", count, names_of(others))
+    return listing.images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from dataclasses import dataclass, field
@@ -59,16 +60,20 @@ def brands(start: bytes) -> list[bytes]:
     return [start[8:12], *(start[place : place + 4] for place in range(16, end - 3, 4))]
 
 
+def heif_kind(named: list[bytes]) -> str | None:
+    """Return "HEIC" or "AVIF" for files of such `brands`, None for others."""
+    if named and (named[0] in _AVIF or (named[0] in _HEIF and _AVIF.intersection(named))):
+        return "AVIF"
+    return "HEIC" if named and named[0] in _HEIC | _HEIF else None
+
+
 def image_kind(start: bytes) -> str | None:
     """Return the kind of image that begins like this, "JPEG" for instance, or None if it is no image.
 
     HEIC and AVIF are told from the videos that begin as they do.
     """
-    named = brands(start)
-    if named and (named[0] in _AVIF or (named[0] in _HEIF and _AVIF.intersection(named))):
-        return "AVIF"
-    if named and named[0] in _HEIC | _HEIF:
-        return "HEIC"
+    if kind := heif_kind(brands(start)):
+        return kind
     found = _IMAGE.match(start)
     return _IMAGES[found.lastindex - 1][0] if found and found.lastindex else None
 
@@ -77,14 +82,15 @@ def kind_of(path: str | Path) -> str:
     """Return "image", "video" or, of a file that is neither, ""."""
     path = Path(path)
     suffix = path.suffix.lower()
+    start, kind = b"", None
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if path.is_file() else io.BytesIO() as file:  # a pipe may never end
             start = file.read(HEAD)
             kind = image_kind(start)
             if kind == "JPEG" and suffix not in IMAGE_SUFFIXES and _is_motion_jpeg(start + file.read(1 << 20)):
                 return "video"
     except OSError:
-        start, kind = b"", None
+        pass
     if kind:
         return "image"
     if _VIDEO.match(start) and not _SOUND.intersection(brands(start)[:1]):

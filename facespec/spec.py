@@ -250,7 +250,13 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise SpecError(f"size {text!r} is not HEIGHTxWIDTH, for instance 480x640, or one side of a square")
     height, width = (_side(part) for part in parts)
-    check_size((height, width))
+    try:
+        check_size((height, width))
+    except SpecError as error:
+        if height <= width:
+            raise
+        swapped = "x".join(str(max(round(side / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE) for side in (width, height))
+        raise SpecError(f"{error}; sizes are HEIGHTxWIDTH: for frames that are wider than high, {swapped}") from None
     return height, width
 
 

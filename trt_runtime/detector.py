@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -148,6 +149,7 @@ class RetinaFaceDetector:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._idle: list[Lane] = []
+        self._opening: tuple[str | Path, dict[str, Any]] | None = None
         self._lent = 0
         self._closed = self._freed = False
 
@@ -184,7 +186,28 @@ class RetinaFaceDetector:
         while self._idle:
             self._idle.pop().close()
 
+    def _opened_by(self, path: str | Path, **options: Any) -> None:
+        """Note the model file and the options that another process opens this detector anew with."""
+        self._opening = os.path.abspath(path), options
+
     # what users call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the path of the model and the options: where it is unpickled the detector is opened anew.
+
+        Raises:
+            SpecError: It was made of something that lives in this process alone.
+            ClosedError: The detector is closed.
+        """
+        self._check_open()
+        if self._opening is None:
+            raise SpecError(
+                "a detector is pickled as the path of its model and its options, and this one was made of an object: "
+                "give it a path, and a device by name; or make one in each process"
+            )
+        path, options = self._opening
+        options = {**options, "score_threshold": self._score_threshold, "size_hw": self.size_hw}
+        return _open, (type(self), path, options)
 
     @property
     def score_threshold(self) -> float:
@@ -347,6 +370,12 @@ class RetinaFaceDetector:
             self._give_back(lane)
             if timer is not None:
                 timer.begin("")
+
+
+def _open(kind: type[RetinaFaceDetector], path: str, options: dict[str, Any]) -> RetinaFaceDetector:
+    make: Any = kind
+    detector: RetinaFaceDetector = make(path, **options)
+    return detector
 
 
 def _unless_broken(lane: Any, error: BaseException) -> Any:

@@ -104,6 +104,8 @@ class TRTRetinaFace(RetinaFaceDetector):
                 name = engine if isinstance(engine, (str, Path)) else self.backend
                 size = network_size(profile.fixed_hw, size_hw, name)
                 super().__init__(self.engine.spec, self.engine.files, score_threshold, size)
+                if isinstance(engine, (str, Path)) and isinstance(device, str):
+                    self._opened_by(engine, device=device, graphs=graphs, warm_up=warm_up)
                 if isinstance(size, tuple) and not profile.takes(size):
                     raise SpecError(f"{name} takes network sizes of {profile}, not {size[0]}x{size[1]}")
                 if warm_up:

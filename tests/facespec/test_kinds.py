@@ -107,6 +107,18 @@ def test_every_suffix_of_an_image_counts_when_the_file_is_damaged(tmp_path: Path
     assert len(find_images(tmp_path)) == len(IMAGE_SUFFIXES) == len(set(IMAGE_SUFFIXES))
 
 
+def test_what_is_no_image_is_told_where_that_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a").write_bytes(_saved("PNG"))
+    (tmp_path / "b.txt").write_text("text")
+    assert find_images(tmp_path) == [tmp_path / "a"]
+    assert caplog.messages == []
+    assert find_images(tmp_path, tell=True) == [tmp_path / "a"]
+    assert caplog.messages == [f"1 file was not taken, no images: {tmp_path / 'b.txt'}"]
+    (tmp_path / "c.mkv").write_bytes(b"\x1aE\xdf\xa3")
+    find_images(tmp_path, tell=True)
+    assert caplog.messages[1] == f"2 files were not taken, no images: {tmp_path / 'b.txt'}, {tmp_path / 'c.mkv'}"
+
+
 def test_a_long_list_is_cut_for_a_message() -> None:
     paths = [Path(f"{number}.txt") for number in range(7)]
     assert names_of(paths[:5]) == "0.txt, 1.txt, 2.txt, 3.txt, 4.txt"

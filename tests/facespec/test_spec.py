@@ -305,3 +305,16 @@ def test_check_size() -> None:
     for size in (*wrong, -32, 4128, (4096, 4128), (32, 4096 * 128 + 32), 10**30):
         with pytest.raises(SpecError, match="network size"):
             check_size(size)  # type: ignore[arg-type]
+
+
+def test_a_size_with_the_width_first_is_told_the_order() -> None:
+    hint = (
+        "1080 is not a multiple of 32; try 1088; sizes are HEIGHTxWIDTH: for frames that are wider than high, 1088x1920"
+    )
+    with pytest.raises(SpecError, match=rf"{hint}$"):
+        parse_size("1920x1080")
+    with pytest.raises(SpecError, match=r"1080 is not a multiple of 32; try 1088$"):
+        parse_size("1080x1920")
+    with pytest.raises(SpecError, match="wider than high, 96x4000"):
+        parse_size("4000x99")
+    assert parse_size("640x384") == (640, 384)

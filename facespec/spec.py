@@ -31,7 +31,7 @@ MAX_NETWORK_PIXELS = 4096 * 4096
 """Most pixels that go through a network at once, over the whole batch. It bounds memory: on a CPU about 0.6 GB for
 mobilenet0.25 and 4 GB for resnet50."""
 
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt")
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".safetensors")
 """How the names of PyTorch checkpoints end."""
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")

@@ -99,7 +99,7 @@ def test_the_form_that_travels_in_files_stays_what_it_is() -> None:
         assert ModelSpec.from_json(written) == ModelSpec()
     assert isinstance(ModelSpec.from_json(text).anchors.min_sizes[0], tuple)
     assert spec_module.SPEC_KEY == "retinaface.spec"
-    assert spec_module.CHECKPOINT_SUFFIXES == (".pth", ".pt", ".tar", ".ckpt")
+    assert spec_module.CHECKPOINT_SUFFIXES == (".pth", ".pt", ".tar", ".ckpt", ".safetensors")
     assert (spec_module.DEFAULT_WEIGHTS, spec_module.SIZE_MULTIPLE) == ("mobilenet0.25", 32)
     assert MAX_NETWORK_PIXELS == 16_777_216
 

@@ -13,12 +13,12 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from facespec.errors import ImageError
 from facespec.files import atomic_path
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused."""

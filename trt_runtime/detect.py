@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import cv2
 from tqdm import tqdm
 
 from facespec.addresses import without_secrets
@@ -31,6 +30,7 @@ from facespec.errors import DataError, FrameError, ImageError, OutputError
 from facespec.files import atomic_path, check_outputs
 from facespec.images import IMAGE_SUFFIXES, find_images, read_image, write_image
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 from facespec.spec import DEFAULT_WEIGHTS, NetworkSize, parse_network_size
 from trt_runtime.cpu import PRECISIONS
 from trt_runtime.detector import RetinaFaceDetector

@@ -6,13 +6,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from facespec.errors import DataError
 from facespec.images import write_image
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 from facespec.samples import tiled
 from trainer.data.augment import AugmentSettings, TrainingSet
 from trainer.data.dataset import Dataset, Faces, FileSample, Kind, Problem, Report, Sample

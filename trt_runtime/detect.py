@@ -39,6 +39,7 @@ from trt_runtime.measure import StageTimer
 from trt_runtime.media.files import VIDEO_SUFFIXES, Source, VideoWriter, require_display
 from trt_runtime.media.live import open_source
 from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
+from trt_runtime.regions import Region, parse_region
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class DetectOptions:
         backend: What runs the model, one of `trt_runtime.load.BACKENDS`.
         device: Where the model runs, as for `load_detector`.
         precision: What a CPU computes in, as for `load_detector`.
+        min_face: Faces of fewer pixels are left out.
+        roi: Region of each frame that alone is looked at.
+        tile: Large frames run in tiles of the network size, too.
         show: Show annotated frames in a window; q or Esc ends.
         flow: How the frames of videos flow.
     """
@@ -72,6 +76,9 @@ class DetectOptions:
     backend: str = "auto"
     device: int | str = "auto"
     precision: str = "fp32"
+    min_face: float = 0.0
+    roi: Region | None = None
+    tile: bool = False
     show: bool = False
     flow: PipelineOptions = field(default_factory=PipelineOptions)
 
@@ -164,7 +171,12 @@ def detect(options: DetectOptions) -> Summary:
         device=options.device,
         precision=options.precision,
     )
-    targets = _check_outputs(options, detector.files, images, single)
+    try:
+        detector.min_face, detector.roi, detector.tile = options.min_face, options.roi, options.tile
+        targets = _check_outputs(options, detector.files, images, single)
+    except BaseException:
+        detector.close()
+        raise
     summary = Summary()
     start = time.perf_counter()
     with detector, ExitStack() as stack:
@@ -495,6 +507,11 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     add("--backend", default="auto", help=", ".join(BACKENDS))
     parser.add_device()
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="what OpenVINO computes in")
+    add("--min-face", type=float, default=0.0, metavar="PX", help="leave out faces of fewer pixels of the frame")
+    region = "look at this part of each frame alone, X,Y,WIDTH,HEIGHT in pixels"
+    add("--roi", type=argument(parse_region), metavar="REGION", help=region)
+    tile = "run frames larger than --size in overlapping tiles of it, too: finds small faces in large frames"
+    add("--tile", action="store_true", help=tile)
     add("--show", action="store_true", help="show the newest frames in a window; q ends")
     add("--batch", type=int, help="frames of videos in one run of the network (default: what is ready and worth it)")
     add(

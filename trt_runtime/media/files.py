@@ -390,8 +390,8 @@ def require_display() -> None:
     """
     if re.search(r"GUI:\s+NONE", cv2.getBuildInformation()):
         raise MissingPackageError(
-            "--show needs windows, which opencv-python-headless has not: put opencv-python in its place (pip uninstall, "
-            "pip install), or use --out instead"
+            "--show needs windows, which opencv-python-headless has not: put opencv-python in its place, "
+            "or use --out instead"
         )
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise VideoError("--show needs a display, and there is none: use --out instead")

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -31,6 +30,7 @@ from facespec.errors import DataError, ModelFileError, OutputError, SpecError
 from facespec.files import check_outputs, widerface_root, work_folder
 from facespec.images import find_images, read_image, write_image
 from facespec.letterbox import Frame, Letterbox
+from facespec.opencv import cv2
 from facespec.samples import sample_crops, sample_photographs, tiled
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, ENGINE_SUFFIXES, ModelSpec, parse_size
 from trt_runtime.load import BACKENDS, load_detector

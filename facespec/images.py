@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from facespec.cli import require
@@ -25,6 +24,7 @@ from facespec.files import atomic_path
 from facespec.kinds import HEAD, brands, image_kind, list_files, names_of
 from facespec.kinds import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 
 _log = logging.getLogger("retinaface_trt")
 

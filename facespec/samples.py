@@ -51,7 +51,7 @@ def sample_crops(count: int, seed: int) -> Iterator[tuple[str, Frame]]:
     Raises:
         DataError: No installed package ships photographs.
     """
-    import cv2
+    from facespec.opencv import cv2
 
     photographs = list(sample_frames().items())
     if not photographs:

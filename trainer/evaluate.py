@@ -46,7 +46,7 @@ from trainer.average_precision import (
     present_images,
 )
 
-PROTOCOLS = ("original", "letterbox")
+PROTOCOLS = ("original", "letterbox", "tile")
 LETTERBOX_HW = (640, 640)
 _COCO_ROWS = (("0.5", "ap50"), ("0.5:0.95", "ap50_95"))
 
@@ -62,8 +62,8 @@ class EvaluateOptions:
         data: WIDER FACE folder: val/images and gt. A label file, or a folder with one, is measured as COCO does.
         images: Folder of the images of a label file; see `trainer.data.open_dataset`.
         category: Of the faces in a COCO file.
-        protocol: "original" runs images at their own size, "letterbox" at `size_hw`.
-        size_hw: Network size of the letterbox protocol; None takes the model's own, or 640x640.
+        protocol: "original" runs images at their own size, "letterbox" at `size_hw`, "tile" in tiles of `size_hw`, too.
+        size_hw: Network size of the other protocols; None takes the model's own, or 640x640.
         backend: What runs an exported model.
         subset: Score only the images that have predictions, instead of refusing.
         save_predictions: Folder to write event/name.txt files to.
@@ -207,10 +207,11 @@ def open_detector(
         from trt_runtime.load import load_detector
 
         deployed = load_detector(name, size_hw=size_hw, backend=backend)
-        if protocol == "letterbox" and deployed.size_hw is None:
+        if protocol != "original" and deployed.size_hw is None:
             deployed.close()
             deployed = load_detector(name, size_hw=LETTERBOX_HW, backend=backend)
         deployed.score_threshold = deployed.spec.decode.score_threshold
+        deployed.tile = protocol == "tile"
         if protocol == "original" and isinstance(deployed.size_hw, tuple):
             deployed.close()
             raise DataError(
@@ -218,6 +219,8 @@ def open_detector(
                 "--protocol letterbox, or export it with --size dynamic"
             )
         return deployed, deployed.size_hw if isinstance(deployed.size_hw, tuple) else None
+    if protocol == "tile":
+        raise DataError(f"--protocol tile is for exported models, {name} is none")
     if backend != "auto":
         raise DataError(f"--backend is for exported models, {name} is none")
     require("torch", "train", "evaluating a checkpoint")
@@ -376,9 +379,9 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument("--images", type=Path, metavar="DIR", help="images of a label file (default: beside it)")
     category = "of the faces in a COCO file (default: face, or the only one)"
     parser.add_argument("--category", metavar="NAME", help=category)
-    protocol = "images at their own size, or letterboxed to --size"
+    protocol = "images at their own size, letterboxed to --size, or in tiles of --size besides"
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=protocol)
-    size = "HEIGHTxWIDTH of the letterbox protocol (default: the model's, or 640x640)"
+    size = "HEIGHTxWIDTH of letterbox and tile (default: the model's, or 640x640)"
     parser.add_argument("--size", dest="size_hw", metavar="SIZE", type=argument(parse_size), help=size)
     parser.add_argument("--backend", default="auto", help="what runs an exported model: onnxruntime or openvino")
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
@@ -392,7 +395,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     if args.predictions and (args.save_predictions or args.size_hw or args.protocol != PROTOCOLS[0]):
         parser.error("--save-predictions, --protocol and --size go with --weights and --model")
     if args.size_hw and args.protocol == "original":
-        parser.error("--size goes with --protocol letterbox")
+        parser.error("--size goes with --protocol letterbox and tile")
     return EvaluateOptions(**vars(args))
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from facespec.figures import PLOT_SUFFIXES, check_plot
 from facespec.files import check_outputs
 from facespec.images import find_images
 from facespec.letterbox import Frame, Letterbox
+from facespec.opencv import cv2
 from facespec.samples import sample_frames, spread_frames, tiled
 from facespec.spec import NetworkSize, parse_network_size
 from trt_runtime.benchmark_report import Measurement, Setting, heading, plot, setting_table, summary_table

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import cv2
 from tqdm import tqdm
 
 from facespec.cli import ArgumentParser, argument, quiet_libraries, run
@@ -28,6 +27,7 @@ from facespec.files import atomic_path
 from facespec.images import decode_image, holds_several, write_image
 from facespec.kinds import names_of
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 from facespec.spec import DEFAULT_WEIGHTS, NetworkSize, parse_network_size
 from trt_runtime.cpu import PRECISIONS
 from trt_runtime.detector import RetinaFaceDetector
@@ -37,6 +37,7 @@ from trt_runtime.media.files import Source, VideoWriter, require_display
 from trt_runtime.media.live import open_source
 from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
 from trt_runtime.media.sources import Sources, check_targets, find_sources, is_live, labels, read_source
+from trt_runtime.regions import Region, parse_region
 
 FILES_AT_ONCE = 8
 """Videos of folders and patterns that are read at once."""
@@ -58,6 +59,9 @@ class DetectOptions:
         backend: What runs the model, one of `trt_runtime.load.BACKENDS`.
         device: Where the model runs, as for `load_detector`.
         precision: What a CPU computes in, as for `load_detector`.
+        min_face: Faces of fewer pixels are left out.
+        roi: Region of each frame that alone is looked at.
+        tile: Large frames run in tiles of the network size, too.
         show: Show annotated frames in a window; q or Esc ends.
         strict: A file of a folder or pattern that is neither image nor video is a failure of the command.
         flow: How the frames of videos flow.
@@ -74,6 +78,9 @@ class DetectOptions:
     backend: str = "auto"
     device: int | str = "auto"
     precision: str = "fp32"
+    min_face: float = 0.0
+    roi: Region | None = None
+    tile: bool = False
     show: bool = False
     strict: bool = False
     flow: PipelineOptions = field(default_factory=PipelineOptions)
@@ -177,7 +184,12 @@ def detect(options: DetectOptions) -> Summary:
         device=options.device,
         precision=options.precision,
     )
-    targets = check_targets(options.sources, sources, options.out, options.json, detector.files)
+    try:
+        detector.min_face, detector.roi, detector.tile = options.min_face, options.roi, options.tile
+        targets = check_targets(options.sources, sources, options.out, options.json, detector.files)
+    except BaseException:
+        detector.close()
+        raise
     summary = Summary(others=sources.others)
     start = time.perf_counter()
     with detector, ExitStack() as stack:
@@ -418,6 +430,11 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     add("--backend", default="auto", help=", ".join(BACKENDS))
     parser.add_device()
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="what OpenVINO computes in")
+    add("--min-face", type=float, default=0.0, metavar="PX", help="leave out faces of fewer pixels of the frame")
+    region = "look at this part of each frame alone, X,Y,WIDTH,HEIGHT in pixels"
+    add("--roi", type=argument(parse_region), metavar="REGION", help=region)
+    tile = "run frames larger than --size in overlapping tiles of it, too: finds small faces in large frames"
+    add("--tile", action="store_true", help=tile)
     add("--show", action="store_true", help="show the newest frames in a window; q ends")
     add("--strict", action="store_true", help="exit code 1 if a file of a folder or pattern was not taken")
     add("--batch", type=int, help="frames of videos in one run of the network (default: what is ready and worth it)")

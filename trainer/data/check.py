@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -16,6 +15,7 @@ from facespec.cli import quiet_libraries
 from facespec.errors import DataError
 from facespec.images import write_image
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 from facespec.samples import tiled
 from trainer.data.augment import AugmentSettings, TrainingSet
 from trainer.data.dataset import Dataset, Faces, FileSample, Kind, Problem, Report, Sample

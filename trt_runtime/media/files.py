@@ -15,15 +15,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import cv2
 import numpy as np
 
 from facespec.cli import finishing, require
-from facespec.errors import VideoError, reason
+from facespec.errors import MissingPackageError, VideoError, reason
 from facespec.files import atomic_path
 from facespec.images import MAX_PIXELS
 from facespec.kinds import heif_kind
 from facespec.letterbox import Frame, Letterbox
+from facespec.opencv import cv2
 from trt_runtime.media import hdr
 
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,h264,hevc,m4v,mjpeg,gif,mxf,rm,dv"
@@ -426,6 +426,15 @@ class VideoWriter:
 
 
 def require_display() -> None:
-    """Raise VideoError where no window can be shown: OpenCV would end the process."""
+    """Raise VideoError where no window can be shown: OpenCV would end the process.
+
+    Raises:
+        MissingPackageError: This OpenCV has no windows.
+    """
+    if re.search(r"GUI:\s+NONE", cv2.getBuildInformation()):
+        raise MissingPackageError(
+            "--show needs windows, which opencv-python-headless has not: put opencv-python in its place, "
+            "or use --out instead"
+        )
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise VideoError("--show needs a display, and there is none: use --out instead")

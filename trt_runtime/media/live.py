@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from facespec.addresses import hide_secrets, without_secrets
 from facespec.errors import VideoError, reason
 from facespec.images import MAX_PIXELS
+from facespec.opencv import cv2
 from trt_runtime.media.files import (
     FORMATS,
     Pictures,

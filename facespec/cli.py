@@ -37,7 +37,7 @@ COMMANDS = {
     "detect": ("trt_runtime.detect", "find faces in images, videos and cameras"),
     "benchmark": ("trt_runtime.benchmark", "measure detectors side by side"),
     "fit": ("trainer.fit", "train a detector"),
-    "evaluate": ("trainer.evaluate", "measure accuracy on WIDER FACE"),
+    "evaluate": ("trainer.evaluate", "measure accuracy on labelled images"),
     "to-onnx": ("export.to_onnx", "checkpoint to ONNX"),
     "to-trt": ("export.to_trt", "checkpoint to TensorRT engine"),
     "inspect": ("export.inspect", "show what is inside a model file"),

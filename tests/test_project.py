@@ -244,8 +244,8 @@ def test_examples_of_the_documents_run(
 
 
 def _write_own_faces(folder: Path, image: Frame) -> None:
-    """Lay out what docs/training.md says about own faces, with the labels that stand there."""
-    (text,) = _blocks(ROOT / "docs" / "training.md", "json")
+    """Lay out what docs/data.md says about own faces, with the labels that stand there."""
+    (text,) = _blocks(ROOT / "docs" / "data.md", "json")
     (folder / "images").mkdir(parents=True)
     for name in ("train.json", "val.json"):
         (folder / name).write_text(text)
@@ -258,7 +258,7 @@ def test_labels_of_the_document_are_read(tmp_path: Path, crowd: Frame) -> None:
     from trainer.data import open_dataset
 
     _write_own_faces(tmp_path, crowd)
-    label = next(block for block in _blocks(ROOT / "docs" / "training.md", "text") if block.startswith("#"))
+    label = next(block for block in _blocks(ROOT / "docs" / "data.md", "text") if block.startswith("#"))
     (tmp_path / "label.txt").write_text(label)
     for name in ("train.json", "label.txt"):
         dataset = open_dataset(str(tmp_path / name))

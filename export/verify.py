@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -51,6 +52,12 @@ BATCH = 4
 BATCH_IOU, BATCH_LANDMARK_ERROR, BATCH_SCORE = 0.98, 0.5, 0.01
 """Least IoU, largest distance of landmarks in percent of the face size, and largest difference of scores, of a face in
 a batch and the same face alone: they may be computed in another order of additions."""
+
+SIGNIFICANCE = 0.05
+"""Probability under which a loss of faces is not taken for chance."""
+
+FEW_FACES = 200
+"""Under so many the resolution of a percentage is shown."""
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 HEAD_PARTS = {"boxes": slice(0, 4), "class logits": slice(4, 6), "landmarks": slice(6, 16)}
@@ -223,7 +230,8 @@ class Row:
     """One figure: the stage of a detector it is taken at, on what, and what it is, with its unit.
 
     The value is None if there was nothing to measure, the limit if the budget says nothing; it is the most that is
-    allowed, or the least.
+    allowed, or the least. A percentage of few faces tells little: with `of` it is over the budget only if so many
+    faces would miss it with a probability under `SIGNIFICANCE` where the budget is just held; one face never decides.
     """
 
     stage: str
@@ -233,6 +241,7 @@ class Row:
     limit: float | None = None
     at_least: bool = False
     note: str = ""
+    of: int | None = None  # faces that the percentage is of
 
     @property
     def passed(self) -> bool:
@@ -241,13 +250,36 @@ class Row:
             return True
         if self.value is None:
             return False
-        return self.value >= self.limit if self.at_least else self.value <= self.limit + 1e-9
+        return (self.value >= self.limit if self.at_least else self.value <= self.limit + 1e-9) or self.undecided
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it misses the budget by no more than chance may do with so few faces."""
+        if self.of is None or self.limit is None or self.value is None or self.value >= self.limit:
+            return False
+        missed = round(self.of * (1 - self.value / 100))
+        return missed <= 1 or at_least_so_many(missed, self.of, 1 - self.limit / 100) >= SIGNIFICANCE
 
     def __str__(self) -> str:
         value = "none" if self.value is None else _number(self.value)
         limit = "" if self.limit is None else f"{'>=' if self.at_least else '<='} {self.limit:g}"
         text = f"{self.stage:13} {self.case:26} {self.quantity:24} {value:>9} {limit:>8}"
-        return f"{text}{'' if self.passed else '  OVER BUDGET'}{f'  {self.note}' if self.note else ''}".rstrip()
+        verdict = "  UNDECIDED" if self.undecided else "" if self.passed else "  OVER BUDGET"
+        return f"{text}{verdict}{f'  {self.note}' if self.note else ''}".rstrip()
+
+
+def at_least_so_many(count: int, of: int, probability: float) -> float:
+    """Return how probable `count` or more of so many are, each of a probability: the binomial tail."""
+    if count <= 0 or probability >= 1:
+        return 1.0
+    if probability <= 0:
+        return 0.0
+    log_p, log_q = math.log(probability), math.log1p(-probability)
+    fewer = (
+        math.exp(math.lgamma(of + 1) - math.lgamma(k + 1) - math.lgamma(of - k + 1) + k * log_p + (of - k) * log_q)
+        for k in range(count)
+    )
+    return max(1 - math.fsum(fewer), 0.0)
 
 
 def _number(value: float) -> str:
@@ -283,7 +315,7 @@ class Verification:
 
     def to_json(self) -> str:
         """Return everything as one JSON object, with date, command, machine and versions."""
-        rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
+        rows = [{**asdict(row), "passed": row.passed, "undecided": row.undecided} for row in self.rows]
         origin = environment("numpy", "opencv-python", "torch", "onnx", "onnxruntime", "openvino")
         return json.dumps({**asdict(self), "rows": rows, "passed": self.passed, **origin}, indent=2, allow_nan=False)
 
@@ -294,6 +326,12 @@ class Verification:
         lines += [f"note: {note}" for note in self.notes]
         bad = [f"{row.stage}, {row.quantity} ({row.case})" for row in self.rows if not row.passed]
         where = f"{self.images} images, {self.seconds:.0f} s"
+        lines += [
+            f"note: {row.quantity} ({row.case}) is {row.value:.1f}, under {row.limit:g}, and that may be chance: of "
+            f"{row.of} faces one is {100 / row.of:.1f} %; more images decide (--data)"
+            for row in self.rows
+            if row.undecided and row.of and row.value is not None
+        ]
         if bad:
             lines.append(f"FAILED, over the {self.budget} budget: {'; '.join(bad)} ({where})")
         elif self.budget == "none":
@@ -312,10 +350,13 @@ def _face_rows(agreement: Agreement, case: str, budget: Budget | None, special: 
         drift = budget.score_drift
     if budget is not None and agreement.candidate_faces:  # where the reference has no face, each is one too many
         precision = budget.case_precision if special else budget.precision
-    faces, theirs = f"{agreement.faces} faces in {agreement.images} images", f"{agreement.candidate_faces} faces"
+    number, other = agreement.faces, agreement.candidate_faces
+    faces, theirs = f"{number} faces in {agreement.images} images", f"{other} faces"
+    if 0 < number < FEW_FACES:
+        faces += f", one is {100 / number:.1f} %"
     rows = [
-        Row("boxes", case, "recall %", agreement.recall, recall, True, faces),
-        Row("boxes", case, "precision %", agreement.precision, precision, True, theirs),
+        Row("boxes", case, "recall %", agreement.recall, recall, True, faces, number),
+        Row("boxes", case, "precision %", agreement.precision, precision, True, theirs, other),
         Row("boxes", case, "mean IoU", agreement.mean_iou),
         Row("landmarks", case, "mean error, % of face", agreement.landmark_error, error),
     ]

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,6 +230,20 @@ class TrainConfig:
         _require(self.seed >= 0, f"seed is {self.seed}: it must not be negative")
 
 
+def settings_table() -> list[tuple[str, str, str]]:
+    """Return every setting: its dotted name, its default, and what it is, as the docstrings of the classes say."""
+    config, rows = TrainConfig(), []
+    for item in dataclasses.fields(config):
+        part = getattr(config, item.name)
+        parts = [(f"{item.name}.", part)] if dataclasses.is_dataclass(part) else [("", config)]
+        for prefix, owner in parts:
+            said = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", owner.__doc__ or "", re.MULTILINE))
+            names = [field.name for field in dataclasses.fields(owner)] if prefix else [item.name]
+            values = to_settings(owner)
+            rows += [(f"{prefix}{n}", str(values[n]), " ".join(said[n].split())) for n in names]
+    return rows
+
+
 def to_settings(config: Any) -> Settings:
     """Return the settings of a config, tuples as lists."""
     return _flatten(_plain(config))
@@ -265,6 +280,15 @@ RECIPES: dict[str, Settings] = {
         "schedule.warmup_epochs": 0.0,
         "ema.decay": 0.0,
         **{f"augment.{name}": value for name, value in to_settings(AugmentSettings.original()).items()},
+    },
+    # to see that it works: two minutes on two cores, without a download
+    "try": {
+        "data.source": "synthetic",
+        "data.size": 128,
+        "schedule.epochs": 2,
+        "schedule.warmup_epochs": 0.2,
+        "ema.decay": 0.9,
+        "run.output": "runs/try",
     },
     # a trained detector goes on with other faces
     "finetune": {

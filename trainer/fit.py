@@ -1,7 +1,7 @@
 """Train a RetinaFace.
 
 python -m trainer.fit --data data/widerface --pretrained mobilenetV1X0.25_pretrain.tar
-python -m trainer.fit --data synthetic --size 128 --epochs 2
+python -m trainer.fit --recipe try
 python -m trainer.fit --resume auto
 torchrun --nproc-per-node 4 -m trainer.fit --data widerface
 """
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
 FLAGS: dict[str, tuple[str, type, str]] = {
-    "--recipe": ("recipe", str, "default, original (as the published weights were trained), or finetune"),
+    "--recipe": (
+        "recipe",
+        str,
+        "default, original (as the published weights were trained), finetune, or try (two minutes)",
+    ),
     "--data": ("data.source", str, "folder, label file, synthetic, or widerface ($WIDERFACE_ROOT, or data/widerface)"),
     "--val": ("data.val", str, "what is evaluated on (default: the val split of --data)"),
     "--images": ("data.images", str, "folder of the images of a label file (default: beside it)"),
@@ -69,8 +73,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     resume = "go on from OUTPUT/last.pth if it is there, or a checkpoint"
     parser.add_argument("--resume", metavar="auto|FILE", help=resume)
     parser.add_argument("--check-data", action="store_true", help="look at the data instead of training")
+    parser.add_argument("--list-settings", action="store_true", help="say what --set takes, with defaults, and end")
     settings = vars(parser.parse_args(argv))
-    options = {name: settings.pop(name) for name in ("config", "resume", "check_data")}
+    options = {name: settings.pop(name) for name in ("config", "resume", "check_data", "list_settings")}
     for item in settings.pop("set") or ():
         name, equals, text = item.partition("=")
         if not equals:
@@ -87,10 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     require("torch", "train", "training")
     from trainer.checkpoint import read_training
-    from trainer.config import read_yaml, resolve
+    from trainer.config import read_yaml, resolve, settings_table
     from trainer.loop import LAST, check_training, fit
 
     said = {**(read_yaml(options.config) if options.config else {}), **options.settings}
+    if options.list_settings:
+        for name, default, text in settings_table():
+            print(f"{name} = {default}\n    {text}")
+        return 0
     if options.check_data:
         return _check_data(resolve(said))
     resume = Path(options.resume) if options.resume else None

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,16 @@ from torch.optim import SGD
 
 from facespec.cli import finishing
 from facespec.codec import build
-from facespec.errors import ConfigError, DataError, NonFiniteError, OutputError, SpecError, WeightsError, reason
+from facespec.errors import (
+    ConfigError,
+    DataError,
+    MissingPackageError,
+    NonFiniteError,
+    OutputError,
+    SpecError,
+    WeightsError,
+    reason,
+)
 from facespec.spec import ModelSpec
 from trainer.average_precision import LEVELS
 from trainer.checkpoint import is_folded, load_pretrained, read_training, save_checkpoint, unfold
@@ -35,7 +44,7 @@ from trainer.data.check import find_damaged, replace_damaged
 from trainer.distributed import World, has_bf16, join_world
 from trainer.losses import MultiBoxLoss
 from trainer.model import BACKBONES, RetinaFace
-from trainer.records import STEP_COLUMNS, Records
+from trainer.records import STEP_COLUMNS, Records, draw_curves, read_epochs
 from trainer.step import Ema, Learner, PixelTerm, lr_factor, make_optimizer, seed_step, train_step
 from trainer.validation import SIMPLE_LEVEL, Scores, Validation, find_validation
 
@@ -178,6 +187,8 @@ class TrainState:
         step: Steps done.
         sums: Over the steps of the epoch so far, by column.
         history: A row for each epoch.
+        fine_tunes: It started from the weights of a whole detector, which are worth measuring.
+        extended: It goes on with a run that was finished, for more epochs.
     """
 
     model: RetinaFace
@@ -187,6 +198,8 @@ class TrainState:
     step: int = 0
     sums: Row = field(default_factory=dict)
     history: list[Row] = field(default_factory=list)
+    fine_tunes: bool = False
+    extended: bool = False
 
     @classmethod
     def start(
@@ -196,6 +209,8 @@ class TrainState:
         torch.manual_seed(config.seed)
         backbone = config.model.backbone
         model = RetinaFace(ModelSpec(backbone, config.model.fpn_channels or BACKBONES[backbone][1]))
+        head = next(model.ClassHead.parameters())
+        random = head.detach().clone()
         if pretrained:
             load_pretrained(model, pretrained)
             if is_folded(model):
@@ -203,7 +218,8 @@ class TrainState:
         trained = nn.ModuleList([model] if pixel_term is None else [model, pixel_term]).to(world.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = make_optimizer(trained, config.optimizer)
-        return cls(model, pixel_term, optimizer, Ema(model, config.ema.decay) if config.ema.decay else None)
+        ema = Ema(model, config.ema.decay) if config.ema.decay else None
+        return cls(model, pixel_term, optimizer, ema, fine_tunes=not torch.equal(head.detach().cpu(), random))
 
     def averaged(self) -> RetinaFace:
         """Return a copy of what is evaluated and exported, in eval mode."""
@@ -234,11 +250,16 @@ class TrainState:
         """
         average, training = read_training(path)
         check_training(path, training)
-        if others := changed(from_settings(training["settings"]), config):
+        before = from_settings(training["settings"])
+        others = changed(before, config)
+        if len(training["history"]) >= before.schedule.epochs < config.schedule.epochs:  # a finished run is extended
+            others = [name for name in others if name != "schedule.epochs"]
+            self.extended = True
+        if others:
             old, new = training["settings"], to_settings(config)
             raise ConfigError(
-                f"{path} cannot be resumed with another {', '.join(f'{n} ({old.get(n)} -> {new[n]})' for n in others)}"
-                ": leave them as they are, or start a new run with --pretrained"
+                f"{path} cannot be resumed with another {', '.join(f'{n} ({old.get(n)} -> {new[n]})' for n in others)}: "
+                "leave them as they are, or start a new run with --pretrained; --epochs may grow when a run is finished"
             )
         if training["data"] != names:
             before, now = training["data"].split("\n"), names.split("\n")
@@ -328,6 +349,8 @@ class _Run:
             write_yaml(self.folder / "config.yaml", self.config)
             self.records = Records(self.folder, self._epoch_columns(), state.step, len(state.history), self.steps)
             self._announce()
+        if state.fine_tunes and not state.step and self.config.run.evaluate_every:
+            self._measure_start()
         try:
             with _StopSignals() as signals, explain_dead_workers():
                 if state.step == (len(state.history) + 1) * self.per_epoch:
@@ -338,6 +361,7 @@ class _Run:
                         if stop or state.step % checkpoint_every == 0:
                             self._save()
                     if stop:
+                        self._draw_curves()
                         self._say(f"stopped after step {state.step}: --resume auto goes on from there")
                         raise KeyboardInterrupt
                     if state.step % self.per_epoch == 0:
@@ -345,9 +369,31 @@ class _Run:
         finally:
             if self.records is not None:
                 self.records.close()
+        self._draw_curves()
         written = [path for path in (self.folder / BEST, self.folder / LAST) if path.exists()]
+        start = max((_score(row) for row in read_epochs(self.folder) if row["epoch"] == 0), default=-math.inf)
+        best = max(map(_score, state.history), default=-math.inf)
+        if best < start:
+            self._say(f"no epoch is better than the weights it started from: AP {best:.2f}, before it {start:.2f}")
         self._say(f"wrote {', '.join(map(str, written))}; next: python -m export.to_onnx --weights {written[0]}")
         return state.history
+
+    def _measure_start(self) -> None:
+        """Measure what a fine-tune starts from, as epoch 0: without it nobody could tell what training has changed."""
+        if self.data.validation is None:
+            return
+        start, model = time.monotonic(), self.state.averaged()
+        scores = self.data.validation.measure(model, self.world)
+        if self.records is not None and scores:
+            measured = "/".join(f"{value:.2f}" for value in scores.values())
+            row = {"epoch": 0, **scores, "seconds": time.monotonic() - start}
+            self.records.add_epoch(row, f"before training  AP {measured}")
+        self.epoch_started = self.started = time.monotonic()
+
+    def _draw_curves(self) -> None:
+        if self.world.leads:
+            with suppress(MissingPackageError):  # of matplotlib; the CSV files hold the same
+                draw_curves(self.folder)
 
     def _batches(self) -> Iterator[tuple[Tensor, Targets]]:
         data, workers = self.data, self.config.run.workers
@@ -443,6 +489,10 @@ class _Run:
         print(f"measured: {data.validation.what if data.validation else 'nothing, there are no other labelled images'}")
         if self.state.step:
             print(f"resumed after step {self.state.step} of {self.steps}")
+            more = config.schedule.epochs - len(self.state.history)
+            if more > 0 and self.state.extended:
+                lr = config.optimizer.lr * lr_factor(self.state.step, self.per_epoch, config.schedule)
+                print(f"the run was finished: {more} more epochs, from a learning rate of {lr:.2g}")
 
     def _say(self, text: str) -> None:
         if self.world.leads:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from facespec.cli import require
 from facespec.errors import MissingPackageError, OutputError
+from facespec.figures import figure_file
 from facespec.files import write_text
 
 Row = Mapping[str, float]
@@ -71,6 +72,44 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines(keepends=True)
     header, *rows = csv.reader(line for line in lines if line.endswith("\n")) if lines else [[]]
     return [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+
+
+def read_epochs(folder: Path) -> list[dict[str, float]]:
+    """Return the rows of a run's epochs.csv; row 0, if there is one, is from before the training."""
+    return _numbers(folder / "epochs.csv")
+
+
+def _numbers(path: Path) -> list[dict[str, float]]:
+    return [{name: float(value) for name, value in row.items() if value} for row in _read_rows(path)]
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw curves.png in the folder of a run: the loss and its parts by step, the average precision by epoch.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        OutputError: The file cannot be written.
+    """
+    steps, epochs = _numbers(folder / "steps.csv"), read_epochs(folder)
+    if not steps:
+        return
+    with figure_file(folder / "curves.png", "train", (10, 4), dpi=100) as figure:
+        loss, precision = figure.subplots(1, 2)
+        every = max(1, len(steps) // 2000)
+        for name in ("total", "classification", "box", "landmark", "pixel"):
+            values = [row.get(name, 0.0) for row in steps][::every]
+            if any(values):
+                loss.plot([row["step"] for row in steps][::every], values, label=name, linewidth=0.8)
+        loss.set(xlabel="step", ylabel="loss", yscale="log")
+        for name in ("easy", "medium", "hard", "ap"):
+            points = [(row["epoch"], row[name]) for row in epochs if name in row]
+            if points:
+                precision.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        precision.set(xlabel="epoch; 0 is before the training", ylabel="AP %")
+        for axes in (loss, precision):
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend()
 
 
 class _Board:

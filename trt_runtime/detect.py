@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -368,7 +369,9 @@ def _output(label: str, path: Path | None, sink: _Sink, source: Source) -> Itera
 
         def use(seen: SeenFrame, timer: StageTimer) -> None:
             if seen.detected:
-                when = {"frame": seen.number, "time_s": round(seen.seconds, 4)}
+                when: dict[str, Any] = {"frame": seen.number, "time_s": round(seen.seconds, 4)}
+                if source.live:
+                    when["utc"] = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
                 sink.write({"source": label, **when, **seen.faces.to_dict()})
             if not sink.draws:
                 return

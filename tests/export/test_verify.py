@@ -32,6 +32,7 @@ from export.verify import (
     _preprocessing,
     _raw_heads,
     _widerface,
+    at_least_so_many,
     main,
     parse_arguments,
     verify,
@@ -399,6 +400,47 @@ def test_what_a_row_and_a_table_say() -> None:
     assert str(failed).splitlines()[-1] == f"FAILED, over the int8 budget: {wrong} (5 images, 12 s)"
     assert [row["passed"] for row in json.loads(failed.to_json())["rows"]] == [True, False, False]
     assert json.loads(failed.to_json())["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("missed", "of", "limit", "passed"),
+    [
+        (1, 36, 98.5, True),  # 97.2 %: a face of 36 is no proof
+        (1, 1, 98.5, True),
+        (2, 36, 98.5, True),
+        (3, 36, 98.5, False),
+        (12, 854, 98.5, True),
+        (13, 854, 98.5, True),  # 98.48 %
+        (19, 854, 98.5, True),
+        (20, 854, 98.5, False),
+        (5000, 10_000, 98.5, False),
+        (36, 36, 98.5, False),
+    ],
+)
+def test_a_percentage_of_few_faces_fails_only_beyond_chance(missed: int, of: int, limit: float, passed: bool) -> None:
+    from scipy.stats import binom
+
+    value = 100 * (1 - missed / of)
+    row = Row("boxes", "case", "recall %", value, limit, True, of=of)
+    assert row.passed == passed
+    assert row.undecided == (passed and value < limit)
+    chance = float(binom.sf(missed - 1, of, 1 - limit / 100))
+    assert at_least_so_many(missed, of, 1 - limit / 100) == pytest.approx(chance, abs=1e-9)
+    assert passed == (value >= limit or missed <= 1 or chance >= 0.05)
+    assert not dataclasses.replace(row, value=limit).undecided
+    assert ("UNDECIDED" in str(row), "OVER BUDGET" in str(row)) == (row.undecided, not passed)
+
+
+def test_the_resolution_of_few_faces_is_said() -> None:
+    agreement = Agreement(faces=36, candidate_faces=36, iou=[0.9] * 35, landmarks=[0.1] * 35, scores=[0.0] * 35)
+    rows = _face_rows(agreement, "a case", BUDGETS["int8"])
+    assert rows[0].note == "36 faces in 0 images, one is 2.8 %"
+    info = ModelInfo("a.onnx", "portable ONNX", "int8", {"int8": 1.0}, None)
+    said = str(Verification(info, info, "int8", (320, 640), 5, tuple(rows), {}, (), 1.0)).splitlines()
+    assert said[-1] == "passed, within the int8 budget (5 images, 1 s)"
+    assert said[-3].startswith(
+        "note: recall % (a case) is 97.2, under 98.5, and that may be chance: of 36 faces one is 2.8"
+    )
 
 
 def test_agreement_of_nothing() -> None:

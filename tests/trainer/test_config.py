@@ -254,6 +254,11 @@ def test_settings_are_possible_up_to_their_bounds(name: str, good: list[object],
 
 def test_nesterov_needs_momentum() -> None:
     assert resolve({"optimizer.momentum": 0.0, "optimizer.nesterov": False}).optimizer.momentum == 0
+    first = {
+        **{"recipe": "try", "data.source": "synthetic", "data.size": 128, "schedule.epochs": 2},
+        **{"schedule.warmup_epochs": 0.2, "ema.decay": 0.9, "run.output": "runs/try"},
+    }
+    assert to_settings(resolve({"recipe": "try"})) == {**DEFAULTS, **first}
     with pytest.raises(ConfigError, match=r"optimizer\.nesterov needs optimizer\.momentum"):
         resolve({"optimizer.momentum": 0.0})
 

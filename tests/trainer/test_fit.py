@@ -106,7 +106,7 @@ def test_a_run_leaves_logs_and_checkpoints_that_evaluate(
         fit(config)
     assert (run / "config.yaml").read_text().startswith("recipe: default\nseed: 0\n")
     assert sorted(path.name for path in run.iterdir()) == [
-        *("best.pth", "config.yaml", "epochs.csv", "last.pth", "steps.csv", "tensorboard"),
+        *("best.pth", "config.yaml", "curves.png", "epochs.csv", "last.pth", "steps.csv", "tensorboard"),
     ]
 
 
@@ -217,6 +217,41 @@ def test_a_run_that_is_over_is_over(
     assert said.splitlines()[-1] == f"wrote {best}, {last}; next: python -m export.to_onnx --weights {best}"
     assert (tmp_path / "run" / "steps.csv").read_bytes() == before
     assert read_training(tmp_path / "run" / "last.pth")[1]["history"] == trained[2]
+
+
+def test_a_finished_run_is_extended(
+    trained: tuple[TrainConfig, Path, list[dict[str, float]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained[1], run)
+    assert main(["--resume", str(run / "last.pth"), "--out", str(run), "--epochs", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "the run was finished: 1 more epochs, from a learning rate of 0.005" in said  # half a cosine: 1 of 2 epochs
+    _, state = read_training(run / "last.pth")
+    assert (state["step"], len(state["history"])) == (9, 3)
+    assert state["history"][:2] == trained[2]
+    assert [row["epoch"] for row in _rows(run / "epochs.csv")] == [1, 2, 3]
+    picture = read_image(run / "curves.png")
+    assert min(picture.shape[:2]) > 300
+    for epochs in ("2", "1"):
+        with pytest.raises(ConfigError, match=r"cannot be resumed with another schedule\.epochs"):
+            main(["--resume", str(run / "last.pth"), "--out", str(run), "--epochs", epochs])
+
+
+def test_an_unfinished_run_keeps_its_length(config: Callable[..., TrainConfig]) -> None:
+    settings = config(schedule__epochs=2)
+    last = _not_started(settings)
+    with pytest.raises(ConfigError, match=r"--epochs may grow when a run is finished"):
+        fit(config(schedule__epochs=3), resume=last)
+
+
+def test_the_settings_are_listed_with_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list-settings"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = dict(line.split(" = ", 1) for line in lines[::2])
+    assert listed == {name: str(value) for name, value in _settings(TrainConfig()).items()}
+    assert all(len(line.split()) >= 2 for line in lines[1::2])
+    assert "    Highest learning rate." in lines
 
 
 def test_an_epoch_that_was_stopped_while_it_was_measured_is_finished(
@@ -488,6 +523,10 @@ def test_fine_tuning_starts_where_the_weights_are_and_keeps_their_statistics(
     settings = config(recipe="finetune", schedule__epochs=1)
     history = fit(settings)
     assert history[0]["ap"] > 90
+    before, after = _rows(tmp_path / "run" / "epochs.csv")
+    assert (before["epoch"], after["epoch"]) == (0, 1)
+    assert before["ap"] > 90
+    assert "total" not in before
     weights = read_training(tmp_path / "run" / "last.pth")[1]["weights"]
     start = TrainState.start(
         settings, CPU, loop._open_data(settings, CPU).samples, None, settings.model.pretrained

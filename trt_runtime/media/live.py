@@ -18,6 +18,7 @@ import numpy as np
 from facespec.addresses import hide_secrets, without_secrets
 from facespec.errors import VideoError, reason
 from facespec.images import MAX_PIXELS
+from facespec.log import get_logger
 from facespec.opencv import cv2
 from trt_runtime.media.files import (
     FORMATS,
@@ -48,6 +49,8 @@ _PROTOCOLS = {
 _NETWORK_FORMATS = f"{FORMATS},rtsp,mpjpeg,live_flv"
 SCHEMES = tuple(_PROTOCOLS)
 """Addresses that `NetworkStream` reads."""
+
+_log = get_logger("video")
 
 _QUEUED_PACKETS = 32  # about a second that is read ahead of the decoder
 _POLL_S = 0.1  # how soon a stop is noticed
@@ -244,6 +247,8 @@ class NetworkStream(Source):
         """Connect again, however long it takes; return False once stopped."""
         self._connection.close()
         problem = "it gives no frames"
+        lost_at = time.monotonic()
+        _log.warning("%s: lost%s; connecting again", self.name, self._lost_by)
         while self._max_attempts is None or self._attempts < self._max_attempts:
             pause = min(self._max_backoff_s, self._backoff_s * 2 ** min(self._attempts, 30)) * random.uniform(0.5, 1)
             if self._stopped.wait(pause):
@@ -258,6 +263,7 @@ class NetworkStream(Source):
                 continue
             self._clock.restart()
             self.reconnects += 1
+            _log.warning("%s: connected again after %.1f s", self.name, time.monotonic() - lost_at)
             return True
         raise VideoError(f"{self.name}: lost, after {self._attempts} attempts to connect again: {problem}")
 

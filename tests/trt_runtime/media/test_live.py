@@ -306,9 +306,16 @@ def test_a_file_behind_http_that_breaks_off_is_damaged(name: str, site: Callable
     assert source.damaged > 0
 
 
-def test_a_camera_that_sends_jpegs_over_http_is_live(site: Callable[[str], str]) -> None:
+def test_a_camera_that_sends_jpegs_over_http_is_live(
+    site: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
     with NetworkStream(site("camera"), timeout_s=2, backoff_s=0.01) as source:
         frames = list(islice(source, 50))
+    told = [record.getMessage() for record in caplog.records if record.name == "retinaface_trt.video"]
+    assert [text.removeprefix(source.name)[:20] for text in told] == [
+        ": lost; connecting a",
+        ": connected again aft",
+    ] * 2
     assert source.live
     assert source.reconnects == 2
     assert [_index(frame.image) for frame in frames] == [*range(20), *range(20), *range(10)]

@@ -17,7 +17,7 @@ from facespec.detections import Detections, to_detections
 from facespec.draw import draw_detections
 from facespec.errors import ModelFileError, OutputError, RetinaFaceError, SpecError
 from facespec.files import check_outputs
-from facespec.images import IMAGE_SUFFIXES, read_image, write_image
+from facespec.images import read_image, write_image
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import SPEC_KEY, ModelSpec, parse_size
 
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--size", type=argument(parse_size), help="HEIGHTxWIDTH to letterbox to, for models of dynamic size"
     )
     args = parser.parse_args(argv)
-    if args.out.suffix.lower() not in IMAGE_SUFFIXES:
+    if args.out.suffix.lower() not in (".jpg", ".jpeg", ".png", ".webp"):
         raise OutputError(f"--out {args.out}: give a name that ends in .jpg or .png")
     if "://" in args.server:
         raise ServerError(f"--server {args.server}: give HOST:PORT alone, for instance localhost:8001")

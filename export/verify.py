@@ -81,8 +81,6 @@ class VerifyOptions:
             as its graph says, with the rounding of fp16 emulated.
         data: WIDER FACE folder: val/images and gt; a label file, or a folder with one; or a folder of images, without
             AP. None compares on sample photographs, without AP.
-        image_folder: Of the images of a label file; see `trainer.data.open_dataset`.
-        category: Of the faces in a COCO file.
         protocol: "letterbox" at `size_hw`, "original" size, or "both".
         size_hw: Network size; None takes that of a model of fixed size, or 640x640.
         images: Images at most, evenly chosen; None takes all of `data`, or `DEMO_FRAMES` sample crops.
@@ -90,13 +88,13 @@ class VerifyOptions:
         json: Result file of the command, "-" for stdout; `verify` makes sure that it can be written, no more.
         plot: Image file of the worst disagreements.
         progress: Whether to draw progress bars on a terminal.
+        image_folder: Of the images of a label file; see `trainer.data.open_dataset`.
+        category: Of the faces in a COCO file.
     """
 
     reference: str
     candidate: str
     data: Path | None = None
-    image_folder: Path | None = None
-    category: str | None = None
     backend: str | None = None
     protocol: str = "letterbox"
     size_hw: tuple[int, int] | None = None
@@ -105,6 +103,8 @@ class VerifyOptions:
     json: Path | None = None
     plot: Path | None = None
     progress: bool = True
+    image_folder: Path | None = None
+    category: str | None = None
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:

@@ -255,7 +255,8 @@ def cache_folder() -> Path:
     specification asks.
     """
     kept = (_trusted(place) for place in _cache_places())
-    return next((folder for folder in kept if folder and os.access(folder, os.W_OK)), None) or _own_folder()
+    usable = (folder for folder in kept if folder and folder.is_dir() and os.access(folder, os.W_OK))
+    return next(usable, None) or _own_folder()
 
 
 def is_own_folder(folder: Path) -> bool:

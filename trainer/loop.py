@@ -258,8 +258,8 @@ class TrainState:
         if others:
             old, new = training["settings"], to_settings(config)
             raise ConfigError(
-                f"{path} cannot be resumed with another {', '.join(f'{n} ({old.get(n)} -> {new[n]})' for n in others)}: "
-                "leave them as they are, or start a new run with --pretrained; --epochs may grow when a run is finished"
+                f"{path} cannot be resumed with another {', '.join(f'{n} ({old.get(n)} -> {new[n]})' for n in others)}"
+                ": leave them as they are, or start a new run with --pretrained; of a finished run --epochs may grow"
             )
         if training["data"] != names:
             before, now = training["data"].split("\n"), names.split("\n")

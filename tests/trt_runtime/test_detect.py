@@ -91,10 +91,7 @@ def test_what_happens_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) 
         main(["--help"])
     assert left.value.code == 0
     assert "auto, onnxruntime, openvino, tensorrt" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(SystemExit) as left:
-        main(["a.jpg"])
-    assert left.value.code == 2
-    assert "required: --model" in capsys.readouterr().err
+    assert parse_arguments(["a.jpg"]).model == Path("mobilenet0.25")
 
 
 @pytest.mark.parametrize(("streams", "depth"), [(1, 2), (2, 2), (3, 3)])
@@ -114,7 +111,7 @@ def test_the_detector_is_made_as_asked_and_closed(detector: HandmadeDetector, ph
     detect(DetectOptions(str(photos), MODEL, None, None, 0.7, (320, 640), 3, 2, "openvino", 1))
     assert detector.asked == [  # type: ignore[attr-defined]
         (MODEL, {"score_threshold": 0.7, "size_hw": (320, 640), "threads": 3, "streams": 2, "backend": "openvino",
-                 "device": 1}),
+                 "device": 1, "precision": "fp32"}),
     ]  # fmt: skip
     assert [lane.closed for lane in detector.lanes] == [True]
 

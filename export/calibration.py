@@ -69,7 +69,7 @@ def _frames(options: CalibrationOptions, skipped: list[str]) -> Iterator[tuple[s
     if options.source == DEMO:
         yield from sample_crops(options.images, options.seed)
         return
-    paths = find_calibration_images(options)
+    paths = find_calibration_images(options, tell=True)
     chosen = random.Random(options.seed).sample(paths, min(options.images, len(paths)))
     yield from readable(sorted(chosen), skipped)
 

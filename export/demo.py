@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from export.inspect import inspect
@@ -24,6 +23,7 @@ from facespec.errors import DataError, MissingPackageError, MissingToolError, Re
 from facespec.files import work_folder, write_text
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 from facespec.samples import sample_photographs
 from facespec.spec import DEFAULT_WEIGHTS
 from trt_runtime import TRTRetinaFace, load_detector

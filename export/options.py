@@ -105,8 +105,8 @@ def check_calibration(precision: str, calibration: CalibrationOptions | None) ->
         raise SpecError(f"--calib is for --int8, not for --{precision}")
 
 
-def find_calibration_images(options: CalibrationOptions) -> list[Path]:
-    """Return every image of a calibration source, sorted.
+def find_calibration_images(options: CalibrationOptions, *, tell: bool = False) -> list[Path]:
+    """Return every image of a calibration source, sorted; `tell` as for `find_images`.
 
     Raises:
         DataError: The set or the folder is not there, or has no images.
@@ -127,7 +127,7 @@ def find_calibration_images(options: CalibrationOptions) -> list[Path]:
                 "with --data or WIDERFACE_ROOT, or give --calib a folder of your own images"
             )
         folder = found[0]
-    images = sorted(find_images(folder))
+    images = find_images(folder, tell=tell)
     if not images:
         raise DataError(f"--calib {options.source}: there are no images in {folder}")
     return images
@@ -311,7 +311,7 @@ def parity_frames(source: Path | None) -> dict[str, Frame]:
         if not frames:
             raise DataError("no photographs to compare the export on: pip install -e '.[export]', or --parity DIR")
         return frames
-    paths = find_images(source) if source.is_dir() else [source]
+    paths = find_images(source, tell=True) if source.is_dir() else [source]
     if not paths:
         raise DataError(f"{source}: no images in this folder")
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, MAX_PARITY_IMAGES).astype(int))]

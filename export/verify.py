@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -28,15 +28,16 @@ from facespec.cli import ArgumentParser, argument, json_output, make_callable, q
 from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, SpecError
 from facespec.files import check_outputs, widerface_root, work_folder
-from facespec.images import read_image, write_image
+from facespec.images import find_images, read_image, write_image
 from facespec.letterbox import Frame, Letterbox
+from facespec.opencv import cv2
 from facespec.samples import sample_crops, sample_photographs, tiled
-from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
+from facespec.spec import DEFAULT_SCORE_THRESHOLD, ENGINE_SUFFIXES, ModelSpec, parse_size
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import environment
 from trt_runtime.onnx_model import OnnxModel, load_graph, open_session
 
-DEPLOYED_SUFFIXES = (".onnx", ".engine", ".plan")
+DEPLOYED_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
 DEFAULT_HW = (640, 640)
 EXTRA_SIZES = ((640, 640), (480, 640), (640, 384))
 """Network sizes tried besides the one asked for, where both models take any."""
@@ -71,7 +72,10 @@ class VerifyOptions:
         candidate: The same; what is judged.
         backend: What runs the candidate's file, as it is deployed (`trt_runtime.load_detector`); None runs an ONNX file
             as its graph says, with the rounding of fp16 emulated.
-        data: WIDER FACE folder: val/images and gt. None compares on sample photographs, without AP.
+        data: WIDER FACE folder: val/images and gt; a label file, or a folder with one; or a folder of images, without
+            AP. None compares on sample photographs, without AP.
+        image_folder: Of the images of a label file; see `trainer.data.open_dataset`.
+        category: Of the faces in a COCO file.
         protocol: "letterbox" at `size_hw`, "original" size, or "both".
         size_hw: Network size; None takes that of a model of fixed size, or 640x640.
         images: Images at most, evenly chosen; None takes all of `data`, or `DEMO_FRAMES` sample crops.
@@ -84,6 +88,8 @@ class VerifyOptions:
     reference: str
     candidate: str
     data: Path | None = None
+    image_folder: Path | None = None
+    category: str | None = None
     backend: str | None = None
     protocol: str = "letterbox"
     size_hw: tuple[int, int] | None = None
@@ -435,16 +441,61 @@ def _empty_rows(reference: Side, candidate: Side, size_hw: tuple[int, int], limi
     return rows
 
 
-def _widerface(options: VerifyOptions, data: Path) -> tuple[list[Sample], dict[Any, Any]]:
-    """Return the images that exist, evenly thinned out, and their ground truth, in the same order."""
-    from trainer.average_precision import load_ground_truth, present_images
+Score = Callable[[list[Detections]], dict[str, float | None]]
+"""Average precision by level, in percent, of what was found on each image; None where no face counts."""
+
+
+def _open_images(options: VerifyOptions, data: Path) -> tuple[list[Sample], Score | None, list[str]]:
+    """Return images, evenly thinned out, what scores them if they are labelled, and what is to be known of them."""
+    if data.is_dir() and not (data / "gt").exists():
+        try:
+            return _labelled(options, data)
+        except DataError as error:
+            paths = find_images(data)
+            if not paths:
+                raise
+            note = f"no AP, the images are not labelled ({error})"
+            paths = [paths[i] for i in _evenly(len(paths), options.images or len(paths))]
+            return [Sample(str(path), functools.partial(_read, path)) for path in paths], None, [note]
+    return _labelled(options, data) if data.is_file() else _widerface(options, data)
+
+
+def _labelled(options: VerifyOptions, data: Path) -> tuple[list[Sample], Score | None, list[str]]:
+    require("torch", "train", "reading labels")
+    from trainer.coco_ap import Truth, coco_average_precision
+    from trainer.data import open_dataset
+
+    dataset = open_dataset(str(data), "val", images=options.image_folder, category=options.category)
+    chosen = [dataset.samples[i] for i in _evenly(len(dataset), options.images or len(dataset))]
+    samples = [Sample(sample.name, lambda sample=sample: sample.load()[0]) for sample in chosen]  # type: ignore[misc]
+    truth = [Truth.of(sample) for sample in chosen]
+
+    def score(found: list[Detections]) -> dict[str, float | None]:
+        return {level: _percent(curve.ap) for level, curve in coco_average_precision(found, truth).items()}
+
+    return samples, score, list(dataset.report.notes)
+
+
+def _widerface(options: VerifyOptions, data: Path) -> tuple[list[Sample], Score | None, list[str]]:
+    from trainer.average_precision import average_precision, load_ground_truth, present_images
+    from trainer.evaluate import to_rows
 
     truth = load_ground_truth(data / "gt")
     paths = present_images(data / "val" / "images", truth)
     keys = list(paths)
     keys = [keys[i] for i in _evenly(len(keys), options.images or len(keys))]
     samples = [Sample("/".join(key), functools.partial(_read, paths[key])) for key in keys]
-    return samples, {key: truth[key] for key in keys}
+
+    def score(found: list[Detections]) -> dict[str, float | None]:
+        rows = {key: to_rows(faces) for key, faces in zip(keys, found, strict=True)}
+        curves = average_precision(rows, {key: truth[key] for key in keys})
+        return {level: _percent(curve.ap) for level, curve in curves.items()}
+
+    return samples, score, []
+
+
+def _percent(share: float) -> float | None:
+    return None if np.isnan(share) else 100 * share
 
 
 def _read(path: Path) -> Frame:
@@ -457,22 +508,18 @@ def _run_all(
     sides: tuple[Side, Side],
     size_hw: tuple[int, int] | None,
     samples: list[Sample],
-    truth: dict[Any, Any],
+    score: Score | None,
 ) -> tuple[list[list[Detections]], dict[str, dict[str, float | None]]]:
-    """Return what each side finds on every image, and the AP of both by level where there is ground truth."""
+    """Return what each side finds on every image, and the AP of both by level where they are labelled."""
     faces: list[list[Detections]] = []
     precision: dict[str, dict[str, float | None]] = {}
     for role, side in zip(("reference", "candidate"), sides, strict=True):
         detector = side.at(size_hw)
         shown = tqdm(samples, desc=role, unit="image", disable=None if options.progress else True)
         faces.append([detector.detect(sample.load()) for sample in shown])
-        if truth:
-            from trainer.average_precision import average_precision
-            from trainer.evaluate import to_rows
-
-            found = {key: to_rows(one) for key, one in zip(truth, faces[-1], strict=True)}
-            for level, curve in average_precision(found, truth).items():
-                precision.setdefault(level, {})[role] = None if np.isnan(curve.ap) else 100 * curve.ap
+        if score:
+            for level, ap in score(faces[-1]).items():
+                precision.setdefault(level, {})[role] = ap
     return faces, precision
 
 
@@ -492,15 +539,17 @@ def verify(options: VerifyOptions) -> Verification:
     if options.data:
         read += [str(path) for path in (options.data / "gt").glob("*.mat")]
         read += [str(path) for path in (options.data / "val" / "images").glob("*/*.jpg")]
+        read += [str(options.data)] if options.data.is_file() else []
     check_outputs(outputs, read)
     reference, candidate = Side(options.reference), Side(options.candidate, options.backend)
     size_hw = _network_size(options, reference, candidate)
     name = options.budget or ("int8" if candidate.info.precision == "int8" else "fp16")
     budget = BUDGETS.get(name)
     notes = [*reference.notes, *candidate.notes]
-    truth: dict[Any, Any] = {}
+    score: Score | None = None
     if options.data:
-        samples, truth = _widerface(options, options.data)
+        samples, score, told = _open_images(options, options.data)
+        notes += told
     else:
         samples = _demo_samples(options.images or DEMO_FRAMES)
         notes.append("sample photographs only, and no AP: --data WIDERFACE tells what it really costs")
@@ -515,7 +564,7 @@ def verify(options: VerifyOptions) -> Verification:
     shown: list[list[Detections]] = []
     for protocol, size in wanted.items():
         case = f"letterbox {size[0]}x{size[1]}" if size else "original size"
-        faces, precision = _run_all(options, (reference, candidate), size, samples, truth)
+        faces, precision = _run_all(options, (reference, candidate), size, samples, score)
         agreement = Agreement.of(faces[0], faces[1])
         if not agreement.faces:
             raise DataError("nothing was compared: the reference finds no face on any of the images")
@@ -534,7 +583,7 @@ def verify(options: VerifyOptions) -> Verification:
         for extra in EXTRA_SIZES:
             if extra != size_hw and all(_takes(side, extra) for side in (reference, candidate)):
                 chosen = [samples[i] for i in _evenly(len(samples), SIZE_IMAGES)]
-                found, _ = _run_all(options, (reference, candidate), extra, chosen, {})
+                found, _ = _run_all(options, (reference, candidate), extra, chosen, None)
                 case = f"letterbox {extra[0]}x{extra[1]}"
                 rows += _face_rows(Agreement.of(found[0], found[1]), case, budget, special=True)
     batch = [samples[i].load() for i in crowds[:BATCH]]
@@ -584,7 +633,9 @@ def parse_arguments(argv: Sequence[str] | None) -> VerifyOptions:
     add("--reference", required=True, help=kinds)
     add("--candidate", required=True, help="the same; what is judged")
     root = widerface_root() if "WIDERFACE_ROOT" in os.environ else None
-    add("--data", type=Path, default=root, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or photographs)")
+    data = "WIDER FACE folder, COCO or label file, or folder of images (default: $WIDERFACE_ROOT, or photographs)"
+    add("--data", type=Path, default=root, help=data)
+    add("--category", metavar="NAME", help="of the faces in a COCO file (default: face, or the only one)")
     add(
         "--backend",
         choices=BACKENDS,
@@ -594,11 +645,19 @@ def parse_arguments(argv: Sequence[str] | None) -> VerifyOptions:
     add("--size", dest="size_hw", type=argument(parse_size), metavar="SIZE", help=size)
     where = "images letterboxed to --size, at their own, or both"
     add("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=where)
-    add("--images", type=int, metavar="N", help="images at most, evenly chosen (default: all)")
+    number = "images at most, evenly chosen (default: all); a folder: the images of a label file (default: beside it)"
+    add("--images", type=_number_or_folder, action="append", default=[], metavar="N|DIR", help=number)
     add("--budget", choices=[*BUDGETS, "none"], help="what is allowed (default: by the candidate's precision)")
     parser.add_json()
     add("--plot", type=Path, metavar="FILE", help="draw the worst disagreements (.png, .jpg)")
-    return VerifyOptions(**vars(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
+    args.image_folder = next((item for item in reversed(args.images) if isinstance(item, Path)), None)
+    args.images = next((item for item in reversed(args.images) if isinstance(item, int)), None)
+    return VerifyOptions(**vars(args))
+
+
+def _number_or_folder(text: str) -> int | Path:
+    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

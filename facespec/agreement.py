@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +14,7 @@ from facespec.boxes import box_areas, iou_matrix
 from facespec.detections import Detections
 from facespec.errors import SpecError
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 from facespec.spec import DEFAULT_SCORE_THRESHOLD
 
 MATCH_IOU = 0.5

@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TypeVar
 from facespec.addresses import hide_secrets
 from facespec.errors import MissingPackageError, RetinaFaceError, SpecError
 from facespec.files import remove_unfinished, write_text
+from facespec.log import tell_on_stderr
 
 PROGRAM = "retinaface-trt"
 DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,4})?")
@@ -346,6 +347,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
     for number in numbers:  # nohup has the other one ignored
         signal.signal(number, signal.default_int_handler)
+    tell_on_stderr()
     sys.excepthook = _tell_defect
     threading.excepthook = lambda found: _tell_defect(found.exc_type, found.exc_value, found.exc_traceback)
     # a daemon may have closed them: what is printed must not end in another file, or in an error

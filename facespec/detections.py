@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +73,37 @@ class Detections:
         """Return the faces with at least this score."""
         return self[self.scores >= score]
 
+    def clip(self) -> Detections:
+        """Return the faces with their boxes cut at the edges of the frame; landmarks stay where they are."""
+        height, width = self.frame_hw
+        limits = np.array([width, height, width, height], np.float32)
+        return replace(self, boxes=np.clip(self.boxes, 0, limits))
+
+    def expand(self, margin: float) -> Detections:
+        """Return the faces with boxes that are larger by `margin` of their width and height on each side.
+
+        A negative margin shrinks them. They may reach past the frame: `expand(0.2).clip()` gives boxes to cut out.
+
+        Raises:
+            FrameError: The margin is -0.5 or less, which leaves nothing, or not finite.
+        """
+        if not -0.5 < margin < np.inf:
+            raise FrameError(f"the margin of a box is a fraction of its size above -0.5, got {margin!r}")
+        grow = np.float32(margin) * (self.boxes[:, 2:] - self.boxes[:, :2])
+        return replace(self, boxes=np.concatenate([self.boxes[:, :2] - grow, self.boxes[:, 2:] + grow], axis=1))
+
+    def moved(self, x: float, y: float, frame_hw: tuple[int, int]) -> Detections:
+        """Return the faces in the pixels of a frame in which this frame's top left corner lies at x, y."""
+        boxes = self.boxes + np.array([x, y, x, y], np.float32)
+        landmarks = self.landmarks + np.array([x, y], np.float32)
+        return Detections(boxes, self.scores.copy(), landmarks, frame_hw, self.truncated)
+
+    def draw(self, frame: Frame, labels: bool = True, copy: bool = True) -> Frame:
+        """Return a frame with these faces drawn on it; see `facespec.draw.draw_detections`."""
+        draw: Any = importlib.import_module("facespec.draw")  # it imports this module, and OpenCV
+        drawn: Frame = draw.draw_detections(frame, self, labels, copy)
+        return drawn
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values, ready for JSON: pixels to 1/100, scores to 1e-6."""
         rows = zip(self.boxes.tolist(), self.scores.tolist(), self.landmarks.tolist(), strict=True)
@@ -90,43 +122,83 @@ class Detections:
         }
 
     def to_supervision(self) -> Any:
-        """Return a `supervision.Detections` (class 0 named "face"); the landmarks are in `.data["landmarks"]`.
+        """Return a `supervision.Detections` (class 0 named "face").
+
+        `.data["landmarks_in_box"]`, (n, 5, 2), holds the landmarks as fractions of the box, so that they stay right
+        where supervision moves boxes, as its InferenceSlicer does; `from_supervision` gives them back in pixels.
 
         Raises:
             MissingPackageError: supervision is not installed.
         """
-        try:
-            import supervision
-        except ImportError as error:
-            raise MissingPackageError(
-                "to_supervision() needs the package supervision: pip install supervision"
-            ) from error
-        return supervision.Detections(
+        corner, size = self.boxes[:, None, :2], self.boxes[:, None, 2:] - self.boxes[:, None, :2]
+        fractions = (self.landmarks - corner) / np.where(size > 0, size, 1)
+        return _supervision("to_supervision()").Detections(
             xyxy=self.boxes.copy(),
             confidence=self.scores.copy(),
             class_id=np.zeros(len(self), int),
-            data={"class_name": np.full(len(self), "face"), "landmarks": self.landmarks.copy()},
+            data={"class_name": np.full(len(self), "face"), "landmarks_in_box": fractions},
         )
+
+    def to_keypoints(self) -> Any:
+        """Return the landmarks as `supervision.KeyPoints`, in pixels of the frame, one row a face.
+
+        Raises:
+            MissingPackageError: supervision is not installed.
+        """
+        return _supervision("to_keypoints()").KeyPoints(xy=self.landmarks.copy(), class_id=np.zeros(len(self), int))
+
+    @classmethod
+    def from_supervision(cls, found: Any, frame_hw: tuple[int, int]) -> Detections:
+        """Return the faces of a `supervision.Detections` that `to_supervision` has made, wherever they were moved.
+
+        They are in pixels of the frame, of height and width `frame_hw`, that supervision's boxes are in.
+        """
+        if not len(found):
+            return cls.empty(frame_hw)
+        order = np.argsort(-np.asarray(found.confidence), kind="stable")
+        boxes = np.asarray(found.xyxy, np.float32)[order]
+        corner, size = boxes[:, None, :2], boxes[:, None, 2:] - boxes[:, None, :2]
+        fractions = np.asarray(found.data["landmarks_in_box"], np.float32)[order]
+        landmarks = corner + fractions * np.where(size > 0, size, 1)
+        return cls(boxes, np.asarray(found.confidence, np.float32)[order], landmarks, frame_hw)
+
+    @property
+    def alignable(self) -> NDArray[np.bool_]:
+        """(n,): whether the landmarks of a face can be brought into place, which they cannot if they all coincide."""
+        return np.ptp(self.landmarks, axis=1).max(axis=1, initial=0) > 0
 
     def aligned_crops(self, frame: Frame, size: int = 112) -> NDArray[np.uint8]:
         """Return (n, size, size, 3) uint8 crops with the eyes level and in the place ArcFace models expect.
 
+        Crop i is that of face i; it is black where that face is not `alignable`.
+
         Args:
             frame: The frame these faces were found in.
-            size: Side of a crop; the standard positions scale with it.
+            size: Side of a crop in pixels, 1 to 4096; the standard positions scale with it.
 
         Raises:
-            FrameError: The frame has another size, or all landmarks of a face coincide.
+            FrameError: The frame has another size than the one the faces were found in, or `size` is impossible.
         """
-        import cv2  # a GPU needs it for nothing else
+        from facespec.opencv import cv2  # a GPU needs it for nothing else
 
         if check_frame(frame).shape[:2] != self.frame_hw:
             raise FrameError(f"the faces were found in a frame of {self.frame_hw}, this one is {frame.shape[:2]}")
-        crops = np.empty((len(self), size, size, 3), np.uint8)
+        if not isinstance(size, (int, np.integer)) or not 1 <= size <= 4096:
+            raise FrameError(f"the side of a crop is a number of pixels from 1 to 4096, got {size!r}")
+        crops = np.zeros((len(self), size, size, 3), np.uint8)
         target = ARCFACE_LANDMARKS_112 * np.float32(size / 112)
-        for crop, matrix in zip(crops, similarity_transforms(self.landmarks, target), strict=True):
-            crop[:] = cv2.warpAffine(frame, matrix, (size, size), flags=cv2.INTER_LINEAR)
+        good = np.flatnonzero(self.alignable)
+        for index, matrix in zip(good, similarity_transforms(self.landmarks[good], target), strict=True):
+            crops[index] = cv2.warpAffine(frame, matrix, (size, size), flags=cv2.INTER_LINEAR)
         return crops
+
+
+def _supervision(why: str) -> Any:
+    try:
+        import supervision
+    except ImportError as error:
+        raise MissingPackageError(f"{why} needs the package supervision: pip install supervision") from error
+    return supervision
 
 
 def similarity_transforms(landmarks: NDArray[np.float32], target: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 
 from facespec.detections import Detections
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 
 BOX_COLOUR = (80, 220, 60)
 LANDMARK_COLOURS = ((60, 60, 255), (0, 200, 255), (255, 80, 255), (255, 160, 40), (60, 255, 180))
@@ -20,8 +20,8 @@ _FAR = 30_000  # far outside the frame cv2's integers overflow, and nothing woul
 def draw_detections(frame: Frame, detections: Detections, labels: bool = True, copy: bool = True) -> Frame:
     """Return a copy of a frame, or the frame itself, with boxes, landmarks and scores.
 
-    Lines and points follow the size of the face. Better faces are drawn over weaker ones; a label that would cover
-    another face or label is left out.
+    Lines and points follow the size of the face, and lines that of the picture. Better faces are drawn over weaker
+    ones; a label that would cover another face or label is left out.
 
     Args:
         frame: uint8 (H, W, 3).
@@ -34,7 +34,7 @@ def draw_detections(frame: Frame, detections: Detections, labels: bool = True, c
     points = np.clip(np.rint(detections.landmarks), -_FAR, _FAR).astype(int)
     for box, face in zip(boxes[::-1].tolist(), points[::-1].tolist(), strict=True):
         height = box[3] - box[1]
-        cv2.rectangle(canvas, box[:2], box[2:], BOX_COLOUR, _line(height), cv2.LINE_AA)
+        cv2.rectangle(canvas, box[:2], box[2:], BOX_COLOUR, _line(height, canvas), cv2.LINE_AA)
         for point, colour in zip(face, LANDMARK_COLOURS, strict=True):
             if height < MIN_LABELLED_PX:  # one pixel a point: a disc would hide the face
                 if 0 <= point[0] < canvas.shape[1] and 0 <= point[1] < canvas.shape[0]:
@@ -46,8 +46,10 @@ def draw_detections(frame: Frame, detections: Detections, labels: bool = True, c
     return canvas
 
 
-def _line(height: int) -> int:
-    return min(max(1, height // 80), 4)
+def _line(height: int, canvas: Frame) -> int:
+    """Return the width of a line around a face of a height: it is seen when the whole picture is looked at."""
+    least = round(min(canvas.shape[:2]) / 540)
+    return max(1, least, min(height // 80, 4))
 
 
 def _draw_labels(canvas: Frame, boxes: np.ndarray, scores: np.ndarray) -> None:
@@ -57,7 +59,7 @@ def _draw_labels(canvas: Frame, boxes: np.ndarray, scores: np.ndarray) -> None:
         height = int(box[3] - box[1])
         if height < MIN_LABELLED_PX:
             continue
-        text, line = f"{score:.2f}", max(1, _line(height) // 2)
+        text, line = f"{score:.2f}", max(1, _line(height, canvas) // 2)
         scale = min(max(height / 260, 0.35), 2.0)
         (width, rise), _ = cv2.getTextSize(text, _FONT, scale, line)
         plate_width, plate_height = width + 4, rise + 6

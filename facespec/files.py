@@ -250,28 +250,32 @@ def cache_folder() -> Path:
     """Return where what can be made again is kept: $XDG_CACHE_HOME/retinaface-trt, or ~/.cache/retinaface-trt.
 
     Code is loaded from there. So it must be this user's, with all that is in it, and out of reach for others; otherwise
-    a warning names it. Then, as where it cannot be made, a folder of this process serves, which is removed at its end.
-    XDG_CACHE_HOME counts if it is an absolute path, as its specification asks.
+    a warning names it. Then, as where it cannot be made or written, a folder of this user among the temporary files
+    serves, or one of this process, which is removed at its end. XDG_CACHE_HOME counts if it is an absolute path, as its
+    specification asks.
     """
-    wanted = _cache_wanted()
-    return (wanted and _trusted(wanted)) or _own_folder()
+    kept = (_trusted(place) for place in _cache_places())
+    return next((folder for folder in kept if folder and os.access(folder, os.W_OK)), None) or _own_folder()
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether `cache_folder` returned a folder that goes with this process."""
+    return _own_folder.cache_info().currsize > 0 and folder == _own_folder()
 
 
 def cached_file(name: str) -> Path | None:
     """Return a file in the cache folder, or None if there is none; a look makes no folder."""
-    wanted = _cache_wanted()
-    if wanted is None or not wanted.exists():
-        return None
-    place = cache_folder() / name
-    return place if place.is_file() else None
+    kept = [_trusted(place) for place in _cache_places() if place.exists()]
+    own = _own_folder() if _own_folder.cache_info().currsize else None
+    places = [folder / name for folder in (*kept, own) if folder]
+    return next((place for place in places if place.is_file()), None)
 
 
-def _cache_wanted() -> Path | None:
+def _cache_places() -> Iterator[Path]:
     home = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return Path(home if os.path.isabs(home) else Path.home() / ".cache") / "retinaface-trt"
-    except RuntimeError:  # a user without a home
-        return None
+    with suppress(RuntimeError):  # a user without a home
+        yield Path(home if os.path.isabs(home) else Path.home() / ".cache") / "retinaface-trt"
+    yield Path(tempfile.gettempdir()) / f"retinaface-trt-{os.geteuid()}"
 
 
 @functools.cache

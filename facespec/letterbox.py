@@ -98,7 +98,7 @@ class Letterbox:
             pad_bgr: Padding colour.
             out: Array to fill and return; a frame that already fits is otherwise returned itself, without a copy.
         """
-        import cv2  # a GPU letterboxes by itself: detectors on it do not need OpenCV
+        from facespec.opencv import cv2  # a GPU letterboxes by itself: detectors on it do not need OpenCV
 
         (height, width), (full_height, full_width) = self.scaled_hw, self.size_hw
         if out is None and self.frame_hw == self.size_hw:

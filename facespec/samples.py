@@ -51,7 +51,7 @@ def sample_crops(count: int, seed: int) -> Iterator[tuple[str, Frame]]:
     Raises:
         DataError: No installed package ships photographs.
     """
-    import cv2
+    from facespec.opencv import cv2
 
     photographs = list(sample_frames().items())
     if not photographs:
@@ -75,7 +75,7 @@ def spread_frames(folder: Path, count: int) -> list[Frame]:
     """
     from facespec.images import find_images, read_image
 
-    paths = find_images(folder)
+    paths = find_images(folder, tell=True)
     if not paths:
         raise DataError(f"--frames {folder}: no images in this folder")
     return [read_image(paths[index]) for index in np.linspace(0, len(paths) - 1, count).astype(int)]

@@ -31,11 +31,11 @@ MAX_NETWORK_PIXELS = 4096 * 4096
 """Most pixels that go through a network at once, over the whole batch. It bounds memory: on a CPU about 0.6 GB for
 mobilenet0.25 and 4 GB for resnet50."""
 
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt")
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".safetensors")
 """How the names of PyTorch checkpoints end."""
 
-ENGINE_SUFFIXES = (".engine", ".plan")
-"""How the names of TensorRT engines end."""
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+"""How the names of TensorRT engines end; one of another name is known by its content and its sidecar."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -250,7 +250,13 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise SpecError(f"size {text!r} is not HEIGHTxWIDTH, for instance 480x640, or one side of a square")
     height, width = (_side(part) for part in parts)
-    check_size((height, width))
+    try:
+        check_size((height, width))
+    except SpecError as error:
+        if height <= width:
+            raise
+        swapped = "x".join(str(max(round(side / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE) for side in (width, height))
+        raise SpecError(f"{error}; sizes are HEIGHTxWIDTH: for frames that are wider than high, {swapped}") from None
     return height, width
 
 

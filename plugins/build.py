@@ -24,7 +24,7 @@ from pathlib import Path
 
 from facespec.cli import ArgumentParser, argument, run
 from facespec.errors import BuildError, MissingToolError, SpecError
-from facespec.files import atomic_path, cache_folder, cached_file, work_folder, write_text
+from facespec.files import atomic_path, cache_folder, cached_file, is_own_folder, work_folder, write_text
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY_FOLDER = ROOT.parent / "trt_runtime" / "lib"
@@ -351,11 +351,26 @@ def ensure(target: str = "plugin") -> Path:
     """Return the library of a target, built anew (see `build`) if it is missing, damaged or of other sources."""
     found = find_library(target)
     if found is None:
-        present = LIBRARY_FOLDER if LIBRARY_FOLDER.is_dir() else LIBRARY_FOLDER.parent
-        folder = LIBRARY_FOLDER if os.access(present, os.W_OK) else cache_folder() / "lib"
+        folder = _writable_folder()
         build(target, folder=folder)
         found = library_path(target, folder)
     return found
+
+
+def _writable_folder() -> Path:
+    present = LIBRARY_FOLDER if LIBRARY_FOLDER.is_dir() else LIBRARY_FOLDER.parent
+    return LIBRARY_FOLDER if os.access(present, os.W_OK) else cache_folder() / "lib"
+
+
+def destination(target: str = "plugin") -> str:
+    """Say where `ensure` would write a library, and for how long it is kept."""
+    folder = _writable_folder()
+    if folder != LIBRARY_FOLDER and is_own_folder(folder.parent):
+        return (
+            f"neither {LIBRARY_FOLDER} nor the cache folder can be written, so that it is gone when this process ends; "
+            "set XDG_CACHE_HOME to a folder of yours to keep it"
+        )
+    return f"it is kept as {library_path(target, folder)}"
 
 
 def parse_capabilities(text: str) -> tuple[int, ...]:

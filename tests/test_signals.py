@@ -46,7 +46,8 @@ def _ended_by_sigterm(folder: Path, *words: object, when: Callable[[], bool]) ->
         process.kill()
         process.wait()
     assert "Traceback" not in said
-    assert process.returncode in (130, -signal.SIGTERM)  # it may not have been running yet
+    # it may not have been running yet; Python ends by SIGINT where C code was calling Python, as in an import of torch
+    assert process.returncode in (130, -signal.SIGTERM, -signal.SIGINT)
     yield
 
 

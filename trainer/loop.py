@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,13 +24,14 @@ from torch.optim import SGD
 
 from facespec.cli import finishing
 from facespec.codec import build
-from facespec.errors import ConfigError, NonFiniteError, OutputError, SpecError, WeightsError, reason
+from facespec.errors import ConfigError, DataError, NonFiniteError, OutputError, SpecError, WeightsError, reason
 from facespec.spec import ModelSpec
 from trainer.average_precision import LEVELS
 from trainer.checkpoint import is_folded, load_pretrained, read_training, save_checkpoint, unfold
 from trainer.config import TrainConfig, changed, from_settings, to_settings, write_yaml
-from trainer.data import Dataset, TrainingSet, open_dataset
+from trainer.data import Dataset, Sample, TrainingSet, open_dataset
 from trainer.data.batches import AsTheyAre, Order, Targets, explain_dead_workers, read_batches
+from trainer.data.check import find_damaged, replace_damaged
 from trainer.distributed import World, has_bf16, join_world
 from trainer.losses import MultiBoxLoss
 from trainer.model import BACKBONES, RetinaFace
@@ -73,7 +74,6 @@ def fit(config: TrainConfig, *, pixel_term: PixelTerm | None = None, resume: Pat
     with join_world(config.run.device) as world, _repeatable(world.device):
         if config.precision == "auto":
             config = dataclasses.replace(config, precision="bf16" if has_bf16(world.device) else "fp32")
-        data = _open_data(config, world)
         last = Path(config.run.output) / LAST
         if last.exists() and (resume is None or not resume.exists() or not resume.samefile(last)):
             raise OutputError(
@@ -81,10 +81,11 @@ def fit(config: TrainConfig, *, pixel_term: PixelTerm | None = None, resume: Pat
             )
         if config.model.sync_batch_norm and world.device.type != "cuda":
             raise ConfigError("model.sync_batch_norm needs CUDA")
+        data = _without_damaged(_open_data(config, world, resume), world, config.data.skip_damaged)
         pretrained = None if resume else config.model.pretrained
         state = TrainState.start(config, world, data.samples, pixel_term, pretrained)
         if resume is not None:
-            state.load(resume, config, data.dataset.digest())
+            state.load(resume, config, data.names)
         if world.size > 1:
             steps = world.gather({world.rank: state.step})
             if len(set(steps.values())) > 1:
@@ -97,17 +98,21 @@ def fit(config: TrainConfig, *, pixel_term: PixelTerm | None = None, resume: Pat
 
 @dataclass(frozen=True)
 class _Data:
-    """What is trained on, and what is measured on; `samples` gives an image for epoch * count + index."""
+    """What is trained on, and what is measured on; `samples` gives an image for epoch * count + index.
+
+    `names` are those of the images before any was left out.
+    """
 
     dataset: Dataset
+    names: str
     samples: Samples
     order: Order
     validation: Validation | None
 
 
-def _open_data(config: TrainConfig, world: World) -> _Data:
+def _open_data(config: TrainConfig, world: World, resume: Path | None = None) -> _Data:
     settings = config.data
-    dataset = open_dataset(settings.source, "train", settings.root)
+    dataset = open_dataset(settings.source, "train", settings.root, images=settings.images, category=settings.category)
     batch = settings.batch
     if settings.overfit:
         dataset = dataclasses.replace(dataset, samples=dataset.samples[: settings.overfit])
@@ -117,10 +122,45 @@ def _open_data(config: TrainConfig, world: World) -> _Data:
             f"data.batch is {settings.batch}: it must be a multiple of {world.size}, the number of processes, and at "
             f"most {len(dataset)}, the number of images"
         )
+    names = dataset.names()
+    if resume is not None and settings.skip_damaged:  # some may be gone; those that are there keep their places
+        before = str(read_training(resume)[1].get("data"))
+        if not set(before.split("\n")).isdisjoint(names.split("\n")):
+            names, dataset = before, dataclasses.replace(dataset, samples=dataset.arranged(before))
     samples: Samples = TrainingSet(dataset, settings.size, config.augment, config.seed)
     if settings.overfit:
         samples = AsTheyAre(dataset, settings.size, OVERFIT_STEPS * batch)
-    return _Data(dataset, samples, Order(len(samples), batch, config.seed), find_validation(settings, dataset))
+    order = Order(len(samples), batch, config.seed)
+    return _Data(dataset, names, samples, order, find_validation(settings, dataset))
+
+
+def _without_damaged(data: _Data, world: World, skip: bool) -> _Data:
+    """Return the data with every image file read once, so that a run does not end when it gets to a damaged one.
+
+    Raises:
+        DataError: There are some, and they are not to be skipped.
+    """
+    damaged = _find_damaged(data.dataset.samples, world, skip)
+    dataset = dataclasses.replace(data.dataset, samples=replace_damaged(data.dataset.samples, damaged))
+    samples, validation = copy.copy(data.samples), data.validation
+    samples.dataset = dataset
+    if validation is not None:
+        validation = validation.without(_find_damaged(validation.samples(), world, skip))
+    return dataclasses.replace(data, dataset=dataset, samples=samples, validation=validation)
+
+
+def _find_damaged(samples: Sequence[Sample], world: World, skip: bool) -> dict[int, str]:
+    damaged = world.gather(find_damaged(samples, range(world.rank, len(samples), world.size), world.leads))
+    if damaged:
+        first = damaged[min(damaged)]
+        if not skip:
+            raise DataError(
+                f"{len(damaged)} of {len(samples)} images cannot be read, the first: {first}; --check-data names all, "
+                "--set data.skip_damaged=true leaves them out"
+            )
+        if world.leads:
+            print(f"left out: {len(damaged)} of {len(samples)} images, which cannot be read, the first: {first}")
+    return damaged
 
 
 @dataclass
@@ -170,11 +210,11 @@ class TrainState:
         model = copy.deepcopy(self.ema.model if self.ema else self.model)
         return model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
-    def save(self, path: Path, config: TrainConfig, digest: str) -> None:
-        """Write a checkpoint to resume, evaluate or export; `digest` is that of the data set."""
+    def save(self, path: Path, config: TrainConfig, names: str) -> None:
+        """Write a checkpoint to resume, evaluate or export; `names` are those of the data set's images."""
         training = {
             "settings": to_settings(config),
-            "data": digest,
+            "data": names,
             "weights": self.model.state_dict(),
             "pixel_term": self.pixel_term.state_dict() if self.pixel_term else {},
             "optimizer": self.optimizer.state_dict(),
@@ -185,7 +225,7 @@ class TrainState:
         }
         save_checkpoint(path, self.averaged(), training=training)
 
-    def load(self, path: Path, config: TrainConfig, digest: str) -> None:
+    def load(self, path: Path, config: TrainConfig, names: str) -> None:
         """Take over what `save` wrote, unless the settings or the images are others than those of the run.
 
         Raises:
@@ -194,16 +234,19 @@ class TrainState:
         """
         average, training = read_training(path)
         check_training(path, training)
-        if names := changed(from_settings(training["settings"]), config):
+        if others := changed(from_settings(training["settings"]), config):
             old, new = training["settings"], to_settings(config)
             raise ConfigError(
-                f"{path} cannot be resumed with another {', '.join(f'{n} ({old.get(n)} -> {new[n]})' for n in names)}: "
-                "leave them as they are, or start a new run with --pretrained"
+                f"{path} cannot be resumed with another {', '.join(f'{n} ({old.get(n)} -> {new[n]})' for n in others)}"
+                ": leave them as they are, or start a new run with --pretrained"
             )
-        if training["data"] != digest:
+        if training["data"] != names:
+            before, now = training["data"].split("\n"), names.split("\n")
+            apart = [name for name in before if name not in set(now)] or [name for name in now if name not in before]
             raise ConfigError(
-                f"{path} was trained on other images than there are now: bring them back, or start a new run with "
-                "--pretrained"
+                f"{path} was trained on other images than there are now ({len(before)}, now {len(now)}; for instance "
+                f"{(apart or now)[0]}): bring them back, leave them out with --set data.skip_damaged=true, or start a "
+                "new run with --pretrained"
             )
         try:
             self._take(average, training)
@@ -267,7 +310,6 @@ class _Run:
         self.per_epoch = data.order.steps_per_epoch
         self.steps = config.schedule.epochs * self.per_epoch
         self.saved_step, self.first_step = state.step, state.step
-        self.data_digest = data.dataset.digest()
         self.started = self.epoch_started = time.monotonic()
         if config.model.sync_batch_norm and world.size > 1:
             state.model = nn.SyncBatchNorm.convert_sync_batchnorm(state.model)
@@ -383,7 +425,7 @@ class _Run:
 
     def _save(self) -> None:
         if self.world.leads:
-            self.state.save(self.folder / LAST, self.config, self.data_digest)
+            self.state.save(self.folder / LAST, self.config, self.data.names)
         self.saved_step = self.state.step
 
     def _epoch_columns(self) -> list[str]:

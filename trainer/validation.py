@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +17,7 @@ from facespec.files import widerface_root
 from facespec.letterbox import Letterbox
 from trainer.average_precision import LEVELS, Array, ImageKey, ImageTruth, average_precision, load_ground_truth
 from trainer.config import DataConfig
-from trainer.data import Dataset, open_dataset
+from trainer.data import Dataset, FileSample, Sample, open_dataset
 from trainer.data.readers import WIDERFACE
 from trainer.distributed import World
 from trainer.evaluate import predict
@@ -38,6 +40,15 @@ class WiderValidation:
     levels: ClassVar = LEVELS
     images: Path
     truth: dict[ImageKey, ImageTruth]
+
+    def samples(self) -> list[FileSample]:
+        """Return the images, without faces."""
+        return [FileSample(self.images / event / f"{name}.jpg") for event, name in self.truth]
+
+    def without(self, damaged: Collection[int]) -> WiderValidation:
+        """Return the same without some of the images."""
+        truth = {key: value for index, (key, value) in enumerate(self.truth.items()) if index not in damaged}
+        return dataclasses.replace(self, truth=truth)
 
     @property
     def what(self) -> str:
@@ -65,6 +76,15 @@ class LabelledValidation:
     levels: ClassVar = (SIMPLE_LEVEL,)
     dataset: Dataset
     size: int
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the images."""
+        return self.dataset.samples
+
+    def without(self, damaged: Collection[int]) -> LabelledValidation:
+        """Return the same without some of the images."""
+        samples = [sample for index, sample in enumerate(self.dataset.samples) if index not in damaged]
+        return dataclasses.replace(self, dataset=dataclasses.replace(self.dataset, samples=samples))
 
     @property
     def what(self) -> str:
@@ -114,7 +134,8 @@ def find_validation(config: DataConfig, trained: Dataset) -> Validation | None:
     if found := _find_wider(Path(folder)):
         return found
     try:
-        dataset = open_dataset(name, "val", config.root)
+        where = {"fallback_images" if config.val else "images": config.images}
+        dataset = open_dataset(name, "val", config.root, category=config.category, **where)
     except DataError as error:
         if config.val:
             raise

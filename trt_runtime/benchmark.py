@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -26,9 +25,11 @@ from facespec.figures import PLOT_SUFFIXES, check_plot
 from facespec.files import check_outputs
 from facespec.images import find_images
 from facespec.letterbox import Frame, Letterbox
+from facespec.opencv import cv2
 from facespec.samples import sample_frames, spread_frames, tiled
 from facespec.spec import NetworkSize, parse_network_size
 from trt_runtime.benchmark_report import Measurement, Setting, heading, plot, setting_table, summary_table
+from trt_runtime.cpu import PRECISIONS
 from trt_runtime.detector import RetinaFaceDetector
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import PAUSE_S, StageTimer, environment, load_average, speed_ratio, take_turns
@@ -64,6 +65,7 @@ class BenchmarkOptions:
     streams: int = 1
     depth: int | None = None
     device: int | str = "auto"
+    precision: str = "fp32"
     on_device: bool = False
     json: Path | None = None
     plot: Path | None = None
@@ -160,6 +162,7 @@ def open_detectors(options: BenchmarkOptions, stack: ExitStack) -> list[dict[str
                 streams=options.streams,
                 backend=backend,
                 device=options.device,
+                precision=options.precision,
             )
             detectors[name] = stack.enter_context(detector)
             most = max(options.batches)
@@ -313,6 +316,7 @@ def parse_arguments(argv: Sequence[str] | None) -> BenchmarkOptions:
     add("--depth", type=int, metavar="N", help="calls handed over at once in the pipeline (default: 2)")
     add("--backend", dest="backends", type=_words, default="auto", metavar="NAME[,NAME]", help=", ".join(BACKENDS))
     parser.add_device()
+    add("--precision", choices=PRECISIONS, default="fp32", help="what OpenVINO computes in")
     add("--on-device", action="store_true", help="frames lie on the GPU already; for engines")
     parser.add_json("every figure")
     add("--plot", type=Path, metavar="FILE", help=f"draw them ({', '.join(PLOT_SUFFIXES)})")

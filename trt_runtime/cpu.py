@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facespec.cli import require
-from facespec.errors import BuildError, ModelFileError, SpecError, reason
+from facespec.errors import BuildError, ModelFileError, OutputError, SpecError, reason
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import ModelSpec, NetworkSize, check_size
 from trt_runtime.detector import Lane, RetinaFaceDetector, ShapeCache, letterboxed, network_size
@@ -24,6 +25,9 @@ from trt_runtime.onnx_model import OnnxModel, open_session
 
 COMPILED_SIZES = 4
 """Network sizes for which OpenVINO keeps a compiled model."""
+
+PRECISIONS = ("fp32", "bf16")
+"""What a CPU can be asked to compute in where a model is not INT8."""
 
 _DYNAMIC_KERNELS = 64  # OpenVINO keeps 5000 kernels unless told otherwise, several MB for each size of frame
 
@@ -40,8 +44,17 @@ def best_backend(model: OnnxModel, size: NetworkSize) -> str:
         graph = model.heads_graph
         if model.weights or (graph.fixed_hw is None and size is None and not graph.half):
             return "onnxruntime"
+    except ModelFileError:  # no head maps: a portable graph decodes by itself
+        return "onnxruntime"
+    try:
         library()
-    except (ModelFileError, BuildError):  # no head maps, or no C++ compiler: a portable graph decodes by itself
+    except (BuildError, OutputError) as error:
+        # figures: benchmarks/results/cpu_latency.json, ONNX Runtime against OpenVINO on one and two threads
+        warnings.warn(
+            "decoding and NMS cannot be compiled, so the model runs in ONNX Runtime, which takes 1.2 to 1.4 times as "
+            f"long as OpenVINO, with INT8 about 6 times: {error}",
+            stacklevel=3,
+        )
         return "onnxruntime"
     return "openvino"
 
@@ -57,15 +70,21 @@ class _CpuRetinaFace(RetinaFaceDetector):
         size_hw: NetworkSize = None,
         threads: int | None = None,
         streams: int = 1,
+        precision: str = "fp32",
     ) -> None:
+        if precision not in PRECISIONS:
+            raise SpecError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
         for name, value in (("threads", threads), ("streams", streams)):
             if value is not None and (type(value) is not int or not 1 <= value <= 256):
                 raise SpecError(f"{name} must be a number from 1 to 256, got {value!r}")
         model = path if isinstance(path, OnnxModel) else OnnxModel(path)
-        size = self._open(model, size_hw, threads, streams)
+        size = self._open(model, size_hw, threads, streams, precision)
         super().__init__(model.spec, [model.path, *model.weights], score_threshold, size)
+        self._opened_by(model.path, threads=threads, streams=streams)
 
-    def _open(self, model: OnnxModel, size: NetworkSize, threads: int | None, streams: int) -> NetworkSize:
+    def _open(
+        self, model: OnnxModel, size: NetworkSize, threads: int | None, streams: int, precision: str
+    ) -> NetworkSize:
         """Prepare a model to run; return what frames are letterboxed to."""
         raise NotImplementedError
 
@@ -83,18 +102,23 @@ class OrtRetinaFace(_CpuRetinaFace):
         size_hw: What frames are letterboxed to, for models of dynamic size; see `facespec.spec.NetworkSize`.
         threads: Threads of the CPU; None leaves it to ONNX Runtime, which takes every core.
         streams: Calls from several threads that share the threads.
+        precision: "fp32"; `OpenVinoRetinaFace` takes "bf16", too.
 
     Raises:
         ModelFileError: Missing, damaged, unsafe, or not a detector of this toolkit.
-        SpecError: `score_threshold`, `size_hw`, `threads` or `streams` does not fit.
+        SpecError: `score_threshold`, `size_hw`, `threads`, `streams` or `precision` does not fit.
         MissingPackageError: onnxruntime is not installed.
         BuildError: The host kernels of a plugin form must be compiled, and there is no C++ compiler.
     """
 
     backend = "onnxruntime"
 
-    def _open(self, model: OnnxModel, size: NetworkSize, threads: int | None, streams: int) -> NetworkSize:
+    def _open(
+        self, model: OnnxModel, size: NetworkSize, threads: int | None, streams: int, precision: str
+    ) -> NetworkSize:
         path = model.path
+        if precision != "fp32":
+            raise SpecError(f"{path}: ONNX Runtime computes in fp32 on a CPU: {precision} needs backend openvino")
         # a model whose weights lie beside it is opened by the path that was checked, links resolved
         content: str | bytes = str(path.resolve()) if model.weights else model.content
         self._heads: list[str] = []
@@ -143,18 +167,22 @@ class _OrtLane(Lane):
 class OpenVinoRetinaFace(_CpuRetinaFace):
     """An exported ONNX detector on the CPU: its network in OpenVINO, decoding and NMS by the plugin's host kernels.
 
-    A model exported in FP32 computes in FP32. In one exported with --fp16 or --int8 whatever is not INT8 computes in
-    what the CPU is fastest in, bf16 where it has it. Frames of a batch run one after the other, so that every slot
-    gives what a frame alone gives. Up to `COMPILED_SIZES` network sizes are kept compiled; frames at their own sizes
-    share a slower model of any size.
+    What is not INT8 computes in FP32, however it was exported, unless bf16 is asked for: that is faster on CPUs with
+    AMX, slower on some others, and less exact (docs/precision.md). Frames of a batch run one after the other, so that
+    every slot gives what a frame alone gives. Up to `COMPILED_SIZES` network sizes, each a height and a width, are kept
+    compiled. Frames at their own sizes, or of a longer side, share one model of any size, so that no shape that comes
+    up has to be compiled.
 
     Its arguments and errors are those of `OrtRetinaFace`, except that None as `threads` takes every core, that any
-    model needs the host kernels and the packages openvino and onnx, and that `streams` frames are computed at once.
+    model needs the host kernels and the packages openvino and onnx, that `streams` frames are computed at once, and
+    that `precision="bf16"` is refused by a CPU without it.
     """
 
     backend = "openvino"
 
-    def _open(self, model: OnnxModel, size: NetworkSize, threads: int | None, streams: int) -> NetworkSize:
+    def _open(
+        self, model: OnnxModel, size: NetworkSize, threads: int | None, streams: int, precision: str
+    ) -> NetworkSize:
         path = model.path
         if model.weights:
             raise ModelFileError(f"{path}: a model with weights in other files runs in ONNX Runtime only")
@@ -163,33 +191,31 @@ class OpenVinoRetinaFace(_CpuRetinaFace):
         if self._graph.fixed_hw:
             check_size(self._graph.fixed_hw)
         size = network_size(self._graph.fixed_hw, size, path)
+        if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise SpecError("this CPU does not compute in bf16: leave precision at fp32")
+        self._precision = precision
         library()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or cores(),
             "NUM_STREAMS": streams,
             "CPU_RUNTIME_CACHE_CAPACITY": _DYNAMIC_KERNELS,
-            **({} if self._graph.half else {"INFERENCE_PRECISION_HINT": "f32"}),
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         }
         # not a method: that would make a reference cycle, and its memory would wait for the garbage collector
         make = functools.partial(_compile, self._core, self._graph.content, self._options, path)
         self._compiled: ShapeCache[tuple[int, int] | None, Any] = ShapeCache(COMPILED_SIZES, make)
-        if not isinstance(size, int):  # now, not with the first frame
-            self._compiled.get(size)
+        self._compiled.get(_compiled_size(size))  # now, not with the first frame
         return size
 
     def environment(self) -> dict[str, Any]:
         """Return backend, its version, threads, streams, and what the CPU computes in where the model is not INT8."""
-        precision = "fp32"
-        if self._graph.half:
-            native = self._core.get_property("CPU", "INFERENCE_PRECISION_HINT")
-            precision = {"bf16": "bf16", "f16": "fp16"}.get(native.get_type_name(), "fp32")
         return {
             "backend": self.backend,
             "openvino": self._openvino.__version__,
             "threads": self._options["INFERENCE_NUM_THREADS"],
             "streams": self._options["NUM_STREAMS"],
-            "precision": precision,
+            "precision": self._precision,
         }
 
     def _batch_limit(self, size_hw: tuple[int, int]) -> int:
@@ -215,7 +241,7 @@ class _OpenVinoLane(Lane):
     def run(self, frames: Sequence[Frame], boxes: Sequence[Letterbox], timer: StageTimer | None) -> list[NDArray[Any]]:
         (frame,), (box,) = frames, boxes
         spec = self._detector.spec
-        size_hw = None if self._detector.size_hw is None else box.size_hw
+        size_hw = _compiled_size(self._detector.size_hw)
         compiled = self._compiled.get(size_hw)
         if compiled not in self._requests:
             made = np.empty((*size_hw, 3), np.uint8) if size_hw else None
@@ -234,6 +260,11 @@ class _OpenVinoLane(Lane):
         if timer is not None:
             timer.begin("decode+NMS")
         return _decode(list(found.values()), box.size_hw, spec)  # copies: the request's memory serves the next call
+
+
+def _compiled_size(size: NetworkSize) -> tuple[int, int] | None:
+    """Return the size that OpenVINO compiles a network for; None is any, for frames of many sizes."""
+    return size if isinstance(size, tuple) else None
 
 
 _loading_openvino = threading.Lock()

@@ -6,14 +6,11 @@ python -m trt_runtime.detect 0 rtsp://camera/stream --model retinaface.onnx --ou
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import re
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,23 +18,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import cv2
 from tqdm import tqdm
 
-from facespec.addresses import without_secrets
 from facespec.cli import ArgumentParser, argument, quiet_libraries, run
 from facespec.draw import draw_detections
-from facespec.errors import DataError, FrameError, ImageError, OutputError
-from facespec.files import atomic_path, check_outputs
-from facespec.images import IMAGE_SUFFIXES, find_images, read_image, write_image
+from facespec.errors import FrameError, ImageError, OutputError
+from facespec.files import atomic_path
+from facespec.images import decode_image, holds_several, write_image
+from facespec.kinds import names_of
 from facespec.letterbox import Frame
-from facespec.spec import NetworkSize, parse_network_size
+from facespec.opencv import cv2
+from facespec.spec import DEFAULT_WEIGHTS, NetworkSize, parse_network_size
+from trt_runtime.cpu import PRECISIONS
 from trt_runtime.detector import RetinaFaceDetector
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import StageTimer
-from trt_runtime.media.files import VIDEO_SUFFIXES, Source, VideoWriter, require_display
+from trt_runtime.media.files import Source, VideoWriter, require_display
 from trt_runtime.media.live import open_source
 from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, SeenFrame, SourceReport, Use, run_pipeline
+from trt_runtime.media.sources import Sources, check_targets, find_sources, is_live, labels, read_source
+from trt_runtime.regions import Region, parse_region
+
+FILES_AT_ONCE = 8
+"""Videos of folders and patterns that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class DetectOptions:
     """What to detect on, with what, and where results go.
 
     Attributes:
-        source: One or several: images, folders and glob patterns; or video files, webcams' indices and addresses.
-        model: Model file for `load_detector`.
+        source: One or several: images, video files, folders and glob patterns of both, webcams' indices, addresses.
+        model: Model file or name for `load_detector`.
         out: Annotated image or video, or a folder of them for several; None draws nothing.
         json: File of JSON lines, one for each frame the network ran on; "-" is standard output.
         score: Lowest score reported; None is 0.5.
@@ -55,12 +58,17 @@ class DetectOptions:
         streams: Frames a CPU computes at once.
         backend: What runs the model, one of `trt_runtime.load.BACKENDS`.
         device: Where the model runs, as for `load_detector`.
+        precision: What a CPU computes in, as for `load_detector`.
+        min_face: Faces of fewer pixels are left out.
+        roi: Region of each frame that alone is looked at.
+        tile: Large frames run in tiles of the network size, too.
         show: Show annotated frames in a window; q or Esc ends.
+        strict: A file of a folder or pattern that is neither image nor video is a failure of the command.
         flow: How the frames of videos flow.
     """
 
     source: str | tuple[str, ...]
-    model: Path
+    model: Path = Path(DEFAULT_WEIGHTS)
     out: Path | None = None
     json: str | None = None
     score: float | None = None
@@ -69,7 +77,12 @@ class DetectOptions:
     streams: int = 1
     backend: str = "auto"
     device: int | str = "auto"
+    precision: str = "fp32"
+    min_face: float = 0.0
+    roi: Region | None = None
+    tile: bool = False
     show: bool = False
+    strict: bool = False
     flow: PipelineOptions = field(default_factory=PipelineOptions)
 
     @property
@@ -88,6 +101,8 @@ class Summary:
     faces: int = 0
     truncated: int = 0  # frames with more faces than the model's limits
     failures: list[str] = field(default_factory=list)  # what failed, where there are several images or videos
+    others: list[Path] = field(default_factory=list)  # files that were not taken: neither images nor videos
+    first_of_several: list[Path] = field(default_factory=list)  # animations and images of several pages
     sources: list[SourceReport] = field(default_factory=list)  # what became of each video
     seconds: float = 0.0  # wall time
     interrupted: bool = False  # Ctrl-C ended it
@@ -108,6 +123,15 @@ class Summary:
             )
         if damaged := sum(source.damaged for source in self.sources):
             lines.append(f"{_count(damaged, 'damaged part')} of the video passed over")
+        if self.first_of_several:
+            lines.append(
+                f"{_count(len(self.first_of_several), 'image')} of several pictures, of which the first was taken: "
+                f"{names_of(self.first_of_several)}"
+            )
+        if self.others:
+            lines.append(
+                f"{_count(len(self.others), 'file')} not taken, neither image nor video: {names_of(self.others)}"
+            )
         if self.failures:
             what = "source" if self.sources else "image"
             lines.append(f"{_count(len(self.failures), what)} could not be read or written")
@@ -149,8 +173,7 @@ def detect(options: DetectOptions) -> Summary:
     """
     if options.show:
         require_display()
-    images = _image_sources(options.sources)
-    single = len(options.sources) == 1 and (images is None or Path(options.sources[0]).is_file())
+    sources = find_sources(options.sources)
     detector = load_detector(
         options.model,
         score_threshold=options.score,
@@ -159,27 +182,28 @@ def detect(options: DetectOptions) -> Summary:
         streams=options.streams,
         backend=options.backend,
         device=options.device,
+        precision=options.precision,
     )
-    targets = _check_outputs(options, detector.files, images, single)
-    summary = Summary()
+    try:
+        detector.min_face, detector.roi, detector.tile = options.min_face, options.roi, options.tile
+        targets = check_targets(options.sources, sources, options.out, options.json, detector.files)
+    except BaseException:
+        detector.close()
+        raise
+    summary = Summary(others=sources.others)
     start = time.perf_counter()
     with detector, ExitStack() as stack:
-        sink = _Sink(options, _open_json(options.json, stack), single)
+        sink = _Sink(options, _open_json(options.json, stack), sources.single)
         try:
-            if images is not None:
-                _run_images(images, targets, detector, sink, summary)
-            else:
-                _run_videos(targets, detector, sink, summary)
+            if sources.images:
+                _run_images(sources.images, targets, detector, sink, summary)
+            _run_videos(sources, targets, detector, sink, summary)
         except _QuitError:
             pass
-        except KeyboardInterrupt:
-            if images is None:  # a second one: the videos are given up
-                raise
-            summary.interrupted = True
         except _LinesError as failure:
             raise (failure.__cause__ or failure) from None
     summary.seconds = time.perf_counter() - start
-    if single and summary.sources and (error := summary.sources[0].error):
+    if sources.single and summary.sources and (error := summary.sources[0].error):
         raise error  # it was lost after a while: what was found until then has been written
     return summary
 
@@ -228,45 +252,77 @@ class _Sink:
 
 
 def _run_images(
-    paths: list[Path], targets: dict[str, Path], detector: RetinaFaceDetector, sink: _Sink, summary: Summary
+    sources: list[str], targets: dict[str, Path], detector: RetinaFaceDetector, sink: _Sink, summary: Summary
+) -> None:
+    try:
+        for source, label in tqdm(labels(sources).items(), unit="image", disable=True if sink.single else None):
+            try:
+                _run_image(source, label, targets.get(source), detector, sink, summary)
+            except (ImageError, FrameError, OutputError) as error:
+                if sink.single:
+                    raise
+                summary.failures.append(str(error))
+                sink.fail(label, error)
+    except KeyboardInterrupt:
+        summary.interrupted = True
+
+
+def _run_image(
+    source: str, label: str, target: Path | None, detector: RetinaFaceDetector, sink: _Sink, summary: Summary
 ) -> None:
     timer = summary.timer
-    for path in tqdm(paths, unit="image", disable=True if sink.single else None):
-        try:
-            with timer("read"), quiet_libraries():
-                frame = read_image(path)
-            found = detector.detect(frame, timer)
-            summary.frames += 1
-            summary.detected += 1
-            summary.faces += len(found)
-            summary.truncated += found.truncated
-            sink.write({"source": str(path), **found.to_dict()})
-            if sink.draws:
-                with timer("draw"):
-                    canvas = draw_detections(frame, found, copy=False)
-                if target := targets.get(str(path)):
-                    with timer("write"), quiet_libraries():
-                        write_image(target, canvas)
-                if sink.options.show:
-                    sink.shown["faces"] = canvas
-                    sink.show(0 if sink.single else 1)
-        except (ImageError, FrameError, OutputError) as error:
-            if sink.single:
-                raise
-            summary.failures.append(str(error))
-            sink.fail(str(path), error)
+    with timer("read"), quiet_libraries():
+        data = read_source(source)
+        frame = decode_image(data, label)
+    if holds_several(data):
+        summary.first_of_several.append(Path(label))
+    found = detector.detect(frame, timer)
+    summary.frames += 1
+    summary.detected += 1
+    summary.faces += len(found)
+    summary.truncated += found.truncated
+    sink.write({"source": label, **found.to_dict()})
+    if not sink.draws:
+        return
+    with timer("draw"):
+        canvas = draw_detections(frame, found, copy=False)
+    if target:
+        with timer("write"), quiet_libraries():
+            write_image(target, canvas)
+    if sink.options.show:
+        sink.shown["faces"] = canvas
+        sink.show(0 if sink.single else 1)
 
 
-def _run_videos(targets: dict[str, Path], detector: RetinaFaceDetector, sink: _Sink, summary: Summary) -> None:
+def _run_videos(
+    sources: Sources, targets: dict[str, Path], detector: RetinaFaceDetector, sink: _Sink, summary: Summary
+) -> None:
     jobs = [
         Job(label, partial(_open, source), partial(_output, label, targets.get(source), sink))
-        for source, label in _labels(sink.options.sources).items()
+        for source, label in labels(sources.videos).items()
     ]
+    for group in _groups(sources, jobs):
+        if summary.interrupted:
+            return
+        _run_group(group, detector, sink, summary)
+
+
+def _groups(sources: Sources, jobs: list[Job]) -> list[list[Job]]:
+    """Divide videos into those that run at once: so many files, and with the last of them all that is live."""
+    live = [job for job, source in zip(jobs, sources.videos, strict=True) if is_live(source)]
+    files = [job for job, source in zip(jobs, sources.videos, strict=True) if not is_live(source)]
+    groups = [files[start : start + FILES_AT_ONCE] for start in range(0, len(files), FILES_AT_ONCE)] or [[]]
+    return [*groups[:-1], groups[-1] + live] if jobs else []
+
+
+def _run_group(jobs: list[Job], detector: RetinaFaceDetector, sink: _Sink, summary: Summary) -> None:
     told: set[str] = set()
     show = sink.options.show
+    quit_ = False
     with tqdm(unit="frame", disable=None) as progress:
 
         def tick(reports: list[SourceReport]) -> bool:
+            nonlocal quit_
             for report in reports:
                 if report.error and not sink.single and report.name not in told:
                     told.add(report.name)
@@ -279,12 +335,16 @@ def _run_videos(targets: dict[str, Path], detector: RetinaFaceDetector, sink: _S
                 if show:
                     sink.show()
             except _QuitError:
+                quit_ = True
                 return False
             return True
 
         report = run_pipeline(detector, jobs, sink.options.flow, tick=tick, tick_s=0.02 if show else 0.1)
         tick(report.sources)
-    summary.timer, summary.sources, summary.interrupted = report.timer, report.sources, report.interrupted
+    for stage, ms in report.timer.total_ms.items():
+        summary.timer.add(stage, ms)
+    summary.sources += report.sources
+    summary.interrupted = report.interrupted
     for source in report.sources:
         summary.frames += source.frames
         summary.detected += source.detected
@@ -292,6 +352,8 @@ def _run_videos(targets: dict[str, Path], detector: RetinaFaceDetector, sink: _S
         summary.truncated += source.truncated
         if sink.single and source.error and not (source.complete and source.frames):
             raise source.error  # there is nothing worth keeping
+    if quit_:
+        raise _QuitError
 
 
 def _open(source: str) -> Source:
@@ -313,6 +375,7 @@ def _output(label: str, path: Path | None, sink: _Sink, source: Source) -> Itera
             with timer("draw"):
                 canvas = draw_detections(seen.image, seen.faces, copy=False)
             if writer:
+                writer.pixel_aspect = source.pixel_aspect
                 with timer("write"):
                     writer.write(canvas, seen.seconds)
                 timer.add("encode", writer.take_encode_ms())
@@ -320,131 +383,6 @@ def _output(label: str, path: Path | None, sink: _Sink, source: Source) -> Itera
                 sink.shown[label] = canvas
 
         yield use
-
-
-def _labels(sources: Sequence[str]) -> dict[str, str]:
-    """Return each source as it may be shown: a camera as one, an address without passwords, numbered if need be."""
-    labels: dict[str, str] = {}
-    for source in sources:
-        shown = _shown(source)
-        alike = sum(label == shown or label.startswith(f"{shown} (") for label in labels.values())
-        labels[source] = f"{shown} ({alike + 1})" if alike else shown
-    return labels
-
-
-def _shown(source: str) -> str:
-    if _is_camera(source):
-        return f"camera {source}"
-    return source if "://" not in source and Path(source).exists() else without_secrets(source)
-
-
-def _targets(sources: Sequence[str], paths: list[Path], folder: Path) -> dict[str, Path]:
-    """Return where the annotated copy of each image goes: under `folder` as it is under the source."""
-    one_folder = len(sources) == 1 and Path(sources[0]).is_dir()
-    absolute = {path: Path(os.path.abspath(path)) for path in paths}
-    parents = [path.parent for path in absolute.values()]
-    common = os.path.abspath(sources[0]) if one_folder else os.path.commonpath(parents)
-    names = {str(path): _as_written(place.relative_to(common)) for path, place in absolute.items()}
-    return _distinct({path: folder / name for path, name in names.items()}, folder)
-
-
-def _video_targets(sources: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Return the annotated video of each source: a file's has its name, an address's says host and path."""
-    names = {}
-    for source, label in _labels(sources).items():
-        if _is_camera(source):
-            names[source] = f"camera{source}"
-        elif "://" in source:
-            names[source] = re.sub(r"[^\w.-]+", "_", label.split("://")[1]).strip("_.")[:100] or "stream"
-        else:
-            names[source] = Path(source).stem
-    return _distinct({source: folder / f"{name}.mp4" for source, name in names.items()}, folder)
-
-
-def _distinct(targets: dict[str, Path], folder: Path) -> dict[str, Path]:
-    names = Counter(targets.values())
-    twice = [_shown(source) for source, target in targets.items() if names[target] > 1]
-    if twice:
-        raise OutputError(f"--out {folder}: {twice[0]} and {twice[1]} would get the same name; run them apart")
-    return targets
-
-
-def _as_written(path: Path) -> Path:
-    """Formats that hold colour keep their name, the others become PNG."""
-    return path if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else path.with_name(f"{path.name}.png")
-
-
-def _is_camera(source: str) -> bool:
-    return source.isdecimal() and not Path(source).exists()
-
-
-def _image_sources(sources: Sequence[str]) -> list[Path] | None:
-    """Return the images that the sources name, or None if they are videos, webcams and addresses.
-
-    Raises:
-        DataError: Nothing is there, or both kinds are.
-    """
-    found = [(source, _images(source)) for source in sources]
-    images = [path for _, paths in found for path in paths or []]
-    videos = [source for source, paths in found if paths is None]
-    if images and videos:
-        raise DataError(f"{images[0]} is an image, {_shown(videos[0])} is not: run images and videos apart")
-    places = Counter(re.sub("://.*@", "://***@", source, flags=re.DOTALL) for source in videos)
-    if places.total() > len(places):
-        raise DataError(f"{_shown(places.most_common(1)[0][0])} is given more than once")
-    return list(dict.fromkeys(images)) if images else None
-
-
-def _images(source: str) -> list[Path] | None:
-    """Return the images of one source, or None if it is a video, a webcam or an address."""
-    if not source:
-        raise DataError("the source is empty: give a file, a folder, a glob, a webcam's index or an address")
-    if _is_camera(source) or "://" in source:
-        return None
-    path = Path(source)
-    if path.is_dir():
-        found = find_images(path)
-        if not found:
-            raise DataError(f"{source}: no images in this folder; videos are named one by one")
-        return found
-    if path.exists():
-        return [path] if path.suffix.lower() in IMAGE_SUFFIXES else None
-    if glob.has_magic(source):
-        found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
-        found = [item for item in found if item.suffix.lower() in IMAGE_SUFFIXES]
-        if not found:
-            raise DataError(f"{without_secrets(source)}: no image matches this pattern; videos are named one by one")
-        return found
-    raise DataError(f"{without_secrets(source)}: no such file or folder")
-
-
-def _check_outputs(
-    options: DetectOptions, model_files: Sequence[Path], images: list[Path] | None, single: bool
-) -> dict[str, Path]:
-    """Refuse before any work what could not be written or would destroy a file; return where what is drawn goes."""
-    out, sources = options.out, options.sources
-    suffix = out.suffix.lower() if out else ""
-    targets: dict[str, Path] = {}
-    if out is None:
-        pass
-    elif single and images is None:
-        if suffix not in VIDEO_SUFFIXES:
-            raise OutputError(f"--out {out}: video is written as {', '.join(VIDEO_SUFFIXES)}")
-        targets = {sources[0]: out}
-    elif single and images:
-        if suffix not in IMAGE_SUFFIXES:
-            raise OutputError(f"--out {out}: for one image give a name that ends in .jpg or .png")
-        targets = {str(images[0]): out}
-    else:
-        if out.is_file() or suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
-            raise OutputError(f"--out {out}: for several {'videos' if images is None else 'images'} give a folder")
-        for folder in filter(Path.is_dir, map(Path, sources)):
-            if out.resolve().is_relative_to(folder.resolve()):
-                raise OutputError(f"--out {out} lies in the source folder: choose one outside")
-        targets = _video_targets(sources, out) if images is None else _targets(sources, images, out)
-    files = images if images is not None else [Path(source) for source in sources if "://" not in source]
-    check_outputs([*(("--out", path) for path in targets.values()), ("--json", options.json)], [*model_files, *files])
-    return targets
 
 
 def _open_json(target: str | None, stack: ExitStack) -> TextIO | None:
@@ -463,15 +401,21 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     parser = ArgumentParser(
         prog="python -m trt_runtime.detect",
         description="Find faces and their landmarks in images or, several at once, in videos, webcams and streams.",
-        epilog="A model comes from: python -m export.to_onnx --out retinaface.onnx",
+        epilog="A model of your own comes from: python -m export.to_onnx --out retinaface.onnx",
     )
     add = parser.add_argument
     add(
         "source",
         nargs="+",
-        help="image, folder or glob pattern (in quotes); or video file, webcam's index or address, as rtsp://host/path",
+        help="image or video file, folder or glob pattern (in quotes) of them, webcam's index, or address, as "
+        "rtsp://host/path or http://host/photo.jpg",
     )
-    add("--model", type=Path, required=True, help="detector written by export.to_onnx or export.to_trt")
+    add(
+        "--model",
+        type=Path,
+        default=Path(DEFAULT_WEIGHTS),
+        help="model of export.to_onnx or export.to_trt, or this name",
+    )
     add("--out", type=Path, help="annotated image or H.264 video (.mp4); a folder for several")
     add("--json", help="write one JSON line a frame, in pixels of the original frame; '-' prints them")
     add("--score", type=float, help="lowest score reported (default: 0.5, or the model's floor)")
@@ -485,7 +429,14 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     add("--streams", type=int, default=1, help="frames a CPU computes at once")
     add("--backend", default="auto", help=", ".join(BACKENDS))
     parser.add_device()
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="what OpenVINO computes in")
+    add("--min-face", type=float, default=0.0, metavar="PX", help="leave out faces of fewer pixels of the frame")
+    region = "look at this part of each frame alone, X,Y,WIDTH,HEIGHT in pixels"
+    add("--roi", type=argument(parse_region), metavar="REGION", help=region)
+    tile = "run frames larger than --size in overlapping tiles of it, too: finds small faces in large frames"
+    add("--tile", action="store_true", help=tile)
     add("--show", action="store_true", help="show the newest frames in a window; q ends")
+    add("--strict", action="store_true", help="exit code 1 if a file of a folder or pattern was not taken")
     add("--batch", type=int, help="frames of videos in one run of the network (default: what is ready and worth it)")
     add(
         "--stride",
@@ -510,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"wrote {', '.join(written)}")
     if summary.interrupted:
         return 130
-    return 1 if summary.failures else 0
+    return 1 if summary.failures or (options.strict and summary.others) else 0
 
 
 if __name__ == "__main__":

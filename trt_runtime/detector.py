@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -20,6 +21,7 @@ from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteEr
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, NetworkSize, check_size
 from trt_runtime.measure import StageTimer
+from trt_runtime.regions import Region, check_region, in_frame, joined, tiles
 
 SHAPES = 256
 """Shapes of frames for which a detector remembers how they lie in the network input."""
@@ -128,6 +130,10 @@ class RetinaFaceDetector:
         size_hw: What frames are letterboxed to: (height, width), the length of the longer side, or None, which runs
             each frame at its own size, padded to multiples of 32.
         files: The files of the model.
+        min_face: Faces whose boxes have a longer side of fewer pixels of the frame are left out.
+        roi: Region of the frame, x, y, width and height, that alone is looked at; None is all of it.
+        tile: Whether a frame that is larger than the network size runs in overlapping tiles of it, besides as a whole:
+            faces that would be too small for the network are found, at the cost of a run for each tile.
         max_batch: Frames that are worth handing over in one call.
     """
 
@@ -148,8 +154,13 @@ class RetinaFaceDetector:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._idle: list[Lane] = []
+        self._opening: tuple[str | Path, dict[str, Any]] | None = None
         self._lent = 0
         self._closed = self._freed = False
+        self._min_face = 0.0
+        self._roi: Region | None = None
+        self._tile = False
+        self._special = False  # closed, or one of the three is set: so that a call looks at one flag
 
     # what a backend supplies
 
@@ -184,7 +195,28 @@ class RetinaFaceDetector:
         while self._idle:
             self._idle.pop().close()
 
+    def _opened_by(self, path: str | Path, **options: Any) -> None:
+        """Note the model file and the options that another process opens this detector anew with."""
+        self._opening = os.path.abspath(path), options
+
     # what users call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the path of the model and the options: where it is unpickled the detector is opened anew.
+
+        Raises:
+            SpecError: It was made of something that lives in this process alone.
+            ClosedError: The detector is closed.
+        """
+        self._check_open()
+        if self._opening is None:
+            raise SpecError(
+                "a detector is pickled as the path of its model and its options, and this one was made of an object: "
+                "give it a path, and a device by name; or make one in each process"
+            )
+        path, options = self._opening
+        options = {**options, "score_threshold": self._score_threshold, "size_hw": self.size_hw}
+        return _open, (type(self), path, options)
 
     @property
     def score_threshold(self) -> float:
@@ -208,8 +240,8 @@ class RetinaFaceDetector:
             ModelFileError: The backend failed on the model.
             ClosedError: The detector is closed.
         """
-        if self._closed:
-            self._check_open()
+        if self._special:
+            return self._detect_parts([frame], timer)[0]
         key = self._frame_hw(frame), self.size_hw
         box, _ = self._placements.find(key) or self._placements.get(key)
         return self._run([frame], [box], timer)[0]
@@ -220,6 +252,9 @@ class RetinaFaceDetector:
             raise FrameError("detect_batch takes a list of frames; one frame goes to detect")
         self._check_open()
         frames = list(frames)
+        return self._detect_parts(frames, timer) if self._special else self._detect_whole(frames, timer)
+
+    def _detect_whole(self, frames: Sequence[Any], timer: StageTimer | None) -> list[Detections]:
         placed = [self._placements.get((self._frame_hw(frame), self.size_hw)) for frame in frames]
         boxes = [box for box, _ in placed]
         results: list[Detections] = []
@@ -231,6 +266,76 @@ class RetinaFaceDetector:
                 stop += 1
             results += self._run(frames[start:stop], boxes[start:stop], timer)
         return results
+
+    def _detect_parts(self, frames: Sequence[Any], timer: StageTimer | None) -> list[Detections]:
+        """Return the faces of frames by `roi`, `tile` and `min_face`."""
+        self._check_open()
+        sizes = [self._frame_hw(frame) for frame in frames]
+        regions = [in_frame(self._roi, frame_hw) for frame_hw in sizes]
+        parts = [tiles(region, self._tile_hw()) if self._tile else [region] for region in regions]
+        cuts = [
+            frame if region == (0, 0, frame_hw[1], frame_hw[0]) else self._cut(frame, region)
+            for frame, frame_hw, of_frame in zip(frames, sizes, parts, strict=True)
+            for region in of_frame
+        ]
+        found = iter(self._detect_whole(cuts, timer))
+        decode, results = self.spec.decode, []
+        for of_frame, frame_hw in zip(parts, sizes, strict=True):
+            pairs = [(region, next(found)) for region in of_frame]
+            faces = joined(pairs, frame_hw, decode.iou_threshold, decode.max_detections)
+            if self._min_face:
+                faces = faces[(faces.boxes[:, 2:] - faces.boxes[:, :2]).max(axis=1, initial=0) >= self._min_face]
+            results.append(faces)
+        return results
+
+    def _cut(self, frame: Any, region: Region) -> Any:
+        """Return a part of a frame, as one that `detect` takes."""
+        x, y, width, height = region
+        return frame[y : y + height, x : x + width]
+
+    def _tile_hw(self) -> tuple[int, int]:
+        size = self.size_hw
+        if size is None:
+            raise SpecError("tiles have the network size: give size_hw (--size) for a model that takes any")
+        return (size, size) if isinstance(size, int) else size
+
+    @property
+    def min_face(self) -> float:
+        """Pixels of the frame: faces whose boxes have no side as long are left out; 0 leaves out none."""
+        return self._min_face
+
+    @min_face.setter
+    def min_face(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
+            raise SpecError(f"min_face is a number of pixels from 0 on, got {value!r}")
+        self._min_face = float(value)
+        self._set_special()
+
+    @property
+    def roi(self) -> Region | None:
+        """Region of the frame that alone is looked at: x, y, width, height in pixels; None is all of it."""
+        return self._roi
+
+    @roi.setter
+    def roi(self, value: Region | None) -> None:
+        self._roi = check_region(value)
+        self._set_special()
+
+    @property
+    def tile(self) -> bool:
+        """Whether frames larger than the network size run in overlapping tiles of it, besides as a whole."""
+        return self._tile
+
+    @tile.setter
+    def tile(self, value: bool) -> None:
+        if value:
+            self._tile_hw()
+        self._tile = bool(value)
+        self._set_special()
+
+    def _set_special(self) -> None:
+        with self._lock:
+            self._special = bool(self._closed or self._min_face or self._roi or self._tile)
 
     def pinned_frame(self, height: int, width: int) -> Frame:
         """Return a frame to decode into, uint8 (height, width, 3), undefined: the detector takes it without a copy.
@@ -258,7 +363,7 @@ class RetinaFaceDetector:
             if self._closed:  # another thread may still be closing it
                 self._changed.wait_for(lambda: self._freed)
                 return
-            self._closed = True
+            self._closed = self._special = True
             self._changed.wait_for(lambda: not self._lent)
         try:
             self._free()
@@ -347,6 +452,12 @@ class RetinaFaceDetector:
             self._give_back(lane)
             if timer is not None:
                 timer.begin("")
+
+
+def _open(kind: type[RetinaFaceDetector], path: str, options: dict[str, Any]) -> RetinaFaceDetector:
+    make: Any = kind
+    detector: RetinaFaceDetector = make(path, **options)
+    return detector
 
 
 def _unless_broken(lane: Any, error: BaseException) -> Any:

@@ -15,6 +15,7 @@ import os
 import re
 import struct
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -118,6 +119,9 @@ def ensure_library(target: str = "plugin", *, runs_here: bool = False) -> Path:
     if runs_here:
         nvcc = build.find_nvcc()
         check_driver(f"what {nvcc} compiles", build.compiler_version(nvcc))
+    minutes = "about a quarter of a minute" if target == "host" else "a minute or more"
+    # a warning, and not the log, which nobody need see: the caller waits for this
+    warnings.warn(f"compiling the {target} library, which takes {minutes}: {build.destination(target)}", stacklevel=2)
     made: Path = build.ensure(target)
     return made
 

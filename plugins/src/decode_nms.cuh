@@ -29,8 +29,8 @@ struct ScanShared {
   int32_t broken;
 };
 
-// Up to kFinishThreads candidates need a quarter of the room for keys. The kept ones have the rest: they take, in turn,
-// the places of all, from the front.
+// Up to kFinishThreads candidates, whose keys need a quarter of the room: first the boxes and areas of all of them;
+// then, from the front, the keys, boxes and areas of the kept ones.
 struct FewShared {
   uint64_t keys[kFinishThreads];  // the front of FinishShared::keys
   Box boxes[kFinishThreads];

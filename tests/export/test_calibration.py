@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from export.calibration import (
+    _frames,
     calibrate,
     letterboxed,
     load_inputs,
@@ -225,3 +226,14 @@ def test_options_have_bounds() -> None:
     for precision in ("fp32", "fp16"):
         with pytest.raises(SpecError, match=f"--calib is for --int8, not for --{precision}"):
             check_calibration(precision, DEMO)
+
+
+def test_what_a_folder_holds_beside_images_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What an image is, its content says; what could have been meant as one is not missed in silence."""
+    write_image(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "a.png").rename(tmp_path / "a")
+    (tmp_path / "notes.txt").write_text("text")
+    options = CalibrationOptions(str(tmp_path))
+    assert find_calibration_images(options) == [tmp_path / "a"]
+    assert [name for name, _ in _frames(options, [])] == [str(tmp_path / "a")]
+    assert caplog.messages == [f"1 file was not taken, no images: {tmp_path / 'notes.txt'}"]

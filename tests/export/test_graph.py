@@ -19,21 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from export.graph import (
-    HEAD_NAMES,
-    IR_VERSION,
-    OPSET,
-    GraphBuilder,
-    add_decode_nms,
-    add_preprocessing,
-    build_heads,
-    build_plugin_form,
-    build_portable,
-    check_graph,
-    detector_outputs,
-    export_network,
-    finished,
-)
+from export.graph import build_heads, build_plugin_form, build_portable, check_graph, export_network, finished
 from export.quantize import lint_qdq, to_fp16, to_int8
 from facespec.boxes import Decoded, decode_detections, make_priors
 from facespec.errors import ModelFileError, SpecError
@@ -41,6 +27,15 @@ from facespec.spec import SPEC_KEY, AnchorSpec, DecodeSpec, ModelSpec
 from trainer import load_model
 from trainer.model import MergedHeads, RetinaFace
 from trt_runtime.kernels import PLUGIN
+from trt_runtime.onnx_graph import (
+    HEAD_NAMES,
+    IR_VERSION,
+    OPSET,
+    GraphBuilder,
+    add_decode_nms,
+    add_preprocessing,
+    detector_outputs,
+)
 
 Heads = list[NDArray[np.float32]]
 Run = Callable[[Heads], dict[str, NDArray[np.float32]]]

@@ -28,6 +28,7 @@ from export.verify import (
     _face_rows,
     _network_size,
     _number,
+    _open_images,
     _preprocessing,
     _raw_heads,
     _widerface,
@@ -755,13 +756,85 @@ def test_the_images_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for index in (1, 2, 3, 4, 5):
         write_image(tmp_path / "val" / "images" / "b" / f"{index}.png", np.full((4, 4, 3), 50 * index, np.uint8))
         (tmp_path / "val" / "images" / "b" / f"{index}.png").rename(tmp_path / f"val/images/b/{index}.jpg")
-    samples, found = _widerface(options, tmp_path)
+    scored: dict[Any, Any] = {}
+
+    def score(rows: dict[Any, Any], of: dict[Any, Any]) -> dict[str, Any]:
+        scored.update({key: (len(rows[key]), value) for key, value in of.items()})
+        return {}
+
+    monkeypatch.setattr("trainer.average_precision.average_precision", score)
+    samples, ap, notes = _widerface(options, tmp_path)
     assert [sample.name for sample in samples] == ["b/3", "b/1", "b/2", "b/5", "b/4"]
-    assert list(found.items()) == [(("b", name), int(name)) for name in "31254"]
+    assert ap is not None
+    assert ap([_faces([[0, 0, 1, 1]] * count) for count in range(5)]) == {}
+    assert list(scored.items()) == [(("b", name), (count, int(name))) for count, name in enumerate("31254")]
+    assert notes == []
     assert [int(sample.load()[0, 0, 0]) for sample in samples] == [150, 50, 100, 250, 200]
-    samples, found = _widerface(dataclasses.replace(options, images=3), tmp_path)
+    samples, ap, _ = _widerface(dataclasses.replace(options, images=3), tmp_path)
     assert [sample.name for sample in samples] == ["b/3", "b/2", "b/4"]
-    assert list(found) == [("b", "3"), ("b", "2"), ("b", "4")]
+    scored.clear()
+    assert ap is not None
+    ap([_faces([])] * 3)
+    assert list(scored) == [("b", "3"), ("b", "2"), ("b", "4")]
+
+
+def _own_faces(folder: Path, photographs: dict[str, Frame]) -> Path:
+    """A COCO file over sample photographs, in the layout of CVAT; its boxes are what the published weights find."""
+    detector = TorchRetinaFace(load_model(), size_hw=(320, 320))
+    images, annotations = [], []
+    for number, (name, frame) in enumerate(photographs.items()):
+        write_image(folder / "images" / "default" / f"{name}.png", frame)
+        images.append({"id": number, "file_name": f"{name}.png"})
+        for x1, y1, x2, y2 in detector.detect(frame).boxes.tolist():
+            annotations.append({"image_id": number, "category_id": 2, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+    path = folder / "annotations" / "instances_default.json"
+    path.parent.mkdir()
+    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "head"}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+@pytest.mark.usefixtures("small_sizes")
+def test_own_labels_and_plain_folders_are_compared_on(
+    static_onnx: Path, photographs: dict[str, Frame], tmp_path: Path
+) -> None:
+    file = _own_faces(tmp_path / "own", photographs)
+    options = VerifyOptions(str(static_onnx), "mobilenet0.25", data=file, progress=False)
+    found = verify(options)
+    assert found.images == len(photographs)
+    # both find what is labelled, to the rounding of their additions
+    assert found.average_precision == {
+        "letterbox": {
+            level: {"reference": pytest.approx(100), "candidate": pytest.approx(100)} for level in ("ap50", "ap50_95")
+        }
+    }
+    assert [row.quantity for row in found.rows if row.stage == "AP"] == ["ap50, loss", "ap50_95, loss"]
+    assert any("faces are the annotations of 'head'" in note for note in found.notes)
+    samples, score, _ = _open_images(dataclasses.replace(options, data=tmp_path / "own", images=1), tmp_path / "own")
+    assert (len(samples), score is None) == (1, False)
+    # a folder without labels has no AP, and a file of labels must be one
+    plain = tmp_path / "own" / "images"
+    samples, score, notes = _open_images(options, plain)
+    assert [Path(sample.name).name for sample in samples] == sorted(f"{name}.png" for name in photographs)
+    assert score is None
+    assert notes[0].startswith("no AP, the images are not labelled (")
+    assert samples[0].load().shape == photographs[min(photographs)].shape
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.json").write_text("{")
+    for data, words in ((tmp_path / "empty", "no COCO .json"), (tmp_path / "bad.json", "cannot be read as JSON")):
+        with pytest.raises(DataError, match=words):
+            _open_images(options, data)
+
+
+def test_the_images_are_a_number_or_a_folder() -> None:
+    line = ["--reference", "a", "--candidate", "b", "--data", "d.json", "--category", "head"]
+    options = VerifyOptions("a", "b", data=Path("d.json"), category="head")
+    for more, changes in (
+        (["--images", "7"], {"images": 7}),
+        (["--images", "f"], {"image_folder": Path("f")}),
+        (["--images", "f", "--images", "7"], {"images": 7, "image_folder": Path("f")}),
+    ):
+        assert parse_arguments([*line, *more]) == dataclasses.replace(options, **changes)  # type: ignore[arg-type]
 
 
 def test_images_without_faces_are_no_comparison(static_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:

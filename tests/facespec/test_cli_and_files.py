@@ -372,11 +372,20 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", nobody)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    _own_folder.cache_clear()
     own = cache_folder()
-    assert own.parent == tmp_path
+    assert own == tmp_path / f"retinaface-trt-{os.geteuid()}"
     assert own.stat().st_mode & 0o777 == 0o700
     assert cache_folder() == own
+    # another user has been there first
+    other = tmp_path / "other"
+    (other / own.name).mkdir(parents=True)
+    (other / own.name).chmod(0o777)
+    monkeypatch.setattr("tempfile.tempdir", str(other))
+    _own_folder.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"{own.name} is not used"):
+        last = cache_folder()
+    assert (last.parent, last.stat().st_mode & 0o777) == (other, 0o700)
+    assert last != other / own.name
     _own_folder.cache_clear()
 
 
@@ -416,8 +425,9 @@ def test_a_cache_that_others_can_write_to_is_not_used(
     with pytest.warns(RuntimeWarning, match=f"{home}/retinaface-trt is not used, because others could put code there"):
         assert find_library("host") is None
     own = cache_folder()
-    assert (own.parent, own.stat().st_mode & 0o777) == (tmp_path, 0o700)
-    _own_folder.cache_clear()
+    assert (own, own.stat().st_mode & 0o777) == (tmp_path / f"retinaface-trt-{os.geteuid()}", 0o700)
+    write_text(own / "lib" / library.name, "code")
+    assert cached_file(f"lib/{library.name}") == own / "lib" / library.name
 
 
 def test_the_group_of_a_user_alone_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

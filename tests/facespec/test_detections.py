@@ -87,24 +87,97 @@ def test_to_dict_survives_json() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # supervision's own
 @pytest.mark.parametrize("count", [0, 4])
-def test_to_supervision(count: int) -> None:
+def test_to_supervision_and_back(count: int) -> None:
     found = _detections(count)
     other = found.to_supervision()
     assert len(other) == count
     np.testing.assert_array_equal(other.xyxy, found.boxes)
     np.testing.assert_array_equal(other.confidence, found.scores)
-    np.testing.assert_array_equal(other.data["landmarks"], found.landmarks)
     assert list(other.data["class_name"]) == ["face"] * count
     assert list(other.class_id) == [0] * count
-    for theirs, ours in (
-        (other.xyxy, found.boxes),
-        (other.confidence, found.scores),
-        (other.data["landmarks"], found.landmarks),
-    ):
+    for theirs, ours in ((other.xyxy, found.boxes), (other.confidence, found.scores)):
         assert not np.shares_memory(theirs, ours)
-    if count:
-        best = other[other.confidence > float(found.scores[1])]
-        np.testing.assert_array_equal(best.data["landmarks"], found.landmarks[:1])
+    np.testing.assert_array_equal(found.to_keypoints().xy.reshape(-1, 5, 2), found.landmarks)
+    back = Detections.from_supervision(other[::-1], (100, 90))  # best first again
+    assert back.frame_hw == (100, 90)
+    np.testing.assert_array_equal(back.boxes, found.boxes)
+    np.testing.assert_allclose(back.landmarks, found.landmarks, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_landmarks_are_right_under_the_inference_slicer_of_supervision() -> None:
+    """Of a frame in four slices, each of which shows one face at the same place."""
+    import supervision
+
+    def callback(image: np.ndarray) -> Any:
+        face = Detections(
+            np.array([[10, 20, 30, 60]], np.float32),
+            np.array([0.9], np.float32),
+            np.array([[[12, 30], [28, 30], [20, 40], [14, 50], [26, 50]]], np.float32),
+            (image.shape[0], image.shape[1]),
+        )
+        return face.to_supervision()
+
+    slicer = supervision.InferenceSlicer(callback, slice_wh=(100, 100), overlap_wh=(0, 0), thread_workers=1)
+    whole = Detections.from_supervision(slicer(np.zeros((200, 200, 3), np.uint8)), (200, 200))
+    corners = {(x, y) for x in (10, 110) for y in (20, 120)}
+    assert {(round(x), round(y)) for x, y in whole.boxes[:, :2].tolist()} == corners
+    np.testing.assert_allclose(whole.landmarks[:, 2], whole.boxes[:, :2] + [10, 20], atol=1e-3)
+
+
+def test_boxes_are_cut_at_the_edges_of_the_frame() -> None:
+    boxes = np.array([[-1.1, -5, 20, 30], [80, 90, 95, 200], [10, 10, 20, 20]], np.float32)
+    found = Detections(boxes, np.array([0.9, 0.8, 0.7], np.float32), np.zeros((3, 5, 2), np.float32), (100, 90), True)
+    cut = found.clip()
+    assert cut.boxes.tolist() == [[0, 0, 20, 30], [80, 90, 90, 100], [10, 10, 20, 20]]
+    assert cut.boxes.dtype == np.float32
+    assert (cut.frame_hw, cut.truncated, cut.scores is not None) == ((100, 90), True, True)
+    assert found.boxes[0, 0] == np.float32(-1.1)
+
+
+def test_boxes_grow_by_a_margin_of_their_own_size() -> None:
+    found = Detections(
+        np.array([[10, 20, 30, 60]], np.float32), np.ones(1, np.float32), np.zeros((1, 5, 2), np.float32), (100, 90)
+    )
+    assert found.expand(0.25).boxes.tolist() == [[5, 10, 35, 70]]
+    assert found.expand(-0.25).boxes.tolist() == [[15, 30, 25, 50]]
+    assert found.expand(1).clip().boxes.tolist() == [[0, 0, 50, 90 + 10]]
+    for margin in (-0.5, float("nan"), float("inf")):
+        with pytest.raises(FrameError, match="the margin of a box"):
+            found.expand(margin)
+
+
+def test_faces_moved_into_a_larger_frame() -> None:
+    found = _detections()
+    moved = found.moved(7, -3, (500, 400))
+    np.testing.assert_allclose(moved.boxes, found.boxes + np.array([7, -3, 7, -3]))
+    np.testing.assert_allclose(moved.landmarks, found.landmarks + np.array([7, -3]))
+    assert (moved.frame_hw, moved.truncated) == ((500, 400), True)
+    assert moved.boxes.dtype == moved.landmarks.dtype == np.float32
+
+
+def test_draw_is_draw_detections() -> None:
+    found, frame = _detections(), np.full((100, 90, 3), 128, np.uint8)
+    np.testing.assert_array_equal(found.draw(frame), draw_detections(frame, found))
+    assert found.draw(frame, copy=False) is frame
+
+
+def test_a_face_without_extent_spoils_no_other_crop() -> None:
+    landmarks = np.stack([np.array(STANDARD, np.float32), np.full((5, 2), 7, np.float32)] * 2)
+    frame = np.random.default_rng(0).integers(1, 255, (112, 112, 3), np.uint8)
+    found = Detections(np.zeros((4, 4), np.float32), np.ones(4, np.float32), landmarks, (112, 112))
+    assert found.alignable.tolist() == [True, False, True, False]
+    assert Detections.empty((5, 5)).alignable.tolist() == []
+    crops = found.aligned_crops(frame)
+    for index in (0, 2):  # the standard place: the frame itself
+        np.testing.assert_allclose(crops[index], frame, atol=1)
+    assert not crops[[1, 3]].any()
+
+
+@pytest.mark.parametrize("size", [0, -1, 4097, 1.5, None])
+def test_impossible_sizes_of_crops_are_refused(size: Any) -> None:
+    with pytest.raises(FrameError, match="the side of a crop is a number of pixels from 1 to 4096"):
+        _detections().aligned_crops(np.zeros((100, 90, 3), np.uint8), size)
 
 
 @given(st.integers(0, 2**32 - 1))

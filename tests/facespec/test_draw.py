@@ -58,6 +58,13 @@ def test_lines_follow_the_size_of_the_face(height: int, width: int) -> None:
     assert (expected[:, 90:110] != GREY).any()
 
 
+def test_lines_are_seen_in_large_pictures() -> None:
+    for frame_hw, width in (((540, 700), 1), ((1080, 1920), 2), ((2160, 3840), 4), ((3840, 2160), 4)):
+        faces = _faces((100, 100, 130, 139), frame_hw=frame_hw)
+        row = _draw(faces, labels=False)[120, 80:112]  # across the left side
+        assert (row == np.array(BOX_COLOUR)).all(axis=1).sum() == pytest.approx(width, abs=1)
+
+
 def test_a_small_face_has_points_of_one_pixel_and_no_label() -> None:
     for height, small in ((39, True), (40, False)):
         faces = _faces((100, 100, 130, 100 + height))

@@ -19,11 +19,11 @@ from PIL import Image
 
 from facespec.errors import ImageError
 from facespec.images import (
-    IMAGE_SUFFIXES,
     MAX_FILE_BYTES,
     MAX_PIXELS,
     decode_image,
     find_images,
+    holds_several,
     read_image,
     write_image,
 )
@@ -241,6 +241,15 @@ EVERY_FORMAT = {
     "p5": _pnm(5),
     "p6 with comments": _pnm(6, b"#a 1 2\n64 # b\n48", b"\n#c\n255"),
     "p6 of 16 bits": _pnm(6, maximum=b" 65535"),
+    "p7": cv2.imencode(".pam", _picture())[1].tobytes(),
+    "gif": _save(_pil(), "GIF"),
+    "big tiff": _save(_pil(), "TIFF", big_tiff=True),
+    "jpeg 2000": _save(_pil(), "JPEG2000"),
+    "jpeg 2000 without boxes": _save(_pil(), "JPEG2000", no_jp2=True),
+    "radiance": cv2.imencode(".hdr", (_picture() / 255).astype(np.float32))[1].tobytes(),
+    "sun raster": cv2.imencode(".ras", _picture())[1].tobytes(),
+    "avif": _save(_pil(), "AVIF", quality=95),
+    "multi-picture jpeg": _save(_pil(), "MPO", save_all=True, append_images=[_pil("L").convert("RGB")]),
 }
 
 
@@ -253,7 +262,8 @@ def test_every_format_says_its_size_before_it_is_decoded(name: str) -> None:
 
 
 def test_other_rows_and_headers_are_read_right() -> None:
-    for name in ("bmp, short header", "bmp, top row first", "p3", "p6 with comments", "big-endian tiff"):
+    for name in ("bmp, short header", "bmp, top row first", "p3", "p6 with comments", "big-endian tiff", "big tiff",
+                 "p7", "jpeg 2000", "jpeg 2000 without boxes", "sun raster"):  # fmt: skip
         np.testing.assert_array_equal(decode_image(EVERY_FORMAT[name]), _picture(), name)
 
 
@@ -325,7 +335,7 @@ def test_a_jpeg_thumbnail_does_not_hide_truncation() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(sorted({**LOSSLESS, "jpeg": JPEG}.items())), st.data())
+@given(st.sampled_from(sorted({**EVERY_FORMAT, "jpeg": JPEG}.items())), st.data())
 def test_any_damage_gives_an_image_or_an_image_error(item: tuple[str, bytes], data: st.DataObject) -> None:
     damaged = bytearray(item[1])
     for _ in range(data.draw(st.integers(1, 6))):
@@ -347,7 +357,7 @@ def test_garbage_gives_an_image_or_an_image_error(garbage: bytes, magic: bytes) 
         return
 
 
-@pytest.mark.parametrize("data", [b"", b"GIF89a" + bytes(50), b"<svg/>", bytes(1000)])
+@pytest.mark.parametrize("data", [b"", b"BMW", b"<svg/>", bytes(1000)])
 def test_other_formats_are_named(data: bytes) -> None:
     with pytest.raises(ImageError, match=r"empty|not a JPEG"):
         decode_image(data)
@@ -355,6 +365,98 @@ def test_other_formats_are_named(data: bytes) -> None:
         ImageError, match="^photo.jpg: the file is empty$" if not data else "^photo.jpg: not a JPEG, PNG"
     ):
         decode_image(data, "photo.jpg")
+
+
+def _several(kind: str, count: int = 3, **options: object) -> bytes:
+    pictures = [_pil(), *(Image.new("RGB", (64, 48), (40 * index, 9, 9)) for index in range(count - 1))]
+    return _save(pictures[0], kind, save_all=True, append_images=pictures[1:], **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("GIF", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("TIFF", {"big_tiff": True}), ("AVIF", {})],
+)
+def test_of_an_animation_the_first_picture_is_read_and_that_is_known(kind: str, options: dict[str, object]) -> None:
+    data = _several(kind, **options)
+    assert holds_several(data)
+    first = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[..., ::-1].astype(int)
+    assert np.abs(decode_image(data).astype(int) - first).mean() < 6
+    assert not holds_several(_several(kind, 1, **options))
+
+
+def test_what_follows_the_first_picture_of_a_gif_is_not_decoded() -> None:
+    """Its damage neither hurts nor hides that there is more."""
+    data = bytearray(_several("GIF"))
+    first = decode_image(bytes(data))
+    second = data.index(b",", data.index(b"!\xf9", 900))
+    data[second + 10 :] = bytes(90)
+    assert holds_several(bytes(data))
+    np.testing.assert_array_equal(decode_image(bytes(data)), first)
+    with pytest.raises(ImageError, match="the GIF file is truncated"):
+        decode_image(bytes(data[:900]))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_avif_is_turned_as_it_says(orientation: int) -> None:
+    """By its own properties, which hold rather than EXIF's; so Pillow reads it, too."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _save(_pil(), "AVIF", quality=95, exif=exif)
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    found = decode_image(data)
+    assert found.shape == (*upright.size[::-1], 3)
+    assert np.abs(found.astype(int) - np.asarray(upright)[..., ::-1]).mean() < 4
+    assert upright.size == ((64, 48) if orientation < 5 else (48, 64))
+
+
+def test_a_heic_without_its_package_is_named_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "photo.jpg").write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(100))
+    with pytest.raises(
+        ImageError, match=r"photo\.jpg: reading HEIC needs pillow_heif, .*'\.\[heif\]'; or save it as JPEG"
+    ):
+        read_image(tmp_path / "photo.jpg")
+
+
+@pytest.fixture(scope="module")
+def heic() -> bytes:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(_pil().resize((640, 480))).save(buffer, quality=95)
+    return buffer.getvalue()
+
+
+def test_a_heic_is_read(heic: bytes) -> None:
+    expected = cv2.resize(_picture(), (640, 480), interpolation=cv2.INTER_CUBIC).astype(int)
+    assert np.abs(decode_image(heic).astype(int) - expected).mean() < 4
+    with pytest.raises(ImageError, match=r"^it: 640x480 is more than 0\.3 megapixels"):
+        decode_image(heic, "it", max_pixels=300_000)
+    for damaged in (heic[:300], heic[: len(heic) // 2], heic[:40] + bytes(len(heic) - 40)):
+        with pytest.raises(ImageError, match="HEIC file is truncated or damaged"):
+            decode_image(damaged)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"), (b"v/1\x01" + bytes(90), "OpenEXR"),
+        (b"8BPS" + bytes(90), "Photoshop"),
+        (b"II*\0\x10\0\0\0CR\2\0" + bytes(90), "camera raw"), (b"FUJIFILMCCD-RAW " + bytes(90), "camera raw"),
+        (b"\0\0\0\x18ftypcrx " + bytes(90), "camera raw"),
+    ],
+)  # fmt: skip
+def test_images_that_are_not_read_are_named(data: bytes, kind: str) -> None:
+    with pytest.raises(ImageError, match=f"^x: {kind} images are not read: save it as JPEG or PNG$"):
+        decode_image(data, "x")
+
+
+@pytest.mark.parametrize("entry", [(254, 4, 1, 1), (50_706, 1, 4, 0x0401)])
+def test_the_preview_in_a_raw_file_is_not_taken_for_the_photo(entry: tuple[int, int, int, int]) -> None:
+    data = _tiff([entry, (256, 4, 1, 64), (257, 4, 1, 48)])
+    with pytest.raises(ImageError, match="the TIFF file is a camera's raw file or begins with a preview"):
+        decode_image(data)
 
 
 def test_a_file_is_named_in_every_error_and_the_limits_are_passed_on(
@@ -400,20 +502,6 @@ def test_write_and_find(tmp_path: Path) -> None:
         assert not (tmp_path / name).exists()
     with pytest.raises(ImageError, match=r"g\.jpg: 70000x1 cannot be written as '\.jpg'; use \.png or \.jpg"):
         write_image(tmp_path / "g.jpg", np.zeros((1, 70_000, 3), np.uint8))
-
-
-def test_what_counts_as_an_image_file(tmp_path: Path) -> None:
-    suffixes = ("jpg", "jpeg", "jfif", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
-    assert tuple(f".{suffix}" for suffix in suffixes) == IMAGE_SUFFIXES
-    for name in (*(f"a.{suffix}" for suffix in suffixes), ".hidden.png", "a.gif", "a.txt", "png"):
-        (tmp_path / name).touch()
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "gone.png").symlink_to("nothing")
-    (tmp_path / "folder.png" / "Z.PNG").touch()
-    expected = sorted([*(tmp_path / f"a.{suffix}" for suffix in suffixes), tmp_path / "folder.png" / "Z.PNG"])
-    assert find_images(str(tmp_path)) == expected
-    with pytest.raises(ImageError, match="none: cannot be read"):
-        find_images(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -560,6 +648,13 @@ def test_a_tiff_may_not_hold_a_jpeg_of_many_scans() -> None:
     for scans in (6, 50):
         with pytest.raises(ImageError, match="the TIFF file is damaged"):
             decode_image(tiff(jpeg_with_scans(64, scans)))
+
+
+@pytest.mark.parametrize("offset", [64, 1 << 31, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_a_tiff_whose_directory_lies_far_away(offset: int) -> None:
+    head = b"II+\0\x08\0\0\0" + struct.pack("<Q", offset)
+    with pytest.raises(ImageError, match="TIFF file is truncated or damaged"):
+        decode_image(head + bytes(16))
 
 
 def test_what_is_packed_after_the_rows_of_a_png_is_not_unpacked(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_form_that_travels_in_files_stays_what_it_is() -> None:
         assert ModelSpec.from_json(written) == ModelSpec()
     assert isinstance(ModelSpec.from_json(text).anchors.min_sizes[0], tuple)
     assert spec_module.SPEC_KEY == "retinaface.spec"
-    assert spec_module.CHECKPOINT_SUFFIXES == (".pth", ".pt", ".tar", ".ckpt")
+    assert spec_module.CHECKPOINT_SUFFIXES == (".pth", ".pt", ".tar", ".ckpt", ".safetensors")
     assert (spec_module.DEFAULT_WEIGHTS, spec_module.SIZE_MULTIPLE) == ("mobilenet0.25", 32)
     assert MAX_NETWORK_PIXELS == 16_777_216
 
@@ -305,3 +305,16 @@ def test_check_size() -> None:
     for size in (*wrong, -32, 4128, (4096, 4128), (32, 4096 * 128 + 32), 10**30):
         with pytest.raises(SpecError, match="network size"):
             check_size(size)  # type: ignore[arg-type]
+
+
+def test_a_size_with_the_width_first_is_told_the_order() -> None:
+    hint = (
+        "1080 is not a multiple of 32; try 1088; sizes are HEIGHTxWIDTH: for frames that are wider than high, 1088x1920"
+    )
+    with pytest.raises(SpecError, match=rf"{hint}$"):
+        parse_size("1920x1080")
+    with pytest.raises(SpecError, match=r"1080 is not a multiple of 32; try 1088$"):
+        parse_size("1080x1920")
+    with pytest.raises(SpecError, match="wider than high, 96x4000"):
+        parse_size("4000x99")
+    assert parse_size("640x384") == (640, 384)

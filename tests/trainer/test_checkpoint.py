@@ -5,12 +5,14 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +77,156 @@ def test_every_layout_loads_to_the_same_weights(layout: str, state: State, tmp_p
     if layout == "yakhyo":
         assert "fx.stage2.3.1.1.running_var" in content
         assert "class_head.class_head.2.bias" in content
+
+
+def _saved(state: State) -> dict[str, tuple[object, str]]:
+    """What training scripts save, and what is said of it: where the weights were, or "" if they lay open."""
+    model = copy.deepcopy(load_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    for value in model.parameters():
+        value.grad = torch.zeros_like(value)
+    optimizer.step()
+    others = {key: value + 1 if value.is_floating_point() else value for key, value in state.items()}
+
+    def prefixed(prefix: str, values: State = state) -> State:
+        return {f"{prefix}{key}": value for key, value in values.items()}
+
+    return {
+        "yakhyo's train.py": ({"model": _to_yakhyo(state), "optimizer": optimizer.state_dict(), "epoch": 3}, "'model'"),
+        "the tutorial": ({"epoch": 5, "model_state_dict": state, "optimizer_state_dict": {}, "loss": 1.2}, "'model_st"),
+        "net": ({"net": state, "acc": 0.9, "epoch": 3}, "'net'"),
+        "deep": ({"checkpoint": {"weights": {"net": prefixed("module.")}}}, "'checkpoint.weights.net', names without"),
+        "torch.compile": (prefixed("_orig_mod."), "of the file, names without '_orig_mod.'"),
+        "torch.compile of DDP": (prefixed("_orig_mod.module."), "'_orig_mod.module.'"),
+        "AveragedModel": ({"n_averaged": torch.tensor(5), **prefixed("module.")}, "'module.'"),
+        "Lightning": ({"state_dict": {**prefixed("model."), "loss.priors": torch.ones(3)}, "epoch": 1}, "'model.'"),
+        "parameters": ({key: nn.Parameter(v) if v.is_floating_point() else v for key, v in state.items()}, ""),
+        "EMA beside": ({"state_dict": others, "state_dict_ema": state}, "'state_dict_ema'; passed over: under 'state_"),
+        "EMA before": ({"ema": {"module": state, "updates": 7}, "model": others}, "'ema.module'; passed over"),
+        "EMA in one": ({**prefixed("model.", others), **prefixed("ema_model.module.")}, "'ema_model.module.'; passed"),
+        "EMA inside": ({**others, **prefixed("ema.")}, "names without 'ema.'; passed over: of the file"),
+        "averaged": (
+            {"model": others, "averaged_model": {"n_averaged": torch.tensor(1), **prefixed("module.")}},
+            "'aver",
+        ),
+        "twice the same": ({"model": state, "state_dict": dict(state)}, "'model'; passed over: under 'state_dict'"),
+    }
+
+
+KINDS = list(_saved(load_model().state_dict()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_inside_what_training_scripts_save_are_found(
+    kind: str, state: State, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content, said = _saved(state)[kind]
+    torch.save(content, tmp_path / "w.ckpt")
+    with caplog.at_level("INFO", "retinaface_trt"):
+        assert load_model(tmp_path / "w.ckpt").spec.weights_sha256 == load_model().spec.weights_sha256
+    assert said in caplog.text
+    assert bool(said) is bool(caplog.records)
+    model = RetinaFace(ModelSpec())
+    load_pretrained(model, tmp_path / "w.ckpt")
+    assert checkpoint.weights_sha256(model.state_dict()) == load_model().spec.weights_sha256
+
+
+def test_which_of_several_weights_is_meant_is_not_guessed(state: State, tmp_path: Path) -> None:
+    others = {key: value + 1 for key, value in state.items()}
+    for content, words in (
+        (
+            {"teacher": state, "student": others},
+            "holds several sets of weights: under 'teacher'; under 'student'; save",
+        ),
+        ({"ema": state, "model_ema": others, "model": state}, "under 'ema'; under 'model_ema'; save"),
+    ):
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(WeightsError, match=words):
+            load_model(tmp_path / "w.pth")
+
+
+def test_half_precision_that_overflowed_is_told(state: State, tmp_path: Path) -> None:
+    torch.save({key: value.half() * 1e5 for key, value in state.items()}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="not finite floating-point numbers; float16 ends at 65504: save float32"):
+        load_model(tmp_path / "w.pth")
+
+
+def test_safetensors(state: State, tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file({f"module.{key}": value.clone() for key, value in state.items()}, tmp_path / "w.safetensors")
+    assert load_model(tmp_path / "w.safetensors").spec.weights_sha256 == load_model().spec.weights_sha256
+    data = (tmp_path / "w.safetensors").read_bytes()
+    for bad in (b"", data[:1000], data[:-1], b"\xff" * 100, data.replace(b"F32", b"F33", 1)):
+        (tmp_path / "w.safetensors").write_bytes(bad)
+        with pytest.raises(WeightsError, match="not a safetensors file, or damaged"):
+            load_model(tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"no such weights file$"):
+        load_model(tmp_path / "none.safetensors")
+
+
+def _to_onnx(model: nn.Module, path: Path, folded: bool = True) -> None:
+    """Export a network as its own project does: float32 (B, 3, H, W) in, the three heads out."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        keep = torch.onnx.TrainingMode.EVAL if folded else torch.onnx.TrainingMode.PRESERVE
+        torch.onnx.export(
+            model.eval(), (torch.zeros(1, 3, 64, 64),), buffer, dynamo=False, training=keep, opset_version=17
+        )  # type: ignore[arg-type]
+    path.write_bytes(buffer.getvalue())
+
+
+def _with_statistics(spec: ModelSpec) -> RetinaFace:
+    """A random model whose batch normalisation does something."""
+    torch.manual_seed(0)
+    model = RetinaFace(spec)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("spec", [ModelSpec(), ModelSpec("resnet18", 64)])
+def test_onnx_files_of_the_usual_projects_are_weights(spec: ModelSpec, folded: bool, tmp_path: Path) -> None:
+    """Names of modules are those of biubug6's project, whose exports are made in this way."""
+    model = _with_statistics(spec)
+    _to_onnx(model, tmp_path / "w.onnx", folded)
+    found = load_model(tmp_path / "w.onnx")
+    assert (found.spec.backbone, found.spec.fpn_channels) == (spec.backbone, spec.fpn_channels)
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 60
+    with torch.inference_mode():
+        for mine, theirs in zip(found(images), model(images), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=1e-3)
+    trained = RetinaFace(spec)
+    load_pretrained(trained, tmp_path / "w.onnx")
+    assert is_folded(trained) is folded
+
+
+def test_our_onnx_files_are_weights(static_onnx: Path, plugin_form: Path, exported: Callable[..., Path]) -> None:
+    for path in (static_onnx, plugin_form):
+        found = load_model(path)
+        for key, value in load_model().state_dict().items():
+            torch.testing.assert_close(found.state_dict()[key], value, atol=1e-5, rtol=1e-5, msg=key)
+    with pytest.raises(WeightsError, match="an INT8 file, its weights are rounded"):
+        load_model(exported("int8", "portable"))
+
+
+def test_other_onnx_files_are_refused_in_a_line(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    _to_onnx(network, tmp_path / "w.onnx")
+    with pytest.raises(WeightsError, match="not RetinaFace weights; expected the keys of"):
+        load_model(tmp_path / "w.onnx")
+    for data in (b"", b"\x08\x07garbage", (tmp_path / "w.onnx").read_bytes()[:-40]):
+        (tmp_path / "w.onnx").write_bytes(data)
+        with pytest.raises(WeightsError, match=r"w\.onnx: not") as caught:
+            load_model(tmp_path / "w.onnx")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsError, match=r"no such weights file$"):
+        load_model(tmp_path / "none.onnx")
 
 
 @pytest.mark.data

@@ -163,7 +163,8 @@ def test_configs_are_frozen() -> None:
 
 DEFAULTS = {
     "recipe": "default", "seed": 0, "precision": "auto",
-    "data.source": "widerface", "data.root": None, "data.val": None, "data.size": 640, "data.batch": 16,
+    "data.source": "widerface", "data.root": None, "data.val": None, "data.images": None,
+    "data.category": None, "data.skip_damaged": False, "data.size": 640, "data.batch": 16,
     "data.overfit": 0,
     "augment.crop_scales": [0.3, 0.45, 0.6, 0.8, 1.0, 1.2, 1.4], "augment.crop_tries": 250, "augment.flip": 0.5,
     "augment.brightness": 32.0, "augment.contrast": [0.5, 1.5], "augment.saturation": [0.5, 1.5], "augment.hue": 18,
@@ -258,7 +259,8 @@ def test_nesterov_needs_momentum() -> None:
 
 
 def test_only_what_changes_nothing_that_is_computed_may_change() -> None:
-    may = {name for name in DEFAULTS if name.startswith("run.")} | {"data.root", "data.val"}
+    may = {name for name in DEFAULTS if name.startswith("run.")}
+    may |= {"data.root", "data.val", "data.images", "data.skip_damaged"}
     other: dict[type, Any] = {
         int: lambda v: v + 1, float: lambda v: v / 2 + 0.01, bool: lambda v: not v, list: lambda v: v[:-1] + v[-1:] * 2,
         str: lambda v: "x", type(None): lambda v: "x",

@@ -177,7 +177,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         config = resolve(parse_arguments([*ARGUMENTS.split(), "run"]).settings)
         state = TrainState.start(config, CPU, None, None, None)  # type: ignore[arg-type]
         state.step, state.history = 2, [{"epoch": 1, "total": 9.0, "ap": 0.0}]
-        state.save(Path("run") / "last.pth", config, open_dataset("set", "train").digest())
+        state.save(Path("run") / "last.pth", config, open_dataset("set", "train").names())
     finally:
         os.chdir(before)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

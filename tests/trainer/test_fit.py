@@ -65,7 +65,7 @@ def _not_started(config: TrainConfig) -> Path:
     dataset = open_dataset(config.data.source, "train")
     config = dataclasses.replace(config, precision="bf16" if has_bf16(CPU.device) else "fp32")
     last = Path(config.run.output) / "last.pth"
-    TrainState.start(config, CPU, None, None, None).save(last, config, dataset.digest())  # type: ignore[arg-type]
+    TrainState.start(config, CPU, None, None, None).save(last, config, dataset.names())  # type: ignore[arg-type]
     return last
 
 
@@ -350,6 +350,8 @@ def test_flags_are_settings() -> None:
         "--recipe": ("recipe", "original", "original"),
         "--data": ("data.source", "synthetic", "synthetic"),
         "--val": ("data.val", "v", "v"),
+        "--images": ("data.images", "i", "i"),
+        "--category": ("data.category", "c", "c"),
         "--size": ("data.size", "96", 96),
         "--batch": ("data.batch", "3", 3),
         "--overfit": ("data.overfit", "5", 5),
@@ -610,8 +612,50 @@ def test_check_data_draws_a_picture(
     for index, other in enumerate((["--seed", "4"], ["--size", "32"], ["--set", "augment.flip=1"])):
         main([*line, *other, "--out", str(index)])
         assert (read_image(tmp_path / str(index) / "data.png") != picture).any(), other
-    # training would stop at an image that cannot be read
+    # training would refuse an image that cannot be read
     (own / "train" / "images" / "2.png").write_bytes(b"damaged")
     capsys.readouterr()
     assert main([*line, "--out", "seen"]) == 1
     assert "2.png" in capsys.readouterr().out.splitlines()[0]
+    assert main([*line, "--out", "seen", "--set", "data.skip_damaged=true"]) == 0
+
+
+def test_a_damaged_image_is_found_before_the_first_step(
+    images: Path, config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be left out, in the middle of a run too, and the other images keep their places."""
+    own = tmp_path / "own"
+    shutil.copytree(images, own)
+    damaged = own / "train" / "images" / "2.png"
+    settings = config(data__source=str(own), schedule__epochs=1)
+    last = _not_started(settings)  # all images were sound then
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    told = "1 of 12 images cannot be read, the first: .*2.png.*--check-data .*--set data.skip_damaged=true"
+    with pytest.raises(DataError, match=told):
+        fit(settings, resume=last)
+    skipping = dataclasses.replace(settings, data=dataclasses.replace(settings.data, skip_damaged=True))
+    assert len(fit(skipping, resume=last)) == 1
+    assert "left out: 1 of 12 images, which cannot be read, the first: " in capsys.readouterr().out
+    _, training = read_training(last)
+    assert len(training["data"].splitlines()) == 12
+    # it is gone, and its label with it
+    damaged.unlink()
+    label = own / "train" / "label.txt"
+    label.write_text(re.sub(r"# 2\.png\n[^#]*", "", label.read_text()))
+    last.unlink()
+    last = _not_started(settings)
+    assert len(read_training(last)[1]["data"].splitlines()) == 11
+    content = torch.load(last, weights_only=True)
+    content["training"]["data"] = training["data"]  # as it was when the run began
+    torch.save(content, last)
+    with pytest.raises(ConfigError, match=r"\(12, now 11; for instance images/2\.png\).*data\.skip_damaged=true"):
+        fit(settings, resume=last)
+    assert len(fit(skipping, resume=last)) == 1
+    assert "left out: 1 of 12 images" in capsys.readouterr().out
+    # what is measured on is read, too
+    (own / "val" / "images" / "1.png").write_bytes(b"")
+    last.unlink()
+    with pytest.raises(DataError, match=r"1 of 4 images cannot be read, the first: .*1\.png"):
+        fit(settings)
+    assert fit(skipping)[0]["ap"] >= 0
+    assert "left out: 1 of 4 images" in capsys.readouterr().out

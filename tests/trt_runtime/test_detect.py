@@ -5,22 +5,26 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
+import shutil
 import sys
 import threading
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from facespec.draw import draw_detections
-from facespec.errors import DataError, FrameError, ImageError, NonFiniteError, OutputError, SpecError, VideoError
+from facespec.errors import FrameError, ImageError, NonFiniteError, OutputError, SpecError, VideoError
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
 from tests.trt_runtime.handmade import HandmadeDetector, HandmadeLane, frame_of
+from tests.trt_runtime.web_site import Site, site_fixture
 from trt_runtime import detect as module
 from trt_runtime.detect import DetectOptions, Summary, detect, main, parse_arguments
 from trt_runtime.measure import StageTimer
@@ -28,6 +32,7 @@ from trt_runtime.media.files import TimedFrame, VideoFile, VideoWriter
 from trt_runtime.media.pipeline import WAIT, PipelineOptions, SourceReport
 
 MODEL = Path("m.onnx")
+site = site_fixture
 
 
 @pytest.fixture
@@ -290,7 +295,91 @@ def test_an_interrupt_keeps_the_images_before(
     assert [path.name for path in Path("out").iterdir()] == ["a.png"]
 
 
+def test_strict_is_content_where_everything_was_taken(detector: HandmadeDetector, photos: Path) -> None:
+    assert main(["photos", "--model", "m.onnx", "--strict"]) == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_was_not_taken_is_said_at_the_end(
+    strict: bool, detector: HandmadeDetector, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("notes.txt", "b/more.dat"):
+        (photos / name).write_text("neither")
+    pages = [Image.fromarray(frame_of(faces, (40, 60))) for faces in (3, 5)]
+    pages[0].save(photos / "animated.gif", save_all=True, append_images=pages[1:])
+    assert main(["photos", "--model", "m.onnx", "--json", "j.json", *["--strict"] * strict]) == strict
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 files not taken, neither image nor video: photos/b/more.dat, photos/notes.txt" in lines
+    assert "1 image of several pictures, of which the first was taken: photos/animated.gif" in lines
+    assert [len(record["faces"]) for record in _lines("j.json")] == [1, 3, 2, 8]
+
+
+def test_a_folder_of_images_and_videos_gives_both(
+    detector: HandmadeDetector, photos: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip.rename(photos / "b" / "clip.mkv")
+    assert main(["photos", "--model", "m.onnx", "--json", "j.json", "--out", "out"]) == 0
+    records = _lines("j.json")
+    assert [record["source"] for record in records[:3]] == ["photos/a.png", "photos/b/c.bmp", "photos/d.PNG"]
+    assert [record["frame"] for record in records[3:]] == list(range(6))
+    assert {record["source"] for record in records[3:]} == {"photos/b/clip.mkv"}
+    written = sorted(str(path) for path in Path("out").rglob("*.*"))
+    assert written == ["out/a.png", "out/b/c.bmp.png", "out/b/clip.mp4", "out/d.PNG"]
+    assert "9 frames" in capsys.readouterr().out
+
+
+def test_images_that_are_interrupted_leave_the_videos(detector: HandmadeDetector, photos: Path, clip: Path) -> None:
+    def interrupt(lane: HandmadeLane) -> None:
+        raise KeyboardInterrupt
+
+    detector.on_run = interrupt
+    summary = detect(DetectOptions(("photos", "clip.mp4"), MODEL))
+    assert (summary.interrupted, summary.sources) == (True, [])
+
+
 # videos
+
+
+def test_videos_of_a_folder_run_some_at_a_time(
+    detector: HandmadeDetector, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is live runs with the last of them, since it never ends."""
+    groups: list[list[str]] = []
+    run = module.run_pipeline
+
+    def seen(detector: Any, jobs: Any, *args: Any, **options: Any) -> Any:
+        groups.append([job.name for job in jobs])
+        return run(detector, jobs, *args, **options)
+
+    monkeypatch.setattr(module, "FILES_AT_ONCE", 2)
+    monkeypatch.setattr(module, "run_pipeline", seen)
+    for name in ("a", "b", "c"):
+        (clip.parent / "clips").mkdir(exist_ok=True)
+        shutil.copy(clip, clip.parent / "clips" / name)
+    summary = detect(DetectOptions(("clips", "97"), MODEL, json="j.json", out=Path("out")))
+    assert groups == [["clips/a", "clips/b"], ["clips/c", "camera 97"]]
+    assert (summary.frames, len(summary.sources), len(summary.failures)) == (18, 4, 1)
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+def test_pixels_keep_their_shape(detector: HandmadeDetector, here: Path) -> None:
+    with VideoWriter("pal.mkv", 25, Fraction(16, 11)) as writer:
+        writer.write(frame_of(2, (32, 64)))
+    detect(DetectOptions("pal.mkv", MODEL, out=Path("out.mp4")))
+    with VideoFile("out.mp4") as video:
+        list(video)
+        assert video.pixel_aspect == Fraction(16, 11)
+
+
+def test_a_photo_at_an_address(detector: HandmadeDetector, here: Path, site: Site) -> None:
+    photo = cv2.imencode(".png", frame_of(3))[1].tobytes()
+    site.answer = lambda path: (200, {}, photo)
+    address = f"http://user:word@{site.address}/photo.jpg"
+    summary = detect(DetectOptions(address, MODEL, out=Path("out.png"), json="j.json"))
+    assert (summary.frames, summary.faces, summary.sources) == (1, 3, [])
+    (record,) = _lines("j.json")
+    assert record["source"] == f"http://***@{site.address}/photo.jpg"
+    assert read_image("out.png").shape == (32, 64, 3)
 
 
 def test_what_is_written_of_videos(detector: HandmadeDetector, clip: Path) -> None:
@@ -337,6 +426,7 @@ class _Breaks:
 
     def __init__(self, frames: int) -> None:
         self.name, self.live, self.rate, self.frame_count, self.damaged, self.reconnects = "v", False, 10, 9, 0, 0
+        self.pixel_aspect = Fraction(1)
         self._frames = frames
 
     def __enter__(self) -> _Breaks:
@@ -509,148 +599,6 @@ def test_a_window_needs_a_display_before_anything_is_loaded(
     with pytest.raises(VideoError, match="--show needs a display"):
         detect(DetectOptions(str(photos), MODEL, show=True))
     assert detector.asked == []  # type: ignore[attr-defined]
-
-
-# sources
-
-
-def test_what_a_source_is(here: Path) -> None:
-    (here / "7").mkdir()
-    write_image(here / "7" / "x.png", frame_of(1))
-    write_image(here / "p.JPG.png", frame_of(1))
-    (here / "v.mp4").write_text("")
-    (here / "[b].png").write_bytes((here / "p.JPG.png").read_bytes())
-    assert [module._is_camera(name) for name in ("0", "12", "7", "v.mp4", "-1", "1.0", "")] == [
-        True, True, False, False, False, False, False,
-    ]  # fmt: skip
-    assert module._images("7") == [Path("7/x.png")]
-    assert module._images("p.JPG.png") == [Path("p.JPG.png")]
-    assert module._images("[b].png") == [Path("[b].png")]  # a file's name before a pattern
-    assert module._images("v.mp4") is module._images("0") is module._images("rtsp://h/*.png") is None
-    assert module._images("*.png") == [Path("[b].png"), Path("p.JPG.png")]
-    assert module._images("**/*") == [Path("7/x.png"), Path("[b].png"), Path("p.JPG.png")]
-    for wrong, words in (
-        ("", "the source is empty: give a file, a folder, a glob, a webcam's index or an address"),
-        ("none.png", "none.png: no such file or folder"),
-        ("*.mp4", "*.mp4: no image matches this pattern; videos are named one by one"),
-    ):
-        with pytest.raises(DataError, match=re.escape(words)):
-            module._images(wrong)
-    (here / "empty").mkdir()
-    with pytest.raises(DataError, match="empty: no images in this folder; videos are named one by one"):
-        module._images("empty")
-
-
-def test_images_or_videos_of_several_sources(here: Path) -> None:
-    for name in ("a.png", "f/b.png", "f/c.png"):
-        write_image(here / name, frame_of(1))
-    for name in ("v.mp4", "w.mp4"):
-        (here / name).write_text("")
-    a, b, c = Path("a.png"), Path("f/b.png"), Path("f/c.png")
-    assert module._image_sources(["f/c.png", "a.png", "f"]) == [c, a, b]  # each once, where it is first named
-    assert module._image_sources(["v.mp4", "w.mp4", "0", "1"]) is None
-    with pytest.raises(DataError, match=r"a\.png is an image, v\.mp4 is not: run images and videos apart"):
-        module._image_sources(["v.mp4", "a.png"])
-    for twice, words in (
-        (["v.mp4", "w.mp4", "v.mp4"], "v.mp4 is given more than once"),
-        (["0", "v.mp4", "0"], "camera 0 is given more than once"),
-        (["rtsp://a:b@h/x", "rtsp://c:d@h/x"], r"rtsp://\*\*\*@h/x is given more than once"),
-    ):
-        with pytest.raises(DataError, match=words):
-            module._image_sources(twice)
-
-
-def test_how_sources_are_shown() -> None:
-    sources = ["0", "clip.mp4", "rtsp://u:p@h/x", "a@b.mp4", "http://h/x?id=a", "http://h/x?id=b", "http://h/x?id=c"]
-    assert list(module._labels(sources).values()) == [
-        "camera 0", "clip.mp4", "rtsp://***@h/x", "a@b.mp4",
-        "http://h/x?id=***", "http://h/x?id=*** (2)", "http://h/x?id=*** (3)",
-    ]  # fmt: skip
-
-
-def test_where_annotated_images_go(here: Path) -> None:
-    out = Path("out")
-    (here / "f").mkdir()
-
-    def targets(sources: list[str], *paths: str) -> dict[str, str]:
-        found = module._targets(sources, [Path(path) for path in paths], out)
-        return {source: str(target) for source, target in found.items()}
-
-    assert targets(["f"], "f/a.png", "f/g/b.bmp") == {"f/a.png": "out/a.png", "f/g/b.bmp": "out/g/b.bmp.png"}
-    assert targets(["f"], "f/g/b.png") == {"f/g/b.png": "out/g/b.png"}  # as it lies under the source
-    assert targets(["*/*.png"], "f/a.png", "g/a.png") == {"f/a.png": "out/f/a.png", "g/a.png": "out/g/a.png"}
-    assert targets(["x"], "d/f/a.png", "d/f/h/b.png") == {"d/f/a.png": "out/a.png", "d/f/h/b.png": "out/h/b.png"}
-    assert targets(["x"], "d/f/a/1.png", "d/f/b/1.png", "d/g/c/1.png") == {
-        "d/f/a/1.png": "out/f/a/1.png", "d/f/b/1.png": "out/f/b/1.png", "d/g/c/1.png": "out/g/c/1.png",
-    }  # fmt: skip
-    assert targets(["x"], "d/f/h/b.png", "d/a.png") == {"d/f/h/b.png": "out/f/h/b.png", "d/a.png": "out/a.png"}
-    assert targets(["a.png", "f"], "a.png", "f/a.png") == {"a.png": "out/a.png", "f/a.png": "out/f/a.png"}
-    assert [str(module._as_written(Path(name))) for name in ("a.JPG", "a.jpeg", "a.png", "a.webp", "b/a.tif")] == [
-        "a.JPG", "a.jpeg", "a.png", "a.webp", "b/a.tif.png",
-    ]  # fmt: skip
-    assert targets(["f", "x"], "f/a.png", str(here / "f/g/b.png"), "f/../f/c.png") == {
-        "f/a.png": "out/a.png", str(here / "f/g/b.png"): "out/g/b.png", "f/../f/c.png": "out/c.png",
-    }  # fmt: skip
-    with pytest.raises(OutputError, match=r"--out out: f/a.bmp and f/a.bmp.png would get the same name; run them"):
-        targets(["f"], "f/a.bmp", "f/b.png", "f/a.bmp.png")
-
-
-def test_where_annotated_videos_go(here: Path) -> None:
-    sources = ["d/a.mkv", "0", "rtsp://u:p@h:554/x/y?k=1", "rtsp://?"]
-    found = module._video_targets(sources, Path("out"))
-    assert {source: target.name for source, target in found.items()} == {
-        "d/a.mkv": "a.mp4", "0": "camera0.mp4", sources[2]: "h_554_x_y_k_1.mp4", "rtsp://?": "stream.mp4",
-    }  # fmt: skip
-    assert {target.parent for target in found.values()} == {Path("out")}
-    with pytest.raises(OutputError, match=r"d/a\.mkv and e/a\.mp4 would get the same name; run them apart"):
-        module._video_targets(["d/a.mkv", "b.mp4", "e/a.mp4"], Path("out"))
-
-
-def test_outputs_that_are_refused_before_any_work(here: Path) -> None:
-    for name in ("f/a.png", "f/b.png", "x.jpg"):
-        write_image(here / name, frame_of(1))
-    (here / "v.mp4").write_text("video")
-    (here / "w.mp4").write_text("video")
-    (here / "m.onnx").write_text("model")
-    (here / "file").write_text("")
-    one, two = [Path("x.jpg")], [Path("f/a.png"), Path("f/b.png")]
-
-    def check(
-        source: str | tuple[str, ...], images: list[Path] | None, single: bool, **options: Any
-    ) -> dict[str, Path]:
-        wanted = {name: Path(value) if name == "out" else value for name, value in options.items()}
-        return module._check_outputs(DetectOptions(source, MODEL, **wanted), [MODEL], images, single)
-
-    assert check("x.jpg", one, True) == {}
-    assert check("x.jpg", one, True, out="o.JPG") == {"x.jpg": Path("o.JPG")}
-    assert check("v.mp4", None, True, out="o.MKV") == {"v.mp4": Path("o.MKV")}
-    assert check("f", two, False, out="out") == {"f/a.png": Path("out/a.png"), "f/b.png": Path("out/b.png")}
-    assert check(("v.mp4", "w.mp4"), None, False, out="out") == {
-        "v.mp4": Path("out/v.mp4"), "w.mp4": Path("out/w.mp4"),
-    }  # fmt: skip
-    assert check("rtsp://h/x", None, True, out="o.mp4", json="-") == {"rtsp://h/x": Path("o.mp4")}
-    refused: list[tuple[str | tuple[str, ...], list[Path] | None, bool, dict[str, str], str]] = [
-        ("v.mp4", None, True, {"out": "o.jpg"}, "--out o.jpg: video is written as .mp4, .mkv, .mov, .m4v"),
-        ("x.jpg", one, True, {"out": "o.mp4"}, "for one image give a name that ends in .jpg or .png"),
-        ("x.jpg", one, True, {"out": "o"}, "for one image give a name that ends in .jpg or .png"),
-        ("f", two, False, {"out": "o.png"}, "--out o.png: for several images give a folder"),
-        ("f", two, False, {"out": "o.mp4"}, "--out o.mp4: for several images give a folder"),
-        ("f", two, False, {"out": "file"}, "--out file: for several images give a folder"),
-        (("v.mp4", "w.mp4"), None, False, {"out": "o.mp4"}, "--out o.mp4: for several videos give a folder"),
-        ("f", two, False, {"out": "f"}, "--out f lies in the source folder: choose one outside"),
-        ("f", two, False, {"out": "f/new/out"}, "lies in the source folder: choose one outside"),
-        ("x.jpg", one, True, {"json": "x.jpg"}, "--json x.jpg is a file that is read"),
-        ("x.jpg", one, True, {"json": "m.onnx"}, "--json m.onnx is a file that is read"),
-        ("x.jpg", one, True, {"out": "x.jpg"}, "--out x.jpg is a file that is read"),
-        ("v.mp4", None, True, {"out": "v.mp4"}, "--out v.mp4 is a file that is read"),
-        ("v.mp4", None, True, {"json": "v.mp4"}, "--json v.mp4 is a file that is read"),
-        ("x.jpg", one, True, {"out": "o.png", "json": "o.png"}, "--json o.png is the file of --out, too"),
-        ("f", two, False, {"out": "g", "json": "g/b.png"}, "--json g/b.png is the file of --out, too"),
-        (("v.mp4", "w.mp4"), None, False, {"out": "."}, "--out v.mp4 is a file that is read"),
-    ]  # fmt: skip
-    for source, images, single, options, words in refused:
-        with pytest.raises(OutputError, match=re.escape(words)):
-            check(source, images, single, **options)
 
 
 def test_where_lines_go(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,14 @@ from facespec.detections import Detections
 from facespec.errors import ClosedError, FrameError, ModelFileError, NonFiniteError, SpecError
 from facespec.letterbox import Frame, Letterbox
 from facespec.spec import MAX_NETWORK_PIXELS, SPEC_KEY, DecodeSpec, ModelSpec, PreprocessSpec
+from tests.engines import write_engine
 from tests.trt_runtime.handmade import SPEC, HandmadeDetector, HandmadeLane, frame_of, in_time
 from trainer import load_model
 from trainer.model import TorchRetinaFace
 from trt_runtime import OpenVinoRetinaFace, OrtRetinaFace, load_detector
 from trt_runtime import detector as detector_module
 from trt_runtime.detector import RetinaFaceDetector, letterboxed, network_size
+from trt_runtime.gpu.sidecar import sidecar_path
 from trt_runtime.measure import StageTimer
 from trt_runtime.onnx_model import OnnxModel
 
@@ -678,14 +680,19 @@ def test_a_size_that_was_asked_for_and_the_one_a_model_takes() -> None:
 
 
 def test_what_load_detector_refuses(tmp_path: Path) -> None:
-    for name in ("m.engine", "m.plan", "m.onnx", "m.ONNX", "w.pt", "w.tar", "w.ckpt", "w.PTH", "m.trt"):
+    for name in ("m.engine", "m.plan", "m.onnx", "m.ONNX", "w.pt", "w.tar", "w.ckpt", "w.PTH", "m.bin"):
         (tmp_path / name).write_bytes(b"x")
     cases: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ("m.onnx", {"backend": "tflite"}, SpecError,
          "backend 'tflite' is not one of auto, onnxruntime, openvino, tensorrt"),
         (".", {}, ModelFileError, "a folder; give the model file in it"),
         ("none.onnx", {}, ModelFileError, r"no such model file; python -m export.to_onnx --out \S+none.onnx writes"),
-        ("none.engine", {}, ModelFileError, "no such model file"),
+        *[(f"none.{end}", {}, ModelFileError,
+           rf"no such model file; python -m export.to_trt --out \S+none\.{end} builds one")
+          for end in ("engine", "plan", "trt", "TRT")],
+        *[(f"none.{end}", {}, ModelFileError, "no such model file; detectors run exported models: python -m export.to")
+          for end in ("pth", "pt", "tar", "ckpt")],
+        ("resnet50", {}, ModelFileError, r"no such model file; models are files, or mobilenet0\.25 by its name"),
         ("m.engine", {"backend": "openvino"}, SpecError, "an engine runs in TensorRT only, not in openvino"),
         ("m.plan", {"backend": "onnxruntime"}, SpecError, "an engine runs in TensorRT only, not in onnxruntime"),
         ("m.onnx", {"backend": "tensorrt"}, SpecError, "TensorRT runs engines: python -m export.to_trt builds one"),
@@ -695,7 +702,8 @@ def test_what_load_detector_refuses(tmp_path: Path) -> None:
         ("m.onnx", {"device": "cpu"}, ModelFileError, "not an ONNX file"),
         ("m.engine", {"device": "cpu"}, ModelFileError, "engines run on a GPU; device cpu runs the .plugin.onnx"),
         ("m.onnx", {}, ModelFileError, "not an ONNX file"),
-        ("m.trt", {}, ModelFileError, "expected a .onnx file of python -m export.to_onnx, or a .engine of python"),
+        ("m.engine", {"precision": "bf16"}, SpecError, "an engine has the precision it was built in, not bf16"),
+        ("m.bin", {}, ModelFileError, "expected a .onnx file of python -m export.to_onnx, or an engine of python"),
         *[(f"w.{end}", {}, ModelFileError,
            rf"a checkpoint; export it first: python -m export.to_onnx --weights \S+w.{end}")
           for end in ("pt", "tar", "ckpt", "PTH")],
@@ -704,6 +712,26 @@ def test_what_load_detector_refuses(tmp_path: Path) -> None:
         with pytest.raises(kind, match=words) as caught:
             load_detector(tmp_path / name, **options)
         assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("name", ["model", "model.bin", "model.trt", "model.pth"])
+@pytest.mark.parametrize("start", [b"ftrt", b"vtrt" + bytes(64), b"something of a later version"])
+def test_what_an_engine_is_its_content_or_its_sidecar_says(name: str, start: bytes, tmp_path: Path) -> None:
+    engine = write_engine(tmp_path, start + bytes(80))
+    place = tmp_path / name
+    engine.rename(place)
+    sidecar_path(engine).rename(sidecar_path(place))
+    with pytest.raises(SpecError, match="an engine runs in TensorRT only"):
+        load_detector(place, backend="openvino")
+
+
+def test_a_model_and_a_checkpoint_of_any_name(static_onnx: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(static_onnx.read_bytes())
+    with load_detector(tmp_path / "model", threads=1) as detector:
+        assert detector.size_hw == (320, 320)
+    (tmp_path / "weights").write_bytes(b"PK\3\4")
+    with pytest.raises(ModelFileError, match=r"a checkpoint; export it first: python -m export\.to_onnx --weights"):
+        load_detector(tmp_path / "weights")
 
 
 class _Asked:
@@ -736,7 +764,7 @@ def test_a_detector_of_the_cpu_gets_what_was_asked_for(
     backend: str, name: str, static_onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"trt_runtime.cpu.{name}", _Asked)
-    options = {"score_threshold": 0.3, "size_hw": 640, "threads": 3, "streams": 2}
+    options = {"score_threshold": 0.3, "size_hw": 640, "threads": 3, "streams": 2, "precision": "fp32"}
     made: Any = load_detector(static_onnx, backend=backend, **options)
     assert (made.path.path, made.options) == (static_onnx, options)
     made = load_detector(static_onnx, backend=backend)

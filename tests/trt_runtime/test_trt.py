@@ -758,6 +758,7 @@ class _Copies(HostDevice):
 
     def copy_in(self, address: int, source: Any, stream: HostStream) -> None:
         self.sources.append(source.ctypes.data)
+        assert self._pinned_room(source.ctypes.data, source.nbytes) is not None  # else it is read when it may be gone
         super().copy_in(address, source, stream)
 
 

@@ -4,6 +4,7 @@ from trainer.data.augment import AugmentSettings, TrainingSet
 from trainer.data.check import check_data
 from trainer.data.dataset import Dataset, FileSample, Kind, Problem, Report, Sample
 from trainer.data.readers import open_dataset
+from trainer.data.synthetic import SyntheticSample
 
 __all__ = [
     "AugmentSettings",
@@ -13,6 +14,7 @@ __all__ = [
     "Problem",
     "Report",
     "Sample",
+    "SyntheticSample",
     "TrainingSet",
     "check_data",
     "open_dataset",

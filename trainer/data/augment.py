@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from facespec.errors import SpecError
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 from facespec.spec import PreprocessSpec
 from trainer.data.dataset import Dataset, Faces
 

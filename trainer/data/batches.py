@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from facespec.errors import DataError, RetinaFaceError
 from facespec.letterbox import Frame, Letterbox
+from facespec.opencv import cv2
 from facespec.spec import PreprocessSpec
 from trainer.data.dataset import Dataset, Faces
 from trainer.distributed import World

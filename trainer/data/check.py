@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
+from facespec.cli import quiet_libraries
 from facespec.errors import DataError
 from facespec.images import write_image
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 from facespec.samples import tiled
 from trainer.data.augment import AugmentSettings, TrainingSet
 from trainer.data.dataset import Dataset, Faces, FileSample, Kind, Problem, Report, Sample
@@ -73,6 +76,38 @@ def check_data(
     chosen = [good[index] for index in np.linspace(0, len(good) - 1, count).astype(int)]
     write_image(picture, contact_sheet([training_set[index] for index in chosen]))
     return report
+
+
+def find_damaged(samples: Sequence[Sample], indices: Iterable[int], progress: bool = True) -> dict[int, str]:
+    """Read the image files among some samples; return what is wrong with those that cannot be read, by index."""
+
+    def read(index: int) -> tuple[int, str]:
+        sample = samples[index]
+        try:
+            if isinstance(sample, FileSample):  # others are made when they are needed
+                sample.load()
+        except DataError as error:
+            return index, str(error)
+        return index, ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, quiet_libraries():
+        found = pool.map(read, indices := list(indices))
+        bar = tqdm(found, "reading images", len(indices), leave=False, unit="image", disable=None if progress else True)
+        return {index: problem for index, problem in bar if problem}
+
+
+def replace_damaged(samples: Sequence[Sample], damaged: Collection[int]) -> list[Sample]:
+    """Return the samples with the next one that is sound, round the end, in the place of each that is damaged.
+
+    Every sound image keeps its place, and with it the steps in which it is trained.
+
+    Raises:
+        DataError: All are damaged.
+    """
+    sound = [index for index in range(len(samples)) if index not in damaged]
+    if not sound:
+        raise DataError(f"none of the {len(samples)} images can be read")
+    return [samples[sound[bisect_left(sound, index) % len(sound)]] for index in range(len(samples))]
 
 
 def _check(sample: Sample) -> tuple[Faces | None, list[Problem]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ EDGE_PX = 1.0
 
 MAX_COORDINATE = 1e6
 """Larger numbers are no pixels."""
+
+MAX_NAME_PARTS = 6
+"""So many of the last parts of an image name are looked for where the whole is not found."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,14 @@ class Kind(Enum):
     NO_AREA = "box without area: dropped"
     DUPLICATE_BOX = "box given twice: used once"
     DUPLICATE_IMAGE = "image named twice: its faces are put together"
+    OTHER_KEYPOINTS = "keypoints that are not the five landmarks: box used without landmarks"
     PARTIAL_LANDMARKS = "landmarks known in part: box used without landmarks"
     INVALID = "face marked invalid: left out"
     CROWD = "crowd marked as one box: left out"
     ALL_LEFT_OUT = "image none of whose faces can be used: left out, as it is no background either"
-    BAD_NAME = "image name that is absolute or leads out of the folder: left out"
+    BAD_NAME = "image name that leads out of the folder and is not found in it, or stands for another's file: left out"
     MISSING_IMAGE = "image file not there: image left out"
-    DAMAGED_IMAGE = "image file that cannot be read: training will stop at it"
+    DAMAGED_IMAGE = "image file that cannot be read: training refuses it, or leaves it out with data.skip_damaged"
     OUTSIDE = "box outside the image: dropped"
     CLIPPED = "box partly outside the image: cut at its edge"
     LANDMARKS_OUTSIDE = "landmarks partly outside the image: box used without landmarks"
@@ -108,6 +113,7 @@ class Report:
         faces: Those that are used.
         with_landmarks: Those of them whose landmarks are known.
         problems: Everything that was dropped, changed or left out, in the order of the file.
+        notes: How the file was understood, where it could be meant otherwise.
     """
 
     images: int = 0
@@ -115,6 +121,7 @@ class Report:
     faces: int = 0
     with_landmarks: int = 0
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, place: str, kind: Kind, found: str) -> None:
         """Note a problem."""
@@ -126,11 +133,11 @@ class Report:
         return {kind: found[kind] for kind in Kind if kind in found}
 
     def summary(self) -> str:
-        """Return what the set holds in one line, and one more for each kind of problem."""
+        """Return what the set holds in one line, and one more for each kind of problem and each note."""
         images = f"{self.images:,} images ({self.background:,} without faces)"
         faces = f"{self.faces:,} faces ({self.with_landmarks:,} with landmarks)"
         problems = [f"{count:8,d}  {kind.value}" for kind, count in self.counts().items()]
-        return "\n".join([f"{images}, {faces}", *problems])
+        return "\n".join([f"{images}, {faces}", *problems, *(f"note: {note}" for note in self.notes)])
 
     def count_faces(self, faces: Faces) -> None:
         """Count an image and its faces."""
@@ -157,10 +164,19 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def digest(self) -> str:
-        """Return a hash of the images' names, and their order, wherever their folder lies."""
-        names = "\n".join("/".join(PurePath(sample.name).parts[-2:]) for sample in self.samples)
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+    def names(self) -> str:
+        """Return the images' names in their order, one a line, wherever their folder lies."""
+        return "\n".join(_short_name(sample) for sample in self.samples)
+
+    def arranged(self, names: str) -> list[Sample]:
+        """Return the images in an order that `names` gave; those that are not there any more cannot be loaded."""
+        there = {_short_name(sample): sample for sample in self.samples}
+        return [there.get(name) or FileSample(Path(name)) for name in names.split("\n")]
+
+
+def _short_name(sample: Sample) -> str:
+    name = "/".join(PurePath(sample.name).parts[-2:])
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace").replace("\n", "\\n")
 
 
 @dataclass(frozen=True)
@@ -172,12 +188,14 @@ class FileSample:
         labelled: Faces as labelled: boxes may reach out of the image.
         origin: What the rows are counted in: "label.txt:" or "faces.json: annotation ".
         rows: (n,) int64 line or annotation of each face.
+        ignored: (m, 4) float32 x1, y1, x2, y2 of crowds and invalid faces: whether they are found does not count.
     """
 
     path: Path
-    labelled: Faces
-    origin: str
-    rows: NDArray[np.int64]
+    labelled: Faces = field(default_factory=lambda: Faces.none())
+    origin: str = ""
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    ignored: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
 
     @property
     def name(self) -> str:
@@ -238,19 +256,73 @@ def to_numbers(values: Sequence[object]) -> list[float] | None:
     return numbers if all(abs(number) <= MAX_COORDINATE for number in numbers) else None  # NaN is not, either
 
 
-def inside(folder: Path, name: str) -> Path | None:
-    """Return the path of an image that a label file names, or None if it would lie outside of the images' folder."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return None if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive else folder / path
+def find_images(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Path | None]:
+    """Return the file of each image name of a label file, or where it is expected if there is none; see `docs/data.md`.
+
+    Tools write names from the label file or from a folder of images on, or as a path or an address of elsewhere: in
+    each folder the whole name is looked for, then its last parts. What is found lies in one of them, always. None: a
+    name that leads out of them, of which nothing is found, or of which the end is what another image is called.
+    """
+    found: dict[str, Path | None] = {}
+    whole: set[Path] = set()
+    short: dict[Path, list[str]] = {}
+    for name in dict.fromkeys(names):
+        parts, leads_out = _split(name)
+        there = ((count, path) for count in _ends(parts) for path in _paths(folders, parts[-count:]) if _is_file(path))
+        count, path = next(there, (0, None))
+        found[name] = path if path or leads_out or not parts else folders[0].joinpath(*parts)
+        if path and count == len(parts) and not leads_out:
+            whole.add(path)
+        elif path:
+            short.setdefault(path, []).append(name)
+    for path, others in short.items():
+        if path in whole or len(others) > 1:
+            found |= dict.fromkeys(others)
+    return found
+
+
+def _split(name: str) -> tuple[tuple[str, ...], bool]:
+    """Return the parts of an image name, from the last ".." on, and whether it leads out of any folder."""
+    text = name.replace("\\", "/")
+    if address := re.match(r"\w+://[^/]*/|(?=/data/local-files/\?d=)", text):  # Label Studio's, the second one
+        text = unquote(text[address.end() :].partition("?d=")[2] or text[address.end() :].partition("?")[0])
+    path = PurePosixPath(text)
+    parts = [part for part in path.parts if part != "/" and not PureWindowsPath(part).drive]
+    after = max((index + 1 for index, part in enumerate(parts) if part == ".."), default=0)
+    return tuple(parts[after:]), bool(address or after or len(parts) < len(path.parts))
+
+
+def _ends(parts: tuple[str, ...]) -> Iterable[int]:
+    """Yield how many of the last parts of a name to look for."""
+    return dict.fromkeys([len(parts), *range(min(len(parts), MAX_NAME_PARTS), 0, -1)] if parts else [])
+
+
+def _paths(folders: Sequence[Path], parts: tuple[str, ...]) -> Iterator[Path]:
+    for folder in folders:
+        yield folder.joinpath(*parts)
+        if "." not in parts[-1]:  # some lists leave the suffix out
+            yield folder.joinpath(*parts[:-1], f"{parts[-1]}.jpg")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, a folder that is closed
+        return False
 
 
 @dataclass
 class Entry:
-    """What a label file says about one image, at `place`; `left_out` faces are in the image and not in `labels`."""
+    """What a label file says about one image, at `place`.
+
+    `left_out` faces are in the image and not in `labels`; `ignored` are the boxes, x, y, width, height, of those that a
+    detector may find or not.
+    """
 
     place: str
     labels: list[Label] = field(default_factory=list)
     left_out: int = 0
+    ignored: list[Sequence[float]] = field(default_factory=list)
 
     def add(self, label: Label | None) -> None:
         """Take a face that can be used, or count one that cannot."""
@@ -260,22 +332,30 @@ class Entry:
             self.left_out += 1
 
 
-def make_dataset(name: str, entries: dict[Path, Entry], origin: str, report: Report) -> Dataset:
+def add_entry(entries: dict[Path, Entry], path: Path | None, name: str, place: str, report: Report) -> Entry | None:
+    """Return the entry of an image, a new one if it has none; None if `find_images` knows no path for its name."""
+    if path is None:
+        report.add(place, Kind.BAD_NAME, name[:200])
+        return None
+    if path in entries:
+        report.add(place, Kind.DUPLICATE_IMAGE, name)
+    return entries.setdefault(path, Entry(place))
+
+
+def make_dataset(
+    name: str, entries: dict[Path, Entry], origin: str, report: Report, folders: Sequence[Path]
+) -> Dataset:
     """Return the data set of what a label file says; note in its report what is dropped here.
 
     An image that is labelled as having no faces is kept: it shows the detector what is none. `origin` is that of
-    `FileSample`.
+    `FileSample`, `folders` are those that were searched for images.
 
     Raises:
         DataError: Nothing is left to train on.
     """
     samples: list[Sample] = []
     for path, entry in entries.items():
-        try:
-            there = path.is_file()
-        except OSError:  # a name that is too long, a folder that is closed
-            there = False
-        if not there:
+        if not _is_file(path):
             report.add(entry.place, Kind.MISSING_IMAGE, str(path)[:200])
             continue
         labels = _usable(entry, origin, report)
@@ -283,15 +363,20 @@ def make_dataset(name: str, entries: dict[Path, Entry], origin: str, report: Rep
             report.add(entry.place, Kind.ALL_LEFT_OUT, path.name)
             continue
         faces = _to_faces(labels)
-        samples.append(FileSample(path, faces, origin, np.array([label.row for label in labels], np.int64)))
+        rows = np.array([label.row for label in labels], np.int64)
+        samples.append(FileSample(path, faces, origin, rows, _corners(entry.ignored)))
         report.count_faces(faces)
     if not report.faces:
         counts = report.counts()
         missing = counts.get(Kind.MISSING_IMAGE, 0)
         if missing and missing == len(entries):
-            raise DataError(f"{name}: none of its {missing} images is there, for instance {next(iter(entries))}")
-        first = f", the first: {report.problems[0]}" if report.problems else ""
-        raise DataError(f"{name}: no usable face in {len(entries)} images; {len(report.problems)} problems{first}")
+            searched = ", ".join(dict.fromkeys(map(str, folders)))
+            raise DataError(
+                f"{name}: none of its {missing} images is there, for instance {next(iter(entries))}; searched: "
+                f"{searched}; --images FOLDER names another"
+            )
+        what = f"{len(report.problems)} problems, the first: {report.problems[0]}" if report.problems else ""
+        raise DataError(f"{name}: no usable face in {len(entries)} images; {what or 'no face is labelled in it'}")
     return Dataset(name, samples, report)
 
 
@@ -314,7 +399,12 @@ def _usable(entry: Entry, origin: str, report: Report) -> list[Label]:
 
 
 def _to_faces(labels: Sequence[Label]) -> Faces:
-    xywh = np.array([label.xywh for label in labels], np.float64).reshape(-1, 4)
     points = np.array([label.points or (0.0,) * 10 for label in labels], np.float32).reshape(-1, 5, 2)
     known = np.array([label.points is not None for label in labels], bool)
-    return Faces(np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]]).astype(np.float32), points, known)
+    return Faces(_corners(label.xywh for label in labels), points, known)
+
+
+def _corners(boxes_xywh: Iterable[Sequence[float]]) -> NDArray[np.float32]:
+    """Return (n, 4) float32 x1, y1, x2, y2 of boxes of x, y, width and height."""
+    xywh = np.array([*boxes_xywh], np.float64).reshape(-1, 4)
+    return np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]]).astype(np.float32)

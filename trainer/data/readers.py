@@ -1,4 +1,4 @@
-"""Finding a data set by the name or path that a command is given, and reading its labels: text or COCO json.
+"""Finding a data set by the name or path that a command is given, and reading the text files of WIDER FACE.
 
 The official text file of WIDER FACE names an image, then gives the number of its faces and a line for each (an image
 without faces has 0 and a line of zeros):
@@ -13,22 +13,31 @@ x y w h, blur, expression, illumination, invalid, occlusion, pose. label.txt, of
     449 330 122 149 488.9 373.6 0.0 542.1 376.4 0.0 515.0 412.8 0.0 485.2 425.9 0.0 538.4 431.5 0.0 0.82
 
 x y w h, five times x y flag, quality; -1 for landmarks that are unknown, or x y w h alone. An image without lines, or
-with one whose box is 0 0 0 0, has no faces.
-
-COCO json has boxes in `bbox` (x, y, width, height) and landmarks in `keypoints` (five times x, y, visibility).
+with one whose box is 0 0 0 0, has no faces. `trainer.data.coco` reads the other form of labels.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from facespec.errors import DataError
 from facespec.files import widerface_root
 from facespec.images import IMAGE_SUFFIXES
-from trainer.data.dataset import Dataset, Entry, Kind, Label, Report, inside, make_dataset, to_numbers
+from trainer.data.coco import read_coco
+from trainer.data.dataset import (
+    Dataset,
+    Entry,
+    Kind,
+    Label,
+    Report,
+    add_entry,
+    find_images,
+    make_dataset,
+    to_numbers,
+)
 from trainer.data.synthetic import synthetic
 
 WIDERFACE, SYNTHETIC = "widerface", "synthetic"
@@ -48,40 +57,95 @@ _NOTHING = ["0"] * 4  # the box of the only line of an image without faces, in b
 Row = tuple[int, str]
 
 
-def open_dataset(name_or_path: str, split: Split = "train", root: str | Path | None = None) -> Dataset:
+def open_dataset(
+    name_or_path: str,
+    split: Split = "train",
+    root: str | Path | None = None,
+    *,
+    images: str | Path | None = None,
+    fallback_images: str | Path | None = None,
+    category: str | None = None,
+) -> Dataset:
     """Open a data set.
-
-    Images are expected in the folder `images` beside the label file or, where there is none, beside it.
 
     Args:
         name_or_path: "widerface", "synthetic", the path of a label.txt, of a WIDER FACE *_bbx_gt.txt or of a COCO
-            .json, or a folder: of WIDER FACE or with a label.txt.
+            .json, or a folder: of WIDER FACE, with a label.txt or with COCO files.
         split: "train" or "val". A file is what it is, whatever the split.
         root: Folder of WIDER FACE: with train/images and train/label.txt, or as its archives unpack: WIDER_train/images
             and wider_face_split. By default $WIDERFACE_ROOT, or data/widerface.
+        images: Folder of the images of a label file, instead of the usual places, which docs/data.md lists.
+        fallback_images: Another one, for images that are not there.
+        category: Of the faces in a COCO file; see `trainer.data.coco.read_coco`.
 
     Raises:
         DataError: There is no such data set, or it cannot be used.
     """
     if name_or_path == SYNTHETIC:
         return synthetic(split)
+    for folder in (images, fallback_images):
+        if folder is not None and not Path(folder).is_dir():
+            raise DataError(f"--images {folder}: no such folder")
     named = name_or_path == WIDERFACE
     path = Path((root or widerface_root()) if named else name_or_path)
+    file, usual = path, list[Path]()
     if named or path.is_dir():
         if found := _find_widerface(path, split):
-            return _read_text(*found, name=WIDERFACE if named else str(path))
-        if named:
+            file, usual = found[0], [found[1]]
+        elif named:
             raise DataError(f"--data {WIDERFACE}: no labelled {split} images in {path}: {HELP}")
-        raise DataError(f"--data {path}: no label.txt and no labelled {split} images of WIDER FACE in this folder")
-    if not path.is_file():
+        else:
+            file = _find_coco(path, split)
+    elif not path.is_file():
         raise DataError(f"--data {name_or_path}: no such file or folder, and not one of {WIDERFACE}, {SYNTHETIC}")
-    images = _first_folder([path.parent / "images", path.parent])
-    if path.suffix.lower() == ".json":
-        return _read_coco(path, images or path.parent)
-    unpacked = path.parent.parent / f"WIDER_{'val' if '_val_' in path.name else 'train'}" / "images"
-    if path.parent.name == "wider_face_split" and unpacked.is_dir():
-        images = unpacked
-    return _read_text(path, images or path.parent)
+    is_coco = file.suffix.lower() == ".json"
+    usual = [Path(images)] if images else usual or (_places_of_coco(file) if is_coco else _places_of_text(file))
+    folders = [*usual, *([Path(fallback_images)] if fallback_images else [])]
+    if is_coco:
+        return read_coco(file, folders, category)
+    return _read_text(file, folders, name=WIDERFACE if named else str(path))
+
+
+def _places_of_text(file: Path) -> list[Path]:
+    """Return the folders that may hold the images of a text file."""
+    unpacked = file.parent.parent / f"WIDER_{'val' if '_val_' in file.name else 'train'}" / "images"
+    return _folders([unpacked] * (file.parent.name == "wider_face_split") + [file.parent / "images", file.parent])
+
+
+def _places_of_coco(file: Path) -> list[Path]:
+    """Return the folders that may hold the images of a COCO file: beside it, in ../images, in ../SPLIT.
+
+    The split is what its name ends in: train2017 of instances_train2017.json, default of instances_default.json.
+    """
+    beside, above, split = file.parent, file.parent.parent, re.split(r"[_.]", file.stem)[-1]
+    places = [beside, beside / "images", above / "images" / split, above / "images", above / split, above]
+    return _folders([*places, beside / "images" / split, beside / split])
+
+
+def _folders(places: Iterable[Path]) -> list[Path]:
+    return [place for place in places if place.is_dir()]
+
+
+def _find_coco(root: Path, split: Split) -> Path:
+    """Return the COCO file of a split in a folder: the only one that is named so, or the only one."""
+    files = [
+        file for pattern in ("*.json", "annotations/*.json", "*/_annotations.coco.json") for file in root.glob(pattern)
+    ]
+    words = {"train": ("train",), "val": ("val", "valid", "validation")}
+    of_split = {
+        name: [file for file in files if set(those) & set(re.findall("[a-z]+", str(file.relative_to(root)).lower()))]
+        for name, those in words.items()
+    }
+    found = of_split[split] or [file for file in files if not any(file in those for those in of_split.values())]
+    found = [file for file in found if file.name.startswith("instances")] or found  # COCO has captions beside them
+    if not found:
+        raise DataError(
+            f"--data {root}: no label.txt, no COCO .json and no labelled {split} images of WIDER FACE there"
+        )
+    if len(found) > 1:
+        names = ", ".join(str(file.relative_to(root)) for file in sorted(found)[:5])
+        raise DataError(f"--data {root}: which of its {len(found)} files is it ({names})? Name one with its path")
+    return found[0]
 
 
 def _find_widerface(root: Path, split: Split) -> tuple[Path, Path] | None:
@@ -101,8 +165,8 @@ def _first_folder(places: Iterable[Path]) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
-def _read_text(file: Path, images: Path, name: str = "") -> Dataset:
-    """Read a text file in either of the two forms, its image names relative to a folder; its first line tells which."""
+def _read_text(file: Path, folders: Sequence[Path], name: str) -> Dataset:
+    """Read a text file in either of the two forms, its images in some of the folders; its first line tells which."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -116,8 +180,10 @@ def _read_text(file: Path, images: Path, name: str = "") -> Dataset:
             f"(wider_face_*_bbx_gt.txt), it is {first[:60]!r}"
         )
     report, entries = Report(), dict[Path, Entry]()
+    paths = find_images((title.lstrip("# \t") for (_, title), _ in _by_image(rows)), folders)
     for (number, title), faces in _by_image(rows):
-        entry = _entry(entries, images, title.lstrip("# "), f"{file}:{number}", report)
+        title = title.lstrip("# \t")
+        entry = add_entry(entries, paths[title], title, f"{file}:{number}", report)
         if entry is None:
             continue
         if not with_landmarks:
@@ -130,24 +196,15 @@ def _read_text(file: Path, images: Path, name: str = "") -> Dataset:
             label, kind = _parse_line(row, text, with_landmarks)
             if kind:
                 report.add(f"{file}:{row}", kind, text[:60])
+            if kind is Kind.INVALID:
+                entry.ignored.append(to_numbers(text.split()[:4]) or ())
             entry.add(label)
-    return make_dataset(name or str(file), entries, f"{file}:", report)
-
-
-def _entry(entries: dict[Path, Entry], images: Path, name: str, place: str, report: Report) -> Entry | None:
-    """Return the entry of an image, a new one if it has none; None if its name leads out of the images' folder."""
-    path = inside(images, name)
-    if path is None:
-        report.add(place, Kind.BAD_NAME, name[:200])
-        return None
-    if path in entries:
-        report.add(place, Kind.DUPLICATE_IMAGE, name)
-    return entries.setdefault(path, Entry(place))
+    return make_dataset(name, entries, f"{file}:", report, folders)
 
 
 def _is_name(text: str) -> bool:
     """Whether a line names an image. Damaged numbers do not, or the faces after them would go to no image."""
-    return text.startswith("#") or "/" in text or text.lower().endswith(IMAGE_SUFFIXES)
+    return text.startswith("#") or "/" in text or "\\" in text or text.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _by_image(rows: list[Row]) -> Iterator[tuple[Row, list[Row]]]:
@@ -181,89 +238,3 @@ def _parse_line(row: int, text: str, with_landmarks: bool) -> tuple[Label | None
     if any(pair == (_UNKNOWN, _UNKNOWN) for pair in zip(points[::2], points[1::2], strict=True)):
         return Label(row, xywh), Kind.PARTIAL_LANDMARKS
     return Label(row, xywh, points), None
-
-
-def _read_coco(file: Path, images: Path) -> Dataset:
-    """Read the faces of a COCO json: of the category "face" where it has several.
-
-    Landmarks count as known if all five are visible or occluded, that is have visibility 1 or 2.
-    """
-    try:
-        data = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read as JSON ({error})") from None
-    pictures, annotations = (_objects(data, part) for part in ("images", "annotations"))
-    if not pictures or annotations is None:
-        raise DataError(f"{file}: no COCO json: it must have a list of 'images' and one of 'annotations'")
-    category = _category(file, _objects(data, "categories") or [])
-    report, entries, by_id = Report(), dict[Path, Entry](), dict[Any, Entry]()
-    for index, picture in enumerate(pictures):
-        place, name = f"{file}: image {picture.get('id', f'number {index}')}", picture.get("file_name")
-        if not isinstance(name, str) or not name or type(picture.get("id")) not in (int, str):
-            report.add(place, Kind.MALFORMED, f"id {picture.get('id')!r}, file_name {name!r}"[:200])
-            continue
-        if picture["id"] in by_id:  # whose faces they are cannot be told
-            report.add(place, Kind.MALFORMED, "its id is that of another image, too")
-            by_id[picture["id"]].left_out += 1
-        elif entry := _entry(entries, images, name, place, report):
-            by_id[picture["id"]] = entry
-    lost = 0
-    for index, annotation in enumerate(annotations):
-        row = annotation.get("id")
-        row = row if type(row) is int and 0 <= row < 1 << 63 else index
-        place, image = f"{file}: annotation {row}", annotation.get("image_id")
-        entry = by_id.get(image) if type(image) in (int, str) else None
-        if entry is None:
-            report.add(place, Kind.MALFORMED, f"image_id {image!r} is no image"[:200])
-            lost += 1
-            continue
-        if category is not None and "category_id" not in annotation:
-            report.add(place, Kind.MALFORMED, "no category_id")
-            entry.left_out += 1
-            continue
-        if category is not None and annotation["category_id"] != category:
-            continue
-        label, kind, found = _parse_annotation(row, annotation)
-        if kind:
-            report.add(place, kind, found)
-        entry.add(label)
-    if lost:  # an image without annotations may be the one they are of
-        for entry in entries.values():
-            entry.left_out += not entry.labels
-    return make_dataset(str(file), entries, f"{file}: annotation ", report)
-
-
-def _objects(data: Any, part: str) -> list[dict[str, Any]] | None:
-    """Return a list of objects of a json, or None if it is anything else."""
-    found = data.get(part) if isinstance(data, dict) else None
-    return found if isinstance(found, list) and all(isinstance(item, dict) for item in found) else None
-
-
-def _category(file: Path, categories: list[dict[str, Any]]) -> Any:
-    """Return the id of the category of faces, or None where there is no choice."""
-    if len(categories) < 2:
-        return None
-    faces = [item.get("id") for item in categories if item.get("name") == "face"]
-    if len(faces) != 1:
-        names = ", ".join(str(item.get("name")) for item in categories[:5])
-        raise DataError(f"{file}: which of its {len(categories)} categories is it ({names})? Name one 'face'")
-    return faces[0]
-
-
-def _parse_annotation(row: int, annotation: dict[str, Any]) -> tuple[Label | None, Kind | None, str]:
-    """Return the face of an annotation, unless it is left out, what is wrong with it, if anything is, and its text."""
-    box, keypoints = annotation.get("bbox"), annotation.get("keypoints") or []
-    xywh = to_numbers(box) if isinstance(box, list) else None
-    values = to_numbers(keypoints) if isinstance(keypoints, list) else None
-    if xywh is None or len(xywh) != 4:
-        return None, Kind.MALFORMED, f"bbox {box!r}"[:60]
-    if annotation.get("iscrowd"):
-        return None, Kind.CROWD, f"bbox {box!r}"[:60]
-    if values is None or len(values) not in (0, 15):
-        return None, Kind.MALFORMED, f"keypoints must be 15 numbers, they are {keypoints!r}"[:90]
-    visible = [visibility > 0 for visibility in values[2::3]]
-    if not any(visible):
-        return Label(row, xywh), None, ""
-    if not all(visible):
-        return Label(row, xywh), Kind.PARTIAL_LANDMARKS, f"{sum(visible)} of 5"
-    return Label(row, xywh, [value for index in range(0, 15, 3) for value in values[index : index + 2]]), None, ""

@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from facespec.errors import DataError
 from facespec.images import read_image
 from facespec.letterbox import Frame
+from facespec.opencv import cv2
 from trainer.data.augment import MIRRORED
 from trainer.data.dataset import Dataset, Faces, Report
 

@@ -15,14 +15,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import cv2
 import numpy as np
 
 from facespec.cli import finishing, require
-from facespec.errors import VideoError, reason
+from facespec.errors import MissingPackageError, VideoError, reason
 from facespec.files import atomic_path
 from facespec.images import MAX_PIXELS
+from facespec.kinds import heif_kind
 from facespec.letterbox import Frame, Letterbox
+from facespec.opencv import cv2
+from trt_runtime.media import hdr
 
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,h264,hevc,m4v,mjpeg,gif,mxf,rm,dv"
 """Containers that are opened. No playlists are among them: they would make FFmpeg open other files and addresses."""
@@ -33,6 +35,8 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v")
 _CLOCK = 90_000  # time stamps a second in written files
 _BT601, _LIMITED = 6, 1  # as in H.273 and AVColorRange: what COLOR_BGR2YUV_I420 gives
 _MAX_SECONDS = 1e7  # later time stamps are damage
+_READ, _DISCARD = 0, 48  # AVDISCARD_DEFAULT, AVDISCARD_ALL
+_NO_VIDEO = 0x400 | 0x800  # AV_DISPOSITION_ATTACHED_PIC, as cover art, and AV_DISPOSITION_TIMED_THUMBNAILS
 
 Self = TypeVar("Self", bound="Source")
 
@@ -64,6 +68,7 @@ class Source:
         frame_count: Number of frames announced; 0 if unknown.
         damaged: Packets and frames so far that were broken and passed over.
         reconnects: Connections so far after the first.
+        pixel_aspect: Width of a pixel divided by its height, as the last frame is shown; 1 for nearly all videos.
         new_frame: Makes the array, uint8 (height, width, 3), that a picture goes to. With `pinned_frame` of a detector
             it is not copied again.
     """
@@ -71,6 +76,7 @@ class Source:
     live = False
     rate: float
     frame_count = damaged = reconnects = 0
+    pixel_aspect = _stored_aspect = Fraction(1)
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -93,6 +99,7 @@ class Source:
     def _picture(self, pictures: Pictures, frame: Any) -> Frame | None:
         """Return the picture of a decoded frame, or None if it cannot be converted; count what is damaged."""
         self.damaged += bool(frame.is_corrupt)
+        self.pixel_aspect = 1 / self._stored_aspect if quarter_turns(frame) % 2 else self._stored_aspect
         try:
             return pictures(frame, self.new_frame)
         except pictures.errors:
@@ -126,25 +133,51 @@ def load_av(why: str, max_pixels: int = MAX_PIXELS) -> Any:
 
 
 def video_stream(container: Any, name: str, max_pixels: int) -> Any:
-    """Return the first video stream of a container, ready to be decoded; the container is closed if that fails.
+    """Return the video stream of a container that has the largest picture, ready to be decoded.
+
+    Cover art and thumbnails are no videos. The other streams are not read. The container is closed if there is none.
 
     Raises:
-        VideoError: It has none, or one that cannot be decoded or is too large.
+        VideoError: It has none, or one that cannot be decoded or is too large; or it is a HEIC or AVIF image.
     """
     try:
-        if not container.streams.video:
+        tags = container.metadata
+        named = [tags.get("major_brand", ""), *re.findall("....", tags.get("compatible_brands", ""))]
+        if kind := heif_kind([brand.encode() for brand in named]):
+            raise VideoError(f"{name}: {kind} is an image, not a video")
+        streams = [stream for stream in container.streams.video if not int(stream.disposition) & _NO_VIDEO]
+        if not streams:
             raise VideoError(f"{name}: there is no video stream in it")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
+        streams = [stream for stream in streams if stream.codec_context is not None]
+        if not streams:
             raise VideoError(f"{name}: FFmpeg has no decoder for its video")
-        width, height = stream.codec_context.width, stream.codec_context.height
-        if width * height > max_pixels:
-            raise VideoError(f"{name}: {width}x{height} is more than {max_pixels / 1e6:g} megapixels")
+        small = [stream for stream in streams if _pixels(stream) <= max_pixels]
+        if not small:
+            context = min(streams, key=_pixels).codec_context
+            raise VideoError(f"{name}: {context.width}x{context.height} is more than {max_pixels / 1e6:g} megapixels")
     except VideoError:
         container.close()
         raise
-    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a stream may grow later
-    return stream
+    chosen = max(small, key=_pixels)
+    for stream in container.streams:
+        stream.discard = _READ if stream is chosen else _DISCARD  # of an HLS master nothing else is fetched
+    chosen.codec_context.options = {"max_pixels": str(max_pixels)}  # a stream may grow later
+    return chosen
+
+
+def _pixels(stream: Any) -> int:
+    return int(stream.codec_context.width * stream.codec_context.height)
+
+
+def stored_aspect(stream: Any) -> Fraction:
+    """Return the width of a pixel divided by its height, before the picture is turned; 1 where a video says nothing."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    return aspect if Fraction(1, 100) <= aspect <= 100 else Fraction(1)
+
+
+def quarter_turns(frame: Any) -> int:
+    """Return how often a frame is turned by 90 degrees against the clock to be upright, 0 to 3."""
+    return round(getattr(frame, "rotation", 0) / 90) % 4
 
 
 def ends_early(container: Any, stream: Any, seconds: float) -> bool:
@@ -177,13 +210,18 @@ class Pictures:
     def __call__(self, frame: Any, new_frame: Callable[[int, int], Frame] = new_frame) -> Frame:
         """Return uint8 (H, W, 3) BGR, upright; raise one of `errors` if the frame cannot be converted.
 
-        The frame's own matrix and range hold; without them BT.601, limited.
+        The frame's own matrix and range hold; without them BT.601, limited. HDR becomes SDR.
         """
-        (plane,) = self._reformatter.reformat(frame, format="bgr24").planes
-        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : 3 * plane.width]
+        transfer = getattr(frame, "color_trc", 0)
+        high = transfer in (hdr.PQ, hdr.HLG)
+        (plane,) = self._reformatter.reformat(frame, format="bgr48le" if high else "bgr24").planes
+        kind: Any = np.uint16 if high else np.uint8
+        rows = np.frombuffer(plane, kind).reshape(plane.height, -1)[:, : 3 * plane.width]
         image = rows.reshape(plane.height, plane.width, 3)
-        if rotation := round(getattr(frame, "rotation", 0) / 90) % 4:  # as phones record upright video
-            image = np.rot90(image, rotation)
+        if high:
+            image = hdr.to_sdr(image, transfer, frame.color_primaries)
+        if turns := quarter_turns(frame):  # as phones record upright video
+            image = np.rot90(image, turns)
         out = new_frame(*image.shape[:2])
         np.copyto(out, image)
         return out
@@ -222,6 +260,7 @@ class VideoFile(Source):
             raise VideoError(f"{path}: not a video that can be read ({reason(error)})") from None
         self._stream = video_stream(self._container, self.name, max_pixels)
         self._stream.thread_type = "AUTO"
+        self._stored_aspect = stored_aspect(self._stream)
         self.rate = frame_rate(float(self._stream.average_rate or self._stream.guessed_rate or 0), 25.0)
         self.frame_count = self._stream.frames
 
@@ -282,16 +321,19 @@ class VideoWriter:
     Args:
         path: File to write: .mp4, .mkv, .mov or .m4v.
         rate: Frames per second.
+        pixel_aspect: Width of a pixel divided by its height, as players show it. It may be set until the first frame
+            is written.
 
     Raises:
         VideoError: Another suffix, or the file cannot be encoded.
     """
 
-    def __init__(self, path: str | Path, rate: float) -> None:
+    def __init__(self, path: str | Path, rate: float, pixel_aspect: Fraction = Fraction(1)) -> None:
         self._av = load_av("writing video")
         self.path = Path(path)
         if self.path.suffix.lower() not in VIDEO_SUFFIXES:
             raise VideoError(f"{path}: video is written as {', '.join(VIDEO_SUFFIXES)}")
+        self.pixel_aspect = pixel_aspect
         self._rate = Fraction(frame_rate(rate, 25.0)).limit_denominator(1001)
         self._last = -1
         self._first_hw = (0, 0)
@@ -362,6 +404,7 @@ class VideoWriter:
         self._stream.thread_type = "AUTO"
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         self._stream.codec_context.time_base = Fraction(1, _CLOCK)
+        self._stream.codec_context.sample_aspect_ratio = self.pixel_aspect.limit_denominator(255)
         self._stream.codec_context.colorspace = _BT601  # players take BT.709 for granted in large videos
         self._stream.codec_context.color_range = _LIMITED
 
@@ -383,6 +426,15 @@ class VideoWriter:
 
 
 def require_display() -> None:
-    """Raise VideoError where no window can be shown: OpenCV would end the process."""
+    """Raise VideoError where no window can be shown: OpenCV would end the process.
+
+    Raises:
+        MissingPackageError: This OpenCV has no windows.
+    """
+    if re.search(r"GUI:\s+NONE", cv2.getBuildInformation()):
+        raise MissingPackageError(
+            "--show needs windows, which opencv-python-headless has not: put opencv-python in its place, "
+            "or use --out instead"
+        )
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise VideoError("--show needs a display, and there is none: use --out instead")

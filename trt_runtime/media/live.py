@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from facespec.addresses import hide_secrets, without_secrets
 from facespec.errors import VideoError, reason
 from facespec.images import MAX_PIXELS
+from facespec.opencv import cv2
 from trt_runtime.media.files import (
     FORMATS,
     Pictures,
@@ -28,6 +28,7 @@ from trt_runtime.media.files import (
     ends_early,
     frame_rate,
     load_av,
+    stored_aspect,
     video_stream,
 )
 
@@ -212,6 +213,7 @@ class NetworkStream(Source):
     def _frames(self) -> Iterator[TimedFrame]:
         """Yield the frames of one connection until it is lost or ends."""
         connection, pictures = self._connection, Pictures(self._av)
+        self._stored_aspect = stored_aspect(connection.stream)
         # frame threads would hold back a frame each
         connection.stream.thread_type = "SLICE" if self.live else "AUTO"
         joined = not self.live  # until the first key frame there is nothing to decode from: no damage
@@ -304,7 +306,7 @@ class NetworkStream(Source):
             return "user or password is not accepted: write them as in rtsp://USER:PASSWORD@HOST/"
         if isinstance(error, self._av.error.ProtocolNotFoundError):
             return "this build of PyAV does not know the protocol"
-        if isinstance(error, self._av.error.InvalidDataError):
+        if isinstance(error, (self._av.error.InvalidDataError, self._av.error.ArgumentError)):
             return "what is there is not a video that can be read"
         return hide_secrets(reason(error, None).replace(self._url, self.name))  # whole, or it may end in a password
 

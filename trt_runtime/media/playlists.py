@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import http.client
 import io
 import re
-import ssl
 import threading
 import time
-import urllib.request
 from typing import Any
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import urljoin
 
 from facespec.errors import VideoError
+from trt_runtime.media.web import fetch
 
 MAX_PLAYLISTS = 100
 """Variants and renditions that a master playlist may name."""
@@ -77,7 +74,12 @@ class Playlists:
         try:
             self._check_time()
             if url in self._known:  # here redirections count, which FFmpeg does not tell
-                return self._playlist(*self._fetch(url))
+                limits: dict[str, Any] = {
+                    "timeout_s": self._timeout_s,
+                    "most": MAX_PLAYLIST_BYTES,
+                    "agent": self._agent,
+                }
+                return self._playlist(*fetch(url, **limits, going_on=self._check_time))
             file = _File(self._av, url, {**options, **self._options}, self._timeout_s)
             if file.start != _MAGIC:
                 return file
@@ -86,7 +88,7 @@ class Playlists:
         except VideoError:
             self._refused = True
             raise
-        except (self._av.error.FFmpegError, OSError, ValueError, http.client.HTTPException):
+        except (self._av.error.FFmpegError, OSError, ValueError):
             return io.BytesIO()
 
     def _check_time(self) -> None:
@@ -94,41 +96,6 @@ class Playlists:
             raise VideoError(f"{self._name}: stopped")
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise VideoError(f"{self._name}: cannot be opened (no answer within {self._timeout_s:g} s)")
-
-    def _fetch(self, url: str) -> tuple[bytes, str]:
-        """Return a playlist and its address, redirections followed, as FFmpeg would: without checks of certificates."""
-        address = urlsplit(url)
-        login, _, host = address.netloc.rpartition("@")
-        plain = address._replace(netloc=host, fragment="").geturl()
-        request = urllib.request.Request(quote(plain, safe="%/:=&?~+!$,;'@()*[]"), headers={"User-Agent": self._agent})
-        if login:
-            encoded = base64.b64encode(unquote(login).encode()).decode()
-            request.add_unredirected_header("Authorization", f"Basic {encoded}")
-        unchecked = ssl.create_default_context()
-        unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
-        opener = urllib.request.OpenerDirector()  # of http and https alone
-        for handler in (
-            urllib.request.ProxyHandler(),
-            urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(context=unchecked),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPRedirectHandler(),
-            urllib.request.HTTPErrorProcessor(),
-        ):
-            opener.add_handler(handler)
-        end = time.monotonic() + self._timeout_s
-        with opener.open(request, timeout=self._timeout_s) as response:
-            parts, size = [], 0
-            while size <= MAX_PLAYLIST_BYTES and (part := response.read1(65536)):
-                self._check_time()
-                if time.monotonic() > end:
-                    raise TimeoutError
-                parts.append(part)
-                size += len(part)
-            found = urlsplit(response.geturl())
-        if login and found.netloc == host:
-            found = found._replace(netloc=address.netloc)
-        return b"".join(parts), found.geturl()
 
     def _playlist(self, content: bytes, place: str) -> io.BytesIO:
         """Return a playlist with whole addresses, if it keeps to the limits."""

@@ -9,8 +9,8 @@ import pytest
 from facespec.errors import DataError
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
-from trainer.data import AugmentSettings, Dataset, Report, TrainingSet, check_data, open_dataset, synthetic
-from trainer.data.check import TILE_PX, TILES, contact_sheet
+from trainer.data import AugmentSettings, Dataset, FileSample, Report, TrainingSet, check_data, open_dataset, synthetic
+from trainer.data.check import TILE_PX, TILES, contact_sheet, find_damaged, replace_damaged
 from trainer.data.dataset import Faces, Kind
 
 KNOWN = "40 40 0 60 40 0 50 50 0 42 60 0 58 60 0 1"
@@ -128,3 +128,18 @@ def test_tiles_lie_in_rows_scaled_with_their_faces_and_the_rest_is_empty() -> No
     colours = ((80, 220, 60), (0, 140, 255), (60, 60, 255), (255, 120, 40), (0, 230, 255))
     for index, colour in enumerate(colours):
         assert tuple(legend[16, 12 + index * 384 + 7]) == colour
+
+
+def test_the_next_sound_image_takes_the_place_of_a_damaged_one(tmp_path: Path) -> None:
+    samples = [FileSample(tmp_path / f"{letter}.png") for letter in "abcde"]
+    for letter in "bd":
+        write_image(tmp_path / f"{letter}.png", np.zeros((9, 9, 3), np.uint8))
+    (tmp_path / "e.png").write_bytes(b"no image")
+    damaged = find_damaged(samples, range(5))
+    assert sorted(damaged) == [0, 2, 4]
+    assert find_damaged(samples, [0, 1]).keys() == {0}
+    assert "a.png: no such file" in damaged[0]
+    assert [Path(sample.name).stem for sample in replace_damaged(samples, damaged)] == ["b", "b", "d", "d", "b"]
+    assert replace_damaged(samples, []) == samples
+    with pytest.raises(DataError, match="none of the 5 images can be read"):
+        replace_damaged(samples, range(5))

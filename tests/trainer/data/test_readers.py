@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -16,7 +15,7 @@ from facespec.errors import DataError
 from facespec.images import write_image
 from trainer.average_precision import load_ground_truth
 from trainer.data import Dataset, FileSample, Problem, Report, open_dataset
-from trainer.data.dataset import Faces, Kind, inside, to_numbers
+from trainer.data.dataset import Faces, Kind, find_images, to_numbers
 
 WIDTH, HEIGHT = 120, 80
 KNOWN = "20 20 0.0 30 20 0.0 25 25 0.0 21 30 0.0 29 30 0.0 0.9"
@@ -132,12 +131,15 @@ def test_an_image_whose_faces_are_all_left_out_is_no_background(make: Make) -> N
     assert list(_samples(dataset)) == ["b.jpg"]
 
 
-def test_missing_images_are_counted_and_an_error_if_there_are_no_others(make: Make) -> None:
+def test_missing_images_are_counted_and_an_error_if_there_are_no_others(make: Make, tmp_path: Path) -> None:
     text = "# a.jpg\n1 1 9 9\n# b.jpg\n1 1 9 9\n"
     dataset = open_dataset(str(make("label.txt", text, images="b")))
     assert _problems(dataset.report.problems) == [(1, Kind.MISSING_IMAGE)]
     assert "1  image file not there" in dataset.report.summary()
-    with pytest.raises(DataError, match=r"none of its 2 images is there.*x/a\.jpg"):
+    (path := tmp_path / "images" / "b.jpg").unlink()
+    with pytest.raises(
+        DataError, match=rf"none of its 2 images is there.*x/a\.jpg; searched: {path.parent}, {tmp_path};"
+    ):
         open_dataset(str(make("label.txt", text.replace("# ", "# x/"), images="")))
 
 
@@ -194,7 +196,11 @@ def test_coco(make: Make) -> None:
         ({"bbox": None}, Kind.MALFORMED, False),
         ({"bbox": [1, 2, "x", 4]}, Kind.MALFORMED, False),
         ({"bbox": [1, 2, 0, 4]}, Kind.NO_AREA, False),
-        ({"keypoints": [1, 2, 2] * 17}, Kind.MALFORMED, False),
+        ({"keypoints": [1, 2, 2] * 17}, Kind.OTHER_KEYPOINTS, True),
+        ({"keypoints": [1, 2, 2] * 68}, Kind.OTHER_KEYPOINTS, True),
+        ({"keypoints": "none"}, Kind.OTHER_KEYPOINTS, True),
+        ({"keypoints": [None, 2, 2] * 5}, Kind.OTHER_KEYPOINTS, True),
+        ({"ignore": 1}, Kind.INVALID, False),
         ({"id": 10**30, "bbox": None}, Kind.MALFORMED, False),
         ({"keypoints": [20, 20, 2, 30, 20, 2, 25, 25, 0, 21, 30, 2, 29, 30, 2]}, Kind.PARTIAL_LANDMARKS, True),
     ],
@@ -254,7 +260,7 @@ def test_coco_with_several_categories_reads_the_one_called_face(make: Make) -> N
     data["categories"].append({"id": 2, "name": "dog"})
     assert open_dataset(str(make("faces.json", json.dumps(data)))).report.faces == 1
     data["categories"][0]["name"] = "cat"
-    with pytest.raises(DataError, match="which of its 2 categories"):
+    with pytest.raises(DataError, match="which of its 2 categories are faces"):
         open_dataset(str(make("faces.json", json.dumps(data))))
 
 
@@ -391,21 +397,60 @@ def test_numbers_are_those_that_a_pixel_could_have() -> None:
         assert to_numbers(["1", bad]) is None
 
 
-def test_paths_stay_in_their_folder() -> None:
-    folder = Path("images")
-    assert inside(folder, "a/b.jpg") == inside(folder, "a\\b.jpg") == folder / "a" / "b.jpg"
-    assert inside(folder, "a..b.jpg") == folder / "a..b.jpg"
+def test_paths_stay_in_their_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name in ("a/b.jpg", "a..b.jpg", "c.jpg", "../outside.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    found = find_images(["a/b.jpg", "a\\b.jpg", "a..b.jpg", "x.jpg", "../outside.jpg", "", "/"], [folder])
+    assert found == {
+        "a/b.jpg": folder / "a" / "b.jpg",
+        "a\\b.jpg": folder / "a" / "b.jpg",
+        "a..b.jpg": folder / "a..b.jpg",
+        "x.jpg": folder / "x.jpg",
+        "../outside.jpg": None,
+        "": None,
+        "/": None,
+    }
 
 
-def test_the_digest_is_one_of_names_and_order_wherever_they_lie(tmp_path: Path) -> None:
-    def digest(*names: str) -> str:
-        samples = [FileSample(Path(name), Faces.none(), "", np.zeros(0, np.int64)) for name in names]
-        return Dataset("d", samples, Report()).digest()
+@pytest.mark.parametrize(
+    "name",
+    [
+        "e/a.jpg", "/e/a.jpg", "./e/a.jpg", "images/e/a.jpg", "WIDER_train/images/e/a.jpg", "e\\a.jpg", "e/a",
+        "/home/them/data/WIDER_train/images/e/a.jpg", "C:\\data\\images\\e\\a.jpg", "../images/e/a.jpg",
+        "..\\..\\label-studio\\media\\upload\\4\\a.jpg", "https://host/bucket/images/e/a.jpg?token=1",
+        "s3://bucket/e/a.jpg", "/data/local-files/?d=faces/e%2Fa.jpg", "a.jpg",
+    ],
+)  # fmt: skip
+def test_names_of_elsewhere_mean_the_files_that_are_here(name: str, tmp_path: Path) -> None:
+    folders = [tmp_path / "images", tmp_path, tmp_path / "images" / "e"]
+    image = tmp_path / "images" / "e" / "a.jpg"
+    write_image(image, np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    assert find_images([name], folders) == {name: image}
 
-    expected = hashlib.sha256(b"e/1.jpg\ne/2.jpg").hexdigest()
-    assert digest("/x/e/1.jpg", "/x/e/2.jpg") == digest("elsewhere/e/1.jpg", "e/2.jpg") == expected
+
+def test_the_end_of_a_name_is_no_name_where_it_could_mean_two_images(tmp_path: Path) -> None:
+    for letter in "ab":
+        (tmp_path / f"{letter}.jpg").touch()
+    names = ["upload/3/a.jpg", "upload/4/a.jpg", "b.jpg", "elsewhere/b.jpg"]
+    assert find_images(names, [tmp_path]) == {
+        "upload/3/a.jpg": None,
+        "upload/4/a.jpg": None,
+        "b.jpg": tmp_path / "b.jpg",
+        "elsewhere/b.jpg": None,
+    }
+
+
+def test_the_names_are_those_of_the_images_in_order_wherever_they_lie() -> None:
+    def names_of(*paths: str) -> str:
+        samples = [FileSample(Path(path)) for path in paths]
+        return Dataset("d", samples, Report()).names()
+
+    expected = "e/1.jpg\ne/2.jpg"
+    assert names_of("/x/e/1.jpg", "/x/e/2.jpg") == names_of("elsewhere/e/1.jpg", "e/2.jpg") == expected
     for other in (("e/2.jpg", "e/1.jpg"), ("e/1.jpg",), ("f/1.jpg", "f/2.jpg"), ("e/1.jpg", "e/3.jpg")):
-        assert digest(*other) != expected
+        assert names_of(*other) != expected
 
 
 def test_a_report_counts_and_speaks() -> None:
@@ -470,7 +515,8 @@ def test_coco_crowds_and_categories_leave_images_out(make: Make) -> None:
     data["categories"][0]["name"] = "cat"
     assert open_dataset(str(make("faces.json", json.dumps(data)))).report.faces == 2
     data["categories"] += [{"id": 2, "name": "face"}, {"id": 3, "name": "face"}]
-    with pytest.raises(DataError, match=r"which of its 3 categories is it \(cat, face, face\)\? Name one 'face'"):
+    told = r"which of its 2 categories are faces: 'cat' \(1 annotations\), '9' \(1 annotations\)\? Say --category NAME"
+    with pytest.raises(DataError, match=told):
         open_dataset(str(make("faces.json", json.dumps(data))))
 
 

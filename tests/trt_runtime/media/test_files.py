@@ -4,6 +4,7 @@ import inspect
 import itertools
 import os
 import resource
+import struct
 import subprocess
 import sys
 import threading
@@ -12,26 +13,30 @@ from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import av
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from facespec.errors import MissingPackageError, VideoError, reason
 from facespec.images import MAX_PIXELS
 from facespec.letterbox import Frame, Letterbox
 from tests.trt_runtime.spoilt import OddPictures
+from trt_runtime.media import hdr
 from trt_runtime.media.files import (
     VIDEO_SUFFIXES,
     Pictures,
+    Source,
     VideoFile,
     VideoWriter,
     ends_early,
     frame_rate,
     load_av,
     require_display,
+    stored_aspect,
     video_stream,
 )
 from trt_runtime.media.live import Camera, NetworkStream, open_source
@@ -720,6 +725,67 @@ def test_colours_are_read_as_the_video_says(matrix: str | None, full_range: bool
     assert np.abs(_patches(image) - _PATCHES).max() < 6
 
 
+_SDR = np.array([[120, 150, 200], [30, 30, 30], [128, 128, 128], [60, 180, 90], [200, 20, 10], [35, 40, 60]])  # BGR
+
+
+def _hdr_video(path: Path, transfer: int, white: float = 203.0) -> Path:
+    """Patches of sRGB colours, by the definitions of BT.709, BT.2020 and BT.2100 in floating point."""
+    value = _SDR[:, ::-1] / 255
+    light = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4) * white
+    to_bt2020 = [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]
+    light = light @ np.transpose(to_bt2020)
+    if transfer == 16:
+        power = (light / 10_000) ** 0.1593017578125
+        signal = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+    else:
+        scene = (light / 1000) ** (1 / 1.2)
+        dim = np.sqrt(3 * scene)
+        bright = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+        signal = np.where(scene <= 1 / 12, dim, bright)
+    luma = signal @ [0.2627, 0.6780, 0.0593]
+    planes = [64 + 876 * luma, 512 + 896 * (signal[:, 2] - luma) / 1.8814, 512 + 896 * (signal[:, 0] - luma) / 1.4746]
+    frame = av.VideoFrame(16 * len(_SDR), 32, "yuv420p10le")
+    for plane, values, width in zip(frame.planes, planes, (16, 8, 8), strict=True):
+        rows = np.frombuffer(plane, np.uint16).reshape(plane.height, -1)
+        rows[:, : width * len(_SDR)] = np.repeat(np.rint(values), width)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p10le"
+        context = stream.codec_context
+        context.color_trc, context.color_primaries, context.colorspace, context.color_range = transfer, 9, 9, 1
+        frame.pts, frame.time_base = 0, Fraction(1, 25)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("transfer", [16, 18], ids=["PQ", "HLG"])
+def test_hdr_is_read_as_sdr(transfer: int, tmp_path: Path) -> None:
+    """Colours up to white look as they do in SDR; read as they are stored, they are grey."""
+    with VideoFile(_hdr_video(tmp_path / "v.mkv", transfer)) as video:
+        (frame,) = video
+    found = frame.image[16, 8::16].astype(int)
+    assert np.abs(found - _SDR).max() <= 5
+    assert (frame.image.dtype, frame.image.shape) == (np.uint8, (32, 96, 3))
+
+
+def test_highlights_of_hdr_are_compressed_not_cut(tmp_path: Path) -> None:
+    """Grey of 203, 500 and 1000 nits: SDR has one white for all of them."""
+    power = (np.array([100, 203, 500, 1000, 5000]) / 10_000) ** 0.1593017578125
+    signal = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+    picture = np.repeat(np.rint(65_535 * signal).astype(np.uint16)[None, :, None], 3, axis=2)
+    grey = hdr.to_sdr(picture, hdr.PQ, 9)[0, :, 1].astype(int)
+    assert 180 < grey[0] < grey[1] - 40
+    assert 235 < grey[1] < grey[2] < grey[3] == grey[4] == 255
+
+
+def test_hdr_of_small_primaries_keeps_its_colours() -> None:
+    picture = np.array([[[0, 0, 30_000]]], np.uint16)
+    assert hdr.to_sdr(picture, hdr.PQ, 1)[0, 0, :2].tolist() == [0, 0]
+    red = hdr.to_sdr(picture, hdr.PQ, 9)[0, 0]
+    assert red[2] > hdr.to_sdr(picture, hdr.PQ, 1)[0, 0, 2]  # BT.2020's red is outside of BT.709
+
+
 def test_a_stopped_file_ends(tmp_path: Path) -> None:
     with VideoFile(_write(tmp_path / "v.mp4", [_frame(i) for i in range(20)])) as video:
         count = 0
@@ -977,11 +1043,12 @@ def test_the_length_counts_only_where_it_is_that_of_the_video(
         assert not ends_early(container, stream, 2.9)  # three seconds of video, ten of sound
 
 
-def test_the_first_of_several_videos_is_read(tmp_path: Path) -> None:
-    with av.open(str(tmp_path / "v.mkv"), "w") as container:
-        streams = [container.add_stream("mpeg4", rate=25) for _ in range(2)]
-        for stream, height in zip(streams, (96, 64), strict=True):
+def _several_videos(path: Path, heights: Sequence[int], **dispositions: int) -> Path:
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=25) for _ in heights]
+        for number, (stream, height) in enumerate(zip(streams, heights, strict=True)):
             stream.height, stream.width, stream.pix_fmt = height, 128, "yuv420p"
+            stream.disposition = dispositions.get(f"stream{number}", 0)
         for index in range(6):
             for stream in streams:
                 picture = av.VideoFrame.from_ndarray(_frame(index, stream.height), format="bgr24")
@@ -989,8 +1056,112 @@ def test_the_first_of_several_videos_is_read(tmp_path: Path) -> None:
                 container.mux(stream.encode(picture))
         for stream in streams:
             container.mux(stream.encode(None))
-    with VideoFile(tmp_path / "v.mkv") as video:
+    return path
+
+
+@pytest.mark.parametrize("heights", [(96, 64), (64, 96), (64, 96, 32), (96,)])
+def test_the_largest_of_several_videos_is_read(heights: tuple[int, ...], tmp_path: Path) -> None:
+    with VideoFile(_several_videos(tmp_path / "v.mkv", heights)) as video:
         assert [frame.image.shape for frame in video] == [(96, 128, 3)] * 6
+    if len(heights) > 1:  # the largest that may be read
+        with av.open(str(tmp_path / "v.mkv")) as container:
+            assert video_stream(container, "v", 96 * 128 - 1).codec_context.height == 64
+
+
+def test_of_videos_of_one_size_the_first_is_read(tmp_path: Path) -> None:
+    with av.open(str(_several_videos(tmp_path / "v.mkv", (64, 64)))) as container:
+        assert video_stream(container, "v", 10**6) is container.streams.video[0]
+
+
+def _box(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def test_cover_art_is_not_the_video(tmp_path: Path) -> None:
+    """As programs for tags write it, which FFmpeg takes for a video stream; it is even larger than the video."""
+    path = _encode(tmp_path / "v.mp4", "libx264", count=3)
+    cover = cv2.imencode(".png", np.zeros((400, 600, 3), np.uint8))[1].tobytes()
+    item = _box(b"covr", _box(b"data", struct.pack(">II", 14, 0) + cover))
+    handler = _box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    tags = _box(b"udta", _box(b"meta", bytes(4) + handler + _box(b"ilst", item)))
+    data = path.read_bytes()
+    place = data.index(b"moov") - 4
+    size = int.from_bytes(data[place : place + 4], "big")
+    assert place + size == len(data), "the index is at the end"
+    old = data.rindex(b"udta") - 4
+    data = data[: old + 4] + b"free" + data[old + 8 :] + tags
+    path.write_bytes(data[:place] + (size + len(tags)).to_bytes(4, "big") + data[place + 4 :])
+    with av.open(str(path)) as container:
+        assert sorted(stream.codec_context.width for stream in container.streams.video) == [128, 600]
+    with VideoFile(path) as video:
+        assert [frame.image.shape for frame in video] == [(96, 128, 3)] * 3
+
+
+@pytest.mark.parametrize("disposition", [0x400, 0x800])
+def test_a_file_of_pictures_alone_has_no_video(disposition: int, tmp_path: Path) -> None:
+    class Container:
+        metadata: ClassVar[dict[str, str]] = {}
+        closed = False
+
+        def __init__(self, streams: list[Any]) -> None:
+            self.streams = SimpleNamespace(video=streams)
+
+        def close(self) -> None:
+            self.closed = True
+
+    container = Container([SimpleNamespace(disposition=disposition)])
+    with pytest.raises(VideoError, match=r"^v: there is no video stream in it$"):
+        video_stream(container, "v", 10**6)
+    assert container.closed
+
+
+def test_an_image_of_the_family_of_mp4_is_not_taken_for_a_video(tmp_path: Path) -> None:
+    """FFmpeg opens it, and gives the tiles of a HEIC photo one by one."""
+    path = tmp_path / "photo.mp4"
+    Image.fromarray(_frame(3)).save(path, "AVIF")
+    with pytest.raises(VideoError, match=r"photo\.mp4: AVIF is an image, not a video$"):
+        VideoFile(path)
+    assert _open_files(path) == 0
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_pixels_that_are_not_square_stay_so(suffix: str, tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / f"v{suffix}", 25, Fraction(16, 11)) as writer:
+        writer.write(_frame(0))
+    with av.open(str(tmp_path / f"v{suffix}")) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(16, 11)
+    with VideoFile(tmp_path / f"v{suffix}") as video:
+        list(video)
+        assert video.pixel_aspect == Fraction(16, 11)
+    with VideoFile(_write(tmp_path / f"w{suffix}", [_frame(0)])) as video:
+        list(video)
+        assert video.pixel_aspect == 1
+
+
+def test_pixels_are_turned_with_the_picture() -> None:
+    class Upright(Pictures):
+        errors = ()
+
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, frame: Any, *_: Any) -> Frame:
+            return _frame(0)
+
+    source = Source("v")
+    source._stored_aspect = Fraction(16, 11)
+    flat, tall = Fraction(16, 11), Fraction(11, 16)
+    for rotation, aspect in ((0, flat), (90, tall), (180, flat), (-90, tall)):
+        frame = SimpleNamespace(is_corrupt=False, rotation=rotation)
+        assert source._picture(Upright(), frame) is not None
+        assert source.pixel_aspect == aspect
+
+
+@pytest.mark.parametrize(
+    ("said", "aspect"), [(None, 1), (Fraction(0), 1), (Fraction(1, 1000), 1), (Fraction(4, 3), Fraction(4, 3))]
+)
+def test_an_aspect_that_is_none_counts_as_square(said: Fraction | None, aspect: Fraction) -> None:
+    assert stored_aspect(SimpleNamespace(sample_aspect_ratio=said)) == aspect
 
 
 def _open_files(path: Path) -> int:

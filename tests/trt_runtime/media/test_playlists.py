@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import base64
 import functools
-import http.server
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import islice
 
@@ -14,74 +12,24 @@ import numpy as np
 import pytest
 
 from facespec.errors import VideoError
+from tests.trt_runtime.web_site import Answer, Site, site_fixture
 from trt_runtime.media.live import NetworkStream
 from trt_runtime.media.playlists import MAX_PLAYLIST_BYTES, MAX_PLAYLISTS
 
-Answer = tuple[int, dict[str, str], bytes]
-
-
-class Site:
-    """A web server on this machine; `answer` gives status, headers and content for a path; `paths` are those asked."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[str], Answer | None] = lambda path: None
-        self.login = ""
-        self.paths: list[str] = []
-        self.released = threading.Event()
-        site = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                site.paths.append(self.path)
-                encoded = base64.b64encode(site.login.encode()).decode()
-                if site.login and self.headers.get("Authorization") != f"Basic {encoded}":
-                    status, headers, content = 401, {"WWW-Authenticate": 'Basic realm="x"'}, b""
-                else:
-                    answer = site.answer(self.path)
-                    if answer is None:  # silence
-                        site.released.wait(60)
-                        return
-                    status, headers, content = answer
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(http.server.ThreadingHTTPServer):
-            def handle_error(self, *_: object) -> None:
-                pass  # the client has gone
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.address = f"127.0.0.1:{self.server.server_port}"
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    made = Site()
-    thread = threading.Thread(target=made.server.serve_forever, args=(0.02,))
-    thread.start()
-    yield made
-    made.released.set()
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+site = site_fixture
 
 
 @functools.cache
-def _segment() -> bytes:
+def _segment(height: int = 96) -> bytes:
     """Return a transport stream of 20 frames."""
     import io
 
     file = io.BytesIO()
     with av.open(file, "w", format="mpegts") as container:
         stream = container.add_stream("libx264", rate=25, options={"x264-params": "keyint=10:bframes=0"})
-        stream.height, stream.width, stream.pix_fmt = 96, 160, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = height, 160, "yuv420p"
         for index in range(20):
-            frame = av.VideoFrame.from_ndarray(np.full((96, 160, 3), 10 * index, np.uint8), format="bgr24")
+            frame = av.VideoFrame.from_ndarray(np.full((height, 160, 3), 10 * index, np.uint8), format="bgr24")
             frame.pts, frame.time_base = index, Fraction(1, 25)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -119,6 +67,22 @@ def test_a_master_leads_to_its_variants(site: Site) -> None:
     with NetworkStream(f"http://{site.address}/start", timeout_s=10) as source:
         assert len(list(islice(source, 20))) == 20
     assert {"/deep/gone.m3u8", "/deep/low/v.m3u8?a=1", "/high.m3u8", "/deep/v.ts"} <= set(site.paths)
+
+
+@pytest.mark.parametrize("names", [("low", "high"), ("high", "low")])
+def test_of_a_master_the_largest_picture_is_read(names: tuple[str, str], site: Site) -> None:
+    """The other is fetched only to find out about it."""
+    segments = [f"#EXTINF:0.8,\n{{}}{number}.ts\n" for number in range(12)]
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n" + "".join(segments) + "#EXT-X-ENDLIST\n"
+    content: dict[str, str | bytes] = {"/m.m3u8": _master(*(f"{name}.m3u8" for name in names))}
+    for name, height in (("low", 48), ("high", 96)):
+        content[f"/{name}.m3u8"] = playlist.replace("{}", name)
+        content |= {f"/{name}{number}.ts": _segment(height) for number in range(12)}
+    site.answer = _files(content)
+    with NetworkStream(f"http://{site.address}/m.m3u8", timeout_s=10) as source:
+        assert {frame.image.shape for frame in islice(source, 100)} == {(96, 160, 3)}
+    assert "/high11.ts" not in site.paths or "/low11.ts" not in site.paths
+    assert sum(path.startswith("/low") for path in site.paths) < sum(path.startswith("/high") for path in site.paths)
 
 
 def test_a_playlist_may_want_a_password(site: Site) -> None:

@@ -695,6 +695,9 @@ def test_rows_that_are_unpacked_first_give_the_same_picture(
     monkeypatch.setattr("facespec.images.MAX_PACKED_ROWS", 0)
     for data, picture in zip(files, expected, strict=True):
         np.testing.assert_array_equal(decode_image(data), picture)
+        end = data.rindex(b"IEND") - 9  # of their checksum
+        with pytest.raises(ImageError, match="damaged"):
+            decode_image(data[:end] + bytes([data[end] ^ 1]) + data[end + 1 :])
         at = data.rindex(b"IDAT") + 6  # within the packed rows
         with pytest.raises(ImageError, match="damaged"):
             decode_image(data[:at] + bytes([data[at] ^ 0x55, data[at + 1] ^ 0xFF]) + data[at + 2 :])

@@ -262,10 +262,10 @@ class TrainState:
                 ": leave them as they are, or start a new run with --pretrained; of a finished run --epochs may grow"
             )
         if training["data"] != names:
-            before, now = training["data"].split("\n"), names.split("\n")
-            apart = [name for name in before if name not in set(now)] or [name for name in now if name not in before]
+            then, now = training["data"].split("\n"), names.split("\n")
+            apart = [name for name in then if name not in set(now)] or [name for name in now if name not in then]
             raise ConfigError(
-                f"{path} was trained on other images than there are now ({len(before)}, now {len(now)}; for instance "
+                f"{path} was trained on other images than there are now ({len(then)}, now {len(now)}; for instance "
                 f"{(apart or now)[0]}): bring them back, leave them out with --set data.skip_damaged=true, or start a "
                 "new run with --pretrained"
             )

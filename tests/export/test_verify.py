@@ -733,7 +733,8 @@ def test_what_is_compared_on_what(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
     thinned = np.unique(np.linspace(0, 39, 32).astype(int))
     for size in ("480x640", "640x384"):
-        assert notes[f"letterbox {size}"] == f"{sum(counts[i] for i in thinned)} faces in 32 images"
+        faces = sum(counts[i] for i in thinned)
+    assert notes[f"letterbox {size}"] == f"{faces} faces in 32 images, one is {100 / faces:.1f} %"
     assert len(notes) == 4
     assert {row.case for row in found.rows if row.stage == "raw heads"} == {"640x640, 8 images"}
     slots = [row.note for row in found.rows if row.quantity == "least IoU, to it alone"]

@@ -226,7 +226,8 @@ def test_a_finished_run_is_extended(
     shutil.copytree(trained[1], run)
     assert main(["--resume", str(run / "last.pth"), "--out", str(run), "--epochs", "3"]) == 0
     said = capsys.readouterr().out
-    assert "the run was finished: 1 more epochs, from a learning rate of 0.005" in said  # half a cosine: 1 of 2 epochs
+    # 0.01 * (1 + cos(0.6 pi)) / 2: step 3 of the 5 behind the warm-up
+    assert "the run was finished: 1 more epochs, from a learning rate of 0.0035" in said
     _, state = read_training(run / "last.pth")
     assert (state["step"], len(state["history"])) == (9, 3)
     assert state["history"][:2] == trained[2]
@@ -408,7 +409,13 @@ def test_flags_are_settings() -> None:
         assert options.settings == {name: value}, flag
         assert type(options.settings[name]) is type(value)
         resolve(options.settings)
-    assert vars(parse_arguments([])) == {"settings": {}, "config": None, "resume": None, "check_data": False}
+    assert vars(parse_arguments([])) == {
+        "settings": {},
+        "config": None,
+        "resume": None,
+        "check_data": False,
+        "list_settings": False,
+    }
     line = [
         "--compile",
         "--set",
@@ -520,7 +527,7 @@ def test_fine_tuning_starts_where_the_weights_are_and_keeps_their_statistics(
     config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     """From AP 90 on, by the statistics that were measured for it; only scale and shift are learned."""
-    settings = config(recipe="finetune", schedule__epochs=1)
+    settings = config(recipe="finetune", schedule__epochs=1, run__evaluate_every=1)
     history = fit(settings)
     assert history[0]["ap"] > 90
     before, after = _rows(tmp_path / "run" / "epochs.csv")

@@ -732,9 +732,9 @@ def test_what_is_compared_on_what(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         f"{(faces := sum(sorted(counts)[-8:]))} faces in 8 images, one is {100 / faces:.1f} %"
     )
     thinned = np.unique(np.linspace(0, 39, 32).astype(int))
+    faces = sum(counts[i] for i in thinned)
     for size in ("480x640", "640x384"):
-        faces = sum(counts[i] for i in thinned)
-    assert notes[f"letterbox {size}"] == f"{faces} faces in 32 images, one is {100 / faces:.1f} %"
+        assert notes[f"letterbox {size}"] == f"{faces} faces in 32 images, one is {100 / faces:.1f} %"
     assert len(notes) == 4
     assert {row.case for row in found.rows if row.stage == "raw heads"} == {"640x640, 8 images"}
     slots = [row.note for row in found.rows if row.quantity == "least IoU, to it alone"]

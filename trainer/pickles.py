@@ -117,7 +117,7 @@ class _Check:
     def _value(self, name: str, argument: Any) -> _Item:
         if name == "GLOBAL" and argument not in _GLOBALS:
             raise UnsafePickleError(
-                f"its pickle asks for more than plain float tensors ({argument.replace(' ', '.')}), which can run "
+                f"its pickle asks for more than plain float tensors ({argument.replace(' ', '.')[:80]}), which can run "
                 "code; save a plain state_dict instead"
             )
         if name == "LONG1" and abs(argument) >= 1 << 64:  # equal hashes can be had of longer ones

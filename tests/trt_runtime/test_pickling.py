@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,8 @@ def test_another_process_opens_it_wherever_it_is(
     with OrtRetinaFace(dynamic_onnx.name, size_hw=320, threads=1) as detector:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("PYTHONPATH", os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            (found,) = pool.map(detector.detect, [astronaut])
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # ends when a call cannot be read
+            found = pool.submit(detector.detect, astronaut).result()
         assert_identical(found, detector.detect(astronaut))
 
 

@@ -372,8 +372,8 @@ def make_dataset(
         if missing and missing == len(entries):
             searched = ", ".join(dict.fromkeys(map(str, folders)))
             raise DataError(
-                f"{name}: none of its {missing} images is there, for instance {next(iter(entries))[:200]}; searched: "
-                f"{searched[:1000]}; --images FOLDER names another"
+                f"{name}: none of its {missing} images is there, for instance {str(next(iter(entries)))[:200]}; "
+                f"searched: {searched[:1000]}; --images FOLDER names another"
             )
         what = f"{len(report.problems)} problems, the first: {report.problems[0]}" if report.problems else ""
         raise DataError(f"{name}: no usable face in {len(entries)} images; {what or 'no face is labelled in it'}")

@@ -108,6 +108,7 @@ class Source:
 
 
 _BYTES_PER_PIXEL = 8  # of the largest pictures that FFmpeg makes of what it decodes
+_LEAST_ALLOCATION = 64 << 20  # decoders have buffers of their own, however small the picture is
 _max_allocation = 0
 
 
@@ -122,8 +123,9 @@ def load_av(why: str, max_pixels: int = MAX_PIXELS) -> Any:
     """
     global _max_allocation
     av = require("av", "cpu", why)
-    if _BYTES_PER_PIXEL * max_pixels > _max_allocation:
-        _max_allocation = _BYTES_PER_PIXEL * max_pixels
+    wanted = max(_BYTES_PER_PIXEL * max_pixels, _LEAST_ALLOCATION)
+    if wanted > _max_allocation:
+        _max_allocation = wanted
         with suppress(OSError, AttributeError):  # another build of PyAV: its FFmpeg is not to be found
             ctypes.CDLL(av.buffer.__file__).av_max_alloc(ctypes.c_size_t(_max_allocation))
     # With any level but None decoder threads wait for the GIL, whatever they log, and the thread that frees the decoder

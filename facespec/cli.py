@@ -307,8 +307,8 @@ def _ended_in_time(numbers: Iterable[int]) -> Iterator[None]:
     def watch() -> None:
         while (came := os.read(reader, 64)) and asked.isdisjoint(came):
             pass
-        os.close(reader)
         if not came:
+            os.close(reader)  # else it stays open: signals still come, and Python writes each to the pipe
             return
         left, before = GRACE_S, time.monotonic()
         while left > 0:

@@ -26,8 +26,10 @@ from trt_runtime.media.files import VideoFile, VideoWriter
 
 
 @contextmanager
-def _ended_by_sigterm(folder: Path, *words: object, when: Callable[[], bool]) -> Iterator[None]:
-    """Run `python -m WORDS` until `when` holds, and end it; it must end in time, in one line."""
+def _ended_by_sigterm(
+    folder: Path, *words: object, when: Callable[[], bool], may_be_done: bool = False
+) -> Iterator[None]:
+    """Run `python -m WORDS` until `when` holds, and end it unless it `may_be_done`: it must, in time and one line."""
     process = subprocess.Popen(
         [sys.executable, "-m", *map(str, words)], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -35,13 +37,17 @@ def _ended_by_sigterm(folder: Path, *words: object, when: Callable[[], bool]) ->
     try:
         end = time.monotonic() + 100
         while not when():
+            if may_be_done and process.poll() is not None:
+                yield
+                return
             assert process.poll() is None, process.stderr and process.stderr.read()
             assert time.monotonic() < end
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         start = time.monotonic()
-        said = process.communicate(timeout=60)[1]
+        process.wait(timeout=60)
         assert time.monotonic() - start < 6  # 5, and what a busy machine adds
+        said = process.communicate(timeout=60)[1]  # its children end with it, a moment later
     finally:
         process.kill()
         process.wait()
@@ -169,5 +175,5 @@ def test_every_command_ends(
     end = time.monotonic() + after_s
     places = {"MODEL": lambda: static_onnx, "WIDER": lambda: request.getfixturevalue("widerface")}
     words = tuple(str(places[word]()) if word in places else word for word in words)
-    with _ended_by_sigterm(tmp_path, *words, when=lambda: time.monotonic() > end):
+    with _ended_by_sigterm(tmp_path, *words, when=lambda: time.monotonic() > end, may_be_done=after_s > 3):
         pass

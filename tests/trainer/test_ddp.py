@@ -256,7 +256,7 @@ def test_processes_that_see_different_checkpoints_do_not_start(ran: Ran) -> None
 def test_an_error_of_one_process_ends_both(ran: Ran) -> None:
     assert ran.result.returncode != 0
     errors = [line for line in ran.result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
+    assert len(set(errors)) == 1  # each process reads a share of the images before the first step, and all know
     assert "train2.png" in errors[0]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import logging
 import os
 import re
 import shutil
@@ -24,13 +23,14 @@ from torch import Tensor, nn
 from facespec.cli import require
 from facespec.errors import OutputError, SpecError, WeightsError
 from facespec.files import atomic_path
+from facespec.log import get_logger
 from facespec.published import published_onnx
 from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, ModelSpec
 from trainer.layouts import Found, find_classifier, find_detector, names_detector
 from trainer.model import BACKBONES, RetinaFace, backbone_of
 from trainer.pickles import UnsafePickleError, check_pickle
 
-logger = logging.getLogger("retinaface_trt.trainer")
+logger = get_logger("trainer")
 
 CHECKPOINT_FORMAT = "retinaface-trt checkpoint 1"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from facespec.errors import SpecError, WeightsError
+from facespec.log import get_logger
 from facespec.spec import SPEC_KEY, ModelSpec
 
 
@@ -39,7 +39,7 @@ def read_onnx(content: bytes, name: str) -> tuple[dict[str, Tensor], ModelSpec |
     except Exception as error:  # protobuf and onnx raise many kinds for damaged files, and for weights that lie outside
         raise WeightsError(f"{name}: not an ONNX file with its weights inside ({type(error).__name__})") from None
     if any(array.dtype == np.float16 and array.ndim == 4 for array in arrays.values()):
-        logging.getLogger("retinaface_trt.trainer").info("%s: its weights are rounded to float16", name)
+        get_logger("trainer").info("%s: its weights are rounded to float16", name)
     try:
         return _weights(model, arrays, name), spec
     except (ValueError, IndexError, RuntimeError):  # other shapes and numbers of inputs than such a file has

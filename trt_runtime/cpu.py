@@ -80,7 +80,7 @@ class _CpuRetinaFace(RetinaFaceDetector):
         model = path if isinstance(path, OnnxModel) else OnnxModel(path)
         size = self._open(model, size_hw, threads, streams, precision)
         super().__init__(model.spec, [model.path, *model.weights], score_threshold, size)
-        self._opened_by(model.path, threads=threads, streams=streams)
+        self._opened_by(model.path, threads=threads, streams=streams, precision=precision)
 
     def _open(
         self, model: OnnxModel, size: NetworkSize, threads: int | None, streams: int, precision: str

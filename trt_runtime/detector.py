@@ -216,7 +216,12 @@ class RetinaFaceDetector:
             )
         path, options = self._opening
         options = {**options, "score_threshold": self._score_threshold, "size_hw": self.size_hw}
-        return _open, (type(self), path, options)
+        return _open, (type(self), path, options), {"min_face": self.min_face, "roi": self.roi, "tile": self.tile}
+
+    def __setstate__(self, settings: dict[str, Any]) -> None:
+        """Set what no option says, of a detector that has just been opened anew."""
+        for name, value in settings.items():
+            setattr(self, name, value)
 
     @property
     def score_threshold(self) -> float:

@@ -31,10 +31,12 @@ def test_what_is_unpickled_finds_the_same_with_the_same_options(
 ) -> None:
     for detector in _detectors(plugin_form, dynamic_onnx):
         detector.score_threshold = 0.6  # as it is now, not as it was opened
+        detector.min_face, detector.roi = 20, (10, 20, 400, 380)
         with detector, pickle.loads(pickle.dumps(detector)) as other:
             assert type(other) is type(detector)
             assert other.environment() == detector.environment()
             assert (other.score_threshold, other.size_hw) == (0.6, detector.size_hw)
+            assert (other.min_face, other.roi, other.tile) == (20, (10, 20, 400, 380), False)
             assert_identical(other.detect(astronaut), detector.detect(astronaut))
 
 
@@ -71,3 +73,14 @@ def test_a_model_that_has_gone_is_missed_by_its_name(dynamic_onnx: Path, tmp_pat
     copy.unlink()
     with pytest.raises(ModelFileError, match=r"m\.onnx"):
         pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_and_tiles_are_kept(precision: str, dynamic_onnx: Path) -> None:
+    try:
+        detector = OpenVinoRetinaFace(dynamic_onnx, size_hw=(320, 320), threads=1, precision=precision)
+    except SpecError as error:
+        pytest.skip(str(error))
+    detector.tile = True
+    with detector, pickle.loads(pickle.dumps(detector)) as other:
+        assert (other.environment()["precision"], other.tile) == (precision, True)

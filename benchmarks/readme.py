@@ -100,8 +100,6 @@ def _cpu_latency(rows: list[dict[str, Any]]) -> str:
     by_name: dict[str, dict[str, Any]] = {}
     for row in rows:
         title = row["name"].replace("onnxruntime", "ONNX Runtime").replace("openvino", "OpenVINO")
-        if row.get("precision") == "fp16":
-            title += f", computed in {row['detector']['precision']}"
         ap = AP_CELL.format(**row["ap"]) if "ap" in row else ""
         by_name.setdefault(title, {"title": title, "ap": ap})[f"on{row['threads']}"] = row
     times = " | ".join(f"{{on{n}[ms][p50]:.1f}} | {{on{n}[times_as_fast_as_tiny][times]:.2f}}" for n in (1, 2))

@@ -34,6 +34,7 @@ from facespec.letterbox import Frame, Letterbox
 from facespec.opencv import cv2
 from facespec.samples import sample_crops, sample_photographs, tiled
 from facespec.spec import DEFAULT_SCORE_THRESHOLD, ENGINE_SUFFIXES, ModelSpec, parse_size
+from trt_runtime.cpu import PRECISIONS
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import environment
 from trt_runtime.onnx_model import OnnxModel, load_graph, open_session
@@ -90,6 +91,7 @@ class VerifyOptions:
         progress: Whether to draw progress bars on a terminal.
         image_folder: Of the images of a label file; see `trainer.data.open_dataset`.
         category: Of the faces in a COCO file.
+        precision: What OpenVINO computes the candidate in where it is not INT8; "bf16" implies `backend="openvino"`.
     """
 
     reference: str
@@ -105,6 +107,7 @@ class VerifyOptions:
     progress: bool = True
     image_folder: Path | None = None
     category: str | None = None
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -138,6 +141,7 @@ class Side:
         name: Checkpoint, name of published weights, or a file that `trt_runtime.load_detector` opens.
         backend: What runs a model file, as it is deployed; None runs ONNX in ONNX Runtime with the rounding of fp16
             emulated, which is what its graph says.
+        precision: What OpenVINO computes in where a model is not INT8; see `trt_runtime.load_detector`.
 
     Attributes:
         detector: Finds faces, down to the model's own floor.
@@ -150,14 +154,16 @@ class Side:
         ModelFileError: It cannot be opened, or not here.
     """
 
-    def __init__(self, name: str, backend: str | None = None) -> None:
+    def __init__(self, name: str, backend: str | None = None, precision: str = "fp32") -> None:
         suffix = Path(name).suffix.lower()
         self.name = name
         self.runner: Callable[[Frame], NDArray[np.float32]] | None = None
         self.detector: Any
         self.notes: list[str] = []
         if suffix in DEPLOYED_SUFFIXES:
-            self.detector = load_detector(name, backend=backend or ("onnxruntime" if suffix == ".onnx" else "auto"))
+            backend = backend or ("openvino" if precision == "bf16" else None)
+            runs = backend or ("onnxruntime" if suffix == ".onnx" else "auto")
+            self.detector = load_detector(name, backend=runs, precision=precision)
             self.fixed_hw: tuple[int, int] | None = self.detector.size_hw
             inspection = inspect(name)
             shares = inspection.precision
@@ -571,8 +577,9 @@ def verify(options: VerifyOptions) -> Verification:
         RetinaFaceError: A model, the images or an output file is not usable, or there was no face to compare.
     """
     start = time.perf_counter()
-    if options.backend and Path(options.candidate).suffix.lower() not in DEPLOYED_SUFFIXES:
-        raise SpecError(f"--backend is for exported models, the candidate {options.candidate} is none")
+    deployed = "--backend" if options.backend else "--precision" if options.precision != "fp32" else None
+    if deployed and Path(options.candidate).suffix.lower() not in DEPLOYED_SUFFIXES:
+        raise SpecError(f"{deployed} is for exported models, the candidate {options.candidate} is none")
     if options.plot and options.plot.suffix.lower() not in PICTURE_SUFFIXES:
         raise OutputError(f"--plot {options.plot}: give a name that ends in {', '.join(PICTURE_SUFFIXES)}")
     outputs = [("--json", options.json), ("--plot", options.plot)]
@@ -582,7 +589,7 @@ def verify(options: VerifyOptions) -> Verification:
         read += [str(path) for path in (options.data / "val" / "images").glob("*/*.jpg")]
         read += [str(options.data)] if options.data.is_file() else []
     check_outputs(outputs, read)
-    reference, candidate = Side(options.reference), Side(options.candidate, options.backend)
+    reference, candidate = Side(options.reference), Side(options.candidate, options.backend, options.precision)
     size_hw = _network_size(options, reference, candidate)
     name = options.budget or ("int8" if candidate.info.precision == "int8" else "fp16")
     budget = BUDGETS.get(name)
@@ -682,6 +689,7 @@ def parse_arguments(argv: Sequence[str] | None) -> VerifyOptions:
         choices=BACKENDS,
         help="run the candidate as it is deployed (default: as its graph says, the rounding of fp16 emulated)",
     )
+    add("--precision", choices=PRECISIONS, default="fp32", help="what OpenVINO computes in")
     size = "HEIGHTxWIDTH of the network (default: the models', or 640x640)"
     add("--size", dest="size_hw", type=argument(parse_size), metavar="SIZE", help=size)
     where = "images letterboxed to --size, at their own, or both"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 
 from export.quantize import emulate_fp16
@@ -522,6 +523,21 @@ def test_the_backend_that_is_chosen(int8_onnx: Path) -> None:
     assert "does not show its raw heads" in hidden
 
 
+def test_a_candidate_in_bf16(int8_onnx: Path) -> None:
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(SpecError, match="this CPU does not compute in bf16"):
+            Side(str(int8_onnx), precision="bf16")
+        return
+    note = Side(str(int8_onnx), precision="bf16").notes[0]
+    assert "backend openvino, openvino " in note
+    assert "bf16" in note
+
+
+def test_a_checkpoint_has_no_deployed_precision() -> None:
+    with pytest.raises(SpecError, match="--precision is for exported models, the candidate mobilenet0.25 is none"):
+        verify(VerifyOptions("mobilenet0.25", "mobilenet0.25", precision="bf16"))
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_candidate_as_it_is_deployed(backend: str, int8_onnx: Path) -> None:
     """The faces are those of the backend, not of the emulation; raw heads are for graphs only."""
@@ -704,8 +720,9 @@ class _Counting(_Fixed):
 def _flow(monkeypatch: pytest.MonkeyPatch, reference: _Counting, candidate: _Counting, **options: Any) -> Verification:
     """Run verify over two such sides, on forty images with up to twelve faces."""
 
-    def side(name: str, backend: str | None = None) -> _Counting:
+    def side(name: str, backend: str | None = None, precision: str = "fp32") -> _Counting:
         assert backend == (options.get("backend") if name == "b.onnx" else None)
+        assert precision == (options.get("precision", "fp32") if name == "b.onnx" else "fp32")
         return {"a": reference, "b.onnx": candidate}[name]
 
     def samples(count: int) -> list[Sample]:

@@ -68,7 +68,7 @@ def usable_ways() -> dict[str, tuple[str, str, str]]:
     return {name: way for name, way in WAYS.items() if bf16 or way[2] != "bf16"}
 
 
-def export(path: Path, size_hw: tuple[int, int], precision: str, data: Path | None) -> Path:
+def export(path: Path, size_hw: tuple[int, int] | None, precision: str, data: Path | None) -> Path:
     """Write the published mobilenet0.25 in a precision, INT8 calibrated on widerface_train; return the path."""
     images = CalibrationOptions("widerface_train", data) if precision == "int8" else None
     options = ExportOptions("mobilenet0.25", path, size_hw, precision=precision, calibration=images)

@@ -534,7 +534,7 @@ def test_a_candidate_in_bf16(int8_onnx: Path) -> None:
 
 
 def test_a_checkpoint_has_no_deployed_precision() -> None:
-    with pytest.raises(SpecError, match="--precision is for exported models, the candidate mobilenet0.25 is none"):
+    with pytest.raises(SpecError, match=r"--precision is for exported models, the candidate mobilenet0\.25 is none"):
         verify(VerifyOptions("mobilenet0.25", "mobilenet0.25", precision="bf16"))
 
 

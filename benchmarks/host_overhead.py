@@ -272,8 +272,8 @@ def cpu_cases(folder: Path) -> dict[str, Pair]:
         detector.detect(frame)
         lane: Any = detector._idle[-1]
         if isinstance(detector, OpenVinoRetinaFace):
-            (compiled, (request, buffer)) = next(iter(lane._requests.items()))
-            lane._requests[compiled] = remembers, _ = Remembers(request), buffer
+            compiled, request = next(iter(lane._requests.items()))
+            lane._requests[compiled] = remembers = Remembers(request)
         else:
             lane._session = remembers = Remembers(lane._session)
         detector.detect(frame)

@@ -1,15 +1,15 @@
-"""Images of many shapes, read once each: `size_hw=640` against the square that they are letterboxed to.
+"""A folder of photographs of many shapes: `trt_runtime.detect --size 640` against `--size 640x640`.
 
 python -m benchmarks.mixed_shapes --data WIDERFACE [--before CHECKOUT] [--out benchmarks/results/mixed_shapes.json]
 
-Each row is a process of its own that loads the published mobilenet0.25 and runs 60 images of different shapes once, as
-a folder of photographs is run, so that whatever a new shape costs is in it. The rows take turns. With `--before` the
-same is run by the code in another checkout of this project, too.
+Each command runs the published mobilenet0.25 on 60 images of different shapes once, so that whatever a new shape costs
+is in it. The commands take turns. With `--before` the same are run by the code in another checkout, too.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,40 +17,28 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tqdm import tqdm
+
 from benchmarks.cpu_latency import export
 from benchmarks.environment import benchmark_parser, parse, write_result
 from facespec.cli import run, text_table
 from facespec.errors import DataError
 
-SIZES = {"640x640": (640, 640), "640": 640, "640, ONNX Runtime": 640}
-"""By name: `size_hw`."""
+COMMANDS = ("--size 640x640", "--size 640", "--size 640 --backend onnxruntime")
+ROW = ("code", "options", "frames_per_second", "times_as_fast_as_640x640", "faces")
+SUMMARY = re.compile(r"(\d+) frames?, (\d+) faces?, .*\(([\d.]+) frames/s\)")
 
 ROOT = Path(__file__).parent.parent
 
-TIMED = """
-import json, sys, time
-import cv2
-from trt_runtime import load_detector
 
-model, size, backend, *images = json.loads(sys.argv[1])
-frames = [cv2.imread(image) for image in images]
-with load_detector(model, size_hw=tuple(size) if isinstance(size, list) else size, backend=backend) as detector:
-    start, used = time.perf_counter(), time.process_time()
-    faces = sum(len(detector.detect(frame)) for frame in frames)
-    times = time.perf_counter() - start, time.process_time() - used
-print(json.dumps({"seconds": times[0], "cpu_seconds": times[1], "faces": faces}))
-"""
-"""What is run; it takes its arguments as JSON."""
-
-
-def mixed_images(folder: Path, count: int) -> list[str]:
+def mixed_images(folder: Path, count: int) -> list[Path]:
     """Return images of a folder, one of each shape before any shape comes again."""
     from PIL import Image
 
-    by_shape: dict[tuple[int, int], list[str]] = {}
+    by_shape: dict[tuple[int, int], list[Path]] = {}
     for path in sorted(folder.glob("*/*.jpg")):
         with Image.open(path) as image:
-            by_shape.setdefault(image.size, []).append(str(path))
+            by_shape.setdefault(image.size, []).append(path)
     if len(by_shape) < 2:
         raise DataError(f"{folder}: expected images of several shapes in folders, found {len(by_shape)} shapes")
     longest = max(map(len, by_shape.values()))
@@ -58,17 +46,16 @@ def mixed_images(folder: Path, count: int) -> list[str]:
     return turns[:count]
 
 
-def timed(root: Path, model: Path, name: str, images: list[str]) -> dict[str, Any]:
-    """Return the seconds and faces of one process that runs the code in `root`."""
-    backend = "onnxruntime" if "ONNX" in name else "openvino"
-    arguments = json.dumps([str(model), SIZES[name], backend, *images])
+def timed(root: Path, model: Path, options: str, images: Path) -> tuple[float, int]:
+    """Return frames a second and faces of `trt_runtime.detect` by the code in `root`."""
+    command: list[Any] = [sys.executable, "-m", "trt_runtime.detect", images, "--model", model, *options.split()]
     done = subprocess.run(
-        [sys.executable, "-c", TIMED, arguments], cwd=root, capture_output=True, text=True, check=False
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
     )
-    if done.returncode:
+    said = SUMMARY.search(done.stdout + done.stderr)
+    if done.returncode or said is None:
         raise DataError(f"{root}: {' '.join(done.stderr.split())[-300:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return float(said[3]), int(said[2])
 
 
 def main() -> int:
@@ -80,38 +67,32 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="times every row is run")
     args = parse(parser, count=6, rounds=1)
     images = mixed_images(args.data.resolve() / "val" / "images", args.count)
-    cases = [("now", name, ROOT) for name in SIZES]
-    if args.before:
-        cases += [("before", name, args.before.resolve()) for name in SIZES]
-    samples: list[list[dict[str, Any]]] = [[] for _ in cases]
-    with tempfile.TemporaryDirectory() as folder:
-        model = export(Path(folder) / "any_size.onnx", None, "fp32", None)
-        for _ in range(args.rounds + 1):
-            for found, (_, name, root) in zip(samples, cases, strict=True):
-                found.append(timed(root, model, name, images))
-    rows = []
-    for (code, name, _), (_, *found) in zip(cases, samples, strict=True):  # the first round compiled libraries
-        seconds = median(one["seconds"] for one in found)
-        rows.append(
-            {
-                "code": code,
-                "size": name,
-                "frames_per_second": len(images) / seconds,
-                "cpu_ms_per_frame": 1000 * median(one["cpu_seconds"] for one in found) / len(images),
-                "faces": found[0]["faces"],
-            }
-        )
-    square = {row["code"]: row["frames_per_second"] for row in rows if row["size"] == "640x640"}
-    for row in rows:
-        row["times_as_fast_as_640x640"] = row["frames_per_second"] / square[row["code"]]
+    roots = {"now": ROOT, **({"before": args.before.resolve()} if args.before else {})}
+    cases = [(code, options) for code in roots for options in COMMANDS]
+    found: list[list[tuple[float, int]]] = [[] for _ in cases]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "images"
+        folder.mkdir()
+        for index, path in enumerate(images):
+            (folder / f"{index}{path.suffix}").symlink_to(path)
+        model = export(Path(name) / "any_size.onnx", None, "fp32", None)
+        for _ in tqdm(range(args.rounds + 1), unit="round", disable=None):  # the first compiles libraries
+            for each, (code, options) in zip(found, cases, strict=True):
+                each.append(timed(roots[code], model, options, folder))
+    rows: list[dict[str, Any]] = []
+    for (code, options), (_, *each) in zip(cases, found, strict=True):
+        speeds = [speed for speed, _ in each]
+        squares = [speed for speed, _ in found[cases.index((code, COMMANDS[0]))][1:]]
+        ratio = median(speed / square for speed, square in zip(speeds, squares, strict=True))
+        row = {"code": code, "options": options, "frames_per_second": median(speeds), "faces": each[0][1]}
+        rows.append({**row, "times_as_fast_as_640x640": round(ratio, 3)})
     what = (
-        f"{len(images)} images of WIDER FACE, each of them once, by size_hw: medians of {args.rounds} processes each; "
-        "loading the model and reading the images are not in it, what a new shape costs is"
+        f"python -m trt_runtime.detect on {len(images)} images of WIDER FACE of different shapes: medians of "
+        f"{args.rounds} runs that take turns, ratios within a turn; reading images is in it, loading the model is not"
     )
     write_result(args, what, rows, "openvino", "onnxruntime", "numpy", "opencv-python")
-    header = ["code", "size_hw", "frames/s", "CPU ms a frame", "times as fast as 640x640", "faces"]
-    formats = "{code}|{size}|{frames_per_second:.1f}|{cpu_ms_per_frame:.1f}|{times_as_fast_as_640x640:.2f}|{faces}"
-    print(text_table(header, [formats.format(**row).split("|") for row in rows]))
+    header = ["code", "options", "frames/s", "times as fast as 640x640", "faces"]
+    print(text_table(header, [[str(row[key]) for key in ROW] for row in rows]))
     return 0
 
 

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,7 +29,16 @@ COMPILED_SIZES = 4
 PRECISIONS = ("fp32", "bf16")
 """What a CPU can be asked to compute in where a model is not INT8."""
 
-_DYNAMIC_KERNELS = 64  # OpenVINO keeps 5000 kernels unless told otherwise, several MB for each size of frame
+FIRST_FRAMES_HW = ((3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
+"""Shapes of photographs and videos that a model for frames of a longer side runs before the first frame."""
+
+_MOST_RUN_FIRST = 1280  # a longer side beyond which that would take seconds
+
+_KERNELS = 1024
+"""Kernels that OpenVINO keeps for frames of a longer side: about 20 shapes, 25 MB."""
+
+_KERNELS_OF_ANY_SIZE = 64
+"""The same for frames at their own sizes, which may come in thousands of shapes, each of several MB."""
 
 
 def best_backend(model: OnnxModel, size: NetworkSize) -> str:
@@ -199,13 +208,16 @@ class OpenVinoRetinaFace(_CpuRetinaFace):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or cores(),
             "NUM_STREAMS": streams,
-            "CPU_RUNTIME_CACHE_CAPACITY": _DYNAMIC_KERNELS,
+            "CPU_RUNTIME_CACHE_CAPACITY": _KERNELS if isinstance(size, int) else _KERNELS_OF_ANY_SIZE,
             "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         }
         # not a method: that would make a reference cycle, and its memory would wait for the garbage collector
         make = functools.partial(_compile, self._core, self._graph.content, self._options, path)
         self._compiled: ShapeCache[tuple[int, int] | None, Any] = ShapeCache(COMPILED_SIZES, make)
-        self._compiled.get(_compiled_size(size))  # now, not with the first frame
+        # compiled and run now, not with the first frames: what OpenVINO makes for a size of frame is kept
+        request = self._compiled.get(_compiled_size(size)).create_infer_request()
+        for height, width in _first_sizes(size):
+            _infer(request, np.zeros((height, width, 3), np.uint8))
         return size
 
     def environment(self) -> dict[str, Any]:
@@ -231,12 +243,13 @@ class OpenVinoRetinaFace(_CpuRetinaFace):
 
 
 class _OpenVinoLane(Lane):
-    """Keeps a request of each compiled model and, of a fixed size, the letterboxed frame it reads."""
+    """Keeps a request of each compiled model, and room for the letterboxed frame that it reads."""
 
     def __init__(self, detector: OpenVinoRetinaFace, compiled: ShapeCache[tuple[int, int] | None, Any]) -> None:
         self._detector, self._compiled = detector, compiled
         # requests go with their model, when the detector gives that up
-        self._requests: WeakKeyDictionary[Any, tuple[Any, Frame | None]] = WeakKeyDictionary()
+        self._requests: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self._room = np.empty(0, np.uint8)
 
     def run(self, frames: Sequence[Frame], boxes: Sequence[Letterbox], timer: StageTimer | None) -> list[NDArray[Any]]:
         (frame,), (box,) = frames, boxes
@@ -244,22 +257,39 @@ class _OpenVinoLane(Lane):
         size_hw = _compiled_size(self._detector.size_hw)
         compiled = self._compiled.get(size_hw)
         if compiled not in self._requests:
-            made = np.empty((*size_hw, 3), np.uint8) if size_hw else None
-            self._requests[compiled] = compiled.create_infer_request(), made
-        request, buffer = self._requests[compiled]
+            self._requests[compiled] = compiled.create_infer_request()
         if timer is not None:
             timer.begin("letterbox")
-        fits = box.frame_hw == box.size_hw
-        pixels = box.apply(frame, spec.preprocess.mean_bgr, out=None if fits else buffer)
+        out = None
+        if box.frame_hw != box.size_hw:
+            height, width = box.size_hw
+            if self._room.size < (size := height * width * 3):
+                self._room = np.empty(size, np.uint8)
+            out = self._room[:size].reshape(height, width, 3)
+        pixels = box.apply(frame, spec.preprocess.mean_bgr, out=out)
         if timer is not None:
             timer.begin("network")
-        try:
-            found = request.infer({0: pixels[None]}, share_inputs=True, share_outputs=True)
-        except Exception as error:
-            raise ModelFileError(f"OpenVINO failed on a frame of {box.size_hw}: {reason(error)}") from None
+        found = _infer(self._requests[compiled], pixels)
         if timer is not None:
             timer.begin("decode+NMS")
-        return _decode(list(found.values()), box.size_hw, spec)  # copies: the request's memory serves the next call
+        return _decode(found, box.size_hw, spec)  # copies: the request's memory serves the next call
+
+
+def _infer(request: Any, pixels: Frame) -> list[NDArray[Any]]:
+    """Return what a request makes of a letterboxed frame: views of its memory."""
+    try:
+        return list(request.infer({0: pixels[None]}, share_inputs=True, share_outputs=True).values())
+    except Exception as error:
+        raise ModelFileError(f"OpenVINO failed on a frame of {pixels.shape[:2]}: {reason(error)}") from None
+
+
+def _first_sizes(size: NetworkSize) -> Iterable[tuple[int, int]]:
+    """Return the network sizes that are sure or likely to come."""
+    if isinstance(size, tuple):
+        return (size,)
+    if size is None or size > _MOST_RUN_FIRST:
+        return ()
+    return dict.fromkeys(Letterbox.longest(frame_hw, size).size_hw for frame_hw in FIRST_FRAMES_HW)
 
 
 def _compiled_size(size: NetworkSize) -> tuple[int, int] | None:

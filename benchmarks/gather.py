@@ -19,7 +19,8 @@ from trt_runtime.measure import environment
 
 WHAT = {
     "dev_ap": "WIDER FACE AP in percent of the published mobilenet0.25; score 0.02, NMS 0.4, top 5000, keep 750; "
-    "letterbox is 640x640; plugin form: the network in ONNX Runtime, the plugin's kernels on the host",
+    "letterbox is 640x640; tile is that and overlapping tiles of 640x640, too; "
+    "plugin form: the network in ONNX Runtime, the plugin's kernels on the host",
     "ap_scoring": "WIDER FACE AP of predictions on all validation images: seconds to read the text files, and to score",
     "precision": "the published mobilenet0.25 in FP32 (PyTorch) against its plugin form in FP16 and INT8 (network in "
     "ONNX Runtime with the rounding of fp16 emulated, the plugin's kernels on the host): WIDER FACE AP in percent, and "

@@ -172,6 +172,11 @@ def tables() -> dict[str, str]:
             "| {contestant} | {frames_per_second:.1f} | {ratio:.2f} | {faces} |",
             [{**row, "ratio": row["frames_per_second"] / peer} for row in videos],
         ),
+        "mixed_shapes": _table(
+            "| code | options | frames/s | times as fast as 640x640 | faces |",
+            "| {code} | `{options}` | {frames_per_second:.1f} | {times_as_fast_as_640x640:.2f} | {faces} |",
+            _load("mixed_shapes"),
+        ),
         "soak": _table(
             "| detector | part | identical results | memory grew by, MB |",
             "| {detector} | {part} | {identical} of {calls} | {growth_mb:.1f} |",

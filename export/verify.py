@@ -30,15 +30,16 @@ from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, SpecError
 from facespec.files import check_outputs, widerface_root, work_folder
 from facespec.images import find_images, read_image, write_image
+from facespec.kinds import model_kind
 from facespec.letterbox import Frame, Letterbox
 from facespec.opencv import cv2
 from facespec.samples import sample_crops, sample_photographs, tiled
-from facespec.spec import DEFAULT_SCORE_THRESHOLD, ENGINE_SUFFIXES, ModelSpec, parse_size
+from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import environment
 from trt_runtime.onnx_model import OnnxModel, load_graph, open_session
 
-DEPLOYED_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
+_DEPLOYED = ("engine", "onnx")
 DEFAULT_HW = (640, 640)
 EXTRA_SIZES = ((640, 640), (480, 640), (640, 384))
 """Network sizes tried besides the one asked for, where both models take any."""
@@ -151,13 +152,13 @@ class Side:
     """
 
     def __init__(self, name: str, backend: str | None = None) -> None:
-        suffix = Path(name).suffix.lower()
+        kind = model_kind(name)
         self.name = name
         self.runner: Callable[[Frame], NDArray[np.float32]] | None = None
         self.detector: Any
         self.notes: list[str] = []
-        if suffix in DEPLOYED_SUFFIXES:
-            self.detector = load_detector(name, backend=backend or ("onnxruntime" if suffix == ".onnx" else "auto"))
+        if kind in _DEPLOYED:
+            self.detector = load_detector(name, backend=backend or ("onnxruntime" if kind == "onnx" else "auto"))
             self.fixed_hw: tuple[int, int] | None = self.detector.size_hw
             inspection = inspect(name)
             shares = inspection.precision
@@ -168,7 +169,7 @@ class Side:
             if backend:
                 deployed = ", ".join(f"{key} {value}" for key, value in self.detector.environment().items())
                 self.notes.append(f"{name}: run as it is deployed, {deployed}")
-            elif suffix == ".onnx":
+            elif kind == "onnx":
                 self._open_graph(Path(name))
         else:
             require("torch", "train", "comparing a checkpoint")
@@ -571,7 +572,7 @@ def verify(options: VerifyOptions) -> Verification:
         RetinaFaceError: A model, the images or an output file is not usable, or there was no face to compare.
     """
     start = time.perf_counter()
-    if options.backend and Path(options.candidate).suffix.lower() not in DEPLOYED_SUFFIXES:
+    if options.backend and model_kind(options.candidate) not in _DEPLOYED:
         raise SpecError(f"--backend is for exported models, the candidate {options.candidate} is none")
     if options.plot and options.plot.suffix.lower() not in PICTURE_SUFFIXES:
         raise OutputError(f"--plot {options.plot}: give a name that ends in {', '.join(PICTURE_SUFFIXES)}")

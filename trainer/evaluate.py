@@ -34,7 +34,8 @@ from facespec.errors import DataError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, widerface_root, write_text
 from facespec.images import read_image
-from facespec.spec import ENGINE_SUFFIXES, parse_size
+from facespec.kinds import model_kind
+from facespec.spec import parse_size
 from trainer.average_precision import (
     LEVELS,
     Array,
@@ -202,7 +203,7 @@ def open_detector(
     Raises:
         DataError: A model of fixed size, and the original protocol.
     """
-    if Path(name).suffix.lower() in (".onnx", *ENGINE_SUFFIXES):
+    if model_kind(name) in ("engine", "onnx"):
         # the one thing that the training side asks the runtime for: what is deployed is what must be measured
         from trt_runtime.load import load_detector
 

@@ -17,11 +17,12 @@ import numpy as np
 
 from facespec.addresses import hide_secrets, without_secrets
 from facespec.errors import VideoError, reason
-from facespec.images import MAX_PIXELS
+from facespec.images import MAX_PIXELS, decode_image
 from facespec.log import get_logger
 from facespec.opencv import cv2
 from trt_runtime.media.files import (
     FORMATS,
+    NotVideoError,
     Pictures,
     Source,
     TimedFrame,
@@ -32,6 +33,7 @@ from trt_runtime.media.files import (
     stored_aspect,
     video_stream,
 )
+from trt_runtime.media.sources import is_image, read_source, shown
 
 # What FFmpeg may open on behalf of an address, by its scheme. No "file" and no "data" among it: a playlist from the
 # network leads to other addresses at most.
@@ -61,14 +63,24 @@ _PATIENCE = 1.5  # of the time-out, and half a second: finding out about the str
 
 
 def open_source(text: str) -> Source:
-    """Open what a user names: a webcam's index, a video file or an address.
+    """Open what a user names: a webcam's index, a video file or an address; an image is a source of one frame.
 
     FFmpeg would open much more by such a text (other protocols, devices, lists of files): only `live.SCHEMES` reach it,
     anything else has to be a file that is there.
 
     Raises:
         VideoError: It is none of these, or cannot be opened.
+        ImageError: It is an image that cannot be read.
     """
+    try:
+        return _open_video(text)
+    except NotVideoError:
+        if is_image(text):
+            return Picture(text)
+        raise
+
+
+def _open_video(text: str) -> Source:
     if "://" in text:
         return NetworkStream(text)
     if Path(text).exists():
@@ -80,6 +92,27 @@ def open_source(text: str) -> Source:
             f"{without_secrets(text)}: no such file, and addresses that can be read start with {', '.join(SCHEMES)}://"
         )
     return VideoFile(text)
+
+
+class Picture(Source):
+    """An image file, or an image at an address of http or https: a source of one frame.
+
+    Raises:
+        ImageError: It cannot be read.
+    """
+
+    rate = 25.0
+    frame_count = 1
+
+    def __init__(self, place: str) -> None:
+        super().__init__(shown(place))
+        self._image = decode_image(read_source(place), self.name)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[TimedFrame]:
+        yield TimedFrame(self._image, 0.0)
 
 
 class Camera(Source):
@@ -281,7 +314,9 @@ class NetworkStream(Source):
         connection.close()
         if isinstance(error, VideoError):
             raise error
-        raise VideoError(f"{self.name}: cannot be opened ({self._why(error)})") from None
+        other = isinstance(error, (self._av.error.InvalidDataError, self._av.error.ArgumentError))
+        kind = NotVideoError if other else VideoError
+        raise kind(f"{self.name}: cannot be opened ({self._why(error)})") from None
 
     def _open(self) -> tuple[Any, Any]:
         start = time.monotonic()

@@ -263,6 +263,9 @@ class VideoFile(Source):
         try:
             self._container = self._av.open(f"file:{self.path}", options=options)
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
+            with suppress(OSError), self.path.open("rb") as file:
+                if file.read(7) == b"#EXTM3U":
+                    raise VideoError(f"{path}: a playlist, which is read at its http address only") from None
             raise NotVideoError(f"{path}: not a video that can be read ({reason(error)})") from None
         self._stream = video_stream(self._container, self.name, max_pixels)
         self._stream.thread_type = "AUTO"

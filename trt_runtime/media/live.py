@@ -201,6 +201,8 @@ class NetworkStream(Source):
         if not 0 < timeout_s < 1e6:
             raise VideoError(f"{self.name}: timeout_s must be above 0, got {timeout_s}")
         self._av = load_av("reading video", max_pixels)
+        errors = self._av.error
+        self._not_video = (errors.InvalidDataError, errors.ArgumentError, errors.PatchWelcomeError)  # the last: HEIC
         self._url = f"{scheme}://{rest}"
         self._timeout_s, self._max_pixels = timeout_s, max_pixels
         self._patience_s = _PATIENCE * timeout_s + 0.5
@@ -314,8 +316,7 @@ class NetworkStream(Source):
         connection.close()
         if isinstance(error, VideoError):
             raise error
-        other = isinstance(error, (self._av.error.InvalidDataError, self._av.error.ArgumentError))
-        kind = NotVideoError if other else VideoError
+        kind = NotVideoError if isinstance(error, self._not_video) else VideoError
         raise kind(f"{self.name}: cannot be opened ({self._why(error)})") from None
 
     def _open(self) -> tuple[Any, Any]:
@@ -347,7 +348,7 @@ class NetworkStream(Source):
             return "user or password is not accepted: write them as in rtsp://USER:PASSWORD@HOST/"
         if isinstance(error, self._av.error.ProtocolNotFoundError):
             return "this build of PyAV does not know the protocol"
-        if isinstance(error, (self._av.error.InvalidDataError, self._av.error.ArgumentError)):
+        if isinstance(error, self._not_video):
             return "what is there is not a video that can be read"
         return hide_secrets(reason(error, None).replace(self._url, self.name))  # whole, or it may end in a password
 

@@ -23,6 +23,7 @@ import pytest
 from facespec.errors import ImageError, VideoError
 from facespec.images import read_image
 from facespec.letterbox import Frame
+from tests.heic import tiled_heic
 from tests.trt_runtime.rtsp_server import RtspServer, Visit, encode_h264
 from tests.trt_runtime.spoilt import OddPictures
 from trt_runtime.media.files import Source, TimedFrame, VideoFile, VideoWriter
@@ -952,9 +953,12 @@ def test_the_clock(
     assert given == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".bmp", ".avif", ".jp2"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".bmp", ".avif", ".jp2", ".heic"])
 def test_an_image_is_a_source_of_one_frame(suffix: str, site: Callable[[str], str], tmp_path: Path) -> None:
-    cv2.imwrite(str(tmp_path / f"photo{suffix}"), _frame(3))
+    if suffix == ".heic":
+        (tmp_path / "photo.heic").write_bytes(tiled_heic(np.tile(_frame(3), (2, 2, 1))[:128, :256], 128, 1))
+    else:
+        cv2.imwrite(str(tmp_path / f"photo{suffix}"), _frame(3))
     expected = read_image(tmp_path / f"photo{suffix}")
     for place in (str(tmp_path / f"photo{suffix}"), site(f"photo{suffix}")):
         with open_source(place) as source:
@@ -970,5 +974,8 @@ def test_what_is_neither_video_nor_image_is_said_so(site: Callable[[str], str], 
     (tmp_path / "page.html").write_text("<html>")
     with pytest.raises(VideoError, match="what is there is not a video that can be read"):
         open_source(site("page.html"))
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n")
+    with pytest.raises(VideoError, match=r"list\.m3u8: a playlist, which is read at its http address only"):
+        open_source(str(tmp_path / "list.m3u8"))
     with pytest.raises(VideoError, match=r"page\.html: not a video that can be read"):
         open_source(str(tmp_path / "page.html"))

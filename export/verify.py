@@ -496,7 +496,7 @@ def _open_images(options: VerifyOptions, data: Path) -> tuple[list[Sample], Scor
             paths = find_images(data)
             if not paths:
                 raise
-            note = f"no AP, the images are not labelled ({error})"
+            note = f"no AP: {error}"
             paths = [paths[i] for i in _evenly(len(paths), options.images or len(paths))]
             return [Sample(str(path), functools.partial(_read, path)) for path in paths], None, [note]
     return _labelled(options, data) if data.is_file() else _widerface(options, data)

@@ -30,7 +30,7 @@ from facespec.cli import (
     text_table,
 )
 from facespec.detections import Detections, Detector
-from facespec.errors import DataError
+from facespec.errors import DataError, NoLabelsError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, widerface_root, write_text
 from facespec.images import read_image
@@ -317,9 +317,7 @@ def _evaluate_labelled(options: EvaluateOptions) -> dict[str, Any]:
         raise DataError("--save-predictions writes the files of WIDER FACE's evaluation: --data is not its folder")
     try:
         dataset = open_dataset(str(options.data), "val", images=options.images, category=options.category)
-    except DataError as error:
-        if not options.data or options.data.is_file():
-            raise
+    except NoLabelsError as error:
         raise DataError(
             f"{error}. Without labels there is no average precision; how far two models agree is what "
             f"export.verify tells: --reference A --candidate B --data {options.data}"

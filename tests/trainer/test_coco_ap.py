@@ -110,6 +110,8 @@ def test_what_cannot_be_measured_says_what_can(own: Path, tmp_path: Path, refuse
     assert "--data is not its folder" in refused_here(main, *line, "--save-predictions", tmp_path / "p")
     plain = refused_here(main, "--weights", "mobilenet0.25", "--data", own.parent / "pictures")
     assert "Without labels" not in refused_here(main, *line)
+    (tmp_path / "instances_train.json").write_text("{}")
+    assert "Without labels" not in refused_here(main, "--weights", "mobilenet0.25", "--data", tmp_path)
     assert plain.endswith(f"export.verify tells: --reference A --candidate B --data {own.parent / 'pictures'}")
     options = parse_arguments(["--model", "m.onnx", "--data", "d.json", "--images", "i", "--category", "c"])
     assert (options.images, options.category) == (Path("i"), "c")

@@ -503,7 +503,6 @@ def _open_images(options: VerifyOptions, data: Path) -> tuple[list[Sample], Scor
 
 
 def _labelled(options: VerifyOptions, data: Path) -> tuple[list[Sample], Score | None, list[str]]:
-    require("torch", "train", "reading labels")
     from trainer.coco_ap import Truth, coco_average_precision
     from trainer.data import open_dataset
 

@@ -243,7 +243,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         RetinaFaceError: Predictions, ground truth, images or the detector are not usable.
     """
-    check_plot(options.plot, "train")
+    check_plot(options.plot, "evaluate")
     saved = options.save_predictions and options.save_predictions / "event" / "image.txt"
     outputs = [("--json", options.json), ("--plot", options.plot), ("--save-predictions", saved)]
     read = [options.ground_truth / f"wider_{name}_val.mat" for name in ("face", *LEVELS)]
@@ -309,7 +309,6 @@ def _has_own_labels(options: EvaluateOptions) -> bool:
 
 def _evaluate_labelled(options: EvaluateOptions) -> dict[str, Any]:
     """Return the average precision on labelled images, as COCO measures it."""
-    require("torch", "train", "reading labels")
     from trainer.coco_ap import Truth, coco_average_precision
     from trainer.data import open_dataset
 
@@ -352,7 +351,7 @@ def _evaluate_labelled(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _plot(curves: dict[str, Curve], path: Path, data: str) -> None:
-    with figure_file(path, "train", (6, 5)) as figure:
+    with figure_file(path, "evaluate", (6, 5)) as figure:
         axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
         axes.set_title(f"{data}, precision against recall")
         for (level, curve), colour in zip(curves.items(), ("#2a9d4b", "#e09f1f", "#c8373a"), strict=False):
@@ -382,7 +381,8 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=protocol)
     size = "HEIGHTxWIDTH of letterbox and tile (default: the model's, or 640x640)"
     parser.add_argument("--size", dest="size_hw", metavar="SIZE", type=argument(parse_size), help=size)
-    parser.add_argument("--backend", default="auto", help="what runs an exported model: onnxruntime or openvino")
+    backend = "what runs an exported model: auto, onnxruntime, openvino or tensorrt"
+    parser.add_argument("--backend", default="auto", metavar="NAME", help=backend)
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write event/name.txt files")
     parser.add_json()

@@ -456,7 +456,7 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     )
     add("--threads", type=int, help="threads of the network (default: every core)")
     add("--streams", type=int, default=1, help="frames a CPU computes at once")
-    add("--backend", default="auto", help=", ".join(BACKENDS))
+    add("--backend", choices=BACKENDS, default="auto", help="what runs the model")
     parser.add_device()
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="what OpenVINO computes in")
     add("--min-face", type=float, default=0.0, metavar="PX", help="leave out faces of fewer pixels of the frame")

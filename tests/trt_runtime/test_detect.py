@@ -92,7 +92,11 @@ def test_what_happens_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     assert left.value.code == 0
-    assert "auto, onnxruntime, openvino, tensorrt" in " ".join(capsys.readouterr().out.split())
+    assert "--backend {auto,onnxruntime,openvino,tensorrt} what runs" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as left:
+        parse_arguments(["a.jpg", "--backend", "opnvino"])
+    assert left.value.code == 2
+    assert "did you mean openvino?" in capsys.readouterr().err
     assert parse_arguments(["a.jpg"]).model == Path("mobilenet0.25")
 
 

@@ -144,9 +144,7 @@ def _find_coco(root: Path, split: Split) -> Path:
         )
     names = ", ".join(str(file.relative_to(root)) for file in sorted(found or files)[:5])
     if not found:
-        raise DataError(
-            f"--data {root}: no COCO .json of the split {split} ({names} are): name one with its path"
-        )
+        raise DataError(f"--data {root}: no COCO .json of the split {split} ({names} are): name one with its path")
     if len(found) > 1:
         raise DataError(f"--data {root}: which of its {len(found)} files is it ({names})? Name one with its path")
     return found[0]

@@ -18,7 +18,8 @@ from export.engine_layers import engine_shares, is_readable
 from facespec.cli import ArgumentParser, json_output, require, run
 from facespec.errors import ModelFileError, RetinaFaceError, SpecError, reason
 from facespec.files import check_outputs
-from facespec.spec import CHECKPOINT_SUFFIXES, SPEC_KEY, DecodeSpec, ModelSpec
+from facespec.kinds import model_kind
+from facespec.spec import SPEC_KEY, DecodeSpec, ModelSpec
 from trt_runtime.gpu.flavor import FLAVORS, gpu_capability
 from trt_runtime.gpu.sidecar import RTX_HEADER_BYTES, check_engine, read_header, read_sidecar
 from trt_runtime.kernels import PLUGIN
@@ -119,7 +120,7 @@ def inspect_engine(path: Path) -> Inspection:
         sidecar = read_sidecar(path)
     except ModelFileError as error:
         if header.kind == "unknown":
-            raise ModelFileError(f"{path}: not a TensorRT engine (an ONNX file must be named .onnx); {error}") from None
+            raise ModelFileError(f"{path}: neither a TensorRT engine nor an ONNX file; {error}") from None
         found.problems.append(str(error))
         return found
     found.problems += check_engine(path, sidecar)
@@ -237,11 +238,12 @@ def inspect(path: str | Path) -> Inspection:
         raise ModelFileError(
             f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give an engine or an ONNX file"
         )
-    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+    kind = model_kind(path)
+    if kind == "checkpoint":
         raise ModelFileError(f"{path}: a checkpoint: this command looks into engines and ONNX files")
     if path.suffix.lower() == ".json" and path.with_suffix("").is_file():
         raise ModelFileError(f"{path}: a sidecar; give the engine: python -m export.inspect {path.with_suffix('')}")
-    return inspect_onnx(path) if path.suffix.lower() == ".onnx" else inspect_engine(path)
+    return inspect_onnx(path) if kind == "onnx" else inspect_engine(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

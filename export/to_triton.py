@@ -18,7 +18,8 @@ from typing import Any
 from facespec.cli import ArgumentParser, run
 from facespec.errors import BuildError, ModelFileError, OutputError, SpecError
 from facespec.files import work_folder
-from facespec.spec import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES, SPEC_KEY, ModelSpec
+from facespec.kinds import model_kind
+from facespec.spec import SPEC_KEY, ModelSpec
 from plugins.build import read_report
 from trt_runtime.cpu import OrtRetinaFace
 from trt_runtime.gpu.flavor import TENSORRT
@@ -226,16 +227,16 @@ def plan(options: TritonOptions) -> Layout:
         ModelFileError: Missing, damaged, or not what Triton can serve.
         SpecError: The options do not fit the model.
     """
-    suffix = options.model.suffix.lower()
-    if suffix in CHECKPOINT_SUFFIXES:
+    kind = model_kind(options.model)
+    if kind == "checkpoint":
         raise ModelFileError(
             f"{options.model}: a checkpoint; export it first: python -m export.to_onnx --weights {options.model}"
         )
     if not options.model.is_file():
         raise ModelFileError(f"{options.model}: no such model file")
-    if suffix not in (".onnx", *ENGINE_SUFFIXES):
+    if not kind:
         raise ModelFileError(f"{options.model}: expected an ONNX file (.onnx) or an engine (.engine)")
-    return _plan_onnx(options) if suffix == ".onnx" else _plan_engine(options)
+    return _plan_onnx(options) if kind == "onnx" else _plan_engine(options)
 
 
 def _plan_onnx(options: TritonOptions) -> Layout:

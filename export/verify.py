@@ -30,16 +30,17 @@ from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, SpecError
 from facespec.files import check_outputs, widerface_root, work_folder
 from facespec.images import find_images, read_image, write_image
+from facespec.kinds import model_kind
 from facespec.letterbox import Frame, Letterbox
 from facespec.opencv import cv2
 from facespec.samples import sample_crops, sample_photographs, tiled
-from facespec.spec import DEFAULT_SCORE_THRESHOLD, ENGINE_SUFFIXES, ModelSpec, parse_size
+from facespec.spec import DEFAULT_SCORE_THRESHOLD, ModelSpec, parse_size
 from trt_runtime.cpu import PRECISIONS
 from trt_runtime.load import BACKENDS, load_detector
 from trt_runtime.measure import environment
 from trt_runtime.onnx_model import OnnxModel, load_graph, open_session
 
-DEPLOYED_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
+_DEPLOYED = ("engine", "onnx")
 DEFAULT_HW = (640, 640)
 EXTRA_SIZES = ((640, 640), (480, 640), (640, 384))
 """Network sizes tried besides the one asked for, where both models take any."""
@@ -155,14 +156,14 @@ class Side:
     """
 
     def __init__(self, name: str, backend: str | None = None, precision: str = "fp32") -> None:
-        suffix = Path(name).suffix.lower()
+        kind = model_kind(name)
         self.name = name
         self.runner: Callable[[Frame], NDArray[np.float32]] | None = None
         self.detector: Any
         self.notes: list[str] = []
-        if suffix in DEPLOYED_SUFFIXES:
+        if kind in _DEPLOYED:
             backend = backend or ("openvino" if precision == "bf16" else None)
-            runs = backend or ("onnxruntime" if suffix == ".onnx" else "auto")
+            runs = backend or ("onnxruntime" if kind == "onnx" else "auto")
             self.detector = load_detector(name, backend=runs, precision=precision)
             self.fixed_hw: tuple[int, int] | None = self.detector.size_hw
             inspection = inspect(name)
@@ -174,7 +175,7 @@ class Side:
             if backend:
                 deployed = ", ".join(f"{key} {value}" for key, value in self.detector.environment().items())
                 self.notes.append(f"{name}: run as it is deployed, {deployed}")
-            elif suffix == ".onnx":
+            elif kind == "onnx":
                 self._open_graph(Path(name))
         else:
             require("torch", "train", "comparing a checkpoint")
@@ -501,14 +502,13 @@ def _open_images(options: VerifyOptions, data: Path) -> tuple[list[Sample], Scor
             paths = find_images(data)
             if not paths:
                 raise
-            note = f"no AP, the images are not labelled ({error})"
+            note = f"no AP: {error}"
             paths = [paths[i] for i in _evenly(len(paths), options.images or len(paths))]
             return [Sample(str(path), functools.partial(_read, path)) for path in paths], None, [note]
     return _labelled(options, data) if data.is_file() else _widerface(options, data)
 
 
 def _labelled(options: VerifyOptions, data: Path) -> tuple[list[Sample], Score | None, list[str]]:
-    require("torch", "train", "reading labels")
     from trainer.coco_ap import Truth, coco_average_precision
     from trainer.data import open_dataset
 
@@ -578,7 +578,7 @@ def verify(options: VerifyOptions) -> Verification:
     """
     start = time.perf_counter()
     deployed = "--backend" if options.backend else "--precision" if options.precision != "fp32" else None
-    if deployed and Path(options.candidate).suffix.lower() not in DEPLOYED_SUFFIXES:
+    if deployed and model_kind(options.candidate) not in _DEPLOYED:
         raise SpecError(f"{deployed} is for exported models, the candidate {options.candidate} is none")
     if options.plot and options.plot.suffix.lower() not in PICTURE_SUFFIXES:
         raise OutputError(f"--plot {options.plot}: give a name that ends in {', '.join(PICTURE_SUFFIXES)}")

@@ -45,6 +45,10 @@ class DataError(RetinaFaceError):
     """A data set, prediction file or ground-truth file is missing or malformed."""
 
 
+class NoLabelsError(DataError):
+    """There are no labels in a folder; of what there is, images may be."""
+
+
 class MissingPackageError(RetinaFaceError, ImportError):
     """An optional package is not installed; the message names the command that installs it."""
 

@@ -7,7 +7,6 @@ ends early is refused, where cv2 would fill the rest with grey and say nothing.
 from __future__ import annotations
 
 import io
-import logging
 import os
 import re
 import stat
@@ -24,9 +23,10 @@ from facespec.files import atomic_path
 from facespec.kinds import HEAD, brands, image_kind, list_files, names_of
 from facespec.kinds import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from facespec.letterbox import Frame
+from facespec.log import get_logger
 from facespec.opencv import cv2
 
-_log = logging.getLogger("retinaface_trt")
+_log = get_logger("images")
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused."""

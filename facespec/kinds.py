@@ -1,4 +1,7 @@
-"""What a file is, by how it begins. Its name counts only where the content says nothing, as of a damaged file."""
+"""What a file is, by how it begins: image, video, or a kind of model.
+
+Its name counts only where the content says nothing, as of a damaged file.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from facespec.errors import ImageError
+from facespec.spec import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 
 HEAD = 512
 """Bytes of the start of a file that say what it is."""
@@ -46,6 +50,16 @@ _VIDEO = re.compile(
     rb"|\x47.{187}\x47|.{4}\x47.{191}\x47",  # MPEG-TS, as broadcast and as on a disc
     re.DOTALL,
 )
+RTX_MAGIC, TENSORRT_MAGIC = b"vtrt", b"ftrt"
+"""How engines of TensorRT-RTX begin, and those of TensorRT."""
+
+_MODELS = {
+    "engine": (RTX_MAGIC, TENSORRT_MAGIC),
+    "checkpoint": (b"PK\3\4", b"\x80\x02"),
+    "onnx": (b"\x08",),  # the first field of a ModelProto
+}
+_MODEL_SUFFIXES = {"engine": ENGINE_SUFFIXES, "checkpoint": CHECKPOINT_SUFFIXES, "onnx": (".onnx",)}
+
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _AVIF = {b"avif", b"avis"}
 _HEIF = {b"mif1", b"mif2", b"msf1", b"miaf"}  # of either: the other brands say which
@@ -101,6 +115,32 @@ def kind_of(path: str | Path) -> str:
 def _is_motion_jpeg(start: bytes) -> bool:
     """Whether one JPEG follows another, without the index that files of several pictures have."""
     return b"\xff\xd9\xff\xd8\xff" in start and b"MPF\0" not in start
+
+
+def model_kind(path: str | Path) -> str:
+    """Return what a model file is: "engine", "checkpoint", "onnx" or, where nothing tells, "".
+
+    How it begins counts most if that is telling, then the sidecar of an engine beside it, then its name. Of a file that
+    is not there the name alone counts.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") if path.is_file() else io.BytesIO() as file:
+            start = file.read(4)
+    except OSError:
+        start = b""
+    begins = next((kind for kind, magic in _MODELS.items() if start.startswith(magic)), "")
+    if begins in ("engine", "checkpoint"):
+        return begins
+    if not begins and sidecar_path(path).is_file():
+        return "engine"
+    suffix = path.suffix.lower()
+    return next((kind for kind, suffixes in _MODEL_SUFFIXES.items() if suffix in suffixes), begins)
+
+
+def sidecar_path(engine: str | Path) -> Path:
+    """Return the path of an engine's sidecar."""
+    return Path(f"{engine}.json")
 
 
 @dataclass

@@ -61,7 +61,7 @@ def load_ground_truth(folder: str | Path) -> dict[ImageKey, ImageTruth]:
     Raises:
         DataError: A file is missing or is not what it should be.
     """
-    scipy_io = require("scipy.io", "train", "reading WIDER FACE ground truth")
+    scipy_io = require("scipy.io", "evaluate", "reading WIDER FACE ground truth")
     files: dict[str, Any] = {}
     for name in ("face", *LEVELS):
         path = Path(folder) / f"wider_{name}_val.mat"

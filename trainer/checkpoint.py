@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from facespec.cli import require
 from facespec.errors import OutputError, SpecError, WeightsError
 from facespec.files import atomic_path
+from facespec.kinds import RTX_MAGIC, TENSORRT_MAGIC, model_kind
 from facespec.log import get_logger
 from facespec.published import published_onnx
 from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, ModelSpec
@@ -50,8 +51,8 @@ _OTHER_FILES = {
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "a NumPy array",
     b"\x1f\x8b": "a gzip archive",
-    b"vtrt": "a TensorRT-RTX engine",
-    b"ftrt": "a TensorRT engine",
+    RTX_MAGIC: "a TensorRT-RTX engine",
+    TENSORRT_MAGIC: "a TensorRT engine",
 }
 
 State = dict[str, Tensor]
@@ -237,7 +238,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_onnx(path: Path) -> bool:
-    return path.suffix.lower() == ".onnx" and path.is_file()
+    return model_kind(path) == "onnx" and path.is_file()
 
 
 def _bytes(path: Path) -> bytes:

@@ -47,8 +47,8 @@ def coco_average_precision(found: Sequence[Detections], truth: Sequence[Truth]) 
     Raises:
         MissingPackageError: pycocotools is not installed.
     """
-    coco = require("pycocotools.coco", "train", "COCO's average precision")
-    cocoeval = require("pycocotools.cocoeval", "train", "COCO's average precision")
+    coco = require("pycocotools.coco", "evaluate", "COCO's average precision")
+    cocoeval = require("pycocotools.cocoeval", "evaluate", "COCO's average precision")
     labelled: list[dict[str, Any]] = []
     detected: list[dict[str, Any]] = []
     for index, (faces, image) in enumerate(zip(found, truth, strict=True)):

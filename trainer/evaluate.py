@@ -30,11 +30,12 @@ from facespec.cli import (
     text_table,
 )
 from facespec.detections import Detections, Detector
-from facespec.errors import DataError
+from facespec.errors import DataError, NoLabelsError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, widerface_root, write_text
 from facespec.images import read_image
-from facespec.spec import ENGINE_SUFFIXES, parse_size
+from facespec.kinds import model_kind
+from facespec.spec import parse_size
 from trainer.average_precision import (
     LEVELS,
     Array,
@@ -202,7 +203,7 @@ def open_detector(
     Raises:
         DataError: A model of fixed size, and the original protocol.
     """
-    if Path(name).suffix.lower() in (".onnx", *ENGINE_SUFFIXES):
+    if model_kind(name) in ("engine", "onnx"):
         # the one thing that the training side asks the runtime for: what is deployed is what must be measured
         from trt_runtime.load import load_detector
 
@@ -242,7 +243,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         RetinaFaceError: Predictions, ground truth, images or the detector are not usable.
     """
-    check_plot(options.plot, "train")
+    check_plot(options.plot, "evaluate")
     saved = options.save_predictions and options.save_predictions / "event" / "image.txt"
     outputs = [("--json", options.json), ("--plot", options.plot), ("--save-predictions", saved)]
     read = [options.ground_truth / f"wider_{name}_val.mat" for name in ("face", *LEVELS)]
@@ -308,7 +309,6 @@ def _has_own_labels(options: EvaluateOptions) -> bool:
 
 def _evaluate_labelled(options: EvaluateOptions) -> dict[str, Any]:
     """Return the average precision on labelled images, as COCO measures it."""
-    require("torch", "train", "reading labels")
     from trainer.coco_ap import Truth, coco_average_precision
     from trainer.data import open_dataset
 
@@ -316,9 +316,7 @@ def _evaluate_labelled(options: EvaluateOptions) -> dict[str, Any]:
         raise DataError("--save-predictions writes the files of WIDER FACE's evaluation: --data is not its folder")
     try:
         dataset = open_dataset(str(options.data), "val", images=options.images, category=options.category)
-    except DataError as error:
-        if not options.data or options.data.is_file():
-            raise
+    except NoLabelsError as error:
         raise DataError(
             f"{error}. Without labels there is no average precision; how far two models agree is what "
             f"export.verify tells: --reference A --candidate B --data {options.data}"
@@ -353,7 +351,7 @@ def _evaluate_labelled(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _plot(curves: dict[str, Curve], path: Path, data: str) -> None:
-    with figure_file(path, "train", (6, 5)) as figure:
+    with figure_file(path, "evaluate", (6, 5)) as figure:
         axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
         axes.set_title(f"{data}, precision against recall")
         for (level, curve), colour in zip(curves.items(), ("#2a9d4b", "#e09f1f", "#c8373a"), strict=False):
@@ -383,7 +381,8 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=protocol)
     size = "HEIGHTxWIDTH of letterbox and tile (default: the model's, or 640x640)"
     parser.add_argument("--size", dest="size_hw", metavar="SIZE", type=argument(parse_size), help=size)
-    parser.add_argument("--backend", default="auto", help="what runs an exported model: onnxruntime or openvino")
+    backend = "what runs an exported model: auto, onnxruntime, openvino or tensorrt"
+    parser.add_argument("--backend", default="auto", metavar="NAME", help=backend)
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write event/name.txt files")
     parser.add_json()

@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -40,9 +41,6 @@ from trt_runtime.media.pipeline import WAIT, Job, PipelineOptions, SeenFrame, So
 from trt_runtime.media.sources import Sources, check_targets, find_sources, is_live, labels, read_source
 from trt_runtime.regions import Region, parse_region
 
-FILES_AT_ONCE = 8
-"""Videos of folders and patterns that are read at once."""
-
 
 @dataclass(frozen=True)
 class DetectOptions:
@@ -64,7 +62,7 @@ class DetectOptions:
         roi: Region of each frame that alone is looked at.
         tile: Large frames run in tiles of the network size, too.
         show: Show annotated frames in a window; q or Esc ends.
-        strict: A file of a folder or pattern that is neither image nor video is a failure of the command.
+        strict: Whatever was left out makes the command fail: see `Summary.complete`.
         flow: How the frames of videos flow.
     """
 
@@ -108,6 +106,22 @@ class Summary:
     seconds: float = 0.0  # wall time
     interrupted: bool = False  # Ctrl-C ended it
 
+    @property
+    def damaged(self) -> int:
+        """Parts of videos that were passed over."""
+        return sum(source.damaged for source in self.sources)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was left out, but frames of live sources that came too fast."""
+        return not (self.failures or self.others or self.first_of_several or self.damaged or self.truncated)
+
+    def add(self, other: Summary) -> None:
+        """Add what was done to images meanwhile."""
+        self.timer.add_all(other.timer)
+        for name in ("frames", "detected", "faces", "truncated", "failures", "first_of_several"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def __str__(self) -> str:
         passed = f" ({self.detected} through the network)" if self.detected != self.frames else ""
         lines = [
@@ -122,8 +136,8 @@ class Summary:
                 f"{_count(self.truncated, 'frame')} had more faces than the model's limits: export it with higher "
                 "--top-k and --max-detections"
             )
-        if damaged := sum(source.damaged for source in self.sources):
-            lines.append(f"{_count(damaged, 'damaged part')} of the video passed over")
+        if self.damaged:
+            lines.append(f"{_count(self.damaged, 'damaged part')} of the video passed over")
         if self.first_of_several:
             lines.append(
                 f"{_count(len(self.first_of_several), 'image')} of several pictures, of which the first was taken: "
@@ -196,9 +210,14 @@ def detect(options: DetectOptions) -> Summary:
     with detector, ExitStack() as stack:
         sink = _Sink(options, _open_json(options.json, stack), sources.single)
         try:
-            if sources.images:
-                _run_images(sources.images, targets, detector, sink, summary)
-            _run_videos(sources, targets, detector, sink, summary)
+            images = partial(_run_images, sources.images, targets, detector, sink)
+            videos = partial(_run_videos, sources, targets, detector, sink, summary)
+            if sources.images and any(map(is_live, sources.videos)):
+                _run_beside(images, videos, sink, summary)
+            else:
+                if sources.images:
+                    images(summary)
+                videos()
         except _QuitError:
             pass
         except _LinesError as failure:
@@ -207,6 +226,23 @@ def detect(options: DetectOptions) -> Summary:
     if sources.single and summary.sources and (error := summary.sources[0].error):
         raise error  # it was lost after a while: what was found until then has been written
     return summary
+
+
+def _run_beside(images: Callable[[Summary], None], videos: Callable[[], None], sink: _Sink, summary: Summary) -> None:
+    """Run images in a thread of their own beside the videos, because what is live does not wait for them."""
+    sink.beside, apart = True, Summary()
+    with ThreadPoolExecutor(1, "images") as thread:
+        done = thread.submit(images, apart)
+        try:
+            videos()
+            if not summary.interrupted:
+                done.result()
+        except KeyboardInterrupt:
+            summary.interrupted = True
+        finally:
+            apart.interrupted = True  # it begins no other image
+    done.result()
+    summary.add(apart)
 
 
 class _QuitError(Exception):
@@ -225,6 +261,7 @@ class _Sink:
         self.draws = options.out is not None or options.show
         self.lock = threading.Lock()
         self.shown: dict[str, Frame] = {}  # the newest of each window
+        self.beside = False  # images run beside videos, which tend the windows
 
     def write(self, record: dict[str, Any]) -> None:
         if self.lines:
@@ -257,6 +294,8 @@ def _run_images(
 ) -> None:
     try:
         for source, label in tqdm(labels(sources).items(), unit="image", disable=True if sink.single else None):
+            if summary.interrupted:
+                break
             try:
                 _run_image(source, label, targets.get(source), detector, sink, summary)
             except (ImageError, FrameError, OutputError) as error:
@@ -292,31 +331,19 @@ def _run_image(
             write_image(target, canvas)
     if sink.options.show:
         sink.shown["faces"] = canvas
-        sink.show(0 if sink.single else 1)
+        if not sink.beside:
+            sink.show(0 if sink.single else 1)
 
 
 def _run_videos(
     sources: Sources, targets: dict[str, Path], detector: RetinaFaceDetector, sink: _Sink, summary: Summary
 ) -> None:
     jobs = [
-        Job(label, partial(_open, source), partial(_output, label, targets.get(source), sink))
+        Job(label, partial(_open, source), partial(_output, label, targets.get(source), sink), not is_live(source))
         for source, label in labels(sources.videos).items()
     ]
-    for group in _groups(sources, jobs):
-        if summary.interrupted:
-            return
-        _run_group(group, detector, sink, summary)
-
-
-def _groups(sources: Sources, jobs: list[Job]) -> list[list[Job]]:
-    """Divide videos into those that run at once: so many files, and with the last of them all that is live."""
-    live = [job for job, source in zip(jobs, sources.videos, strict=True) if is_live(source)]
-    files = [job for job, source in zip(jobs, sources.videos, strict=True) if not is_live(source)]
-    groups = [files[start : start + FILES_AT_ONCE] for start in range(0, len(files), FILES_AT_ONCE)] or [[]]
-    return [*groups[:-1], groups[-1] + live] if jobs else []
-
-
-def _run_group(jobs: list[Job], detector: RetinaFaceDetector, sink: _Sink, summary: Summary) -> None:
+    if summary.interrupted or not jobs:
+        return
     told: set[str] = set()
     show = sink.options.show
     quit_ = False
@@ -342,8 +369,7 @@ def _run_group(jobs: list[Job], detector: RetinaFaceDetector, sink: _Sink, summa
 
         report = run_pipeline(detector, jobs, sink.options.flow, tick=tick, tick_s=0.02 if show else 0.1)
         tick(report.sources)
-    for stage, ms in report.timer.total_ms.items():
-        summary.timer.add(stage, ms)
+    summary.timer.add_all(report.timer)
     summary.sources += report.sources
     summary.interrupted = report.interrupted
     for source in report.sources:
@@ -430,7 +456,7 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     )
     add("--threads", type=int, help="threads of the network (default: every core)")
     add("--streams", type=int, default=1, help="frames a CPU computes at once")
-    add("--backend", default="auto", help=", ".join(BACKENDS))
+    add("--backend", choices=BACKENDS, default="auto", help="what runs the model")
     parser.add_device()
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="what OpenVINO computes in")
     add("--min-face", type=float, default=0.0, metavar="PX", help="leave out faces of fewer pixels of the frame")
@@ -439,7 +465,7 @@ def parse_arguments(argv: Sequence[str] | None) -> DetectOptions:
     tile = "run frames larger than --size in overlapping tiles of it, too: finds small faces in large frames"
     add("--tile", action="store_true", help=tile)
     add("--show", action="store_true", help="show the newest frames in a window; q ends")
-    add("--strict", action="store_true", help="exit code 1 if a file of a folder or pattern was not taken")
+    add("--strict", action="store_true", help="exit code 1 if anything was left out, as files not taken")
     add("--batch", type=int, help="frames of videos in one run of the network (default: what is ready and worth it)")
     add(
         "--stride",
@@ -464,7 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"wrote {', '.join(written)}")
     if summary.interrupted:
         return 130
-    return 1 if summary.failures or (options.strict and summary.others) else 0
+    return 1 if summary.failures or (options.strict and not summary.complete) else 0
 
 
 if __name__ == "__main__":

@@ -116,9 +116,9 @@ def ensure_library(target: str = "plugin", *, runs_here: bool = False) -> Path:
             f"the {target} library is not compiled, and its sources (plugins/) are not beside trt_runtime: copy "
             f"libretinaface_{target}.so to {_HERE / 'lib'}"
         )
+    compiler = build.find_compiler() if target == "host" else build.find_nvcc()
     if runs_here:
-        nvcc = build.find_nvcc()
-        check_driver(f"what {nvcc} compiles", build.compiler_version(nvcc))
+        check_driver(f"what {compiler} compiles", build.compiler_version(compiler))
     minutes = "about a quarter of a minute" if target == "host" else "a minute or more"
     # a warning, and not the log, which nobody need see: the caller waits for this
     warnings.warn(f"compiling the {target} library, which takes {minutes}: {build.destination(target)}", stacklevel=2)

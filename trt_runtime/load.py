@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from facespec.errors import ModelFileError, SpecError
-from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, ENGINE_SUFFIXES, NetworkSize
+from facespec.kinds import model_kind
+from facespec.spec import DEFAULT_WEIGHTS, NetworkSize
 from trt_runtime import cpu
 from trt_runtime.default_model import default_model
 from trt_runtime.detector import RetinaFaceDetector
-from trt_runtime.gpu.sidecar import read_header, sidecar_path
 from trt_runtime.onnx_model import OnnxModel
 from trt_runtime.trt import TRTRetinaFace
 
@@ -54,7 +54,13 @@ def load_detector(
     path = default_model() if str(path) == DEFAULT_WEIGHTS and not Path(path).exists() else Path(path)
     if backend not in BACKENDS:
         raise SpecError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    kind = _kind(path)
+    if path.is_dir():
+        raise ModelFileError(f"{path}: a folder; give the model file in it")
+    kind = model_kind(path)
+    if not path.is_file():
+        raise ModelFileError(f"{path}: no such model file; {_advice(path, kind)}")
+    if kind == "checkpoint":
+        raise ModelFileError(f"{path}: a checkpoint; export it first: python -m export.to_onnx --weights {path}")
     if kind == "engine":
         if backend not in ("auto", "tensorrt"):
             raise SpecError(f"{path}: an engine runs in TensorRT only, not in {backend}")
@@ -79,35 +85,12 @@ def load_detector(
     )
 
 
-def _kind(path: Path) -> str:
-    """Return what a model file is by its name or else by its content: "engine", "onnx" or "unknown".
-
-    Raises:
-        ModelFileError: It is not there, or it is a checkpoint; the message names the command that helps.
-    """
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        raise ModelFileError(f"{path}: a folder; give the model file in it")
-    if not path.is_file():
-        raise ModelFileError(f"{path}: no such model file; {_advice(path, suffix)}")
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
-    if suffix in ENGINE_SUFFIXES or read_header(head).kind != "unknown" or sidecar_path(path).is_file():
-        return "engine"
-    if suffix in CHECKPOINT_SUFFIXES or head.startswith((b"PK\3\4", b"\x80\x02")):
-        raise ModelFileError(f"{path}: a checkpoint; export it first: python -m export.to_onnx --weights {path}")
-    return "onnx" if suffix == ".onnx" or head.startswith(b"\x08") else "unknown"  # the first field of a ModelProto
-
-
-def _advice(path: Path, suffix: str) -> str:
+def _advice(path: Path, kind: str) -> str:
     """Return what brings a model file that is missing."""
-    if suffix in ENGINE_SUFFIXES:
+    if kind == "engine":
         return f"python -m export.to_trt --out {path} builds one"
-    if suffix in CHECKPOINT_SUFFIXES:
+    if kind == "checkpoint":
         return "detectors run exported models: python -m export.to_onnx --weights CHECKPOINT makes one"
-    if suffix == ".onnx":
+    if kind == "onnx":
         return f"python -m export.to_onnx --out {path} writes one; {DEFAULT_WEIGHTS} is there without a file"
     return f"models are files, or {DEFAULT_WEIGHTS} by its name"

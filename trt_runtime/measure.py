@@ -62,6 +62,11 @@ class StageTimer:
         """Add a time that was measured elsewhere."""
         self.total_ms[stage] = self.total_ms.get(stage, 0.0) + ms
 
+    def add_all(self, other: StageTimer) -> None:
+        """Add what another has measured."""
+        for stage, ms in other.total_ms.items():
+            self.add(stage, ms)
+
 
 class Latency(NamedTuple):
     """How long calls took, in milliseconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ Region = tuple[int, int, int, int]
 OVERLAP = 4
 """Tiles overlap by a part of so many of their side: faces up to that lie whole in one of them."""
 
+_EXPECTED = "a region is X,Y,WIDTH,HEIGHT in pixels, got {!r}"
+
 _EDGE_PX = 2.0  # a box that comes as near to where a tile is cut is part of a face
 
 
@@ -30,7 +33,7 @@ def check_region(region: object) -> Region | None:
         return None
     values = list(region) if isinstance(region, (list, tuple)) else []
     if [type(value) for value in values] != [int] * 4 or min(values) < 0 or min(values[2:]) < 1:
-        raise SpecError(f"a region is X,Y,WIDTH,HEIGHT in pixels, got {region!r}")
+        raise SpecError(_EXPECTED.format(region))
     x, y, width, height = values
     return x, y, width, height
 
@@ -41,12 +44,11 @@ def parse_region(text: str) -> Region:
     Raises:
         SpecError: It names none.
     """
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
-        raise SpecError(f"a region is X,Y,WIDTH,HEIGHT in pixels, got {text!r}")
-    region = check_region([int(part) for part in parts])
-    assert region is not None
-    return region
+    found = re.fullmatch(r"(\d{1,6}),(\d{1,6}),0*([1-9]\d{0,5}),0*([1-9]\d{0,5})", text, re.ASCII)
+    if not found:
+        raise SpecError(_EXPECTED.format(text))
+    x, y, width, height = map(int, found.groups())
+    return x, y, width, height
 
 
 def in_frame(region: Region | None, frame_hw: tuple[int, int]) -> Region:

@@ -239,11 +239,22 @@ def test_files_that_are_neither(tmp_path: Path, error_line: Callable[..., str]) 
         assert "a checkpoint" in error_line(main, name)
     assert f"give the engine: python -m export.inspect {engine}" in error_line(main, sidecar_path(engine))
     (tmp_path / "other.json").write_text("{}")
-    assert "not a TensorRT engine (an ONNX file must be named .onnx)" in error_line(main, "other.json")
+    assert "neither a TensorRT engine nor an ONNX file" in error_line(main, "other.json")
     sidecar_path(engine).unlink()
     assert "f.engine.json: missing" in inspect(engine).problems[0]  # its first bytes are an engine's
     with pytest.raises(ModelFileError, match="not an ONNX file"):
         inspect(_write(tmp_path / "w.ONNX"))
+
+
+@pytest.mark.parametrize("name", ["model", "model.bin"])
+def test_files_of_any_name(name: str, static_onnx: Path, tmp_path: Path) -> None:
+    place = tmp_path / name
+    place.write_bytes(static_onnx.read_bytes())
+    assert inspect(place).kind == "portable ONNX"
+    engine = write_engine(tmp_path)
+    engine.rename(place)
+    sidecar_path(engine).rename(sidecar_path(place))
+    assert (inspect(place).kind, inspect(place).problems) == ("engine", [])
 
 
 def _write(path: Path) -> Path:

@@ -27,6 +27,8 @@ from facespec.images import (
     read_image,
     write_image,
 )
+from facespec.kinds import kind_of
+from tests.heic import tiled_heic
 from tests.hostile import animation, jpeg_with_scans, png_chunk
 
 
@@ -436,6 +438,18 @@ def test_a_heic_is_read(heic: bytes) -> None:
     for damaged in (heic[:300], heic[: len(heic) // 2], heic[:40] + bytes(len(heic) - 40)):
         with pytest.raises(ImageError, match="HEIC file is truncated or damaged"):
             decode_image(damaged)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_a_heic_of_tiles_is_put_together_and_turned(turns: int, tmp_path: Path) -> None:
+    picture = np.asarray(cv2.resize(_picture(), (384, 256), interpolation=cv2.INTER_CUBIC), np.uint8)
+    place = tmp_path / "photo.mov"
+    place.write_bytes(tiled_heic(picture, 128, turns))
+    assert kind_of(place) == "image"
+    expected = np.rot90(picture, turns)
+    found = read_image(place)
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).mean() < 4
 
 
 @pytest.mark.parametrize(

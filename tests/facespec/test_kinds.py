@@ -11,7 +11,7 @@ from PIL import Image
 
 from facespec.errors import ImageError
 from facespec.images import find_images
-from facespec.kinds import IMAGE_SUFFIXES, brands, image_kind, kind_of, list_files, names_of
+from facespec.kinds import IMAGE_SUFFIXES, brands, image_kind, kind_of, list_files, model_kind, names_of, sidecar_path
 from trt_runtime.media.files import VideoWriter
 
 PICTURE = np.full((16, 16, 3), 90, np.uint8)
@@ -49,6 +49,33 @@ def test_heic_and_avif_are_told_from_videos_by_their_brands() -> None:
         ((b"mp42", b"heic"), None), ((b"crx ",), "camera raw"),
     ):  # fmt: skip
         assert image_kind(start(*named)) == kind, named
+
+
+def test_what_a_model_is_its_content_says_then_its_sidecar_then_its_name(tmp_path: Path) -> None:
+    contents = {
+        "engine": (b"ftrt\0\0", b"vtrt\0\0"),
+        "checkpoint": (b"PK\3\4", b"\x80\x02}q"),
+        "onnx": (b"\x08\x09\x12",),
+    }
+    for kind, starts in contents.items():
+        for start in starts:
+            for name in ("model", "model.bin", "model.trt" if kind == "engine" else "model.onnx"):
+                (tmp_path / name).write_bytes(start)
+                if (kind, name) != ("onnx", "model.onnx"):
+                    assert model_kind(tmp_path / name) == kind, (start, name)
+    for name, kind in (
+        ("m.engine", "engine"), ("m.PLAN", "engine"), ("m.trt", "engine"), ("m.onnx", "onnx"), ("m.ONNX", "onnx"),
+        ("m.pth", "checkpoint"), ("m.safetensors", "checkpoint"), ("m.bin", ""), ("m", ""),
+    ):  # fmt: skip
+        assert model_kind(tmp_path / name) == kind  # it is not there
+        (tmp_path / name).write_bytes(b"of a later version")
+        assert model_kind(str(tmp_path / name)) == kind
+    for name in ("m", "m.bin", "m.pth", "m.onnx"):
+        sidecar_path(tmp_path / name).write_text("{}")
+        assert model_kind(tmp_path / name) == "engine"
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x09\x12")  # beside JSON of its name
+    assert model_kind(tmp_path / "m.onnx") == "onnx"
+    assert model_kind(tmp_path) == ""
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])

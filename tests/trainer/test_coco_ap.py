@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +106,19 @@ def test_a_detector_is_measured_on_own_labels(own: Path, capsys: pytest.CaptureF
     assert (tmp_path / "ap.png").stat().st_size > 1000
 
 
+def test_an_exported_model_is_measured_without_torch(own: Path, static_onnx: Path) -> None:
+    code = """import sys
+sys.modules["torch"] = None
+from trainer.evaluate import main
+sys.exit(main(sys.argv[1:]))
+"""
+    options = ["--data", str(own), "--images", str(own.parent / "pictures"), "--protocol", "letterbox"]
+    line = [sys.executable, "-c", code, "--model", str(static_onnx), *options]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^0\.5 +\d", done.stdout, re.MULTILINE)
+
+
 def test_what_cannot_be_measured_says_what_can(own: Path, tmp_path: Path, refused_here: Callable[..., str]) -> None:
     line = ["--weights", "mobilenet0.25", "--data", own]
     assert "--images FOLDER names another" in refused_here(main, *line)
@@ -110,6 +126,8 @@ def test_what_cannot_be_measured_says_what_can(own: Path, tmp_path: Path, refuse
     assert "--data is not its folder" in refused_here(main, *line, "--save-predictions", tmp_path / "p")
     plain = refused_here(main, "--weights", "mobilenet0.25", "--data", own.parent / "pictures")
     assert "Without labels" not in refused_here(main, *line)
+    (tmp_path / "instances_train.json").write_text("{}")
+    assert "Without labels" not in refused_here(main, "--weights", "mobilenet0.25", "--data", tmp_path)
     assert plain.endswith(f"export.verify tells: --reference A --candidate B --data {own.parent / 'pictures'}")
     options = parse_arguments(["--model", "m.onnx", "--data", "d.json", "--images", "i", "--category", "c"])
     assert (options.images, options.category) == (Path("i"), "c")

@@ -11,9 +11,11 @@ import pytest
 
 from facespec.boxes import iou_matrix
 from facespec.detections import Detections
-from facespec.errors import DataError, RetinaFaceError
+from facespec.errors import DataError, RetinaFaceError, SpecError
 from facespec.images import write_image
+from facespec.kinds import sidecar_path
 from facespec.letterbox import Frame
+from tests.engines import write_engine
 from trainer.average_precision import LEVELS, ImageTruth, load_ground_truth
 from trainer.evaluate import (
     EvaluateOptions,
@@ -404,6 +406,20 @@ def test_detectors_report_down_to_the_floor_at_the_size_that_is_asked_for(
     for protocol in ("original", "letterbox"):
         with pytest.raises(RetinaFaceError, match="abacus"):
             open_detector(str(dynamic_onnx), protocol, None, "abacus")
+
+
+@pytest.mark.parametrize("name", ["model", "model.bin", "model.trt", "model.pth"])
+def test_exported_models_of_any_name(name: str, static_onnx: Path, tmp_path: Path) -> None:
+    engine, place = write_engine(tmp_path), tmp_path / name
+    engine.rename(place)
+    sidecar_path(engine).rename(sidecar_path(place))
+    with pytest.raises(SpecError, match="an engine runs in TensorRT only"):
+        open_detector(str(place), "letterbox", None, "openvino")
+    sidecar_path(place).unlink()
+    if place.suffix in ("", ".bin"):
+        place.write_bytes(static_onnx.read_bytes())
+        detector, size_hw = open_detector(str(place), "letterbox", None)
+        assert (size_hw, detector.score_threshold) == ((320, 320), 0.02)  # type: ignore[attr-defined]
 
 
 def test_options_are_what_the_line_says() -> None:

@@ -8,6 +8,8 @@ import os
 import shutil
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -23,12 +25,12 @@ from facespec.draw import draw_detections
 from facespec.errors import FrameError, ImageError, NonFiniteError, OutputError, SpecError, VideoError
 from facespec.images import read_image, write_image
 from facespec.letterbox import Frame
-from tests.trt_runtime.handmade import HandmadeDetector, HandmadeLane, frame_of
+from tests.trt_runtime.handmade import HandmadeDetector, HandmadeLane, frame_of, in_time
 from tests.trt_runtime.web_site import Site, site_fixture
 from trt_runtime import detect as module
 from trt_runtime.detect import DetectOptions, Summary, detect, main, parse_arguments
 from trt_runtime.measure import StageTimer
-from trt_runtime.media.files import TimedFrame, VideoFile, VideoWriter
+from trt_runtime.media.files import Source, TimedFrame, VideoFile, VideoWriter
 from trt_runtime.media.pipeline import WAIT, PipelineOptions, SourceReport
 
 MODEL = Path("m.onnx")
@@ -90,7 +92,11 @@ def test_what_happens_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     assert left.value.code == 0
-    assert "auto, onnxruntime, openvino, tensorrt" in " ".join(capsys.readouterr().out.split())
+    assert "--backend {auto,onnxruntime,openvino,tensorrt} what runs" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as left:
+        parse_arguments(["a.jpg", "--backend", "opnvino"])
+    assert left.value.code == 2
+    assert "did you mean openvino?" in capsys.readouterr().err
     assert parse_arguments(["a.jpg"]).model == Path("mobilenet0.25")
 
 
@@ -293,7 +299,31 @@ def test_an_interrupt_keeps_the_images_before(
 
 
 def test_strict_is_content_where_everything_was_taken(detector: HandmadeDetector, photos: Path) -> None:
+    (photos / "d.PNG").unlink()  # as many faces as the model's limit
     assert main(["photos", "--model", "m.onnx", "--strict"]) == 0
+
+
+@pytest.mark.parametrize("left_out", ["pages", "faces", "damage", "a folder"])
+def test_whatever_was_left_out_troubles_strict(left_out: str, detector: HandmadeDetector, photos: Path) -> None:
+    """Each alone, and nothing else does."""
+    source = "photos"
+    (photos / "d.PNG").unlink()
+    if left_out == "pages":
+        pages = [Image.fromarray(frame_of(faces, (40, 60))) for faces in (3, 5)]
+        pages[0].save(photos / "pages.tif", save_all=True, append_images=pages[1:])
+    elif left_out == "faces":
+        write_image(photos / "crowd.png", frame_of(9))
+    elif left_out == "damage":
+        with VideoWriter(photos / "clip.mkv", 10) as writer:
+            for number in range(60):
+                writer.write(frame_of(number, (64, 64)))
+        content = (photos / "clip.mkv").read_bytes()
+        (photos / "clip.mkv").write_bytes(content[: len(content) // 2])
+    else:
+        source = "photos/*"
+    assert main([source, "--model", "m.onnx"]) == 0
+    detector._closed = detector._freed = False
+    assert main([source, "--model", "m.onnx", "--strict"]) == 1
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -337,26 +367,89 @@ def test_images_that_are_interrupted_leave_the_videos(detector: HandmadeDetector
 # videos
 
 
-def test_videos_of_a_folder_run_some_at_a_time(
+def test_videos_of_a_folder_run_some_at_a_time_and_what_is_live_beside_them(
     detector: HandmadeDetector, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is live runs with the last of them, since it never ends."""
-    groups: list[list[str]] = []
+    jobs: dict[str, bool] = {}
     run = module.run_pipeline
 
-    def seen(detector: Any, jobs: Any, *args: Any, **options: Any) -> Any:
-        groups.append([job.name for job in jobs])
-        return run(detector, jobs, *args, **options)
+    def seen(detector: Any, given: Any, *args: Any, **options: Any) -> Any:
+        jobs.update((job.name, job.waits) for job in given)
+        return run(detector, given, *args, **options)
 
-    monkeypatch.setattr(module, "FILES_AT_ONCE", 2)
     monkeypatch.setattr(module, "run_pipeline", seen)
     for name in ("a", "b", "c"):
         (clip.parent / "clips").mkdir(exist_ok=True)
         shutil.copy(clip, clip.parent / "clips" / name)
     summary = detect(DetectOptions(("clips", "97"), MODEL, json="j.json", out=Path("out")))
-    assert groups == [["clips/a", "clips/b"], ["clips/c", "camera 97"]]
+    assert jobs == {"clips/a": True, "clips/b": True, "clips/c": True, "camera 97": False}
     assert (summary.frames, len(summary.sources), len(summary.failures)) == (18, 4, 1)
     assert sorted(path.name for path in Path("out").iterdir()) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+class _Camera(Source):
+    """It gives a frame, and others as soon as `more` is set."""
+
+    live, rate = True, 25.0
+
+    def __init__(self) -> None:
+        super().__init__("camera 97")
+        self.begun, self.more = threading.Event(), threading.Event()
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[TimedFrame]:
+        self.begun.set()
+        yield TimedFrame(frame_of(4), 0.0)
+        assert self.more.wait(20)
+        yield TimedFrame(frame_of(4), 0.1)
+
+
+def test_what_is_live_does_not_wait_for_images(
+    detector: HandmadeDetector, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    camera = _Camera()
+    monkeypatch.setattr(module, "open_source", lambda source: camera)
+
+    def wait(lane: HandmadeLane) -> None:
+        if detector.calls[-1] != [4]:
+            assert camera.begun.wait(20)
+        camera.more.set()
+
+    detector.on_run = wait
+    summary = detect(DetectOptions(("photos", "97"), MODEL, json="j.json", out=Path("out")))
+    assert (summary.frames, summary.faces, summary.interrupted) == (5, 1 + 2 + 8 + 4 + 4, False)
+    assert set(summary.timer.total_ms) >= {"read", "network", "draw", "write"}
+    assert sorted(record["source"] for record in _lines("j.json")) == [
+        "camera 97", "camera 97", "photos/a.png", "photos/b/c.bmp", "photos/d.PNG",
+    ]  # fmt: skip
+
+
+def test_ctrl_c_ends_the_images_beside_what_is_live(
+    detector: HandmadeDetector, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, made = threading.Event(), list[Summary]()
+
+    class Seen(Summary):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            made.append(self)
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        assert begun.wait(20)
+        raise KeyboardInterrupt
+
+    def wait(lane: HandmadeLane) -> None:
+        begun.set()
+        in_time(lambda: [time.sleep(0.01) for _ in iter(lambda: made[1].interrupted, True)])
+
+    detector.on_run = wait
+    monkeypatch.setattr(module, "Summary", Seen)
+    monkeypatch.setattr(module, "_run_videos", interrupted)
+    summary = detect(DetectOptions(("photos", "97"), MODEL, json="j.json"))
+    assert summary.interrupted
+    assert [record["source"] for record in _lines("j.json")] == ["photos/a.png"]  # the one that was under way
 
 
 def test_pixels_keep_their_shape(detector: HandmadeDetector, here: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,9 +41,10 @@ with load_detector({model!r}) as detector:
 """
 
 
-def _run(code: str, folder: Path, *paths: Path) -> str:
+def _run(code: str, folder: Path, *paths: Path, **variables: str) -> str:
     """Run it in a folder; what lies in `paths` comes before what is installed."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "XDG_CACHE_HOME": str(folder / "cache")}
+    env.update(variables)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=env)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -82,6 +84,32 @@ def test_what_is_deployed_is_facespec_and_the_runtime_alone(detect: str, expecte
         shutil.copy(ensure_library("host"), folder)
         assert _run(alone + where, tmp_path, app).endswith(f" {folder}/libretinaface_host.so")
         assert _run(alone + detect, tmp_path, app) == expected
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [
+        ("no-such", [r"runs in ONNX Runtime, which takes 1\.2 .* no C\+\+ compiler \(no-such\): apt install g\+\+"]),
+        (
+            "false",
+            ["compiling the host library, which takes about a quarter of a minute: it is kept as", "cannot"],
+        ),
+    ],
+)
+def test_a_library_that_is_compiled_is_announced_before(
+    compiler: str, words: list[str], detect: str, tmp_path: Path
+) -> None:
+    """And without a compiler one warning says what is slower, and what to install."""
+    pytest.importorskip("openvino", reason="pip install -e '.[cpu]'")
+    app = tmp_path / "app"
+    for name in ("facespec", "trt_runtime", "plugins"):
+        shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    told = "import warnings; warnings.showwarning = lambda message, *_, **__: print('told:', message)\n"
+    *warned, found = _run(told + detect, tmp_path, app, CXX=compiler).splitlines()
+    assert found.startswith("OrtRetinaFace [[")
+    assert len(warned) == len(words)
+    for line, word in zip(warned, words, strict=True):
+        assert re.search(word, line)
 
 
 def test_an_application_may_have_folders_and_modules_of_our_names(detect: str, expected: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def test_a_closed_detector_says_so_with_and_without_a_region(static_onnx: Path) 
     "wrong", ["1,2,3", "1,2,0,4", "1,2,3,x", "-1,2,3,4", "", "1,2,3,4,5", "1,2,3,4.5", "9999999,0,1,1"]
 )
 def test_texts_that_name_no_region(wrong: str) -> None:
-    with pytest.raises(SpecError, match="a region is X,Y,WIDTH,HEIGHT in pixels"):
+    with pytest.raises(SpecError, match=f"a region is X,Y,WIDTH,HEIGHT in pixels, got {re.escape(repr(wrong))}$"):
         parse_region(wrong)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from facespec.errors import SpecError
@@ -250,7 +249,7 @@ def _look_up(image: Frame, table: NDArray[np.float64]) -> Frame:
     return image if (whole == np.arange(256)).all() else np.asarray(cv2.LUT(image, whole), np.uint8)
 
 
-class TrainingSet(torch.utils.data.Dataset[tuple[Frame, Faces]]):
+class TrainingSet:
     """Augmented samples of a data set, for a DataLoader with `trainer.data.batches.collate`.
 
     Item `epoch * len(dataset) + index` is sample `index` as it is shown in `epoch`. Its randomness depends on the seed

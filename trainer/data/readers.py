@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from facespec.errors import DataError
+from facespec.errors import DataError, NoLabelsError
 from facespec.files import widerface_root
 from facespec.images import IMAGE_SUFFIXES
 from trainer.data.coco import read_coco
@@ -138,12 +138,14 @@ def _find_coco(root: Path, split: Split) -> Path:
     }
     found = of_split[split] or [file for file in files if not any(file in those for those in of_split.values())]
     found = [file for file in found if file.name.startswith("instances")] or found  # COCO has captions beside them
-    if not found:
-        raise DataError(
+    if not files:
+        raise NoLabelsError(
             f"--data {root}: no label.txt, no COCO .json and no labelled {split} images of WIDER FACE there"
         )
+    names = ", ".join(str(file.relative_to(root)) for file in sorted(found or files)[:5])
+    if not found:
+        raise DataError(f"--data {root}: no COCO .json of the split {split} ({names} are): name one with its path")
     if len(found) > 1:
-        names = ", ".join(str(file.relative_to(root)) for file in sorted(found)[:5])
         raise DataError(f"--data {root}: which of its {len(found)} files is it ({names})? Name one with its path")
     return found[0]
 

@@ -18,12 +18,13 @@ import numpy as np
 
 from facespec.codec import build, parse_json
 from facespec.errors import ModelFileError, SpecError
+from facespec.kinds import RTX_MAGIC, TENSORRT_MAGIC
+from facespec.kinds import sidecar_path as sidecar_path
 from facespec.spec import MAX_NETWORK_PIXELS, ModelSpec, check_size
 from trt_runtime.kernels import PLUGIN, decode_attributes
 
 FORMAT_VERSION = 1
 MAX_SIDECAR_BYTES = 1 << 20
-RTX_MAGIC = b"vtrt"
 RTX_HEADER_BYTES = 64
 RTX_CAPABILITY_BITS = {75: 1, 80: 2, 86: 4, 89: 8, 120: 16, 121: 32}
 
@@ -247,11 +248,6 @@ class EngineHeader:
     size: int = 0
 
 
-def sidecar_path(engine: str | Path) -> Path:
-    """Return the path of an engine's sidecar."""
-    return Path(f"{engine}.json")
-
-
 def read_header(data: bytes) -> EngineHeader:
     """Return the header of an engine.
 
@@ -266,7 +262,7 @@ def read_header(data: bytes) -> EngineHeader:
         (mask,) = struct.unpack_from("<Q", data, 32)
         found = tuple(capability for capability, bit in RTX_CAPABILITY_BITS.items() if mask & bit)
         return EngineHeader("rtx", ".".join(str(byte) for byte in data[24:28]), found, size)
-    return EngineHeader("tensorrt" if data[:4] == b"ftrt" else "unknown")
+    return EngineHeader("tensorrt" if data[:4] == TENSORRT_MAGIC else "unknown")
 
 
 def read_sidecar(engine: str | Path) -> Sidecar:

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from facespec.cli import require
 from facespec.errors import DeviceLostError, DriverGoneError, GpuError, KernelFaultError, ModelFileError
-from facespec.spec import ENGINE_SUFFIXES, MAX_NETWORK_PIXELS, SIZE_MULTIPLE
+from facespec.kinds import model_kind
+from facespec.spec import MAX_NETWORK_PIXELS, SIZE_MULTIPLE
 from trt_runtime.gpu.device import ALIGNMENT, Bytes, Memory, check_bytes, check_nbytes, out_of_memory
 from trt_runtime.gpu.engine import Shape
 from trt_runtime.gpu.frame import DeviceFrame, read_frame
@@ -435,7 +436,7 @@ class HostEngine:
     backend = "host"
 
     def __init__(self, path: str | Path, device: HostDevice) -> None:
-        if Path(path).suffix.lower() in ENGINE_SUFFIXES:
+        if model_kind(path) == "engine":
             raise ModelFileError(f"{path}: engines run on a GPU; device cpu runs the .plugin.onnx that lies beside one")
         model = OnnxModel(path)
         self.spec = model.spec

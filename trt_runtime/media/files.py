@@ -41,6 +41,10 @@ _NO_VIDEO = 0x400 | 0x800  # AV_DISPOSITION_ATTACHED_PIC, as cover art, and AV_D
 Self = TypeVar("Self", bound="Source")
 
 
+class NotVideoError(VideoError):
+    """What is there can be read, and is no video."""
+
+
 class TimedFrame(NamedTuple):
     """A frame and when it is shown.
 
@@ -146,7 +150,7 @@ def video_stream(container: Any, name: str, max_pixels: int) -> Any:
         tags = container.metadata
         named = [tags.get("major_brand", ""), *re.findall("....", tags.get("compatible_brands", ""))]
         if kind := heif_kind([brand.encode() for brand in named]):
-            raise VideoError(f"{name}: {kind} is an image, not a video")
+            raise NotVideoError(f"{name}: {kind} is an image, not a video")
         streams = [stream for stream in container.streams.video if not int(stream.disposition) & _NO_VIDEO]
         if not streams:
             raise VideoError(f"{name}: there is no video stream in it")
@@ -259,7 +263,10 @@ class VideoFile(Source):
         try:
             self._container = self._av.open(f"file:{self.path}", options=options)
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(f"{path}: not a video that can be read ({reason(error)})") from None
+            with suppress(OSError), self.path.open("rb") as file:
+                if file.read(7) == b"#EXTM3U":
+                    raise VideoError(f"{path}: a playlist, which is read at its http address only") from None
+            raise NotVideoError(f"{path}: not a video that can be read ({reason(error)})") from None
         self._stream = video_stream(self._container, self.name, max_pixels)
         self._stream.thread_type = "AUTO"
         self._stored_aspect = stored_aspect(self._stream)

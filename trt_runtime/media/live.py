@@ -17,11 +17,12 @@ import numpy as np
 
 from facespec.addresses import hide_secrets, without_secrets
 from facespec.errors import VideoError, reason
-from facespec.images import MAX_PIXELS
+from facespec.images import MAX_PIXELS, decode_image
 from facespec.log import get_logger
 from facespec.opencv import cv2
 from trt_runtime.media.files import (
     FORMATS,
+    NotVideoError,
     Pictures,
     Source,
     TimedFrame,
@@ -32,6 +33,7 @@ from trt_runtime.media.files import (
     stored_aspect,
     video_stream,
 )
+from trt_runtime.media.sources import is_image, read_source, shown
 
 # What FFmpeg may open on behalf of an address, by its scheme. No "file" and no "data" among it: a playlist from the
 # network leads to other addresses at most.
@@ -61,14 +63,24 @@ _PATIENCE = 1.5  # of the time-out, and half a second: finding out about the str
 
 
 def open_source(text: str) -> Source:
-    """Open what a user names: a webcam's index, a video file or an address.
+    """Open what a user names: a webcam's index, a video file or an address; an image is a source of one frame.
 
     FFmpeg would open much more by such a text (other protocols, devices, lists of files): only `live.SCHEMES` reach it,
     anything else has to be a file that is there.
 
     Raises:
         VideoError: It is none of these, or cannot be opened.
+        ImageError: It is an image that cannot be read.
     """
+    try:
+        return _open_video(text)
+    except NotVideoError:
+        if is_image(text):
+            return Picture(text)
+        raise
+
+
+def _open_video(text: str) -> Source:
     if "://" in text:
         return NetworkStream(text)
     if Path(text).exists():
@@ -80,6 +92,27 @@ def open_source(text: str) -> Source:
             f"{without_secrets(text)}: no such file, and addresses that can be read start with {', '.join(SCHEMES)}://"
         )
     return VideoFile(text)
+
+
+class Picture(Source):
+    """An image file, or an image at an address of http or https: a source of one frame.
+
+    Raises:
+        ImageError: It cannot be read.
+    """
+
+    rate = 25.0
+    frame_count = 1
+
+    def __init__(self, place: str) -> None:
+        super().__init__(shown(place))
+        self._image = decode_image(read_source(place), self.name)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[TimedFrame]:
+        yield TimedFrame(self._image, 0.0)
 
 
 class Camera(Source):
@@ -168,6 +201,8 @@ class NetworkStream(Source):
         if not 0 < timeout_s < 1e6:
             raise VideoError(f"{self.name}: timeout_s must be above 0, got {timeout_s}")
         self._av = load_av("reading video", max_pixels)
+        errors = self._av.error
+        self._not_video = (errors.InvalidDataError, errors.ArgumentError, errors.PatchWelcomeError)  # the last: HEIC
         self._url = f"{scheme}://{rest}"
         self._timeout_s, self._max_pixels = timeout_s, max_pixels
         self._patience_s = _PATIENCE * timeout_s + 0.5
@@ -281,7 +316,8 @@ class NetworkStream(Source):
         connection.close()
         if isinstance(error, VideoError):
             raise error
-        raise VideoError(f"{self.name}: cannot be opened ({self._why(error)})") from None
+        kind = NotVideoError if isinstance(error, self._not_video) else VideoError
+        raise kind(f"{self.name}: cannot be opened ({self._why(error)})") from None
 
     def _open(self) -> tuple[Any, Any]:
         start = time.monotonic()
@@ -312,7 +348,7 @@ class NetworkStream(Source):
             return "user or password is not accepted: write them as in rtsp://USER:PASSWORD@HOST/"
         if isinstance(error, self._av.error.ProtocolNotFoundError):
             return "this build of PyAV does not know the protocol"
-        if isinstance(error, (self._av.error.InvalidDataError, self._av.error.ArgumentError)):
+        if isinstance(error, self._not_video):
             return "what is there is not a video that can be read"
         return hide_secrets(reason(error, None).replace(self._url, self.name))  # whole, or it may end in a password
 

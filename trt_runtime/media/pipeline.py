@@ -33,6 +33,9 @@ from trt_runtime.media.files import Source
 WAIT = "wait"
 """Stage in which a live source has no frame yet; no work is done in it."""
 
+FILES_AT_ONCE = 8
+"""Sources that run at once of those that can wait."""
+
 PATIENCE_S = 60.0
 """How long a source may take to open, and one that is not live to give a frame."""
 
@@ -71,11 +74,13 @@ class Job:
         open: Opens the source, in the thread that reads it.
         output: Makes what uses the frames, in the thread that does. It is left without an exception at the end of the
             source, however that came, and with one where frames are missing that were read.
+        waits: It can wait, as a file: of such only `FILES_AT_ONCE` run at once, and one begins where another has ended.
     """
 
     name: str
     open: Callable[[], Source]
     output: Callable[[Source], AbstractContextManager[Use]]
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ class _Item:
     slot: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Lane:
     """A source on its way; every field but the timers is guarded by the lock of the pipeline."""
 
@@ -227,7 +232,10 @@ class _Pipeline:
         self.batch = options.batch or detector.max_batch
         self.lock = threading.Lock()
         self.lanes = [_Lane(job, self.lock) for job in jobs]
-        share = -(-self.batch // max(len(jobs), 1))  # frames of a source in a call, where all have some
+        self.waiting = deque(lane for lane in self.lanes if lane.job.waits)  # that have not begun
+        self.active = [lane for lane in self.lanes if not lane.job.waits]
+        self.active += [self.waiting.popleft() for _ in range(min(FILES_AT_ONCE, len(self.waiting)))]
+        share = -(-self.batch // max(len(self.active), 1))  # frames of a source in a call, where all have some
         self.ready_limit = max(options.queue, share)
         self.flight_limit = self.depth * share + options.queue
         self.work = threading.Condition(self.lock)  # for the feeder
@@ -240,14 +248,10 @@ class _Pipeline:
         self.unused = len(jobs)  # lanes whose output is not done
         self.finished = threading.Event()
         self.stream: DetectionStream
+        self.readers: list[threading.Thread] = []
+        self.threads = [threading.Thread(target=self._feed, name="feed")]
 
     def run(self, tick: Callable[[list[SourceReport]], bool], tick_s: float) -> PipelineReport:
-        readers = [
-            threading.Thread(target=self._read, args=[lane], name=f"read {lane.job.name}", daemon=True)
-            for lane in self.lanes
-        ]
-        threads = [threading.Thread(target=self._feed, name="feed")]
-        threads += [threading.Thread(target=self._use, args=[lane], name=f"use {lane.job.name}") for lane in self.lanes]
         reports = [lane.report for lane in self.lanes]
         interrupted = False
 
@@ -259,8 +263,9 @@ class _Pipeline:
 
         with self.detector.stream(self.depth) as self.stream:
             try:
-                for thread in (*readers, *threads):
-                    thread.start()
+                for lane in tuple(self.active):
+                    self._begin(lane)
+                self.threads[0].start()
                 try:
                     wait()
                 except KeyboardInterrupt:
@@ -271,19 +276,28 @@ class _Pipeline:
                 self._stop(abort=True)
                 raise
             finally:
-                for thread in threads:
+                for thread in self.threads:  # one that ends may begin others
                     if thread.ident is not None:  # it was started
                         thread.join()
                 end = monotonic() + _GRACE_S
-                for thread in readers:
+                for thread in self.readers:
                     if thread.ident is not None:
                         thread.join(max(end - monotonic(), 0))
         if self.error:
             raise self.error
         timer = StageTimer()
         for part in (*(lane.reading for lane in self.lanes), self.network, *(lane.using for lane in self.lanes)):
-            _add(timer, part)
+            timer.add_all(part)
         return PipelineReport(reports, timer, interrupted)
+
+    def _begin(self, lane: _Lane) -> None:
+        """Start the threads of a lane."""
+        reader = threading.Thread(target=self._read, args=[lane], name=f"read {lane.job.name}", daemon=True)
+        user = threading.Thread(target=self._use, args=[lane], name=f"use {lane.job.name}")
+        self.readers.append(reader)
+        self.threads.append(user)
+        reader.start()
+        user.start()
 
     def _read(self, lane: _Lane) -> None:
         report, lane.start = lane.report, time.perf_counter()
@@ -369,7 +383,9 @@ class _Pipeline:
     def _take(self) -> list[tuple[_Lane, _Item, bool]]:
         """Return the frames that go on now, and whether the network runs on them; none: all sources have ended."""
         with self.lock:
-            while not (chosen := self._choose()) and not all(lane.ended and not lane.ready for lane in self.lanes):
+            while not (chosen := self._choose()) and (
+                self.waiting or not all(lane.ended and not lane.ready for lane in self.active)
+            ):
                 self.work.wait()
             begun = any(wanted for *_, wanted in chosen)
             self.calls += begun
@@ -379,11 +395,11 @@ class _Pipeline:
     def _choose(self) -> list[tuple[_Lane, _Item, bool]]:
         room = self.batch if self.calls < self.depth else 0
         chosen: list[tuple[_Lane, _Item, bool]] = []
-        start = self.turn % max(len(self.lanes), 1)  # each lane is first in turn
+        start = self.turn % max(len(self.active), 1)  # each lane is first in turn
         moved = True
         while moved:  # a frame of each source, then the next of each
             moved = False
-            for lane in (*self.lanes[start:], *self.lanes[:start]):
+            for lane in (*self.active[start:], *self.active[:start]):
                 wanted = lane.taken % self.stride == 0
                 if not lane.ready or lane.in_flight >= self.flight_limit or (wanted and not room):
                     continue
@@ -411,7 +427,7 @@ class _Pipeline:
     def _called(self, timer: StageTimer) -> None:
         with self.lock:
             self.calls -= 1
-            _add(self.network, timer)
+            self.network.add_all(timer)
             self.work.notify()
 
     def _use(self, lane: _Lane) -> None:
@@ -441,10 +457,24 @@ class _Pipeline:
         except Exception as error:
             self._stop(abort=True, error=error)
         finally:
-            with self.lock:
-                self.unused -= 1
-                if not self.unused:
-                    self.finished.set()
+            self._begin_another(lane)
+
+    def _begin_another(self, lane: _Lane) -> None:
+        """Note that a lane is done, and begin one that waits for it."""
+        with self.lock:
+            self.unused -= 1
+            following = self.waiting.popleft() if lane.job.waits and self.waiting else None
+            if following:
+                self.active[self.active.index(lane)] = following
+            if not self.unused:
+                self.finished.set()
+        if following:
+            try:
+                self._begin(following)
+            except RuntimeError as error:  # there is no thread to be had
+                self._stop(abort=True, error=error)
+                self._end(following)
+                self._begin_another(following)
 
     def _next(self, lane: _Lane, used: bool = False) -> _Item | None:
         """Return the next frame to use; None: there will be no more."""
@@ -488,12 +518,13 @@ class _Pipeline:
                 lane.ready.clear()
                 lane.room.notify()
                 lane.results.notify()
+            for lane in self.waiting:
+                lane.ended = True
+            self.unused -= len(self.waiting)
+            self.waiting.clear()
+            if not self.unused:
+                self.finished.set()
             self.work.notify()
             sources = [lane.source for lane in self.lanes if lane.source]
         for source in sources:
             source.stop()
-
-
-def _add(total: StageTimer, part: StageTimer) -> None:
-    for stage, ms in part.total_ms.items():
-        total.add(stage, ms)

@@ -53,7 +53,7 @@ def find_sources(texts: Sequence[str]) -> Sources:
     found = Sources(single=len(texts) == 1)
     web = list(dict.fromkeys(text for text in texts if is_web(text)))
     with ThreadPoolExecutor(16) as threads:
-        images_there = dict(zip(web, threads.map(_is_image_there, web), strict=True))
+        images_there = dict(zip(web, threads.map(is_image, web), strict=True))
     named: list[str] = []
     for text in texts:
         listing = _list(text)
@@ -62,7 +62,7 @@ def find_sources(texts: Sequence[str]) -> Sources:
             found.images += map(str, listing.images)
             found.videos += map(str, listing.videos)
             found.others += listing.others
-        elif images_there.get(text) or ("://" not in text and not is_camera(text) and kind_of(text) == "image"):
+        elif images_there[text] if text in images_there else is_image(text):
             found.images.append(str(Path(text)) if "://" not in text else text)
         else:
             named.append(text)
@@ -86,9 +86,13 @@ def _list(text: str) -> Listing | None:
         listing, where = list_files(path), f"{text}: no images in this folder, and no videos"
     elif glob.has_magic(text):
         listing, where = Listing(), f"{without_secrets(text)}: no image matches this pattern, and no video"
-        for name in sorted(glob.glob(text, recursive=True)):
-            if not Path(name).is_dir():
-                listing.add(Path(name))
+        found = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
+        entered = {parent for path in found for parent in path.parents}
+        for path in found:
+            if not path.is_dir():
+                listing.add(path)
+            elif path not in entered and (not os.access(path, os.R_OK) or any(path.iterdir())):
+                listing.others.append(path)
     else:
         raise DataError(f"{without_secrets(text)}: no such file or folder")
     if not (listing.images or listing.videos):
@@ -111,15 +115,17 @@ def is_web(source: str) -> bool:
     return source.lower().startswith(("http://", "https://"))
 
 
-def _is_image_there(address: str) -> bool:
-    """Whether an image is at an address; what gives no answer counts as a video, whose errors say more."""
+def is_image(source: str) -> bool:
+    """Whether a source is an image; of an address what gives no answer counts as a video, whose errors say more."""
+    if not is_web(source):
+        return not is_live(source) and kind_of(source) == "image"
     from trt_runtime.media.web import fetch  # http and ssl are slow to import
 
     try:
-        start, _ = fetch(address, timeout_s=_LOOK_S, most=HEAD, agent=_agent())
+        start, _ = fetch(source, timeout_s=_LOOK_S, most=HEAD, agent=_agent())
     except (OSError, ValueError):
         return False
-    return image_kind(start[:HEAD]) is not None and not start.startswith(b"BM")  # two letters are no sign of an image
+    return image_kind(start[:HEAD]) is not None
 
 
 def _agent() -> str:

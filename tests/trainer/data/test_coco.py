@@ -92,6 +92,11 @@ def test_each_split_has_its_own_file_and_images(write: Write, tmp_path: Path) ->
         dataset = open_dataset(str(tmp_path), split)  # type: ignore[arg-type]
         assert dataset.samples[0].name == str(tmp_path / f"{split}2017" / "a.jpg")
         assert dataset.samples[0].load()[1].boxes[0, 0] == x
+    (tmp_path / "annotations" / "instances_val2017.json").unlink()
+    (tmp_path / "annotations" / "captions_val2017.json").unlink()
+    there = r"\(annotations/captions_train2017.json, annotations/instances_train2017.json are\)"
+    with pytest.raises(DataError, match=rf"no COCO .json of the split val {there}: name one with its path"):
+        open_dataset(str(tmp_path), "val")
     write([_face()], file="annotations/instances_train_b.json")
     with pytest.raises(DataError, match=r"which of its 2 files is it \(annotations/instances_train2017.json, annot"):
         open_dataset(str(tmp_path))

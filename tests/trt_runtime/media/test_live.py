@@ -20,8 +20,10 @@ import cv2
 import numpy as np
 import pytest
 
-from facespec.errors import VideoError
+from facespec.errors import ImageError, VideoError
+from facespec.images import read_image
 from facespec.letterbox import Frame
+from tests.heic import tiled_heic
 from tests.trt_runtime.rtsp_server import RtspServer, Visit, encode_h264
 from tests.trt_runtime.spoilt import OddPictures
 from trt_runtime.media.files import Source, TimedFrame, VideoFile, VideoWriter
@@ -949,3 +951,31 @@ def test_the_clock(
             now.seconds = 1000 + event[0]
             given.append(clock(event[1]))
     assert given == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".bmp", ".avif", ".jp2", ".heic"])
+def test_an_image_is_a_source_of_one_frame(suffix: str, site: Callable[[str], str], tmp_path: Path) -> None:
+    if suffix == ".heic":
+        (tmp_path / "photo.heic").write_bytes(tiled_heic(np.tile(_frame(3), (2, 2, 1))[:128, :256], 128, 1))
+    else:
+        cv2.imwrite(str(tmp_path / f"photo{suffix}"), _frame(3))
+    expected = read_image(tmp_path / f"photo{suffix}")
+    for place in (str(tmp_path / f"photo{suffix}"), site(f"photo{suffix}")):
+        with open_source(place) as source:
+            (frame,) = source
+            assert (source.live, source.frame_count, source.name, frame.seconds) == (False, 1, place, 0.0)
+        np.testing.assert_array_equal(frame.image, expected)
+    (tmp_path / "damaged").write_bytes((tmp_path / f"photo{suffix}").read_bytes()[:99])
+    with pytest.raises(ImageError, match=r"damaged: .*(truncated|damaged)"):
+        open_source(str(tmp_path / "damaged"))
+
+
+def test_what_is_neither_video_nor_image_is_said_so(site: Callable[[str], str], tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<html>")
+    with pytest.raises(VideoError, match="what is there is not a video that can be read"):
+        open_source(site("page.html"))
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n")
+    with pytest.raises(VideoError, match=r"list\.m3u8: a playlist, which is read at its http address only"):
+        open_source(str(tmp_path / "list.m3u8"))
+    with pytest.raises(VideoError, match=r"page\.html: not a video that can be read"):
+        open_source(str(tmp_path / "page.html"))

@@ -373,6 +373,71 @@ def test_any_other_error_ends_the_run_and_is_raised(where: str) -> None:
     assert endless.stopped.is_set()
 
 
+def test_what_can_wait_runs_some_at_a_time_and_the_rest_at_once(detector: Any) -> None:
+    """Of files the next begins where one has ended, whatever became of it; the camera is read all the while."""
+    camera, seen, files = Made(10**9, live=True), Kept(), [Kept() for _ in range(30)]
+    running: set[int] = set()
+    peaks: list[int] = []
+    lock = threading.Lock()
+
+    def open_(number: int) -> Any:
+        with lock:
+            running.add(number)
+            peaks.append(len(running))
+        _wait_until(lambda: bool(seen.frames))
+        if number % 7 == 3:
+            raise VideoError("damaged")
+        return Made(3)
+
+    @contextmanager
+    def output(number: int, source: Source) -> Iterator[Use]:
+        with files[number](source) as use:
+            yield use
+        with lock:
+            running.discard(number)
+
+    def tick(reports: list[Any]) -> bool:
+        with lock:
+            running.difference_update(number for number in range(30) if reports[number].error)
+        return not all(report.complete or report.error for report in reports[:30])
+
+    jobs = [Job(str(number), partial(open_, number), partial(output, number), waits=True) for number in range(30)]
+    report = run_pipeline(detector, [*jobs, Job("camera", lambda: camera, seen)], tick=tick, tick_s=0.01)  # type: ignore[arg-type, return-value]
+    assert [source.frames for source in report.sources[:30]] == [0 if n % 7 == 3 else 3 for n in range(30)]
+    assert [str(source.error) for source in report.sources if source.error] == ["damaged"] * 4
+    assert max(peaks) <= pipeline.FILES_AT_ONCE + 4  # those that failed are seen a little later
+    assert sorted(peaks)[-5] >= pipeline.FILES_AT_ONCE - 1
+
+
+def test_what_waits_is_not_begun_after_the_end(detector: Any) -> None:
+    opened: list[int] = []
+
+    def open_(number: int) -> Any:
+        opened.append(number)
+        return Made(10**9)
+
+    kept = [Kept() for _ in range(20)]
+    jobs = [Job(str(number), partial(open_, number), kept[number], waits=True) for number in range(20)]
+    report = run_pipeline(detector, jobs, tick=lambda _: not all(k.frames for k in kept[:8]), tick_s=0.01)
+    assert sorted(opened) == list(range(pipeline.FILES_AT_ONCE))
+    assert [bool(source.frames) for source in report.sources] == [True] * 8 + [False] * 12
+
+
+@pytest.mark.parametrize("which", ["read", "use"])
+def test_a_thread_that_cannot_be_had_ends_the_run(which: str, detector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == f"{which} 9":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    jobs = [Job(str(number), lambda: Made(2), Kept(), waits=True) for number in range(20)]  # type: ignore[arg-type, return-value]
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        run_pipeline(detector, jobs)
+
+
 @pytest.mark.parametrize("how", ["Ctrl-C", "closed window"])
 def test_an_interrupt_ends_the_sources_and_uses_what_is_in_the_network(how: str, detector: Any) -> None:
     outputs = [Kept(), Kept()]

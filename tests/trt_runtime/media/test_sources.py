@@ -59,6 +59,7 @@ def test_what_a_source_is(here: Path) -> None:
     for video in ("v.mp4", "photo.jpg", "notes.txt", "0", "rtsp://h/*.png"):  # reading says what is wrong
         assert found(video) == ([], [video], [], True)
     assert found("*.png") == (["[b].png", "broken.png", "p.JPG.png"], [], [], False)
+    assert found("*")[2] == ["7", "notes.txt"]  # what is in the folder is not taken
     everything = (["7/x.png", "[b].png", "broken.png", "p.JPG.png"], ["7/w", "photo.jpg", "v.mp4"], ["notes.txt"])
     assert found("**/*") == (*everything, False)
     assert sorted(found(".")[0]) == sorted(everything[0])
@@ -70,6 +71,7 @@ def test_what_a_source_is(here: Path) -> None:
         with pytest.raises(DataError, match=re.escape(words)):
             find_sources([wrong])
     (here / "empty").mkdir()
+    assert found("**/*") == (*everything, False)
     with pytest.raises(DataError, match="empty: no images in this folder, and no videos"):
         find_sources(["empty"])
 

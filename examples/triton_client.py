@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_image(args.out, draw_detections(frame, faces))
     for face in faces.to_dict()["faces"]:
         print(*np.rint(face["box"]).astype(int), face["score"])
-    print(f"wrote {args.out}: {len(faces)} faces")
+    print(f"wrote {args.out}: {len(faces)} face{'' if len(faces) == 1 else 's'}")
     return 0
 
 

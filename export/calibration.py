@@ -28,6 +28,7 @@ from export.options import (
     load_recipe,
 )
 from export.quantize import Ranges, conv_inputs, lint_qdq, mac_shares, to_fp16, to_int8
+from facespec.cli import counted
 from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
 from facespec.files import atomic_path, cache_folder, write_text
 from facespec.images import read_image
@@ -214,7 +215,7 @@ def report_calibration(used: Calibration, path: Path) -> None:
     """Say what was calibrated on, and write the names of the images, one a line."""
     skipped = f", {len(used.skipped)} could not be read" if used.skipped else ""
     cached = " (as before, from the cache)" if used.cached else ""
-    print(f"calibrated on {len(used.images)} images{skipped}{cached}; their names are in {path}")
+    print(f"calibrated on {counted(len(used.images), 'image')}{skipped}{cached}; their names are in {path}")
     if used.options.source == DEMO:
         print("note: crops of a few photographs are a last resort: calibrate on images like those to come")
     elif used.with_faces < len(used.images) / 4:

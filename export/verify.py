@@ -25,7 +25,7 @@ from tqdm import tqdm
 from export.inspect import inspect
 from export.options import MIN_INT8_SHARE
 from facespec.agreement import Agreement, Budget, Sample, draw_disagreements
-from facespec.cli import ArgumentParser, argument, json_output, make_callable, quiet_libraries, require, run
+from facespec.cli import ArgumentParser, argument, counted, json_output, make_callable, quiet_libraries, require, run
 from facespec.detections import Detections
 from facespec.errors import DataError, ModelFileError, OutputError, SpecError
 from facespec.files import check_outputs, widerface_root, work_folder
@@ -332,7 +332,7 @@ class Verification:
         lines += [str(row) for row in self.rows]
         lines += [f"note: {note}" for note in self.notes]
         bad = [f"{row.stage}, {row.quantity} ({row.case})" for row in self.rows if not row.passed]
-        where = f"{self.images} images, {self.seconds:.0f} s"
+        where = f"{counted(self.images, 'image')}, {self.seconds:.0f} s"
         lines += [
             f"note: {row.quantity} ({row.case}) is {row.value:.1f}, under {row.limit:g}, and that may be chance: of "
             f"{row.of} faces one is {100 / row.of:.1f} %; more images decide (--data)"
@@ -358,7 +358,7 @@ def _face_rows(agreement: Agreement, case: str, budget: Budget | None, special: 
     if budget is not None and agreement.candidate_faces:  # where the reference has no face, each is one too many
         precision = budget.case_precision if special else budget.precision
     number, other = agreement.faces, agreement.candidate_faces
-    faces, theirs = f"{number} faces in {agreement.images} images", f"{other} faces"
+    faces, theirs = f"{counted(number, 'face')} in {counted(agreement.images, 'image')}", counted(other, "face")
     if 0 < number < FEW_FACES:
         faces += f", one is {100 / number:.1f} %"
     rows = [
@@ -463,7 +463,7 @@ def _batch_rows(candidate: Side, frames: list[Frame], size_hw: tuple[int, int], 
         lost = [item for item in agreement.unmatched if abs(item - agreement.score) >= BATCH_SCORE]
         case = f"slot {slot} of {len(frames)}"
         rows += [
-            Row("batch", case, "least IoU, to it alone", least, most[0], True, f"{agreement.faces} faces"),
+            Row("batch", case, "least IoU, to it alone", least, most[0], True, counted(agreement.faces, "face")),
             Row("batch", case, "landmarks, % of face", error, most[1]),
             Row("batch", case, "scores, largest drift", drift, most[2]),
             Row("batch", case, "faces of one side alone", float(len(lost)), most[3]),

@@ -219,6 +219,11 @@ def require(module: str, extra: str, why: str) -> ModuleType:
         ) from error
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words: 1 face, 2 faces."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 _quiet_lock = threading.Lock()
 _quiet_depth = 0
 _quiet_stderr = -1

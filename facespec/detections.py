@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from facespec.cli import counted
 from facespec.errors import FrameError, MissingPackageError, NonFiniteError
 from facespec.letterbox import Frame, Letterbox, check_frame
 from facespec.spec import DecodeSpec
@@ -57,7 +58,9 @@ class Detections:
 
     def __repr__(self) -> str:
         height, width = self.frame_hw
-        return f"Detections({len(self)} faces in a frame of {width}x{height}{', truncated' * self.truncated})"
+        return (
+            f"Detections({counted(len(self), 'face')} in a frame of {width}x{height}{', truncated' * self.truncated})"
+        )
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from facespec.av1 import MAX_PARTS, boxes, frame_sizes, pictures
 from facespec.cli import require
 from facespec.errors import ImageError, MissingPackageError, reason
 from facespec.files import atomic_path
@@ -34,14 +35,14 @@ MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 << 20
 """Larger files are refused before they are read."""
 
-MAX_PARTS = 100_000
-"""Files with more segments (JPEG) or chunks (PNG) are refused."""
-
 MAX_PACKED_ROWS = 1 << 19
 """Bytes of the packed rows of a PNG that libpng may unpack to the end, at most a thousand times as much."""
 
 MAX_SCANNED_PIXELS = 1_280_000_000
 """Scans of a JPEG times its pixels, which count as a megapixel at least: each scan is a pass over the whole picture."""
+
+MAX_AVIF_PIXELS = 4 * MAX_PIXELS
+"""Pixels of all pictures that an AVIF is put together of, its tiles and their transparency for instance."""
 
 TIFF_SCANS = "5"
 """At this scan of a JPEG in a TIFF libtiff gives up; the JPEGs that TIFF allows have one, or one for each channel."""
@@ -253,7 +254,7 @@ _RAW = "is a camera's raw file or begins with a preview: save it as JPEG"
 def _jpeg2000_size(data: bytes) -> tuple[int, int]:
     start = 0
     if data[:1] == b"\0":
-        start = next((start for kind, start, _ in _boxes(data, 0, len(data)) if kind == b"jp2c"), len(data))
+        start = next((start for kind, start, _ in boxes(data, 0, len(data)) if kind == b"jp2c"), len(data))
     marks, right, bottom, left, top = struct.unpack_from(">I4xIIII", data, start)
     (components,) = struct.unpack_from(">H", data, start + 40)
     if marks != 0xFF4FFF51 or components > 4:
@@ -275,38 +276,20 @@ def _sun_size(data: bytes) -> tuple[int, int]:
     return struct.unpack_from(">II", data, 4)
 
 
-def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield kind, start and end of what the boxes of a JPEG 2000, HEIC or AVIF file hold."""
-    for _ in range(MAX_PARTS):
-        if start + 8 > end:
-            return
-        size, kind = struct.unpack_from(">I4s", data, start)
-        inside = start + 8
-        if size == 1:
-            (size,) = struct.unpack_from(">Q", data, inside)
-            inside += 8
-        stop = start + size if size else end
-        if not inside <= stop <= end:
-            raise EOFError
-        yield kind, inside, stop
-        start = stop
-    raise ValueError(f"has more than {MAX_PARTS} boxes: save it again")
-
-
 def _avif_properties(data: bytes) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
     """Return the properties of all pictures of an AVIF file, and in order those of the one that is shown."""
-    place = next((box[1:] for box in _boxes(data, 0, len(data)) if box[0] == b"meta"), None)
+    place = next((box[1:] for box in boxes(data, 0, len(data)) if box[0] == b"meta"), None)
     if place is None:
         raise EOFError
-    meta = {kind: (start, stop) for kind, start, stop in _boxes(data, place[0] + 4, place[1])}
+    meta = {kind: (start, stop) for kind, start, stop in boxes(data, place[0] + 4, place[1])}
     if not {b"pitm", b"iprp"} <= meta.keys():
         raise EOFError
     start = meta[b"pitm"][0]
     (primary,) = struct.unpack_from(">I" if data[start] else ">H", data, start + 4)
-    parts = {kind: (start, stop) for kind, start, stop in _boxes(data, *meta[b"iprp"])}
+    parts = {kind: (start, stop) for kind, start, stop in boxes(data, *meta[b"iprp"])}
     if not {b"ipco", b"ipma"} <= parts.keys():
         raise EOFError
-    properties = [(kind, data[start:stop]) for kind, start, stop in _boxes(data, *parts[b"ipco"])]
+    properties = [(kind, data[start:stop]) for kind, start, stop in boxes(data, *parts[b"ipco"])]
     start, stop = parts[b"ipma"]
     version, wide = data[start], data[start + 3] & 1
     (items,) = struct.unpack_from(">I", data, start + 4)
@@ -329,7 +312,10 @@ def _avif_size(data: bytes) -> tuple[int, int]:
     sizes = [struct.unpack_from(">II", body, 4) for kind, body in _avif_properties(data)[0] if kind == b"ispe"]
     if not sizes:
         raise EOFError
-    width, height = max(sizes, key=lambda size: size[0] * size[1])
+    frames = [size for part in pictures(data) for size in frame_sizes(part)]  # which may be larger
+    if (total := sum(width * height for width, height in frames)) > MAX_AVIF_PIXELS:
+        raise ValueError(f"has {total / 1e6:.0f} megapixels in {len(frames)} pictures: save it again")
+    width, height = max((*sizes, *frames), key=lambda size: size[0] * size[1])
     return int(width), int(height)
 
 

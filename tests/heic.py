@@ -12,12 +12,12 @@ from PIL import Image
 from facespec.letterbox import Frame
 
 
-def _box(kind: bytes, *parts: bytes) -> bytes:
+def box(kind: bytes, *parts: bytes) -> bytes:
     return struct.pack(">I4s", 8 + sum(map(len, parts)), kind) + b"".join(parts)
 
 
-def _full(kind: bytes, version: int, *parts: bytes) -> bytes:
-    return _box(kind, bytes([version, 0, 0, 0]), *parts)
+def full(kind: bytes, version: int, *parts: bytes) -> bytes:
+    return box(kind, bytes([version, 0, 0, 0]), *parts)
 
 
 def _parts_of_heic(picture: Frame) -> tuple[bytes, bytes]:
@@ -39,13 +39,13 @@ def tiled_heic(picture: Frame, tile: int, turns: int) -> bytes:
     parts = [_parts_of_heic(np.ascontiguousarray(picture[y : y + tile, x : x + tile])) for y, x in corners]
     count, last = len(parts), len(parts) + 1
     grid = struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, width, height)
-    items = [_box(b"infe", bytes([2, 0, 0, 1]), struct.pack(">HH4s", i + 1, 0, b"hvc1"), b"\0") for i in range(count)]
-    items.append(_full(b"infe", 2, struct.pack(">HH4s", last, 0, b"grid"), b"\0"))
-    sizes = [_full(b"ispe", 0, struct.pack(">II", *size)) for size in ((tile, tile), (width, height))]
+    items = [box(b"infe", bytes([2, 0, 0, 1]), struct.pack(">HH4s", i + 1, 0, b"hvc1"), b"\0") for i in range(count)]
+    items.append(full(b"infe", 2, struct.pack(">HH4s", last, 0, b"grid"), b"\0"))
+    sizes = [full(b"ispe", 0, struct.pack(">II", *size)) for size in ((tile, tile), (width, height))]
     owners = b"".join(struct.pack(">HBBB", i + 1, 2, 0x81, 2) for i in range(count))
     owners += struct.pack(">HBBB", last, 2, 3, 0x84)
-    properties = _box(b"ipco", parts[0][0], *sizes, _box(b"irot", bytes([turns])))
-    kind = _box(b"ftyp", b"heic\0\0\0\0mif1heic")
+    properties = box(b"ipco", parts[0][0], *sizes, box(b"irot", bytes([turns])))
+    kind = box(b"ftyp", b"heic\0\0\0\0mif1heic")
 
     def meta(base: int) -> bytes:
         places = b""
@@ -53,13 +53,13 @@ def tiled_heic(picture: Frame, tile: int, turns: int) -> bytes:
             places += struct.pack(">HHHHII", index + 1, 0, 0, 1, base, len(data))
             base += len(data)
         places += struct.pack(">HHHHII", last, 1, 0, 1, 0, len(grid))
-        return _full(
-            b"meta", 0, _full(b"hdlr", 0, struct.pack(">I4s12x", 0, b"pict"), b"\0"),
-            _full(b"pitm", 0, struct.pack(">H", last)),
-            _full(b"iloc", 1, struct.pack(">BBH", 0x44, 0, last), places),
-            _full(b"iinf", 0, struct.pack(">H", last), *items),
-            _full(b"iref", 0, _box(b"dimg", struct.pack(f">HH{count}H", last, count, *range(1, last)))),
-            _box(b"iprp", properties, _full(b"ipma", 0, struct.pack(">I", last), owners)), _box(b"idat", grid),
+        return full(
+            b"meta", 0, full(b"hdlr", 0, struct.pack(">I4s12x", 0, b"pict"), b"\0"),
+            full(b"pitm", 0, struct.pack(">H", last)),
+            full(b"iloc", 1, struct.pack(">BBH", 0x44, 0, last), places),
+            full(b"iinf", 0, struct.pack(">H", last), *items),
+            full(b"iref", 0, box(b"dimg", struct.pack(f">HH{count}H", last, count, *range(1, last)))),
+            box(b"iprp", properties, full(b"ipma", 0, struct.pack(">I", last), owners)), box(b"idat", grid),
         )  # fmt: skip
 
-    return kind + meta(len(kind) + len(meta(0)) + 8) + _box(b"mdat", *(data for _, data in parts))
+    return kind + meta(len(kind) + len(meta(0)) + 8) + box(b"mdat", *(data for _, data in parts))

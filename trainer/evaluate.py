@@ -22,6 +22,7 @@ from tqdm import tqdm
 from facespec.cli import (
     ArgumentParser,
     argument,
+    counted,
     json_output,
     make_callable,
     quiet_libraries,
@@ -414,7 +415,7 @@ def _print(result: dict[str, Any]) -> None:
     if "ap50" in result:
         rows = [[name, "none" if result[key] is None else f"{result[key]:.2f}"] for name, key in _COCO_ROWS]
         print(text_table(["IoU", "AP %"], rows))
-        print(f"{result['images']} images, {result['faces']} faces, {result['predictions']} predictions", end="")
+        print(", ".join(counted(result[f"{noun}s"], noun) for noun in ("image", "face", "prediction")), end="")
         for key, text in (
             ("faces_ignored", "crowds and invalid faces, which do not count"),
             ("label_problems", "problems of labels; trainer.fit --check-data names them"),
@@ -425,7 +426,7 @@ def _print(result: dict[str, Any]) -> None:
         return
     figures = {level: "none" if result[level] is None else f"{result[level]:.2f}" for level in LEVELS}
     print(text_table(["", "AP %", "faces"], [[level, figures[level], str(result["faces"][level])] for level in LEVELS]))
-    print(f"{result['images']} images, {result['predictions']} predictions", end="")
+    print(", ".join(counted(result[f"{noun}s"], noun) for noun in ("image", "prediction")), end="")
     for key, text in (
         ("images_missing", "images left out"),
         ("files_without_image", "prediction files without an image in the ground truth, left out"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from facespec.cli import finishing
+from facespec.cli import counted, finishing
 from facespec.codec import build
 from facespec.errors import (
     ConfigError,
@@ -483,7 +483,7 @@ class _Run:
         print(f"{data.dataset.name}: {data.dataset.report.summary()}")
         print(
             f"{config.model.backbone} on {self.world.device.type} in {config.precision}, processes: {self.world.size}; "
-            f"{config.schedule.epochs} epochs of {self.per_epoch} steps of {data.order.batch} images of "
+            f"{counted(config.schedule.epochs, 'epoch')} of {self.per_epoch} steps of {data.order.batch} images of "
             f"{config.data.size}x{config.data.size}"
         )
         print(f"measured: {data.validation.what if data.validation else 'nothing, there are no other labelled images'}")

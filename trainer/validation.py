@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from facespec.cli import counted
 from facespec.errors import DataError
 from facespec.files import widerface_root
 from facespec.letterbox import Letterbox
@@ -90,8 +91,8 @@ class LabelledValidation:
     def what(self) -> str:
         """What is measured."""
         return (
-            f"AP at IoU 0.5 over the labels of {len(self.dataset)} images of {self.dataset.name}, letterboxed to "
-            f"{self.size}, faces from {MIN_FACE_PX} pixels"
+            f"AP at IoU 0.5 over the labels of {counted(len(self.dataset), 'image')} of {self.dataset.name}, "
+            f"letterboxed to {self.size}, faces from {MIN_FACE_PX} pixels"
         )
 
     def measure(self, model: RetinaFace, world: World) -> Scores:

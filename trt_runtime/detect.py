@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from facespec.cli import ArgumentParser, argument, quiet_libraries, run
+from facespec.cli import ArgumentParser, argument, counted, quiet_libraries, run
 from facespec.draw import draw_detections
 from facespec.errors import FrameError, ImageError, OutputError
 from facespec.files import atomic_path
@@ -125,7 +125,7 @@ class Summary:
     def __str__(self) -> str:
         passed = f" ({self.detected} through the network)" if self.detected != self.frames else ""
         lines = [
-            f"{_count(self.frames, 'frame')}{passed}, {_count(self.faces, 'face')}, {self.seconds:.1f} s "
+            f"{counted(self.frames, 'frame')}{passed}, {counted(self.faces, 'face')}, {self.seconds:.1f} s "
             f"({self.frames / max(self.seconds, 1e-9):.1f} frames/s)",
             self._stages(),
         ]
@@ -133,23 +133,23 @@ class Summary:
             lines += map(_source_line, self.sources)
         if self.truncated:
             lines.append(
-                f"{_count(self.truncated, 'frame')} had more faces than the model's limits: export it with higher "
+                f"{counted(self.truncated, 'frame')} had more faces than the model's limits: export it with higher "
                 "--top-k and --max-detections"
             )
         if self.damaged:
-            lines.append(f"{_count(self.damaged, 'damaged part')} of the video passed over")
+            lines.append(f"{counted(self.damaged, 'damaged part')} of the video passed over")
         if self.first_of_several:
             lines.append(
-                f"{_count(len(self.first_of_several), 'image')} of several pictures, of which the first was taken: "
+                f"{counted(len(self.first_of_several), 'image')} of several pictures, of which the first was taken: "
                 f"{names_of(self.first_of_several)}"
             )
         if self.others:
             lines.append(
-                f"{_count(len(self.others), 'file')} not taken, neither image nor video: {names_of(self.others)}"
+                f"{counted(len(self.others), 'file')} not taken, neither image nor video: {names_of(self.others)}"
             )
         if self.failures:
             what = "source" if self.sources else "image"
-            lines.append(f"{_count(len(self.failures), what)} could not be read or written")
+            lines.append(f"{counted(len(self.failures), what)} could not be read or written")
         if self.interrupted:
             lines.append("interrupted: everything up to here was written")
         return "\n".join(lines)
@@ -172,10 +172,6 @@ def _source_line(source: SourceReport) -> str:
         f"{source.reconnects} reconnects, {source.damaged} damaged, "
         f"{source.frames / max(source.seconds, 1e-9):.1f} frames/s{', failed' * bool(source.error)}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def detect(options: DetectOptions) -> Summary:

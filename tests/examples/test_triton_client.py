@@ -181,7 +181,7 @@ def test_the_command(server: _Server, tmp_path: Path, capsys: pytest.CaptureFixt
     write_image(photo, FRAME)
     options = ["--server", server.address, "--model", "faces"]
     assert main([str(photo), "--out", str(out), *options, "--score", "0.7"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["12 6 38 31 0.9", f"wrote {out}: 1 faces"]
+    assert capsys.readouterr().out.splitlines() == ["12 6 38 31 0.9", f"wrote {out}: 1 face"]
     drawn = read_image(out)
     assert drawn.shape == FRAME.shape
     assert (drawn != FRAME).any()

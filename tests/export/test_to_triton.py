@@ -365,7 +365,7 @@ def test_the_client_command(
     write_image(tmp_path / "photo.png", astronaut)
     result = command("examples.triton_client", "photo.png", "--out", "faces.png", "--server", server.address)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "wrote faces.png: 1 faces"
+    assert result.stdout.splitlines()[-1] == "wrote faces.png: 1 face"
     assert (tmp_path / "faces.png").stat().st_size > 1000
     assert "no answer" in error_line(client_main, "photo.png", "--server", "localhost:1")
     assert "unknown model" in error_line(client_main, "photo.png", "--server", server.address, "--model", "none")

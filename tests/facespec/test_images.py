@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from facespec.errors import ImageError
 from facespec.images import (
@@ -48,6 +48,7 @@ def _save(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+TO_LAB = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
 LOSSLESS = {
     "png": _save(_pil(), "PNG"),
     "bmp": _save(_pil(), "BMP"),
@@ -94,18 +95,28 @@ def test_grey_alpha_and_16_bit_become_bgr() -> None:
     assert abs(int(grey16[0, 0, 0]) - 156) <= 1
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     from PIL import ImageOps
 
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = _save(_pil(), "JPEG", quality=95, exif=exif)
+    data = _save(_pil(), kind, quality=95, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     expected = np.asarray(upright.convert("RGB"))[..., ::-1].astype(int)
     found = decode_image(data)
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["P", "LAB"])
+def test_palettes_and_lab_become_bgr(mode: str) -> None:
+    image = _pil().quantize(256) if mode == "P" else ImageCms.applyTransform(_pil(), TO_LAB)
+    expected = image.convert("RGB") if mode == "P" else _pil()
+    found = decode_image(_save(image, "PNG" if mode == "P" else "TIFF"))
+    # libtiff leaves white what it is by D50, which is warmer
+    assert np.abs(found.astype(int) - np.asarray(expected)[..., ::-1]).mean() < (4 if mode == "P" else 16)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1)])

@@ -447,6 +447,27 @@ print("done")
 """
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_fork_may_use_its_parent_s_detector(backend: str, static_onnx: Path) -> None:
+    code = f"""import os, signal, warnings
+import numpy as np
+from trt_runtime import load_detector
+warnings.simplefilter("ignore", DeprecationWarning)
+for used in (False, True):
+    detector = load_detector({str(static_onnx)!r}, backend={backend!r}, threads=2)
+    if used:
+        detector.detect(np.zeros((320, 320, 3), np.uint8))
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        print(len(detector.detect(np.zeros((320, 320, 3), np.uint8))), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.split()) == (0, ["0", "0"]), done.stderr
+
+
 def test_a_detector_may_end_on_another_thread_and_signals_still_come(static_onnx: Path) -> None:
     """OpenVINO alone unmaps the stack that signals run on; the process ends with a segmentation fault then."""
     line = [sys.executable, "-c", CLOSED_ELSEWHERE, str(static_onnx)]

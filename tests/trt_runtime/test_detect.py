@@ -341,6 +341,15 @@ def test_what_was_not_taken_is_said_at_the_end(
     assert [len(record["faces"]) for record in _lines("j.json")] == [1, 3, 2, 8]
 
 
+def test_names_may_hold_anything(detector: HandmadeDetector, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["a\nb.png", "face \U0001f600.png", "ñ [1] *.png", "-x.png"]
+    for name in names:
+        write_image(here / "odd" / name, frame_of(2))
+    assert main(["odd", "--model", "m.onnx", "--json", "j.json", "--out", "out"]) == 0
+    assert sorted(record["source"] for record in _lines("j.json")) == sorted(f"odd/{name}" for name in names)
+    assert sorted(os.listdir("out")) == sorted(names)
+
+
 def test_a_folder_of_images_and_videos_gives_both(
     detector: HandmadeDetector, photos: Path, clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

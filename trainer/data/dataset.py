@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
+from facespec.cli import counted
 from facespec.errors import DataError, ImageError
 from facespec.images import read_image
 from facespec.letterbox import Frame
@@ -134,8 +135,8 @@ class Report:
 
     def summary(self) -> str:
         """Return what the set holds in one line, and one more for each kind of problem and each note."""
-        images = f"{self.images:,} images ({self.background:,} without faces)"
-        faces = f"{self.faces:,} faces ({self.with_landmarks:,} with landmarks)"
+        images = f"{counted(self.images, 'image')} ({self.background:,} without faces)"
+        faces = f"{counted(self.faces, 'face')} ({self.with_landmarks:,} with landmarks)"
         problems = [f"{count:8,d}  {kind.value}" for kind, count in self.counts().items()]
         return "\n".join([f"{images}, {faces}", *problems, *(f"note: {note}" for note in self.notes)])
 
@@ -375,8 +376,10 @@ def make_dataset(
                 f"{name}: none of its {missing} images is there, for instance {str(next(iter(entries)))[:200]}; "
                 f"searched: {searched[:1000]}; --images FOLDER names another"
             )
-        what = f"{len(report.problems)} problems, the first: {report.problems[0]}" if report.problems else ""
-        raise DataError(f"{name}: no usable face in {len(entries)} images; {what or 'no face is labelled in it'}")
+        what = f"{counted(len(report.problems), 'problem')}, the first: {report.problems[0]}" if report.problems else ""
+        raise DataError(
+            f"{name}: no usable face in {counted(len(entries), 'image')}; {what or 'no face is labelled in it'}"
+        )
     return Dataset(name, samples, report)
 
 

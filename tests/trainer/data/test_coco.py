@@ -151,7 +151,7 @@ def test_no_face_says_which_categories_there_are(write: Write) -> None:
         open_dataset(str(path), category="face")
     with pytest.raises(DataError, match=r"category 'face'; there are none at all"):
         open_dataset(str(write([])), category="face")
-    with pytest.raises(DataError, match="no usable face in 1 images; no face is labelled in it"):
+    with pytest.raises(DataError, match="no usable face in 1 image; no face is labelled in it"):
         open_dataset(str(write([])))
     path = write([_face(category_id=2), _face(category_id=3)], [FACE, HEAD, DOG])
     with pytest.raises(DataError, match=r"which of its 2 categories are faces: 'head' .*'dog' .*--category NAME"):

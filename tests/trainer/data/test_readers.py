@@ -269,7 +269,7 @@ def test_coco_with_several_categories_reads_the_one_called_face(make: Make) -> N
     [
         ("label.txt", "", "the first line must be"),
         ("label.txt", "1 2 3 4\n", "the first line must be"),
-        ("label.txt", "# a.jpg\n1 2 0 0\n", "no usable face in 1 images; 2 problems"),
+        ("label.txt", "# a.jpg\n1 2 0 0\n", "no usable face in 1 image; 2 problems"),
         ("label.txt", "# a.jpg\n", "no usable face"),
         ("faces.json", "{", "cannot be read as JSON"),
         ("faces.json", "[]", "no COCO json"),

@@ -996,6 +996,33 @@ def test_every_container_that_is_promised_is_read(
         assert seconds == pytest.approx(index / 25, abs=1.1 / 25 if suffix == "m1v" and index == 5 else 2e-3)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec", "layout"),
+    [
+        ("mp4", "libx265", "yuv420p10le"), ("mkv", "libx265", "yuv420p12le"), ("mp4", "libsvtav1", "yuv420p"),
+        ("webm", "libvpx-vp9", "yuva420p"), ("mov", "prores_ks", "yuva444p10le"),
+    ],
+)  # fmt: skip
+def test_deep_and_transparent_pictures_are_read(suffix: str, codec: str, layout: str, tmp_path: Path) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV cannot write {codec}")
+    with av.open(str(tmp_path / f"v.{suffix}"), "w") as file:
+        stream = file.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, layout
+        if codec == "libx265":
+            stream.options = {"x265-params": "log-level=none"}
+        for index in range(6):
+            picture = av.VideoFrame.from_ndarray(_frame(index, 96, 128), format="bgr24")
+            picture.pts = index
+            file.mux(stream.encode(picture.reformat(format=layout)))
+        file.mux(stream.encode(None))
+    with VideoFile(tmp_path / f"v.{suffix}") as video:
+        frames = list(video)
+    assert (len(frames), video.damaged) == (6, 0)
+    for index, (image, _) in enumerate(frames):
+        assert np.abs(image.astype(int) - _frame(index, 96, 128)).mean() < 6
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 @pytest.mark.parametrize(
     ("length", "least"),

@@ -18,6 +18,7 @@ import pytest
 from facespec.detections import Detections
 from facespec.errors import ConfigError, RetinaFaceError, VideoError
 from facespec.letterbox import Frame
+from tests.trt_runtime.handmade import in_time
 from trt_runtime.detector import DetectionStream
 from trt_runtime.load import load_detector
 from trt_runtime.measure import StageTimer
@@ -407,6 +408,17 @@ def test_what_can_wait_runs_some_at_a_time_and_the_rest_at_once(detector: Any) -
     assert [str(source.error) for source in report.sources if source.error] == ["damaged"] * 4
     assert max(peaks) <= pipeline.FILES_AT_ONCE + 4  # those that failed are seen a little later
     assert sorted(peaks)[-5] >= pipeline.FILES_AT_ONCE - 1
+
+
+def test_the_next_of_what_waits_begins_however_long_the_last_is_used(
+    detector: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile nothing is read that the network could run on."""
+    monkeypatch.setattr(pipeline, "FILES_AT_ONCE", 1)
+    kept = [Kept(lambda seen: time.sleep(0.1)) for _ in range(3)]
+    jobs = [Job(str(number), lambda: Made(1), one, waits=True) for number, one in enumerate(kept)]  # type: ignore[arg-type, return-value]
+    in_time(lambda: run_pipeline(detector, jobs))
+    assert [one.numbers for one in kept] == [[0]] * 3
 
 
 def test_what_waits_is_not_begun_after_the_end(detector: Any) -> None:

@@ -205,6 +205,8 @@ def weights_sha256(state: State) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise WeightsError(f"{path}: a folder; give the checkpoint in it, {path / 'last.pth'} of a run for instance")
     if not path.is_file():
         hint = (
             ""

@@ -560,11 +560,13 @@ def test_files_are_known_by_how_they_begin(data: bytes, kind: str, tmp_path: Pat
 
 
 def test_a_file_that_is_missing_is_told_from_a_name(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"a folder; give the checkpoint in it, \S+last\.pth of a run for instance"):
+        load_model(tmp_path)
     for name in ("none.pth", "none.pt", "none.tar", "none.ckpt"):
         with pytest.raises(WeightsError, match=r"no such weights file$"):
             load_model(tmp_path / name)
     with pytest.raises(WeightsError, match=r"no such weights file; the only weights known by name are"):
-        load_model(tmp_path)
+        load_model(tmp_path / "resnet50")
 
 
 # what training starts from

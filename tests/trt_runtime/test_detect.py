@@ -362,7 +362,9 @@ def test_a_folder_of_images_and_videos_gives_both(
     assert {record["source"] for record in records[3:]} == {"photos/b/clip.mkv"}
     written = sorted(str(path) for path in Path("out").rglob("*.*"))
     assert written == ["out/a.png", "out/b/c.bmp.png", "out/b/clip.mp4", "out/d.PNG"]
-    assert "9 frames" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "9 frames" in said
+    assert said.endswith("\nwrote out, j.json\n")
 
 
 def test_images_that_are_interrupted_leave_the_videos(detector: HandmadeDetector, photos: Path, clip: Path) -> None:

@@ -146,6 +146,14 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
         outputs.append(("--timing-cache", options.timing_cache))
     check_files(options, outputs)
     options = _suit_int8(options)
+    if not options.onnx_only:
+        try:
+            flavor = find_flavor(options.flavor_asked)
+            capabilities = _capabilities(options, flavor)
+        except RetinaFaceError as error:
+            again = f"; then {options.command()}" if isinstance(error, MissingPackageError) else ""
+            otherwise = "--onnx-only writes what an engine is built of, for another machine"
+            raise type(error)(f"{error}{again}. {otherwise}") from None
     profile = options.profile
     last = _likely_flavor(options).channels_last
     graph = export_graph(
@@ -155,8 +163,6 @@ def build_engine(options: EngineOptions) -> Sidecar | None:
     if options.onnx_only:
         return None
     try:
-        flavor = find_flavor(options.flavor_asked)
-        capabilities = _capabilities(options, flavor)
         if find_library("plugin") is None:
             print(f"compiling the plugin for {len(ARCHITECTURES)} architectures, once; about 15 s", flush=True)
         plugin = ensure_library("plugin", runs_here=flavor is not RTX)

@@ -448,7 +448,7 @@ def _decode_heic(data: bytes, name: str, max_pixels: int) -> Frame:
         width, height = file.size
         _check_pixels(width, height, "HEIC", name, max_pixels)
         pixels = np.asarray(file)
-    except (ValueError, RuntimeError, OSError, EOFError, SyntaxError) as error:
+    except (ValueError, RuntimeError, OSError, EOFError, SyntaxError, LookupError) as error:
         raise ImageError(f"{name}: the HEIC file is truncated or damaged ({reason(error)})") from None
     if pixels.dtype != np.uint8 or pixels.size > 4 * max_pixels:
         raise ImageError(f"{name}: the HEIC file is damaged")

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import export
+import trainer
 import trt_runtime
 from facespec import cli
 from facespec.images import read_image, write_image
@@ -69,6 +71,16 @@ def test_links_and_commands_of_the_documents_exist() -> None:
     for target in ("demo", "test", "test-slow", "mutants", "lint", "test-gpu", "clean"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_what_the_packages_hand_out_is_seen() -> None:
+    for package in (trt_runtime, export, trainer):
+        assert set(package.__all__) <= set(dir(package))
+        for name in package.__all__:
+            getattr(package, name)
+    assert trt_runtime.__version__ == cli.version()
+    for package in ("facespec", "trt_runtime", "trainer", "export", "plugins"):  # type checkers look for it
+        assert (ROOT / package / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("module", COMMANDS)

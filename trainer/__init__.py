@@ -21,3 +21,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("trainer.model" if name == "RetinaFace" else "trainer.checkpoint"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -492,7 +492,7 @@ class _Run:
             more = config.schedule.epochs - len(self.state.history)
             if more > 0 and self.state.extended:
                 lr = config.optimizer.lr * lr_factor(self.state.step, self.per_epoch, config.schedule)
-                print(f"the run was finished: {more} more epochs, from a learning rate of {lr:.2g}")
+                print(f"the run was finished: {counted(more, 'more epoch')}, from a learning rate of {lr:.2g}")
 
     def _say(self, text: str) -> None:
         if self.world.leads:

@@ -461,6 +461,8 @@ def test_a_heic_of_tiles_is_put_together_and_turned(turns: int, tmp_path: Path) 
     found = read_image(place)
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).mean() < 4
+    with pytest.raises(ImageError, match="HEIC file is truncated or damaged"):  # a tile of an unknown kind
+        decode_image(place.read_bytes().replace(b"hvc1", b"hvc0", 1))
 
 
 @pytest.mark.parametrize(

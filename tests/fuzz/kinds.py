@@ -16,13 +16,16 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from facespec.errors import RetinaFaceError
+from tests.heic import tiled_heic
 
 SEEDS = Path(__file__).parent / "seeds"
 """What crashed once, in a folder for each kind; it is tried first, and mutated."""
@@ -122,6 +125,14 @@ def _image_seeds() -> Seeds:
     for form in ("PNG", "WEBP"):
         found += 3 * [saved(photo, form, save_all=True, append_images=frames[1:], duration=40, exif=exif)]
     found += [saved(photo, "WEBP", lossless=True), saved(photo, "WEBP"), saved(photo.convert("P"), "BMP")]
+    found += [saved(photo, form) for form in ("GIF", "JPEG2000")]
+    found += [saved(photo, "GIF", save_all=True, append_images=frames[1:])]
+    found += [cv2.imencode(form, pixels.astype(kind))[1].tobytes() for form, kind in ((".ras", "u1"), (".hdr", "f4"))]
+    if features.check("avif"):
+        found += [saved(photo, "AVIF"), saved(photo.convert("RGBA"), "AVIF", exif=exif)]
+        found += 2 * [saved(photo, "AVIF", save_all=True, append_images=frames[1:])]
+    if find_spec("pillow_heif"):
+        found += 2 * [tiled_heic(np.tile(pixels, (2, 2, 1))[:64, :64], 32, 1)]
     for packing in (None, "tiff_lzw", "jpeg", "packbits", "tiff_adobe_deflate"):
         found.append(saved(photo, "TIFF", compression=packing))
     found.append(saved(photo.convert("1"), "TIFF", compression="group4"))

@@ -566,7 +566,7 @@ def test_a_file_that_is_missing_is_told_from_a_name(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=r"no such weights file$"):
             load_model(tmp_path / name)
     with pytest.raises(WeightsError, match=r"no such weights file; the only weights known by name are"):
-        load_model(tmp_path)
+        load_model(tmp_path / "resnet50")
 
 
 # what training starts from

@@ -227,7 +227,7 @@ def test_a_finished_run_is_extended(
     assert main(["--resume", str(run / "last.pth"), "--out", str(run), "--epochs", "3"]) == 0
     said = capsys.readouterr().out
     # 0.01 * (1 + cos(0.6 pi)) / 2: step 3 of the 5 behind the warm-up
-    assert "the run was finished: 1 more epochs, from a learning rate of 0.0035" in said
+    assert "the run was finished: 1 more epoch, from a learning rate of 0.0035" in said
     _, state = read_training(run / "last.pth")
     assert (state["step"], len(state["history"])) == (9, 3)
     assert state["history"][:2] == trained[2]

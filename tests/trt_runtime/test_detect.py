@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -361,7 +362,9 @@ def test_a_folder_of_images_and_videos_gives_both(
     assert {record["source"] for record in records[3:]} == {"photos/b/clip.mkv"}
     written = sorted(str(path) for path in Path("out").rglob("*.*"))
     assert written == ["out/a.png", "out/b/c.bmp.png", "out/b/clip.mp4", "out/d.PNG"]
-    assert "9 frames" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "9 frames" in said
+    assert said.endswith("\nwrote out, j.json\n")
 
 
 def test_images_that_are_interrupted_leave_the_videos(detector: HandmadeDetector, photos: Path, clip: Path) -> None:
@@ -430,6 +433,11 @@ def test_what_is_live_does_not_wait_for_images(
     summary = detect(DetectOptions(("photos", "97"), MODEL, json="j.json", out=Path("out")))
     assert (summary.frames, summary.faces, summary.interrupted) == (5, 1 + 2 + 8 + 4 + 4, False)
     assert set(summary.timer.total_ms) >= {"read", "network", "draw", "write"}
+    for record in _lines("j.json"):  # what is live has the time of the clock
+        assert ("utc" in record) == (record["source"] == "camera 97")
+        if "utc" in record:
+            age = datetime.now(timezone.utc) - datetime.fromisoformat(record["utc"])
+            assert abs(age.total_seconds()) < 60
     assert sorted(record["source"] for record in _lines("j.json")) == [
         "camera 97", "camera 97", "photos/a.png", "photos/b/c.bmp", "photos/d.PNG",
     ]  # fmt: skip

@@ -585,7 +585,7 @@ def test_a_json_is_known_by_its_suffix_whatever_its_case(make: Make) -> None:
 
 def test_lines_may_lack_the_quality_or_all_but_the_box(make: Make) -> None:
     without = KNOWN.rpartition(" ")[0]
-    text = f"\ufeff#a.JPG\n10 12 30 40 {without}\n1 2 3 4\n1 2 30 40 0 0 0 0 0 0\n"
+    text = f"\ufeff#a.JPG\n10\t12 30\t 40 {without}\n1\t2\t3\t4\t\n1 2 30 40 0 0 0 0 0 0\n"
     path = make("label.txt", text, images="")
     write_image(path.parent / "images" / "a.jpg", np.full((HEIGHT, WIDTH, 3), 90, np.uint8))
     (path.parent / "images" / "a.jpg").rename(path.parent / "images" / "a.JPG")

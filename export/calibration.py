@@ -27,7 +27,7 @@ from export.options import (
     find_calibration_images,
     load_recipe,
 )
-from export.quantize import Ranges, conv_inputs, lint_qdq, mac_shares, to_fp16, to_int8
+from export.quantize import Ranges, Steps, conv_inputs, lint_qdq, mac_shares, to_fp16, to_int8, with_steps
 from facespec.cli import counted
 from facespec.errors import DataError, ImageError, ModelFileError, OutputError, SpecError
 from facespec.files import atomic_path, cache_folder, write_text
@@ -170,6 +170,21 @@ def _measure(
     return ranges, with_faces
 
 
+def chosen_recipe(calibration: CalibrationOptions, names: Sequence[str]) -> Int8Recipe:
+    """Return the recipe of `--int8-recipe`, or the default one, for a network whose convolutions have these names.
+
+    Raises:
+        SpecError: It cannot be read, or names a convolution that is not there.
+    """
+    if not calibration.recipe:
+        return Int8Recipe()
+    recipe = load_recipe(calibration.recipe)
+    lost = [part for part in recipe.float_layers if not any(part in name for name in names)]
+    if lost:
+        raise SpecError(f"{calibration.recipe}: no convolution of this network is named like {lost[0]!r}")
+    return recipe
+
+
 def with_precision(
     heads_graph: onnx.ModelProto,
     precision: str,
@@ -177,34 +192,36 @@ def with_precision(
     size_hw: tuple[int, int],
     spec: ModelSpec,
     progress: bool = False,
+    *,
+    learned: Steps | None = None,
+    float_first: bool = False,
 ) -> tuple[onnx.ModelProto, Calibration | None]:
     """Return a float32 heads graph in a precision, and what INT8 was calibrated on, at `size_hw`.
 
-    What INT8 leaves in float computes in float16.
+    What INT8 leaves in float computes in float16, with `float_first` the first convolution, too. Weights that have
+    `learned` their steps of int8 are not calibrated.
 
     Raises:
         SpecError: INT8 without calibration images, no such precision, or a recipe that cannot be read.
         DataError: The images are no calibration set.
         ModelFileError: A weight does not fit, or the precision asked for is not what the graph would compute in.
     """
-    check_calibration(precision, calibration)
+    check_calibration(precision, calibration, learned is not None)
     used, graph = None, heads_graph
+    names = [node.name for node in heads_graph.graph.node if node.op_type == "Conv"]
     if precision == "fp16":
         graph = to_fp16(heads_graph)
     elif calibration is not None:
-        recipe = Int8Recipe()
-        names = [node.name for node in heads_graph.graph.node if node.op_type == "Conv"]
-        if calibration.recipe:
-            recipe = load_recipe(calibration.recipe)
-            lost = [part for part in recipe.float_layers if not any(part in name for name in names)]
-            if lost:
-                raise SpecError(f"{calibration.recipe}: no convolution of this network is named like {lost[0]!r}")
-        if calibration.float_first:
+        recipe = chosen_recipe(calibration, names)
+        if float_first:
             recipe = dataclasses.replace(recipe, float_layers=(*recipe.float_layers, names[0]))
         used = dataclasses.replace(calibrate(heads_graph, calibration, size_hw, spec, progress), recipe=recipe)
         graph = to_fp16(to_int8(heads_graph, used.ranges, recipe))
-        if problems := lint_qdq(graph):
-            raise ModelFileError(problems[0])
+    elif learned is not None and precision == "int8":
+        kept = {name: step for name, step in learned.items() if not (float_first and name == names[0])}
+        graph = to_fp16(with_steps(heads_graph, kept))
+    if problems := lint_qdq(graph):
+        raise ModelFileError(problems[0])
     shares = mac_shares(graph, size_hw)
     if shares.get(precision, 0) < (MIN_INT8_SHARE if precision == "int8" else 1):
         raise ModelFileError(f"{precision} was asked for, the convolutions would compute in {shares}")

@@ -21,7 +21,7 @@ from facespec.files import widerface_root
 from facespec.images import find_images, read_image
 from facespec.letterbox import Frame
 from facespec.samples import sample_frames
-from facespec.spec import DEFAULT_WEIGHTS, DecodeSpec
+from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, DecodeSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -71,7 +71,6 @@ class CalibrationOptions:
         images: Images used at most.
         seed: Of the choice of images.
         recipe: File of an `export.options.Int8Recipe`; None for its defaults.
-        float_first: Leave the first convolution, of three channels, in float too.
     """
 
     source: str
@@ -79,7 +78,6 @@ class CalibrationOptions:
     images: int = 128
     seed: int = 0
     recipe: Path | None = None
-    float_first: bool = False
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -95,11 +93,14 @@ class CalibrationOptions:
         return [word for option, value in values.items() if value is not None for word in (option, str(value))]
 
 
-def check_calibration(precision: str, calibration: CalibrationOptions | None) -> None:
-    """Raise SpecError if there is no such precision, INT8 has no images to calibrate on, or another precision has."""
+def check_calibration(precision: str, calibration: CalibrationOptions | None, learned: bool = False) -> None:
+    """Raise SpecError if there is no such precision, INT8 has no images to calibrate on, or another precision has.
+
+    Weights that bring the steps of INT8 with them, as `export.train_int8` has `learned` them, need none.
+    """
     if precision not in PRECISIONS:
         raise SpecError(f"no such precision: {precision}")
-    if precision == "int8" and calibration is None:
+    if precision == "int8" and calibration is None and not learned:
         raise SpecError("--int8 needs images to calibrate on: --calib widerface_val, or --calib FOLDER")
     if precision != "int8" and calibration is not None:
         raise SpecError(f"--calib is for --int8, not for --{precision}")
@@ -157,6 +158,7 @@ class Export:
         calibration: Images for INT8.
         parity_images: Image file or folder for the parity report; None takes sample photographs of installed packages.
         progress: Whether to draw progress bars.
+        float_first: Leave the first convolution, of three channels, in float where the others compute in INT8.
     """
 
     weights: str
@@ -166,9 +168,11 @@ class Export:
     calibration: CalibrationOptions | None = field(default=None, kw_only=True)
     parity_images: Path | None = field(default=None, kw_only=True)
     progress: bool = field(default=False, kw_only=True)
+    float_first: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_calibration(self.precision, self.calibration)
+        # whether a checkpoint brings the steps of INT8 shows when it is read
+        check_calibration(self.precision, self.calibration, Path(self.weights).suffix in CHECKPOINT_SUFFIXES)
 
     @property
     def calibration_list(self) -> Path:

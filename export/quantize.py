@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -112,27 +113,20 @@ def conv_inputs(graph: onnx.ModelProto) -> list[str]:
     return list(dict.fromkeys(node.input[0] for node in graph.graph.node if node.op_type == "Conv"))
 
 
-def equalize(graph: onnx.ModelProto, ranges: Ranges) -> tuple[onnx.ModelProto, Ranges]:
-    """Return a graph that computes the same with channels of more even ranges, and its ranges.
+def evenable(graph: onnx.ModelProto) -> dict[str, tuple[onnx.NodeProto, list[onnx.NodeProto]]]:
+    """Return the tensors whose channels may be scaled at will, each with the convolution before it and those behind.
 
-    Where a convolution, or the (leaky) ReLU behind it, feeds convolutions alone, its output channels are divided by s
-    and their input channels multiplied by it: s = r for depthwise consumers, so that every channel fills the range, and
-    sqrt(r / w) for others, w being the largest weight a channel meets.
-
-    Source: cross-layer equalisation (Nagel et al., ICCV 2019), with activation ranges instead of weight ranges.
+    A convolution, or the (leaky) ReLU behind it, feeds convolutions alone: what its output channels are divided by,
+    their input channels are multiplied by.
     """
-    result = copy.deepcopy(graph)
-    nodes = result.graph.node
-    tensors = {tensor.name: tensor for tensor in result.graph.initializer}
-    weights = {name: numpy_helper.to_array(tensor).astype(np.float64) for name, tensor in tensors.items()}
     users: dict[str, list[onnx.NodeProto]] = {}
-    for node in nodes:
+    for node in graph.graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
-    source = {name: node for node in nodes for name in node.output}
-    outputs = {output.name for output in result.graph.output}
-    evened = dict(ranges)
-    for name, largest in ranges.items():
+    source = {name: node for node in graph.graph.node for name in node.output}
+    outputs = {output.name for output in graph.graph.output}
+    found = {}
+    for name in conv_inputs(graph):
         producer = source.get(name)
         between = [name]
         if producer is not None and producer.op_type in ("LeakyRelu", "Relu"):
@@ -142,9 +136,25 @@ def equalize(graph: onnx.ModelProto, ranges: Ranges) -> tuple[onnx.ModelProto, R
             continue
         if len(between) > 1 and len(users[between[1]]) > 1:
             continue
-        consumers = users[name]
-        if not all(node.op_type == "Conv" and node.input[0] == name for node in consumers):
-            continue
+        if all(node.op_type == "Conv" and node.input[0] == name for node in users[name]):
+            found[name] = producer, users[name]
+    return found
+
+
+def equalize(graph: onnx.ModelProto, ranges: Ranges) -> tuple[onnx.ModelProto, Ranges]:
+    """Return a graph that computes the same with channels of more even ranges, and its ranges.
+
+    The channels of `evenable` tensors are divided by s, which is r for depthwise consumers, so that every channel fills
+    the range, and sqrt(r / w) for others, w being the largest weight a channel meets.
+
+    Source: cross-layer equalisation (Nagel et al., ICCV 2019), with activation ranges instead of weight ranges.
+    """
+    result = copy.deepcopy(graph)
+    tensors = {tensor.name: tensor for tensor in result.graph.initializer}
+    weights = {name: numpy_helper.to_array(tensor).astype(np.float64) for name, tensor in tensors.items()}
+    evened = dict(ranges)
+    for name, (producer, consumers) in evenable(result).items():
+        largest = ranges[name]
         # a channel that hardly ever speaks is not blown up to the others
         scale = np.maximum(largest.astype(np.float64), max(float(largest.max()), 1e-8) * QUIET_CHANNEL)
         dense = [node for node in consumers if not is_depthwise(node)]
@@ -165,6 +175,42 @@ def equalize(graph: onnx.ModelProto, ranges: Ranges) -> tuple[onnx.ModelProto, R
     return result, evened
 
 
+@dataclass(frozen=True)
+class ConvSteps:
+    """Sizes of a step of int8 of a convolution: of its input, and (channels,) of its weights; exact in float16."""
+
+    data: float
+    weight: NDArray[np.float32]
+
+
+Steps = dict[str, ConvSteps]
+"""By the names of the convolutions that compute in INT8: the others stay in float."""
+
+
+def _check_ranges(graph: onnx.ModelProto, ranges: Ranges) -> None:
+    if set(ranges) != set(conv_inputs(graph)):
+        raise ModelFileError("the calibration is not of this graph: calibrate again")
+
+
+def calibrated_steps(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe) -> Steps:
+    """Return the least steps that cut nothing off, of the convolutions that a recipe does not spare.
+
+    The graph is equalised already, where the recipe asks for it.
+
+    Raises:
+        ModelFileError: The ranges are not those of this graph.
+    """
+    _check_ranges(heads_graph, ranges)
+    tensors = {tensor.name: tensor for tensor in heads_graph.graph.initializer}
+    steps = {}
+    for node in heads_graph.graph.node:
+        if node.op_type == "Conv" and not recipe.keeps_float(node):
+            values = numpy_helper.to_array(tensors[node.input[1]])
+            data = float(stored_steps(ranges[node.input[0]].max() / 127))
+            steps[node.name] = ConvSteps(data, stored_steps(np.abs(values).max(axis=(1, 2, 3)) / 127))
+    return steps
+
+
 def to_int8(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe | None = None) -> onnx.ModelProto:
     """Return a copy of a float32 heads graph whose convolutions, but for those the recipe spares, compute in INT8.
 
@@ -172,42 +218,55 @@ def to_int8(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe | N
         ModelFileError: The ranges are not those of this graph, or the result has a form that TensorRT takes wrongly.
     """
     recipe = recipe or Int8Recipe()
-    if set(ranges) != set(conv_inputs(heads_graph)):
-        raise ModelFileError("the calibration is not of this graph: calibrate again")
-    graph = copy.deepcopy(heads_graph)
+    _check_ranges(heads_graph, ranges)
     if recipe.equalize:
-        graph, ranges = equalize(graph, ranges)
+        heads_graph, ranges = equalize(heads_graph, ranges)
+    return with_steps(heads_graph, calibrated_steps(heads_graph, ranges, recipe))
+
+
+def with_steps(heads_graph: onnx.ModelProto, steps: Steps) -> onnx.ModelProto:
+    """Return a copy of a float32 heads graph with Q/DQ pairs of these steps: x / step to the nearest even, saturated.
+
+    Raises:
+        ModelFileError: The steps are not those of this graph, or the result has a form that TensorRT takes wrongly.
+    """
+    graph = copy.deepcopy(heads_graph)
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
     added: list[onnx.TensorProto] = []
     nodes: list[onnx.NodeProto] = []
-    quantised: dict[str, str] = {}
+    quantised: dict[str, tuple[str, float]] = {}
+    left = set(steps)
 
     def constant(name: str, value: object, kind: type) -> str:
         added.append(numpy_helper.from_array(np.asarray(value, kind), name))
         return name
 
     for node in graph.graph.node:
-        if node.op_type == "Conv" and not recipe.keeps_float(node):
-            data, weight = node.input[0], node.input[1]
+        if node.op_type == "Conv" and node.name in steps:
+            data, weight, step = node.input[0], node.input[1], steps[node.name]
+            left.discard(node.name)
             if data not in quantised:
-                scale = constant(f"{data}_scale", _as_half(ranges[data].max() / 127), np.float32)
+                scale = constant(f"{data}_scale", step.data, np.float32)
                 zero = constant(f"{data}_zero", 0, np.int8)
                 nodes.append(helper.make_node("QuantizeLinear", [data, scale, zero], [f"{data}_q"], name=f"{data}_q"))
-                quantised[data] = f"{data}_dq"
+                quantised[data] = f"{data}_dq", step.data
                 pair = [f"{data}_q", scale, zero]
                 nodes.append(helper.make_node("DequantizeLinear", pair, [f"{data}_dq"], name=f"{data}_dq"))
             values = numpy_helper.to_array(tensors[weight])
-            steps = _as_half(np.abs(values).max(axis=(1, 2, 3)) / 127)
-            whole = np.clip(np.rint(values / steps.reshape(-1, 1, 1, 1)), -127, 127)
+            if step.weight.shape != values.shape[:1] or step.data != quantised[data][1]:
+                raise ModelFileError(f"the steps of int8 are not of this graph: those of {node.name} do not fit")
+            whole = np.clip(np.rint(values / step.weight.reshape(-1, 1, 1, 1)), -127, 127)
             stored = [
                 constant(f"{weight}_q", whole, np.int8),
-                constant(f"{weight}_scale", steps, np.float32),
-                constant(f"{weight}_zero", np.zeros(len(steps)), np.int8),
+                constant(f"{weight}_scale", step.weight, np.float32),
+                constant(f"{weight}_zero", np.zeros(len(values)), np.int8),
             ]
             nodes.append(helper.make_node("DequantizeLinear", stored, [weight], name=f"{weight}_dq", axis=0))
             graph.graph.initializer.remove(tensors.pop(weight))
-            node.input[0] = quantised[data]
+            node.input[0] = quantised[data][0]
         nodes.append(node)
+    if left:
+        raise ModelFileError(f"the steps of int8 are not of this graph: it has no convolution {min(left)}")
     nodes = copy.deepcopy(nodes)  # they belong to the list emptied next
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
@@ -217,7 +276,7 @@ def to_int8(heads_graph: onnx.ModelProto, ranges: Ranges, recipe: Int8Recipe | N
     return graph
 
 
-def _as_half(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+def stored_steps(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return scales as the float16 they may be stored in, rounded up so that nothing is cut off."""
     half = np.maximum(scales, 16 * np.finfo(np.float16).smallest_subnormal).astype(np.float16)
     return np.where(half < scales, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)

@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,9 +240,9 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
     )
     graph = build_heads(model, options.size_hw)
     calibration = calibrate(graph, options.calibration, options.size_hw, model.spec, progress)
-    names, pixels = _held_out(options, calibration, model.spec)
-    reference = _run(graph, pixels)
-    faces = [_faces(heads, options.size_hw, spec) for heads in reference]
+    names, pixels = other_images(options, calibration, model.spec)
+    reference = list(head_maps(graph, pixels))
+    faces = [faces_of(heads, options.size_hw, spec) for heads in reference]
     total = sum(map(len, faces))
     if not total:
         raise DataError(f"--calib {options.calibration.source}: FP32 finds no faces on {len(pixels)} held-out images")
@@ -256,14 +256,14 @@ def sensitivity(options: SensitivityOptions, progress: bool = False) -> Sensitiv
         alone = to_int8(graph, calibration.ranges, _only(name))
         errors = [
             (rows_from_maps(heads, spec.anchors.per_cell) - rows[index])[seen[index]].ravel()
-            for index, heads in zip(probes, _run(alone, [pixels[index] for index in probes]), strict=True)
+            for index, heads in zip(probes, head_maps(alone, [pixels[index] for index in probes]), strict=True)
         ]
         cost = float(np.sqrt(np.mean(np.square(np.concatenate(errors), dtype=np.float64))))
         layers.append(Layer(name, cost, mac_shares(alone, options.size_hw)["int8"]))
 
     def measured(recipe: Int8Recipe) -> Step:
         quantised = to_int8(graph, calibration.ranges, recipe)
-        found = [_faces(heads, options.size_hw, spec) for heads in _run(quantised, pixels)]
+        found = [faces_of(heads, options.size_hw, spec) for heads in head_maps(quantised, pixels)]
         share = mac_shares(quantised, options.size_hw).get("int8", 0.0)
         return Step(recipe.float_layers, share, Agreement.of(faces, found))
 
@@ -298,7 +298,9 @@ def _only(name: str) -> Int8Recipe:
     return Only()
 
 
-def _held_out(options: SensitivityOptions, calibration: Calibration, spec: ModelSpec) -> tuple[list[str], list[Frame]]:
+def other_images(
+    options: SensitivityOptions, calibration: Calibration, spec: ModelSpec
+) -> tuple[list[str], list[Frame]]:
     """Return names and letterboxed pixels of images of the source that were not calibrated on."""
     from export.calibration import letterboxed, readable
 
@@ -319,12 +321,14 @@ def _held_out(options: SensitivityOptions, calibration: Calibration, spec: Model
     return names, pixels
 
 
-def _run(graph: onnx.ModelProto, pixels: Sequence[Frame]) -> list[Heads]:
+def head_maps(graph: onnx.ModelProto, pixels: Sequence[Frame]) -> Iterator[Heads]:
+    """Run a heads graph on letterboxed images and yield the maps of each."""
     session = open_session(graph.SerializeToString(), "the graph", why="export.sensitivity")
-    return [session.run(None, {"images": image[None]}) for image in pixels]
+    for image in pixels:
+        yield session.run(None, {"images": image[None]})
 
 
-def _faces(heads: Heads, size_hw: tuple[int, int], spec: ModelSpec) -> Detections:
+def faces_of(heads: Heads, size_hw: tuple[int, int], spec: ModelSpec) -> Detections:
     """Return the faces in pixels of the network input."""
     found = decode_nms(heads, size_hw, spec)
     if found["num_candidates"][0] < 0:

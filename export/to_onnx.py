@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from export.options import Export, add_export_arguments, calibration_files, export_fields, parity_frames
 from facespec.cli import ArgumentParser, argument, require, run
-from facespec.errors import OutputError
+from facespec.errors import OutputError, SpecError
 from facespec.files import atomic_path, check_outputs
 from facespec.spec import ModelSpec, parse_size
 from trt_runtime.gpu.sidecar import Convolutions, precision_shares
 
 if TYPE_CHECKING:
+    from export.learned_int8 import Lesson
     from export.parity import ParityReport
 
 CALIBRATION_HW = (640, 640)
@@ -98,15 +99,26 @@ def export_graph(
     """
     from export.calibration import report_calibration, with_precision
     from export.graph import build_heads, build_plugin_form, build_portable
+    from export.learned_int8 import load_learned
     from export.parity import check_parity
     from export.quantize import convolutions
     from trainer.checkpoint import load_model
 
     frames = parity_frames(options.parity_images)
+    learned = load_learned(options.weights)
+    if learned and options.calibration:
+        raise SpecError(f"{options.weights} brings its steps of int8, learned with its weights: leave out --calib")
     model = load_model(options.weights)
     spec = model.spec = dataclasses.replace(model.spec, decode=options.decode)
     heads, used = with_precision(
-        build_heads(model, size_hw), options.precision, options.calibration, best_hw, spec, options.progress
+        build_heads(model, size_hw),
+        options.precision,
+        options.calibration,
+        best_hw,
+        spec,
+        options.progress,
+        learned=learned.steps if learned else None,
+        float_first=options.float_first,
     )
     graph = build_portable(heads, spec, size_hw)
     if plugin:
@@ -120,11 +132,25 @@ def export_graph(
         record = {"source": used.options.source, "images": len(used.images), "seed": used.options.seed}
         record["recipe"] = dataclasses.asdict(used.recipe)
     else:
+        if learned:
+            record = _tell_learned(options, learned.lesson)
         options.calibration_list.unlink(missing_ok=True)  # of what was there before
     content = graph.SerializeToString()
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     return ExportedGraph(path, content, spec, convolutions(graph, best_hw), record, report)
+
+
+def _tell_learned(options: Export, lesson: Lesson) -> dict[str, Any]:
+    """Say what becomes of weights that were trained for INT8, and return what a sidecar records of that."""
+    if options.precision != "int8":
+        print(
+            f"note: {options.weights} was trained for INT8, and {options.precision} is not what it was measured in: "
+            "take --int8, or for more precision the weights that it was made from"
+        )
+        return {}
+    print(f"INT8 with the steps that {options.weights} brings, learned on {lesson.images} images of {lesson.source}")
+    return dataclasses.asdict(lesson)
 
 
 def export_onnx(options: ExportOptions) -> ExportedGraph:

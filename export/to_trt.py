@@ -216,12 +216,12 @@ def _likely_flavor(options: EngineOptions) -> Flavor:
 def _suit_int8(options: EngineOptions) -> EngineOptions:
     """Return the options with which INT8 costs TensorRT-RTX the fewest kernels, and say what INT8 is worth there."""
     with suppress(MissingPackageError):  # raised where the engine would be built
-        if options.calibration and not options.onnx_only and find_flavor(options.flavor_asked) is RTX:
+        if options.precision == "int8" and not options.onnx_only and find_flavor(options.flavor_asked) is RTX:
             print(
                 "note: INT8 is probably slower than FP16 in TensorRT-RTX, and was never timed: of mobilenet0.25 it "
                 f"makes 81 kernels, FP16 53; on sm_{TURING} nothing computes in INT8. Take --fp16 unless you time both"
             )
-            return replace(options, calibration=replace(options.calibration, float_first=True))
+            return replace(options, float_first=True)
     return options
 
 

@@ -76,8 +76,7 @@ def load_model(path_or_name: str | Path = DEFAULT_WEIGHTS) -> RetinaFace:
         return _build(_published_state(), None, DEFAULT_WEIGHTS)
     path = Path(path_or_name)
     if _is_onnx(path):
-        state, spec = _read_onnx(_bytes(path), path)
-        return _build(_normalise(state, path), spec, path)
+        return model_of_onnx(_bytes(path), path)
     content = _read(path)
     if content.get("format") == CHECKPOINT_FORMAT:
         try:
@@ -91,6 +90,16 @@ def load_model(path_or_name: str | Path = DEFAULT_WEIGHTS) -> RetinaFace:
     if found is None and isinstance(content.get("state_dict"), dict):  # whose names say what is wrong with it
         found = content["state_dict"]
     return _build(_normalise(content if found is None else found, path), None, path)
+
+
+def model_of_onnx(content: bytes, where: str | Path) -> RetinaFace:
+    """Return the model of an ONNX file as `load_model` does; `where` it comes from is for messages.
+
+    Raises:
+        WeightsError: As `load_model`.
+    """
+    state, spec = _read_onnx(content, where)
+    return _build(_normalise(state, Path(where)), spec, where)
 
 
 def _found(find: Callable[[State], tuple[Found, list[Found]] | None], content: State, path: Path) -> State | None:
@@ -165,6 +174,22 @@ def read_training(path: str | Path) -> tuple[State, dict[str, Any]]:
     if content.get("format") != CHECKPOINT_FORMAT or not isinstance(training, dict) or not isinstance(state, dict):
         raise WeightsError(f"{path}: holds no state of a training run to resume; --pretrained starts from its weights")
     return _normalise(state, Path(path)), training
+
+
+def read_int8(path_or_name: str | Path) -> dict[str, Any] | None:
+    """Return what `save_checkpoint` was given as `int8`; None if the weights come without, whatever they are.
+
+    Raises:
+        WeightsError: It is not a dictionary.
+    """
+    path = Path(path_or_name)
+    if not path.exists() or path.suffix.lower() in (".onnx", ".safetensors"):
+        return None
+    content = _read(path)
+    found = content.get("int8") if content.get("format") == CHECKPOINT_FORMAT else None
+    if found is not None and not isinstance(found, dict):
+        raise WeightsError(f"{path}: what it says of INT8 is no dictionary")
+    return found
 
 
 def save_checkpoint(path: str | Path, model: RetinaFace, **extra: Any) -> None:

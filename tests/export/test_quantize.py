@@ -20,12 +20,12 @@ from export.graph import build_heads, build_portable
 from export.inspect import inspect
 from export.options import CalibrationOptions, Int8Recipe, find_calibration_images, load_recipe
 from export.quantize import (
-    _as_half,
     conv_inputs,
     convolutions,
     equalize,
     lint_qdq,
     mac_shares,
+    stored_steps,
     to_fp16,
     to_int8,
 )
@@ -202,7 +202,7 @@ def test_a_portable_graph_keeps_its_int8(heads: onnx.ModelProto, calibrated: Cal
 
 def test_scales_that_float16_can_hold() -> None:
     values = np.array([0, 1e-9, 3e-6, 0.1, 1 / 3, 2.0009765, 100.03], np.float32)
-    found = _as_half(values)
+    found = stored_steps(values)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found.astype(np.float16).astype(np.float32), found)
     assert (found >= values).all()

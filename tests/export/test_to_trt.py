@@ -1031,8 +1031,7 @@ def test_what_int8_is_worth_is_said_of_rtx_alone(
     ):
         assert _suit_int8(options) is options
     assert capsys.readouterr().out == ""
-    suited = _suit_int8(calibrated).calibration
-    assert suited is not None
-    assert suited.float_first
+    assert _suit_int8(calibrated).float_first
+    assert _suit_int8(dataclasses.replace(calibrated, weights="q.pth", calibration=None)).float_first
     monkeypatch.setattr(Flavor, "installed", lambda self: False)
     assert _suit_int8(calibrated) is calibrated  # what is missing is said where the engine would be built

@@ -118,7 +118,8 @@ class Sidecar:
         precision: The precision that was asked for: "fp32", "fp16", "int8".
         convolutions: Multiply-accumulates and precision of each convolution in the strongly typed graph.
         profile: Smallest, best and largest (B, H, W, 3) of the input `images`.
-        calibration: Source, number of images, seed and recipe of the INT8 calibration; {} for other precisions.
+        calibration: Source, number of images, seed and recipe of the INT8 calibration, or the lesson of an INT8 that
+            was learned; {} for other precisions.
         parity: Difference between its graph and PyTorch on a few photographs: the largest differences of raw heads, of
             boxes and landmarks in pixels and of scores, and the numbers of images and of faces.
         onnx_sha256: Of the plugin form it was built from.

@@ -75,7 +75,9 @@ def find_mesh(network: Any, image: NDArray[np.uint8], box: Floats, eyes: Floats)
         found = points.reshape(468, 3).astype(float)
         if 1 / (1 + np.exp(-float(logit.squeeze()))) < LEAST_SCORE:
             return None
-        colours = cv2.remap(crop, np.float32(found[None, :, :2] - 0.5), None, cv2.INTER_LINEAR)[0].astype(float)
+        colours = cv2.remap(crop, np.float32(found[:, None, :2] - 0.5), np.empty(0), cv2.INTER_LINEAR)[:, 0].astype(
+            float
+        )
         xy = found[:, :2] @ to_image[:, :2].T + to_image[:, 2]
         vertices = np.hstack([xy, scale * found[:, 2:]])
         low, high = xy.min(axis=0), xy.max(axis=0)
@@ -175,7 +177,7 @@ def main() -> int:
         "texture": texture.reshape(TEXTURES, -1, 3),
     }
     with atomic_path(args.out) as path, path.open("wb") as file:
-        halves = {name: value.astype(np.float16) for name, value in arrays.items()}
+        halves: dict[str, Any] = {name: value.astype(np.float16) for name, value in arrays.items()}
         np.savez_compressed(file, **halves, triangles=triangles.astype(np.int16))
     print(
         f"{args.out}: {args.out.stat().st_size / 1000:.0f} kB of {len(vertices)} meshes, half of them mirrored; "

@@ -39,6 +39,13 @@ DISTANCE = 5.0
 
 HARMONICS = 9
 
+# of shape, texture, rotation, translation, distance, focal length, light
+LIMITS = (3.0, 3.0, 1.5, 0.5, 0.5, 0.5, 2.0)
+"""What no parameter exceeds: a face may not leave its box, nor be any mesh at all."""
+
+UNITS = (2.0, 3.0, 0.6, 0.3, 0.3, 0.3, 0.3)
+"""What a number of the branch is worth. One of each changes the colours by about as much, so none runs ahead."""
+
 
 class Meshes(NamedTuple):
     """Faces as they are drawn, V vertices each.
@@ -116,6 +123,7 @@ class FaceMesh(nn.Module):
     texture: Tensor
     triangles: Tensor
     limits: Tensor
+    units: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,13 +133,14 @@ class FaceMesh(nn.Module):
             triangles = torch.from_numpy(file["triangles"].astype(np.int64))
         self.register_buffer("triangles", triangles, persistent=False)
         self.widths = (len(self.shape), len(self.texture), 3, 2, 1, 1, HARMONICS)
-        limits = zip(self.widths, (3.0, 3.0, 1.5, 0.5, 0.5, 0.5, 2.0), strict=True)
-        limits = [limit for width, limit in limits for _ in range(width)]
-        self.register_buffer("limits", torch.tensor(limits), persistent=False)
+        repeats = torch.tensor(self.widths)
+        limits = torch.tensor(LIMITS).repeat_interleave(repeats)
+        self.register_buffer("limits", limits, persistent=False)
+        self.register_buffer("units", torch.tensor(UNITS).repeat_interleave(repeats), persistent=False)
 
     def bounded(self, values: Tensor) -> Tensor:
-        """Return parameters (P, width) of any numbers: kept within what a face may be, unchanged near 0."""
-        return self.limits * torch.tanh(values / self.limits)
+        """Return parameters (P, width) of any numbers, in `UNITS` near 0 and within `LIMITS` far from it."""
+        return self.limits * torch.tanh(values * self.units / self.limits)
 
     def forward(self, parameters: Tensor, boxes_cxcywh: Tensor) -> Meshes:
         """Return the faces of parameters (P, width) in boxes (P, 4): centre and size in pixels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import cache
@@ -17,10 +18,11 @@ from torch import Tensor
 from facespec.boxes import decode_boxes, iou_matrix, make_priors
 from facespec.spec import ModelSpec
 from tests.trainer.conftest import published
-from trainer import load_model
+from trainer import load_model, loop
 from trainer.checkpoint import read_training
-from trainer.config import TrainConfig, resolve
-from trainer.data.batches import Targets, collate
+from trainer.config import TrainConfig
+from trainer.data import open_dataset
+from trainer.data.batches import AsTheyAre, Targets, collate
 from trainer.data.dataset import Faces
 from trainer.dense import (
     DISTANCE,
@@ -33,10 +35,10 @@ from trainer.dense import (
     sample,
     vertex_normals,
 )
-from trainer.loop import fit
-from trainer.losses import LossSettings, MultiBoxLoss
+from trainer.distributed import World
+from trainer.fit import main as fit_command
+from trainer.loop import TrainState, fit
 from trainer.model import Features, Heads
-from trainer.step import Learner
 
 HW = (96, 128)
 RNG = np.random.default_rng
@@ -112,7 +114,9 @@ def test_colours_are_read_as_opencv_reads_them_each_from_its_own_image() -> None
     for row, index in enumerate(image.tolist()):
         # OpenCV counts from the centre of a pixel, and has 32 steps between two
         place = np.round((points[row] - 0.5) * 32) / 32
-        again = sample(torch.from_numpy(images).permute(0, 3, 1, 2), image, torch.from_numpy(place + 0.5).expand(5, 7, 2))
+        again = sample(
+            torch.from_numpy(images).permute(0, 3, 1, 2), image, torch.from_numpy(place + 0.5).expand(5, 7, 2)
+        )
         wanted = cv2.remap(images[index], place[None], None, cv2.INTER_LINEAR)[0]
         np.testing.assert_allclose(again[row].numpy(), wanted, rtol=0, atol=0.01)
     assert found.shape == (5, 7, 3)
@@ -134,7 +138,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
         parameters = _parameters(2, scale=scale).requires_grad_()
         assert torch.autograd.gradcheck(draw, (parameters,), eps=1e-6, atol=1e-4, rtol=1e-4)
     images = _doubles(2, 3, 8, 9, scale=50)
-    points = (torch.rand(2, 6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 7 + 0.8).requires_grad_()
+    points = (
+        torch.rand(2, 6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 7 + 0.8
+    ).requires_grad_()
     assert torch.autograd.gradcheck(lambda at: sample(images, torch.tensor([1, 0]), at), (points,))
 
 
@@ -142,7 +148,7 @@ def test_parameters_stay_within_what_a_face_may_be() -> None:
     mesh = _mesh()
     assert mesh.widths[2:] == (3, 2, 1, 1, 9)  # 7 of the camera, 9 of the light
     small, large = _parameters(3, scale=1e-3), _parameters(3, scale=1e3)
-    torch.testing.assert_close(mesh.bounded(small), small, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mesh.bounded(small), small * mesh.units, rtol=1e-4, atol=1e-6)
     assert (mesh.bounded(large).abs() <= mesh.limits).all()
     assert (mesh.bounded(large).abs() > 0.9 * mesh.limits).float().mean() > 0.9
 
@@ -209,7 +215,7 @@ def _render(vertices_px: np.ndarray, depth: np.ndarray, colours: np.ndarray, tri
 def test_a_known_face_is_found_again_in_its_picture() -> None:
     """The picture is filled triangle by triangle, from OpenCV's projection; the start is several pixels away."""
     mesh, boxes = _mesh(), torch.tensor([[64.0, 48, 72, 72]], dtype=torch.float64)
-    known = mesh.bounded(_parameters(1, seed=3, scale=1.0))
+    known = mesh.bounded(_parameters(1, seed=3, scale=1.0) / mesh.units)
     shapes, textures = mesh.widths[:2]
     camera, light = known[0, shapes + textures :].split([7, 9])
     camera.copy_(torch.tensor([0.1, -0.35, 0.12, 0.06, -0.05, 0.08, 0.0]))
@@ -248,3 +254,212 @@ def test_a_known_face_is_found_again_in_its_picture() -> None:
     print(f"cost {first:.2f} -> {last:.2f}, of the known {cost(known)[0]:.2f}; points {away:.2f} -> {left:.2f} px")
     assert last < 0.25 * first
     assert left < 0.25 * away
+
+
+def _batch(*sides: float) -> tuple[Tensor, Targets]:
+    """Images of noise, each with a face of a side in pixels, or none where it is 0."""
+    rng, images = RNG(5), []
+    for index, side in enumerate(sides):
+        box = np.array([[30 + 9 * index, 20, 30 + 9 * index + side, 20 + side * 1.1]], np.float32)
+        faces = Faces(box, np.zeros((1, 5, 2), np.float32), np.zeros(1, bool)) if side else Faces.none()
+        images.append((rng.integers(0, 256, (*HW, 3), np.uint8), faces))
+    return collate(images)
+
+
+def _term(seed: int = 0) -> DenseFaces:
+    """A term whose branch gives different parameters everywhere."""
+    torch.manual_seed(seed)
+    term = DenseFaces(ModelSpec())
+    for value in term.heads.parameters():
+        torch.nn.init.normal_(value, std=0.08)
+    return term
+
+
+def _seen(count: int, seed: int = 0) -> tuple[Features, Heads]:
+    """Feature maps and heads of `count` images of `HW`, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(count, 64, -(-HW[0] // s), -(-HW[1] // s), generator=generator) for s in (8, 16, 32)]
+    priors = ModelSpec().anchors.count(HW)
+    heads = [torch.randn(count, priors, width, generator=generator) for width in (4, 2, 10)]
+    return (maps[0], maps[1], maps[2]), (heads[0], heads[1], heads[2])
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float() - torch.tensor([104.0, 117, 123])[:, None, None]
+
+
+def test_the_term_is_that_of_a_loop_over_faces_priors_and_vertices() -> None:
+    images, targets = _batch(60, 0, 40, 20)
+    features, heads = _seen(4)
+    term, spec = _term(), ModelSpec()
+    with torch.no_grad():
+        found = term(features, heads, _pixels(images), targets)
+    priors, mesh = make_priors(spec.anchors, HW), _mesh()
+    shapes, textures = mesh.widths[:2]
+    width = len(mesh.limits)
+    values = [
+        # rows of a level: cells in row-major order, the two priors of a cell adjacent
+        torch.nn.functional.conv2d(x, head.conv1x1.weight, head.conv1x1.bias).permute(0, 2, 3, 1).reshape(4, -1, width)
+        for head, x in zip(term.heads, features, strict=True)
+    ]
+    branch = torch.cat(values, 1).detach().double().numpy()
+    costs = []
+    for image, side in enumerate((60, 0, 40, 20)):
+        if side < 32:  # 20 pixels are too few
+            continue
+        box = targets.boxes[image, :1].numpy()
+        iou = iou_matrix(box, np.hstack([priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2]))[0]
+        for prior in sorted({*np.flatnonzero(iou >= 0.35).tolist(), int(iou.argmax())}):
+            x1, y1, x2, y2 = decode_boxes(
+                heads[0][image, prior : prior + 1].numpy(), priors[prior : prior + 1], (0.1, 0.2)
+            )[0]
+            limits, units = mesh.limits.numpy(), mesh.units.numpy()
+            values = limits * np.tanh(branch[image, prior] * units / limits)
+            turn, light = values[shapes + textures :][:3], values[-9:]
+            shift = np.array([*values[shapes + textures + 3 :][:2], DISTANCE * np.exp(values[shapes + textures + 5])])
+            focal = math.sqrt((x2 - x1) * (y2 - y1)) * DISTANCE * math.exp(values[shapes + textures + 6])
+            vertices = mesh.mean.numpy() + np.tensordot(values[:shapes], mesh.shape.numpy(), 1)
+            camera = np.array([[focal, 0, (x1 + x2) / 2], [0, focal, (y1 + y2) / 2], [0, 0, 1]])
+            points = cv2.projectPoints(vertices, turn, shift, camera, None)[0][:, 0]
+            placed = vertices @ cv2.Rodrigues(turn)[0].T
+            normals = vertex_normals(torch.from_numpy(placed)[None], mesh.triangles)[0].numpy()
+            colours = mesh.texture_mean.numpy() + np.tensordot(
+                values[shapes : shapes + textures], mesh.texture.numpy(), 1
+            )
+            colours *= 1 + (harmonics(torch.from_numpy(normals)).numpy() @ light)[:, None]
+            differences = []
+            for point, normal, place, colour in zip(points, normals, placed + shift, colours, strict=True):
+                if normal @ place < 0 and 0 < point[0] < HW[1] and 0 < point[1] < HW[0]:
+                    patch = cv2.getRectSubPix(  # zero outside of the image, as a difference from its mean
+                        np.pad(_pixels(images)[image].permute(1, 2, 0).numpy(), ((2, 2), (2, 2), (0, 0))),
+                        (1, 1),
+                        (float(point[0]) + 1.5, float(point[1]) + 1.5),
+                    )[0, 0]
+                    differences.append(np.abs(patch + np.array([104, 117, 123]) - colour).mean())
+            costs.append(np.mean(differences) if differences else 0.0)
+    assert len(costs) > 4
+    assert found.item() == pytest.approx(np.mean(costs), rel=2e-3)
+
+
+def test_gradients_of_the_term_reach_the_features_and_the_branch_but_no_head() -> None:
+    images, targets = _batch(60, 40)
+    features, heads = _seen(2)
+    for value in (*features, *heads):
+        value.requires_grad_()
+    term = _term()
+    term(features, heads, _pixels(images), targets).backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (*features, *term.parameters()))
+    assert any(x.grad.any() for x in features)
+    assert all(head.grad is None for head in heads)
+    # downhill, by as much as the gradient says
+    weight = term.heads[1].conv1x1.weight
+    change = 1e-4 * weight.grad / weight.grad.norm()
+    costs = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * change
+            costs.append(term(features, heads, _pixels(images), targets).item())
+            weight -= sign * change
+    assert (costs[0] - costs[1]) / 2e-4 == pytest.approx(weight.grad.norm().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("sides", [(0,), (20, 31)])
+def test_without_large_faces_the_term_is_zero_and_has_gradients(sides: tuple[float, ...]) -> None:
+    """Of every parameter: DistributedDataParallel waits for them."""
+    images, targets = _batch(*sides)
+    features, heads = _seen(len(sides))
+    term = _term()
+    cost = term(features, heads, _pixels(images), targets)
+    assert cost.item() == 0
+    cost.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in term.parameters())
+
+
+def test_a_fresh_branch_draws_mean_faces_and_leaves_the_detector_as_it_starts(
+    config: Callable[..., TrainConfig],
+) -> None:
+    plain = TrainState.start(config(), World(torch.device("cpu")), None, None, None)  # type: ignore[arg-type]
+    dense = TrainState.start(config(loss__pixel_weight=0.01), World(torch.device("cpu")), None, None, None)  # type: ignore[arg-type]
+    assert plain.pixel_term is None
+    assert isinstance(dense.pixel_term, DenseFaces)
+    assert not any(value.any() for value in dense.pixel_term.parameters())
+    assert set(dense.pixel_term.state_dict()) == {
+        f"heads.{i}.conv1x1.{n}" for i in range(3) for n in ("weight", "bias")
+    }
+    state = dense.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in plain.model.state_dict().items())
+
+
+def test_the_recipe_is_trained_resumed_bit_for_bit_and_not_exported(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    settings = config(recipe="dense", schedule__epochs=3, run__output=str(tmp_path / "whole"))
+    assert settings.loss.pixel_weight == 0.01
+    fit(settings)
+    whole = read_training(tmp_path / "whole" / "last.pth")
+    assert any(row["pixel"] > 0 for row in whole[1]["history"])
+    assert load_model(tmp_path / "whole" / "last.pth").state_dict().keys() == published().state_dict().keys()
+    assert not any("mesh" in name or "dense" in name for name in whole[0])
+    parts = config(recipe="dense", schedule__epochs=3, run__output=str(tmp_path / "parts"))
+    steps, real = [], loop.train_step
+
+    def interrupted(*given: object) -> object:
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return real(*given)  # type: ignore[arg-type]
+
+    parts = dataclasses.replace(parts, run=dataclasses.replace(parts.run, checkpoint_every=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(parts)
+    fit(parts, resume=tmp_path / "parts" / "last.pth")
+    again = read_training(tmp_path / "parts" / "last.pth")
+    for one, other in ((whole[0], again[0]), *((whole[1][n], again[1][n]) for n in ("weights", "pixel_term"))):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_file_of_the_mesh_is_small_and_holds_what_its_name_says() -> None:
+    assert MESH.stat().st_size < 200_000
+    with np.load(MESH, allow_pickle=False) as file:
+        shapes = {name: (file[name].shape, file[name].dtype) for name in file.files}
+        triangles, mean = file["triangles"], file["mean"].astype(float)
+    half = np.dtype(np.float16)
+    assert shapes == {
+        "mean": ((468, 3), half),
+        "shape": ((24, 468, 3), half),
+        "texture_mean": ((468, 3), half),
+        "texture": ((16, 468, 3), half),
+        "triangles": ((852, 3), np.dtype(np.int16)),
+    }
+    assert (triangles.min(), triangles.max()) == (0, 467)
+    # every edge is that of one or two triangles, in both directions: a surface, and one side of it is outside
+    edges = np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]])
+    assert len(np.unique(edges, axis=0)) == len(edges)
+    # eyes over the nose over the mouth over the chin, left and right as seen; the nose is nearest
+    left, right, nose, mouth, chin = mean[[33, 263, 1, 13, 152]]
+    assert left[0] < nose[0] < right[0]
+    assert max(left[1], right[1]) < nose[1] < mouth[1] < chin[1]
+    assert np.argmin(mean[:, 2]) in (1, 4)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_document_trains_it(tmp_path: Path) -> None:
+    """On images that it was not trained on, faces are drawn better than the mean face is."""
+    command = "--data synthetic --size 128 --recipe dense --epochs 1 --workers 0"
+    fit_command([*command.split(), "--out", str(tmp_path)])
+    last = tmp_path / "last.pth"
+    model, training = load_model(last), read_training(last)[1]
+    model.load_state_dict(training["weights"])
+    fresh, trained = DenseFaces(model.spec), DenseFaces(model.spec)
+    trained.load_state_dict(training["pixel_term"])
+    batches = [AsTheyAre(open_dataset("synthetic", "val"), 128, 64)[index] for index in range(64)]
+    images, targets = collate(batches)
+    with torch.no_grad():
+        features = model.features(_pixels(images))
+        heads = model.heads(features)
+        before, after = (float(term(features, heads, _pixels(images), targets)) for term in (fresh, trained))
+    print(f"{before:.2f} -> {after:.2f}")
+    assert after < 0.95 * before

@@ -25,7 +25,7 @@ from facespec.spec import ModelSpec
 from trainer.data.batches import Targets
 from trainer.losses import divisors
 from trainer.matching import match_faces
-from trainer.model import Features, Head, Heads, RetinaFace
+from trainer.model import Features, Heads
 from trainer.step import PixelTerm
 
 MESH = Path(__file__).parent / "face_mesh.npz"
@@ -172,24 +172,31 @@ class DenseFaces(PixelTerm):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec, self.mesh = spec, FaceMesh()
-        outputs = spec.anchors.per_cell * len(self.mesh.limits)
-        self.heads = nn.ModuleList(Head(spec.fpn_channels, outputs) for _ in range(3))
-        for value in self.heads.parameters():  # mean faces: nothing random, and nothing to forget
+        kinds = len(spec.anchors.strides) * spec.anchors.per_cell
+        self.branch = nn.Linear(spec.fpn_channels, kinds * len(self.mesh.limits))
+        for value in self.branch.parameters():  # mean faces: nothing random, and nothing to forget
             nn.init.zeros_(value)
         mean = torch.tensor(spec.preprocess.mean_bgr, dtype=torch.float32)
         self.register_buffer("pixel_mean", mean, persistent=False)
 
     def meshes(self, features: Features, deltas: Tensor, rows: Tensor, size_hw: tuple[int, int]) -> Meshes:
         """Return the faces that some priors draw; rows (P,) are in 0..B*N-1 of box deltas (B, N, 4)."""
-        maps = zip(self.heads, features, strict=True)
+        anchors, count = self.spec.anchors, deltas.shape[1]
+        image, prior = rows // count, rows % count
+        cell, slot = prior // anchors.per_cell, prior % anchors.per_cell
+        cells = torch.cat([x.float().flatten(2).transpose(1, 2) for x in features], dim=1)
+        ends = torch.tensor([x[0, 0].numel() for x in features], device=rows.device).cumsum(0)
+        kind = torch.bucketize(cell, ends, right=True) * anchors.per_cell + slot
+        # a 1x1 convolution for each level, computed where it is asked for
+        values = self.branch(cells.flatten(0, 1).index_select(0, image * cells.shape[1] + cell))
         width = len(self.mesh.limits)
-        values = torch.cat([RetinaFace._rows(head(x.float()), width) for head, x in maps], dim=1)
-        priors = torch.from_numpy(make_priors(self.spec.anchors, size_hw)).to(deltas.device)[rows % deltas.shape[1]]
+        values = values.unflatten(1, (-1, width)).gather(1, kind[:, None, None].expand(-1, 1, width))[:, 0]
+        priors = torch.from_numpy(make_priors(anchors, size_hw)).to(deltas.device)[prior]
         deltas = deltas.detach().float().flatten(0, 1)[rows]
         centre, size = self.spec.decode.variances
         middle = priors[:, :2] + deltas[:, :2] * centre * priors[:, 2:]
         boxes = torch.cat([middle, priors[:, 2:] * (deltas[:, 2:] * size).exp()], 1)
-        return self.mesh(self.mesh.bounded(values.flatten(0, 1).index_select(0, rows)), boxes)
+        return self.mesh(self.mesh.bounded(values), boxes)
 
     def forward(self, features: Features, heads: Heads, images: Tensor, targets: Targets) -> Tensor:
         """See `PixelTerm`."""

@@ -270,7 +270,7 @@ def _term(seed: int = 0) -> DenseFaces:
     """A term whose branch gives different parameters everywhere."""
     torch.manual_seed(seed)
     term = DenseFaces(ModelSpec())
-    for value in term.heads.parameters():
+    for value in term.branch.parameters():
         torch.nn.init.normal_(value, std=0.08)
     return term
 
@@ -297,10 +297,10 @@ def test_the_term_is_that_of_a_loop_over_faces_priors_and_vertices() -> None:
     priors, mesh = make_priors(spec.anchors, HW), _mesh()
     shapes, textures = mesh.widths[:2]
     width = len(mesh.limits)
-    values = [
-        # rows of a level: cells in row-major order, the two priors of a cell adjacent
-        torch.nn.functional.conv2d(x, head.conv1x1.weight, head.conv1x1.bias).permute(0, 2, 3, 1).reshape(4, -1, width)
-        for head, x in zip(term.heads, features, strict=True)
+    weights, biases = term.branch.weight.reshape(3, 2 * width, 64, 1, 1), term.branch.bias.reshape(3, 2 * width)
+    values = [  # rows of a level: cells in row-major order, the two priors of a cell adjacent
+        torch.nn.functional.conv2d(x, *head).permute(0, 2, 3, 1).reshape(4, -1, width)
+        for x, *head in zip(features, weights, biases, strict=True)
     ]
     branch = torch.cat(values, 1).detach().double().numpy()
     costs = []
@@ -352,7 +352,7 @@ def test_gradients_of_the_term_reach_the_features_and_the_branch_but_no_head() -
     assert any(x.grad.any() for x in features)
     assert all(head.grad is None for head in heads)
     # downhill, by as much as the gradient says
-    weight = term.heads[1].conv1x1.weight
+    weight = term.branch.weight
     change = 1e-4 * weight.grad / weight.grad.norm()
     costs = []
     for sign in (1, -1):
@@ -383,9 +383,7 @@ def test_a_fresh_branch_draws_mean_faces_and_leaves_the_detector_as_it_starts(
     assert plain.pixel_term is None
     assert isinstance(dense.pixel_term, DenseFaces)
     assert not any(value.any() for value in dense.pixel_term.parameters())
-    assert set(dense.pixel_term.state_dict()) == {
-        f"heads.{i}.conv1x1.{n}" for i in range(3) for n in ("weight", "bias")
-    }
+    assert set(dense.pixel_term.state_dict()) == {"branch.weight", "branch.bias"}
     state = dense.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in plain.model.state_dict().items())
 

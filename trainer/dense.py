@@ -109,6 +109,17 @@ def sample(images: Tensor, image: Tensor, points_px: Tensor) -> Tensor:
     return found[0, ..., 0].permute(1, 2, 0)
 
 
+def expose(colours: Tensor, seen: Tensor, counted: Tensor) -> Tensor:
+    """Return colours (P, V, 3), each channel of a face made as bright on average as what is seen (P, V, 3) there.
+
+    `counted` (P, V) are the weights of the vertices. Brightness and white balance are made by the camera, and in training
+    by the augmentation: they say nothing of the face.
+    """
+    weights = counted[..., None]
+    wanted, drawn = ((part * weights).sum(dim=1, keepdim=True) for part in (seen, colours))
+    return colours * wanted / drawn.clamp(min=1)
+
+
 class FaceMesh(nn.Module):
     """A linear model of faces and the camera and light they are seen by: from parameters to `Meshes`.
 
@@ -213,5 +224,5 @@ class DenseFaces(PixelTerm):
             limits = images.new_tensor([images.shape[3], images.shape[2]])
             inside = ((faces.points_px > 0) & (faces.points_px < limits)).all(dim=-1)
             counted = (faces.visible & inside).float()
-            difference = (faces.colours - seen).abs().mean(dim=-1) * counted
+            difference = (expose(faces.colours, seen, counted) - seen).abs().mean(dim=-1) * counted
             return (difference.sum(dim=1) / counted.sum(dim=1).clamp(min=1)).sum() / divisor

@@ -29,6 +29,7 @@ from trainer.dense import (
     MESH,
     DenseFaces,
     FaceMesh,
+    expose,
     harmonics,
     project,
     rotations,
@@ -124,6 +125,21 @@ def test_colours_are_read_as_opencv_reads_them_each_from_its_own_image() -> None
     np.testing.assert_allclose(middle[0, 0].numpy(), images[1, 2, 3], atol=1e-3)
     outside = sample(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor([1]), torch.tensor([[[-9.0, 2.5]]]))
     assert not outside.any()
+
+
+def test_the_exposure_of_a_face_is_that_of_the_image_channel_by_channel() -> None:
+    seen, colours = 100 + _doubles(2, 50, 3, scale=20), 60 + _doubles(2, 50, 3, seed=1, scale=10)
+    counted = torch.ones(2, 50).double()
+    counted[0, 20:] = 0
+    found = expose(colours, seen, counted)
+    for row, count in enumerate((20, 50)):
+        torch.testing.assert_close(found[row, :count].mean(dim=0), seen[row, :count].mean(dim=0))
+        ratio = found[row] / colours[row]
+        torch.testing.assert_close(ratio, ratio[:1].expand(50, 3))
+    # a picture in another light costs the same
+    torch.testing.assert_close(expose(colours * torch.tensor([0.3, 1.0, 2.0]), seen, counted), found)
+    nobody = expose(colours, seen, torch.zeros(2, 50).double())
+    assert nobody.isfinite().all()
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
@@ -327,16 +343,18 @@ def test_the_term_is_that_of_a_loop_over_faces_priors_and_vertices() -> None:
                 values[shapes : shapes + textures], mesh.texture.numpy(), 1
             )
             colours *= 1 + (harmonics(torch.from_numpy(normals)).numpy() @ light)[:, None]
-            differences = []
+            seen, drawn = [], []
             for point, normal, place, colour in zip(points, normals, placed + shift, colours, strict=True):
                 if normal @ place < 0 and 0 < point[0] < HW[1] and 0 < point[1] < HW[0]:
-                    patch = cv2.getRectSubPix(  # zero outside of the image, as a difference from its mean
+                    patch = cv2.getRectSubPix(  # outside of the image it is its mean colour
                         np.pad(_pixels(images)[image].permute(1, 2, 0).numpy(), ((2, 2), (2, 2), (0, 0))),
                         (1, 1),
                         (float(point[0]) + 1.5, float(point[1]) + 1.5),
                     )[0, 0]
-                    differences.append(np.abs(patch + np.array([104, 117, 123]) - colour).mean())
-            costs.append(np.mean(differences) if differences else 0.0)
+                    seen.append(patch + np.array([104, 117, 123]))
+                    drawn.append(colour)
+            gain = np.mean(seen, axis=0) / np.mean(drawn, axis=0) if seen else 1
+            costs.append(np.abs(np.array(seen) - gain * np.array(drawn)).mean() if seen else 0)
     assert len(costs) > 4
     assert found.item() == pytest.approx(np.mean(costs), rel=2e-3)
 

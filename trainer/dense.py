@@ -112,8 +112,8 @@ def sample(images: Tensor, image: Tensor, points_px: Tensor) -> Tensor:
 def expose(colours: Tensor, seen: Tensor, counted: Tensor) -> Tensor:
     """Return colours (P, V, 3), each channel of a face made as bright on average as what is seen (P, V, 3) there.
 
-    `counted` (P, V) are the weights of the vertices. Brightness and white balance are made by the camera, and in training
-    by the augmentation: they say nothing of the face.
+    `counted` (P, V) are the weights of the vertices. Brightness and white balance are made by the camera, and in
+    training by the augmentation: they say nothing of the face.
     """
     weights = counted[..., None]
     wanted, drawn = ((part * weights).sum(dim=1, keepdim=True) for part in (seen, colours))

@@ -40,8 +40,9 @@ DISTANCE = 5.0
 HARMONICS = 9
 
 # of shape, texture, rotation, translation, distance, focal length, light
-LIMITS = (3.0, 3.0, 1.5, 0.5, 0.5, 0.5, 2.0)
-"""What no parameter exceeds: a face may not leave its box, nor be any mesh at all."""
+LIMITS = (3.0, 3.0, 1.2, 0.15, 0.1, 0.1, 2.0)
+"""What no parameter exceeds. The box says where a face is and how large: a mesh that may shrink hides on a cheek, where
+nothing has to be matched."""
 
 UNITS = (2.0, 3.0, 0.6, 0.3, 0.3, 0.3, 0.3)
 """What a number of the branch is worth. One of each changes the colours by about as much, so none runs ahead."""

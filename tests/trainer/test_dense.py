@@ -169,6 +169,19 @@ def test_parameters_stay_within_what_a_face_may_be() -> None:
     assert (mesh.bounded(large).abs() > 0.9 * mesh.limits).float().mean() > 0.9
 
 
+def test_no_camera_hides_the_face_on_a_cheek() -> None:
+    """A mesh that shrinks to a patch without features costs little, and a branch that is free to finds that out."""
+    mesh, camera = _mesh(), sum(_mesh().widths[:2])
+    far = torch.zeros(1, len(mesh.limits), dtype=torch.float64)
+    far[0, camera + 3 : camera + 7] = torch.tensor([9e9, -9e9, 9e9, -9e9])
+    boxes = torch.tensor([[60.0, 50, 40, 40]], dtype=torch.float64)
+    sides = [
+        points.amax(dim=0) - points.amin(dim=0)
+        for points in (mesh(mesh.bounded(one), boxes).points_px[0] for one in (far, torch.zeros_like(far)))
+    ]
+    assert (sides[0] > 0.75 * sides[1]).all()
+
+
 def test_each_parameter_does_what_it_is_called() -> None:
     mesh = _mesh()
     boxes = torch.tensor([[60.0, 50, 32, 50]], dtype=torch.float64)  # of 40 pixels a side

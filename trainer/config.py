@@ -290,6 +290,8 @@ RECIPES: dict[str, Settings] = {
         "ema.decay": 0.9,
         "run.output": "runs/try",
     },
+    # with the fourth term of the paper
+    "dense": {"loss.pixel_weight": 0.01},
     # a trained detector goes on with other faces
     "finetune": {
         "model.pretrained": DEFAULT_WEIGHTS,

@@ -41,6 +41,7 @@ from trainer.config import TrainConfig, changed, from_settings, to_settings, wri
 from trainer.data import Dataset, Sample, TrainingSet, open_dataset
 from trainer.data.batches import AsTheyAre, Order, Targets, explain_dead_workers, read_batches
 from trainer.data.check import find_damaged, replace_damaged
+from trainer.dense import DenseFaces
 from trainer.distributed import World, has_bf16, join_world
 from trainer.losses import MultiBoxLoss
 from trainer.model import BACKBONES, RetinaFace
@@ -68,18 +69,15 @@ def fit(config: TrainConfig, *, pixel_term: PixelTerm | None = None, resume: Pat
 
     Args:
         config: All settings.
-        pixel_term: A fourth term of the loss, for a `config.loss.pixel_weight` over 0.
+        pixel_term: The fourth term of the loss, where `config.loss.pixel_weight` is over 0; None takes `DenseFaces`.
         resume: Checkpoint to go on from, with the same settings.
 
     Raises:
         RetinaFaceError: Settings, data, weights or the disk do not allow it, or the loss is not finite.
         KeyboardInterrupt: It was asked to stop, and has saved where it was.
     """
-    if (pixel_term is not None) != (config.loss.pixel_weight > 0):
-        raise ConfigError(
-            f"loss.pixel_weight is {config.loss.pixel_weight:g} and there is {'a' if pixel_term else 'no'} pixel-wise "
-            "term: it takes both, see docs/training.md"
-        )
+    if pixel_term is not None and config.loss.pixel_weight == 0:
+        raise ConfigError("loss.pixel_weight is 0 and there is a pixel-wise term: give it a weight, such as 0.01")
     with join_world(config.run.device) as world, _repeatable(world.device):
         if config.precision == "auto":
             config = dataclasses.replace(config, precision="bf16" if has_bf16(world.device) else "fp32")
@@ -215,6 +213,8 @@ class TrainState:
             load_pretrained(model, pretrained)
             if is_folded(model):
                 unfold(model, _first_images(samples, model.spec.preprocess.mean_bgr))
+        if pixel_term is None and config.loss.pixel_weight:
+            pixel_term = DenseFaces(model.spec)
         trained = nn.ModuleList([model] if pixel_term is None else [model, pixel_term]).to(world.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = make_optimizer(trained, config.optimizer)

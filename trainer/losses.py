@@ -27,7 +27,7 @@ class LossSettings:
     Attributes:
         box_weight: Weight of the box term; that of the classification is 1.
         landmark_weight: Weight of the landmark term.
-        pixel_weight: Weight of an optional pixel-wise term.
+        pixel_weight: Weight of the pixel-wise term, which draws the faces; 0 goes without it.
         negatives_per_positive: Background priors that are trained for each positive one of their image.
         extra_negatives: More of them for every image, so that images without faces are trained too; 0 is the
             customary loss, which learns nothing from such images.
@@ -132,7 +132,7 @@ class MultiBoxLoss(nn.Module):
         )
         boxes, landmarks = self._regression_targets(matches.positive, matches.face, targets, size_hw)
         counts = _to(torch.tensor([len(boxes.rows), len(landmarks.rows)]), logits.device)
-        over_positives, over_landmarks = _divisors(counts)
+        over_positives, over_landmarks = divisors(counts)
 
         logits = logits.float()
         # softmax cross-entropy of two classes is logistic in their difference
@@ -221,7 +221,7 @@ def _smooth_l1(deltas: Tensor, targets: _Rows) -> Tensor:
     return F.smooth_l1_loss(deltas.flatten(0, 1).index_select(0, rows).float(), values, reduction="sum")
 
 
-def _divisors(counts: Tensor) -> Tensor:
+def divisors(counts: Tensor) -> Tensor:
     """Return counts (2,), at least 1; over several ranks, what makes the mean over ranks that of one large batch."""
     ranks = 1
     if dist.is_available() and dist.is_initialized():

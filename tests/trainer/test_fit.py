@@ -330,7 +330,7 @@ WRONG = [
     (["--data", "synthetic", "--pretrained", "none.pth"], "none.pth: no such weights file"),
     (["--data", "synthetic", "--backbone", "resnet18", "--pretrained", "mobilenet0.25"], "--backbone mobilenet0.25"),
     (["--data", "synthetic", "--batch", "41"], "at most 40, the number of images"),
-    (["--set", "loss.pixel_weight=1"], "there is no pixel-wise term"),
+    (["--set", "loss.pixel_weight=-1"], "pixel_weight must be a number from 0 up to a million"),
     (["--set", "loss.box=1"], "did you mean loss.box_weight?"),
     (["--set", "loss.box_weight"], "--set loss.box_weight: expected NAME=VALUE"),
     (["--set", "seed=[1"], "--set seed: cannot be read"),
@@ -634,8 +634,8 @@ def test_the_example_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "OVERFIT_STEPS", 3)
     exec(compile(example, "docs/training.md", "exec"), {"__name__": "example"})
-    assert load_model(tmp_path / "runs" / "dense" / "last.pth")
-    assert len(_rows(tmp_path / "runs" / "dense" / "steps.csv")) == 3
+    assert load_model(tmp_path / "runs" / "bright" / "last.pth")
+    assert len(_rows(tmp_path / "runs" / "bright" / "steps.csv")) == 3
 
 
 def test_check_data_draws_a_picture(

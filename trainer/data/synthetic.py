@@ -145,6 +145,11 @@ def _find(package: str, inside: str) -> list[Path]:
     return [path] if path and path.is_file() else []
 
 
+def sample_faces() -> list[tuple[Path, tuple[float, float, float, float]]]:
+    """Return the photographs with a face that installed packages ship, and its box in each: x1, y1, x2, y2."""
+    return [(path, box) for package, inside, box, _ in _PORTRAITS for path in _find(package, inside)]
+
+
 @cache
 def _people() -> tuple[_Cutout, ...]:
     found = []

@@ -73,7 +73,7 @@ class OriginalLoss:
     def rows(self, targets: Targets) -> list[Tensor]:
         """Return the faces of each image as it takes them: box, landmarks in fractions of the image, 1 or -1."""
         result = []
-        for boxes, landmarks, valid, known in zip(*targets, strict=True):
+        for boxes, landmarks, valid, known in zip(*targets[:4], strict=True):
             parts = boxes / self._wh.repeat(2), (landmarks / self._wh).flatten(1), known[:, None] * 2.0 - 1
             result.append(torch.cat(parts, dim=1)[valid])
         return result

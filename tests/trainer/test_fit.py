@@ -393,6 +393,8 @@ def test_flags_are_settings() -> None:
         "--overfit": ("data.overfit", "5", 5),
         "--backbone": ("model.backbone", "resnet34", "resnet34"),
         "--pretrained": ("model.pretrained", "p.pth", "p.pth"),
+        "--teacher": ("teacher.weights", "t.pth", "t.pth"),
+        "--unlabelled": ("teacher.images", "u", "u"),
         "--epochs": ("schedule.epochs", "7", 7),
         "--lr": ("optimizer.lr", "1e-3", 1e-3),
         "--precision": ("precision", "bf16", "bf16"),
@@ -408,7 +410,7 @@ def test_flags_are_settings() -> None:
         options = parse_arguments([flag, text])
         assert options.settings == {name: value}, flag
         assert type(options.settings[name]) is type(value)
-        resolve(options.settings)
+        resolve({"teacher.weights": "t.pth", **options.settings})
     assert vars(parse_arguments([])) == {
         "settings": {},
         "config": None,

@@ -92,7 +92,7 @@ class ModelConfig:
 
     backbone: str = "mobilenet0.25"
     fpn_channels: int = 0
-    min_sizes: tuple[tuple[float, ...], ...] = AnchorSpec().min_sizes
+    min_sizes: tuple[tuple[float, ...], ...] = ((16.0, 32.0), (64.0, 128.0), (256.0, 512.0))
     pretrained: str | None = None
     sync_batch_norm: bool = False
     freeze_batch_norm: bool = False
@@ -107,6 +107,12 @@ class ModelConfig:
             f"model.min_sizes is {[list(level) for level in sizes]}: two ascending sides in 1..{MAX_PRIOR} pixels for "
             "each of three strides, as in [[8, 16], [32, 64], [128, 256]]",
         )
+
+    @property
+    def anchors(self) -> AnchorSpec:
+        """The priors; whole sides as integers, as everywhere, so that equal specs are equal in writing."""
+        sizes = (tuple(int(side) if side == int(side) else side for side in level) for level in self.min_sizes)
+        return AnchorSpec(min_sizes=tuple(sizes))
 
 
 @dataclass(frozen=True)
@@ -352,6 +358,14 @@ RECIPES: dict[str, Settings] = {
         "model.freeze_batch_norm": True,
         "optimizer.lr": 1e-4,
         "schedule.epochs": 10,
+    },
+    # frames letterboxed to 640: as many small faces in training as a detector sees there, and priors that fit them
+    "deploy640": {
+        "augment.crop_scales": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.0),
+        "model.min_sizes": ((10, 20), (40, 80), (160, 320)),
+        "loss.box": "diou",
+        "teacher.weights": DEFAULT_WEIGHTS,
+        "run.evaluate_size": 640,
     },
 }
 

@@ -25,7 +25,8 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "--recipe": (
         "recipe",
         str,
-        "default, original (as the published weights were trained), finetune, or try (two minutes)",
+        "default, deploy640 (for frames letterboxed to 640), original (as the published weights were trained), "
+        "finetune, or try (two minutes)",
     ),
     "--data": ("data.source", str, "folder, label file, synthetic, or widerface ($WIDERFACE_ROOT, or data/widerface)"),
     "--val": ("data.val", str, "what is evaluated on (default: the val split of --data)"),

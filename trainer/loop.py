@@ -34,7 +34,7 @@ from facespec.errors import (
     WeightsError,
     reason,
 )
-from facespec.spec import AnchorSpec, ModelSpec
+from facespec.spec import ModelSpec
 from trainer.average_precision import LEVELS
 from trainer.checkpoint import is_folded, load_pretrained, read_training, save_checkpoint, unfold
 from trainer.config import TrainConfig, changed, from_settings, to_settings, write_yaml
@@ -220,7 +220,7 @@ class TrainState:
         torch.manual_seed(config.seed)
         backbone = config.model.backbone
         channels = config.model.fpn_channels or BACKBONES[backbone][1]
-        model = RetinaFace(ModelSpec(backbone, channels, anchors=AnchorSpec(min_sizes=config.model.min_sizes)))
+        model = RetinaFace(ModelSpec(backbone, channels, anchors=config.model.anchors))
         head = next(model.ClassHead.parameters())
         random = head.detach().clone()
         if pretrained:

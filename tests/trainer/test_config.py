@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from facespec.errors import RetinaFaceError
+from facespec.spec import ModelSpec
 from trainer.config import (
     OVERFIT,
     RECIPES,
@@ -203,6 +204,12 @@ def test_defaults_and_recipes_are_those_that_are_documented() -> None:
         **{"optimizer.lr": 1e-4, "schedule.epochs": 10},
     }
     assert to_settings(resolve({"recipe": "finetune"})) == {**DEFAULTS, **finetune}
+    deploy640 = {
+        **{"recipe": "deploy640", "loss.box": "diou", "teacher.weights": "mobilenet0.25", "run.evaluate_size": 640},
+        "augment.crop_scales": [0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.0],
+        "model.min_sizes": [[10, 20], [40, 80], [160, 320]],
+    }
+    assert to_settings(resolve({"recipe": "deploy640"})) == {**DEFAULTS, **deploy640}
     overfit = {
         **{"data.overfit": 8, "data.batch": 8, "optimizer.lr": 0.02, "optimizer.weight_decay": 0.0},
         **{"schedule.epochs": 4, "schedule.warmup_epochs": 0.2, "ema.decay": 0.0, "run.evaluate_every": 0},
@@ -270,6 +277,12 @@ def test_settings_are_possible_up_to_their_bounds(name: str, good: list[object],
         with pytest.raises(RetinaFaceError, match=name.rpartition(".")[2].split("_")[-1]) as caught:
             resolve({name: value})
         assert "\n" not in str(caught.value)
+
+
+def test_priors_are_written_as_those_of_the_published_model() -> None:
+    assert ModelSpec(anchors=resolve({}).model.anchors).to_json() == ModelSpec().to_json()
+    sizes = [[8, 16.5], [32.0, 64], [128, 256]]
+    assert str(resolve({"model.min_sizes": sizes}).model.anchors.min_sizes) == "((8, 16.5), (32, 64), (128, 256))"
 
 
 def test_nesterov_needs_momentum() -> None:

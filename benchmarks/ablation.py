@@ -52,7 +52,13 @@ PARTS = {
 """Each part alone, as flags beside those of the recipe it is added to."""
 
 BACKBONE = "--pretrained IMAGENET --epochs 12"
-FINETUNE = "--recipe finetune --epochs 4"
+FINETUNE = "--recipe finetune --epochs 3"
+TOGETHER = (
+    f"{FINETUNE} --lr 2e-4 --evaluate-every 1 --teacher {DEFAULT_WEIGHTS} --set teacher.share=0.7 --set loss.box=diou "
+    "--set loss.landmark_weight=0.5 --set model.min_sizes=[[10,28],[64,128],[256,512]] --set ema.decay=0.99 "
+    "--set augment.crop_scales=[0.8,1.0,1.2,1.4,1.5,1.6,1.8,2.0]"
+)
+"""Fine-tuning with all parts: priors that keep the published model's outputs, crops near what is deployed."""
 
 
 PRIORS = (
@@ -78,7 +84,7 @@ def plan() -> dict[str, str]:
         runs[f"backbone_default_{seed}"] = f"{BACKBONE} --seed {seed}"
         runs[f"backbone_deploy640_{seed}"] = f"--recipe deploy640 {BACKBONE} --seed {seed}"
         runs[f"finetune_{seed}"] = f"{FINETUNE} --seed {seed}"
-        runs[f"finetune_deploy640_{seed}"] = f"--recipe finetune640 --epochs 4 --seed {seed}"
+        runs[f"finetune_together_{seed}"] = f"{TOGETHER} --seed {seed}"
     for name, flags in PARTS.items():
         runs[f"finetune_{name}_0"] = f"{FINETUNE} {flags} --seed 0"
         runs[f"backbone_{name}_0"] = f"{BACKBONE} {flags} --seed 0"

@@ -185,7 +185,7 @@ def tables() -> dict[str, str]:
             "| faces an image | `match`, ms | `atss`, ms | ratio | `simota`, ms | ratio |",
             "| {faces_per_image} | {ms[ours_forward][p50]:.1f} | {ms[atss_forward][p50]:.1f} "
             "| {atss_to_ours[forward]:.2f} | {ms[simota_forward][p50]:.1f} | {simota_to_ours[forward]:.2f} |",
-            _load("loss"),
+            _load("loss_assign"),
         ),
         "precision": _precisions(_load("precision")),
         "host_kernel": _table(

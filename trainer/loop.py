@@ -313,7 +313,7 @@ class _Training:
     """What `TrainState.save` writes."""
 
     settings: dict[str, Any]
-    data: str
+    data: Any  # the names of the images, which may be longer than texts of settings
     weights: dict[str, Any]
     pixel_term: dict[str, Any]
     optimizer: dict[str, Any]
@@ -330,6 +330,8 @@ def check_training(path: Path, training: dict[str, Any]) -> None:
         json.dumps(training["settings"])  # plain values, which can be compared
         if not all(isinstance(name, str) for name in training["settings"]):
             raise SpecError("a setting without a name")
+        if not isinstance(training["data"], str):
+            raise SpecError("data is no text")
     except (SpecError, TypeError) as error:
         raise WeightsError(f"{path}: holds no state of a training run to resume ({reason(error)})") from None
 

@@ -139,6 +139,17 @@ def test_a_resumed_run_knows_its_best_epoch(tmp_path: Path) -> None:
     assert torch.load(run.folder / "best.pth", weights_only=True)["epoch"] == 3
 
 
+def test_a_run_over_as_many_images_as_wider_face_has_is_resumed(tmp_path: Path) -> None:
+    config = _settings(tmp_path, schedule__epochs=9)
+    names = "\n".join(f"0--Parade/0_Parade_marchingband_1_{index}.jpg" for index in range(12_880))
+    run, _ = _run(config, [{"ap": 50.0}])
+    run.data = dataclasses.replace(run.data, names=names)
+    _finish_epochs(run, 1)
+    again, _ = _run(config, [{"ap": 20.0}])
+    again.state.load(run.folder / "last.pth", config, names)
+    assert again.state.step == run.state.step > 0
+
+
 def test_epochs_of_other_levels_are_not_compared(tmp_path: Path) -> None:
     """Where --val has changed, the simple and the official average precision have nothing to say of each other."""
     run, _ = _run(_settings(tmp_path, schedule__epochs=9), [{"ap": 90.0}, {"easy": 30.0, "medium": 20.0, "hard": 10.0}])

@@ -3,7 +3,8 @@
 python -m benchmarks.loss [--original CHECKOUT] [--out benchmarks/results/loss.json]
 
 4 images of 640x640 with 1, 100 or 500 faces each, of sizes from 8 to 300 px as likely small as large by their
-logarithm. The original is handed targets and priors as its own data loader makes them; `forward` is matching and loss,
+logarithm. `ours` matches by the thresholds of the original, `atss` and `simota` as `loss.assign` says. The original is
+handed targets and priors as its own data loader makes them; `forward` is matching and loss,
 `backward` also the gradients of the heads. Both take turns, so that both see the same state of the machine. The
 checkout may be named by RETINAFACE_ORIGINAL instead; only two of its files are run, unchanged, on the CPU.
 """
@@ -29,12 +30,13 @@ from facespec.cli import ArgumentParser, run, text_table
 from facespec.spec import ModelSpec
 from trainer.data.batches import Targets, collate
 from trainer.data.dataset import Faces
-from trainer.losses import MultiBoxLoss
+from trainer.losses import LossSettings, MultiBoxLoss
 from trt_runtime.measure import Latency
 
 SIZE = (640, 640)
 BATCH = 4
 FACES = (1, 100, 500)
+OTHERS = ("atss", "simota")
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -73,7 +75,7 @@ class OriginalLoss:
     def rows(self, targets: Targets) -> list[Tensor]:
         """Return the faces of each image as it takes them: box, landmarks in fractions of the image, 1 or -1."""
         result = []
-        for boxes, landmarks, valid, known in zip(*targets, strict=True):
+        for boxes, landmarks, valid, known in zip(*targets[:4], strict=True):
             parts = boxes / self._wh.repeat(2), (landmarks / self._wh).flatten(1), known[:, None] * 2.0 - 1
             result.append(torch.cat(parts, dim=1)[valid])
         return result
@@ -113,6 +115,9 @@ def measure(faces: int, original: OriginalLoss | None, rounds: int) -> dict[str,
     heads = random_heads(0, BATCH, spec.anchors.count(SIZE))
     ours = MultiBoxLoss(spec)
     losses: dict[str, Callable[[Heads], Tensor]] = {"ours": lambda heads: ours(heads, targets, SIZE).total}
+    for name in OTHERS:
+        other = MultiBoxLoss(spec, LossSettings(assign=name))
+        losses[name] = lambda heads, other=other: other(heads, targets, SIZE).total  # type: ignore[misc]
     if original:
         rows = original.rows(targets)
 
@@ -132,6 +137,10 @@ def measure(faces: int, original: OriginalLoss | None, rounds: int) -> dict[str,
         "positives": int(ours(heads, targets, SIZE).positives),
         "ms": {name: latency.to_dict() for name, latency in times.items()},
     }
+    for name in OTHERS:
+        row[f"{name}_to_ours"] = {
+            kind: round(times[f"{name}_{kind}"].p50 / times[f"ours_{kind}"].p50, 2) for kind in ("forward", "backward")
+        }
     for kind in ("forward", "backward") if original else ():
         row[f"speedup_{kind}"] = round(times[f"original_{kind}"].p50 / times[f"ours_{kind}"].p50, 2)
     return row

@@ -108,6 +108,30 @@ def _training(record: dict[str, Any]) -> str:
     return _table("| run | easy | medium | hard |", f"| {{name}} | {AP_COLUMNS} |", named)
 
 
+def _ablation(record: dict[str, Any]) -> str:
+    """Return a line for each run, and one for the weights that fine-tuning starts from."""
+    rows = [
+        {"name": "published weights", "ap_640": record["published_640"], "ap_original": record["published_original"]}
+    ]
+    rows += [{**row, "name": f"`{row['run']}`"} for row in record["results"]]
+    cells = (
+        {**row, "deployed": AP_CELL.format(**row["ap_640"]), "own": AP_CELL.format(**row["ap_original"])}
+        for row in rows
+    )
+    header = "| run | letterboxed to 640, easy / medium / hard | at original size |"
+    return _table(header, "| {name} | {deployed} | {own} |", cells)
+
+
+def _prior_sizes(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each choice of priors."""
+    sizes = (" / ".join(", ".join(f"{side:g}" for side in level) for level in row["min_sizes"]) for row in rows)
+    return _table(
+        "| sizes for strides 8, 16, 32 | easy | medium | hard | train |",
+        "| {sizes} | {easy:.1f} | {medium:.1f} | {hard:.1f} | {train:.1f} |",
+        ({**row, "sizes": text} for row, text in zip(rows, sizes, strict=True)),
+    )
+
+
 def _cpu_latency(rows: list[dict[str, Any]]) -> str:
     """Return a line for each precision and backend: both numbers of threads, and AP."""
     by_name: dict[str, dict[str, Any]] = {}
@@ -157,10 +181,23 @@ def tables() -> dict[str, str]:
         ),
         "quantize": _quantize(_load("quantize")),
         "training": _training(_document("training")),
+        "ablation": _ablation(_document("ablation")),
+        "prior_sizes": _prior_sizes(_document("ablation")["priors"]),
+        "face_sizes": _table(
+            "| | below 8 | below 16 |",
+            "| {view} | {below_8:.0f} | {below_16:.0f} |",
+            _document("ablation")["face_sizes"],
+        ),
         "loss": _table(
             "| faces an image | ours, ms | original, ms | ratio | with backward: ours, ms | original, ms | ratio |",
             f"| {{faces_per_image}} | {losses} |",
             _load("loss"),
+        ),
+        "assign": _table(
+            "| faces an image | `match`, ms | `atss`, ms | ratio | `simota`, ms | ratio |",
+            "| {faces_per_image} | {ms[ours_forward][p50]:.1f} | {ms[atss_forward][p50]:.1f} "
+            "| {atss_to_ours[forward]:.2f} | {ms[simota_forward][p50]:.1f} | {simota_to_ours[forward]:.2f} |",
+            _load("loss_assign"),
         ),
         "precision": _precisions(_load("precision")),
         "host_kernel": _table(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from facespec.files import atomic_path
 from facespec.kinds import RTX_MAGIC, TENSORRT_MAGIC, model_kind
 from facespec.log import get_logger
 from facespec.published import published_onnx
-from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, ModelSpec
+from facespec.spec import CHECKPOINT_SUFFIXES, DEFAULT_WEIGHTS, AnchorSpec, ModelSpec
 from trainer.layouts import Found, find_classifier, find_detector, names_detector
 from trainer.model import BACKBONES, RetinaFace, backbone_of
 from trainer.pickles import UnsafePickleError, check_pickle
@@ -125,7 +126,8 @@ def load_pretrained(model: RetinaFace, path_or_name: str | Path) -> None:
     """Give a model the weights it starts training from: those of a detector, or ImageNet weights for its backbone.
 
     Args:
-        model: In place; its heads and pyramid stay as they are where the file is of a backbone.
+        model: In place; its heads and pyramid stay as they are where the file is of a backbone. Where its priors are
+            others than those of a detector, it gets that detector's heads expressed for its own: see `for_priors`.
         path_or_name: As for `load_model`, or the state dict of a classifier with this backbone, with or without the
             prefix `module.`. Of the classifier only its last layer, `fc`, is left out.
 
@@ -143,11 +145,46 @@ def load_pretrained(model: RetinaFace, path_or_name: str | Path) -> None:
                 f"{path_or_name}: weights of {found[0]} with {found[1]} pyramid channels, the model to train is "
                 f"{backbone} with {model.spec.fpn_channels}: --backbone {found[0]}"
             )
-        model.load_state_dict(detector.state_dict())
+        state = detector.state_dict()
+        if detector.spec.anchors != model.spec.anchors:
+            variances = detector.spec.decode.variances
+            state, taken = for_priors(state, detector.spec.anchors, model.spec.anchors, variances)
+            logger.info("%s: its heads are expressed for other priors: %s", path_or_name, taken)
+        model.load_state_dict(state)
         return
     expected = model.body.state_dict()
     _check_keys(body, expected, f"{path}: not ImageNet weights of {backbone}")
     model.body.load_state_dict(expected | body)
+
+
+def for_priors(state: State, old: AnchorSpec, new: AnchorSpec, variances: tuple[float, float]) -> tuple[State, str]:
+    """Return a detector's weights for priors of other sizes, and what each prior was made of.
+
+    Each new prior takes over the outputs of the one nearest in size in the same cell, and gives the same boxes, points
+    and scores: what is relative to a size that is k times the old one is divided by k, of its logarithm log k is taken
+    away. So a detector that starts with other priors knows what it knew, but for old priors that are nearest to none.
+
+    Args:
+        state: Of a `RetinaFace` with priors `old`; left as it is.
+        old: Its priors.
+        new: Those that are wanted, of the same strides.
+        variances: As in `DecodeSpec`.
+    """
+    state, taken = dict(state), []
+    for level, (before, sizes) in enumerate(zip(old.min_sizes, new.min_sizes, strict=True)):
+        source = [min(range(len(before)), key=lambda i, s=size: abs(math.log(s / before[i]))) for size in sizes]  # type: ignore[misc]
+        taken += [f"{size:g} from {before[index]:g}" for size, index in zip(sizes, source, strict=True)]
+        times = torch.tensor([size / before[index] for size, index in zip(sizes, source, strict=True)])
+        for head, width in (("ClassHead", 2), ("BboxHead", 4), ("LandmarkHead", 10)):
+            for part in ("weight", "bias"):
+                name = f"{head}.{level}.conv1x1.{part}"
+                rows = state[name].unflatten(0, (len(before), width))[source].clone()
+                relative = rows[:, : {2: 0, 4: 2, 10: 10}[width]]  # offsets, in sizes of the prior
+                relative /= times.view(-1, *[1] * (rows.ndim - 1))
+                if head == "BboxHead" and part == "bias":
+                    rows[:, 2:] -= times.log()[:, None] / variances[1]
+                state[name] = rows.flatten(0, 1)
+    return state, ", ".join(taken)
 
 
 def _backbone_state(path: Path) -> State:

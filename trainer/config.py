@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from facespec.cli import DEVICE, require
 from facespec.codec import build, short
 from facespec.errors import ConfigError, SpecError
 from facespec.files import write_text
-from facespec.spec import DEFAULT_WEIGHTS, check_size
+from facespec.spec import DEFAULT_WEIGHTS, MAX_NETWORK_PIXELS, SIZE_MULTIPLE, AnchorSpec, check_size
 from trainer.data import AugmentSettings
 from trainer.losses import LossSettings
 from trainer.model import BACKBONES
+
+MAX_PRIOR = 4096
+"""Longest side of a prior in pixels: that of the largest square a network takes."""
 
 Settings = dict[str, Any]
 """Dotted name -> plain value."""
@@ -78,6 +82,8 @@ class ModelConfig:
     Attributes:
         backbone: Name in `trainer.model.BACKBONES`.
         fpn_channels: Channels of the pyramid; 0 takes those of the published models.
+        min_sizes: Sides in pixels of the priors of a cell, for each of the strides 8, 16 and 32. Detectors that are
+            trained further get their heads expressed for them, and find the same faces at first.
         pretrained: ImageNet weights of the backbone, or a whole detector; None starts from random weights.
         sync_batch_norm: Batch statistics over all processes; needs CUDA.
         freeze_batch_norm: Keep the running statistics of the pretrained weights, and normalise by them, as is usual
@@ -86,12 +92,55 @@ class ModelConfig:
 
     backbone: str = "mobilenet0.25"
     fpn_channels: int = 0
+    min_sizes: tuple[tuple[float, ...], ...] = ((16.0, 32.0), (64.0, 128.0), (256.0, 512.0))
     pretrained: str | None = None
     sync_batch_norm: bool = False
     freeze_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         _one_of("model.backbone", self.backbone, tuple(BACKBONES))
+        sizes = self.min_sizes
+        _require(
+            len(sizes) == 3
+            and all(len(level) == 2 and 1 <= level[0] < level[1] <= MAX_PRIOR for level in sizes)
+            and all(low <= high for low, high in pairwise(size for level in sizes for size in level)),
+            f"model.min_sizes is {[list(level) for level in sizes]}: two ascending sides in 1..{MAX_PRIOR} pixels for "
+            "each of three strides, as in [[8, 16], [32, 64], [128, 256]]",
+        )
+
+    @property
+    def anchors(self) -> AnchorSpec:
+        """The priors; whole sides as integers, as everywhere, so that equal specs are equal in writing."""
+        sizes = (tuple(int(side) if side == int(side) else side for side in level) for level in self.min_sizes)
+        return AnchorSpec(min_sizes=tuple(sizes))
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A detector that is learned from beside the labels; see `trainer.teacher`.
+
+    Attributes:
+        weights: Its weights, as for `trainer.load_model`; None trains on the labels alone.
+        images: Folder of images without labels, which are trained on by what the teacher finds in them.
+        scale: How many times larger than the student it sees images, letterboxed.
+        share: Its part in what is to be said of a face that is labelled, or that it alone found in a labelled image.
+        least: Lowest score of a face that it alone found.
+    """
+
+    weights: str | None = None
+    images: str | None = None
+    scale: float = 2.0
+    share: float = 0.5
+    least: float = 0.3
+
+    def __post_init__(self) -> None:
+        _require(
+            self.weights is not None or self.images is None,
+            f"teacher.images is {self.images}: images without labels need teacher.weights, --teacher {DEFAULT_WEIGHTS}",
+        )
+        _require(0.5 <= self.scale <= 8, f"teacher.scale is {self.scale:g}: it must lie in 0.5..8")
+        _require(0 <= self.share <= 1, f"teacher.share is {self.share:g}: it must lie in 0..1")
+        _require(0 < self.least < 1, f"teacher.least is {self.least:g}: it must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -181,6 +230,8 @@ class RunConfig:
         workers: Processes that read images, for each training process; 0 reads in the training process.
         checkpoint_every: Steps between checkpoints; there is one after every epoch, too.
         evaluate_every: Epochs between evaluations; the last is always evaluated; 0 evaluates that alone.
+        evaluate_size: Side of the square that images are letterboxed to for an evaluation, as where the model will
+            run; with 0, images of WIDER FACE have their own size, and others that of `data.size`.
         compile: Run the network through torch.compile.
     """
 
@@ -189,6 +240,7 @@ class RunConfig:
     workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     checkpoint_every: int = 200
     evaluate_every: int = 1
+    evaluate_size: int = 0
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -199,6 +251,8 @@ class RunConfig:
         _require(self.workers >= 0, f"run.workers is {self.workers}: it must not be negative")
         _require(self.checkpoint_every > 0, f"run.checkpoint_every is {self.checkpoint_every}: it must be positive")
         _require(self.evaluate_every >= 0, f"run.evaluate_every is {self.evaluate_every}: it must not be negative")
+        if self.evaluate_size:
+            check_size((self.evaluate_size, self.evaluate_size))
 
 
 @dataclass(frozen=True)
@@ -219,6 +273,7 @@ class TrainConfig:
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossSettings = field(default_factory=LossSettings)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -228,6 +283,13 @@ class TrainConfig:
         _one_of("recipe", self.recipe, tuple(RECIPES))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         _require(self.seed >= 0, f"seed is {self.seed}: it must not be negative")
+        if self.teacher.weights is not None:
+            scale, side = self.teacher.scale, self.data.size * self.teacher.scale
+            _require(
+                side % SIZE_MULTIPLE == 0 and side * side <= MAX_NETWORK_PIXELS,
+                f"teacher.scale is {scale:g}: times data.size it must be a multiple of {SIZE_MULTIPLE} up to "
+                f"{MAX_PRIOR}, not {side:g}",
+            )
 
 
 def settings_table() -> list[tuple[str, str, str]]:
@@ -298,6 +360,14 @@ RECIPES: dict[str, Settings] = {
         "model.freeze_batch_norm": True,
         "optimizer.lr": 1e-4,
         "schedule.epochs": 10,
+    },
+    # frames letterboxed to 640: as many small faces in training as a detector sees there, and priors that fit them
+    "deploy640": {
+        "augment.crop_scales": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.0),
+        "model.min_sizes": ((10, 20), (40, 80), (160, 320)),
+        "loss.box": "diou",
+        "teacher.weights": DEFAULT_WEIGHTS,
+        "run.evaluate_size": 640,
     },
 }
 

@@ -3,10 +3,12 @@
 python -m trainer.evaluate --weights run/best.pth --data my_faces/val.json
 python -m trainer.evaluate --predictions widerface_txt --ground-truth widerface/gt
 python -m trainer.evaluate --weights mobilenet0.25 --data widerface --json ap.json --plot ap.png
+python -m trainer.evaluate --weights mobilenet0.25 --data widerface --size 320,640,960
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -31,7 +33,7 @@ from facespec.cli import (
     text_table,
 )
 from facespec.detections import Detections, Detector
-from facespec.errors import DataError, NoLabelsError
+from facespec.errors import DataError, NoLabelsError, SpecError
 from facespec.figures import PLOT_SUFFIXES, check_plot, figure_file
 from facespec.files import check_outputs, widerface_root, write_text
 from facespec.images import read_image
@@ -66,6 +68,7 @@ class EvaluateOptions:
         category: Of the faces in a COCO file.
         protocol: "original" runs images at their own size, "letterbox" at `size_hw`, "tile" in tiles of `size_hw`, too.
         size_hw: Network size of the other protocols; None takes the model's own, or 640x640.
+        more_sizes: Others to evaluate at after it.
         backend: What runs an exported model.
         subset: Score only the images that have predictions, instead of refusing.
         save_predictions: Folder to write event/name.txt files to.
@@ -81,6 +84,7 @@ class EvaluateOptions:
     category: str | None = None
     protocol: str = "original"
     size_hw: tuple[int, int] | None = None
+    more_sizes: tuple[tuple[int, int], ...] = ()
     backend: str = "auto"
     subset: bool = False
     save_predictions: Path | None = None
@@ -239,11 +243,18 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Of other labelled images than WIDER FACE's it is {"ap50", "ap50_95"}: see `trainer.coco_ap`.
 
+    With `more_sizes` it is {"sizes": one such result for each}.
+
     The result also holds date, command, machine and versions. `benchmarks.gather` makes result files of such.
 
     Raises:
         RetinaFaceError: Predictions, ground truth, images or the detector are not usable.
     """
+    if options.more_sizes:
+        if options.plot or options.save_predictions:
+            raise DataError("--plot and --save-predictions take one --size: leave the others out")
+        sizes = options.size_hw, *options.more_sizes
+        return {"sizes": [evaluate(dataclasses.replace(options, size_hw=size, more_sizes=())) for size in sizes]}
     check_plot(options.plot, "evaluate")
     saved = options.save_predictions and options.save_predictions / "event" / "image.txt"
     outputs = [("--json", options.json), ("--plot", options.plot), ("--save-predictions", saved)]
@@ -379,9 +390,10 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     category = "of the faces in a COCO file (default: face, or the only one)"
     parser.add_argument("--category", metavar="NAME", help=category)
     protocol = "images at their own size, letterboxed to --size, or in tiles of --size besides"
-    parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help=protocol)
-    size = "HEIGHTxWIDTH of letterbox and tile (default: the model's, or 640x640)"
-    parser.add_argument("--size", dest="size_hw", metavar="SIZE", type=argument(parse_size), help=size)
+    default = " (default: original, or letterbox with --size)"
+    parser.add_argument("--protocol", choices=PROTOCOLS, help=protocol + default)
+    size = "HEIGHTxWIDTH of letterbox and tile, or several with commas between them (default: the model's, or 640x640)"
+    parser.add_argument("--size", metavar="SIZE[,SIZE]", type=argument(_parse_sizes), help=size)
     backend = "what runs an exported model: auto, onnxruntime, openvino or tensorrt"
     parser.add_argument("--backend", default="auto", metavar="NAME", help=backend)
     parser.add_argument("--subset", action="store_true", help="score only the images that have a prediction file")
@@ -392,11 +404,21 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     args = parser.parse_args(argv)
     args.data = args.data or widerface_root()
     args.ground_truth = args.ground_truth or args.data / "gt"
-    if args.predictions and (args.save_predictions or args.size_hw or args.protocol != PROTOCOLS[0]):
+    sizes = args.size or ()
+    del args.size
+    if args.predictions and (args.save_predictions or sizes or args.protocol not in (None, PROTOCOLS[0])):
         parser.error("--save-predictions, --protocol and --size go with --weights and --model")
-    if args.size_hw and args.protocol == "original":
+    if sizes and args.protocol == "original":
         parser.error("--size goes with --protocol letterbox and tile")
-    return EvaluateOptions(**vars(args))
+    args.protocol = args.protocol or PROTOCOLS[bool(sizes)]
+    return EvaluateOptions(**vars(args), size_hw=sizes[0] if sizes else None, more_sizes=sizes[1:])
+
+
+def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    sizes = tuple(parse_size(part) for part in text.split(","))
+    if len(set(sizes)) < len(sizes):
+        raise SpecError(f"size {text!r} names one twice")
+    return sizes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -412,6 +434,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(result: dict[str, Any]) -> None:
+    if "sizes" in result:
+        for part in result["sizes"]:
+            print("{}x{}".format(*part["size_hw"]))
+            _print(part)
+        return
     if "ap50" in result:
         rows = [[name, "none" if result[key] is None else f"{result[key]:.2f}"] for name, key in _COCO_ROWS]
         print(text_table(["IoU", "AP %"], rows))

@@ -25,8 +25,8 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "--recipe": (
         "recipe",
         str,
-        "default, original (as the published weights were trained), dense (with a pixel-wise term), finetune, or try "
-        "(two minutes)",
+        "default, deploy640 (for frames letterboxed to 640), original (as the published weights were trained), dense "
+        "(with a pixel-wise term), finetune, or try (two minutes)",
     ),
     "--data": ("data.source", str, "folder, label file, synthetic, or widerface ($WIDERFACE_ROOT, or data/widerface)"),
     "--val": ("data.val", str, "what is evaluated on (default: the val split of --data)"),
@@ -37,6 +37,8 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "--overfit": ("data.overfit", int, "train on the first N images alone, as they are, and evaluate on them"),
     "--backbone": ("model.backbone", str, "mobilenet0.25, mobilenet0.5, mobilenet1.0, resnet18, resnet34 or resnet50"),
     "--pretrained": ("model.pretrained", str, "weights of a detector, or ImageNet's of the backbone (default: none)"),
+    "--teacher": ("teacher.weights", str, "weights of a detector that is learned from, beside the labels"),
+    "--unlabelled": ("teacher.images", str, "folder of images without labels, in which the teacher finds the faces"),
     "--epochs": ("schedule.epochs", int, "passes over the data"),
     "--lr": ("optimizer.lr", float, "highest learning rate"),
     "--precision": ("precision", str, "fp32, bf16, or auto: bf16 where the processor computes in it"),

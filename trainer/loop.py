@@ -47,9 +47,10 @@ from trainer.losses import MultiBoxLoss
 from trainer.model import BACKBONES, RetinaFace
 from trainer.records import STEP_COLUMNS, Records, draw_curves, read_epochs
 from trainer.step import Ema, Learner, PixelTerm, lr_factor, make_optimizer, seed_step, train_step
+from trainer.teacher import add_unlabelled, teach
 from trainer.validation import SIMPLE_LEVEL, Scores, Validation, find_validation
 
-LAST, BEST = "last.pth", "best.pth"
+LAST, BEST, TAUGHT = "last.pth", "best.pth", "teacher.npz"
 
 OVERFIT_STEPS = 100
 """Steps of an epoch on a few images, which it sees many times over."""
@@ -89,6 +90,9 @@ def fit(config: TrainConfig, *, pixel_term: PixelTerm | None = None, resume: Pat
         if config.model.sync_batch_norm and world.device.type != "cuda":
             raise ConfigError("model.sync_batch_norm needs CUDA")
         data = _without_damaged(_open_data(config, world, resume), world, config.data.skip_damaged)
+        if config.teacher.weights is not None:
+            path = Path(config.run.output) / TAUGHT
+            data = data.of(teach(data.dataset, config.teacher, config.data.size, world, path))
         pretrained = None if resume else config.model.pretrained
         state = TrainState.start(config, world, data.samples, pixel_term, pretrained)
         if resume is not None:
@@ -116,10 +120,18 @@ class _Data:
     order: Order
     validation: Validation | None
 
+    def of(self, dataset: Dataset) -> _Data:
+        """Return the same with another data set of as many images."""
+        samples = copy.copy(self.samples)
+        samples.dataset = dataset
+        return dataclasses.replace(self, dataset=dataset, samples=samples)
+
 
 def _open_data(config: TrainConfig, world: World, resume: Path | None = None) -> _Data:
     settings = config.data
     dataset = open_dataset(settings.source, "train", settings.root, images=settings.images, category=settings.category)
+    if config.teacher.images is not None:
+        dataset = add_unlabelled(dataset, config.teacher.images)
     batch = settings.batch
     if settings.overfit:
         dataset = dataclasses.replace(dataset, samples=dataset.samples[: settings.overfit])
@@ -138,7 +150,7 @@ def _open_data(config: TrainConfig, world: World, resume: Path | None = None) ->
     if settings.overfit:
         samples = AsTheyAre(dataset, settings.size, OVERFIT_STEPS * batch)
     order = Order(len(samples), batch, config.seed)
-    return _Data(dataset, names, samples, order, find_validation(settings, dataset))
+    return _Data(dataset, names, samples, order, find_validation(settings, dataset, config.run.evaluate_size))
 
 
 def _without_damaged(data: _Data, world: World, skip: bool) -> _Data:
@@ -148,12 +160,11 @@ def _without_damaged(data: _Data, world: World, skip: bool) -> _Data:
         DataError: There are some, and they are not to be skipped.
     """
     damaged = _find_damaged(data.dataset.samples, world, skip)
-    dataset = dataclasses.replace(data.dataset, samples=replace_damaged(data.dataset.samples, damaged))
-    samples, validation = copy.copy(data.samples), data.validation
-    samples.dataset = dataset
+    data = data.of(dataclasses.replace(data.dataset, samples=replace_damaged(data.dataset.samples, damaged)))
+    validation = data.validation
     if validation is not None:
         validation = validation.without(_find_damaged(validation.samples(), world, skip))
-    return dataclasses.replace(data, dataset=dataset, samples=samples, validation=validation)
+    return dataclasses.replace(data, validation=validation)
 
 
 def _find_damaged(samples: Sequence[Sample], world: World, skip: bool) -> dict[int, str]:
@@ -206,7 +217,8 @@ class TrainState:
         """Return the state before the first step, from pretrained or random weights."""
         torch.manual_seed(config.seed)
         backbone = config.model.backbone
-        model = RetinaFace(ModelSpec(backbone, config.model.fpn_channels or BACKBONES[backbone][1]))
+        channels = config.model.fpn_channels or BACKBONES[backbone][1]
+        model = RetinaFace(ModelSpec(backbone, channels, anchors=config.model.anchors))
         head = next(model.ClassHead.parameters())
         random = head.detach().clone()
         if pretrained:

@@ -1,7 +1,8 @@
-"""The training loss: softmax cross-entropy with hard negative mining, smooth-L1 on boxes and on landmarks."""
+"""The training loss: softmax cross-entropy with hard negative mining, and what boxes and landmarks are off by."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,8 +17,11 @@ from facespec.codec import check_types
 from facespec.errors import SpecError
 from facespec.spec import AnchorSpec, ModelSpec
 from trainer.data.batches import Targets
-from trainer.matching import match_faces
+from trainer.matching import Matches, match_atss, match_faces, match_simota
 from trainer.model import Heads
+
+ASSIGN = ("match", "atss", "simota")
+BOX = ("smooth_l1", "diou", "ciou")
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,11 @@ class LossSettings:
         negatives_per_positive: Background priors that are trained for each positive one of their image.
         extra_negatives: More of them for every image, so that images without faces are trained too; 0 is the
             customary loss, which learns nothing from such images.
-        positive_iou: Least IoU of a prior and its face.
-        ignore_iou: Faces whose best IoU is less are left out.
+        positive_iou: Least IoU of a prior and its face, for "match".
+        ignore_iou: Faces whose best IoU is less are left out by "match".
+        assign: How priors are chosen for the faces: "match" by thresholds of their IoU, "atss" by one of each face's
+            own, "simota" by what the network predicts.
+        box: "smooth_l1" of the encoded box, or "diou" or "ciou" of the box in pixels.
     """
 
     box_weight: float = 2.0
@@ -42,9 +49,14 @@ class LossSettings:
     extra_negatives: int = 200
     positive_iou: float = 0.35
     ignore_iou: float = 0.2
+    assign: str = "match"
+    box: str = "smooth_l1"
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name, choices in (("assign", ASSIGN), ("box", BOX)):
+            if getattr(self, name) not in choices:
+                raise SpecError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(choices)}")
         for name in ("box_weight", "landmark_weight", "pixel_weight"):
             value = getattr(self, name)
             if not 0 <= value < 1e6:
@@ -127,24 +139,29 @@ class MultiBoxLoss(nn.Module):
     def _forward(self, heads: Heads, targets: Targets, size_hw: tuple[int, int], pixel: Tensor | None) -> Losses:
         settings = self.settings
         box_deltas, logits, landmark_deltas = heads
-        matches = match_faces(
-            targets.boxes, targets.valid, self.spec.anchors, size_hw, settings.positive_iou, settings.ignore_iou
-        )
+        if settings.assign == "simota":  # it asks for what is predicted, so it runs there
+            targets = targets.to(logits.device)
+        matches = self._match(heads, targets, size_hw)
         boxes, landmarks = self._regression_targets(matches.positive, matches.face, targets, size_hw)
         counts = _to(torch.tensor([len(boxes.rows), len(landmarks.rows)]), logits.device)
         over_positives, over_landmarks = divisors(counts)
 
-        logits = logits.float()
         # softmax cross-entropy of two classes is logistic in their difference
-        difference = logits[..., 1] - logits[..., 0]
+        difference = _difference(logits)
         negative = hardest_negatives(
             difference.detach(), matches.positive, settings.negatives_per_positive, settings.extra_negatives
         )
         positive = _to(matches.positive, logits.device)
         trained = (positive | negative).float()
-        entropy = F.binary_cross_entropy_with_logits(difference, positive.float(), weight=trained, reduction="sum")
+        wanted = torch.zeros_like(difference).flatten().index_copy(0, *boxes.certainty(logits.device))
+        entropy = F.binary_cross_entropy_with_logits(
+            difference, wanted.view_as(difference), weight=trained, reduction="sum"
+        )
         classification = entropy / over_positives
-        box = _smooth_l1(box_deltas, boxes) / over_positives
+        if settings.box == "smooth_l1":
+            box = _smooth_l1(box_deltas, boxes) / over_positives
+        else:
+            box = self._iou_loss(box_deltas, boxes, size_hw) / over_positives
         landmark = _smooth_l1(landmark_deltas, landmarks) / over_landmarks
         pixel = torch.zeros_like(box) if pixel is None else pixel.float()
         total = (
@@ -157,6 +174,30 @@ class MultiBoxLoss(nn.Module):
         total = total + sum(deltas.detach().sum(dtype=torch.float32) * 0 for deltas in (box_deltas, landmark_deltas))
         return Losses(total, classification, box, landmark, pixel, counts[0], counts[1], matches.dropped)
 
+    def _match(self, heads: Heads, targets: Targets, size_hw: tuple[int, int]) -> Matches:
+        settings, anchors = self.settings, self.spec.anchors
+        faces = targets.boxes, targets.valid, anchors, size_hw
+        if settings.assign == "atss":
+            return match_atss(*faces)
+        if settings.assign == "simota":
+            deltas = heads[0].detach().float()
+            priors = _priors(anchors, size_hw, deltas.device)
+            return match_simota(
+                *faces, decode_boxes(deltas, priors, self.spec.decode.variances), _difference(heads[1].detach())
+            )
+        return match_faces(*faces, settings.positive_iou, settings.ignore_iou)
+
+    def _iou_loss(self, deltas: Tensor, targets: _Rows, size_hw: tuple[int, int]) -> Tensor:
+        """Return the sum over some rows of what `iou_loss` says of the boxes that (B, N, 4) deltas stand for."""
+        rows, values, weights = (_to(part, deltas.device) for part in targets)
+        priors = _priors(self.spec.anchors, size_hw, deltas.device)
+        priors = priors[rows % len(priors)]
+        found, wanted = (
+            decode_boxes(part, priors, self.spec.decode.variances)
+            for part in (deltas.flatten(0, 1).index_select(0, rows).float(), values)
+        )
+        return (iou_loss(found, wanted, complete=self.settings.box == "ciou") * weights).sum()
+
     def _regression_targets(
         self, positive: Tensor, face: Tensor, targets: Targets, size_hw: tuple[int, int]
     ) -> tuple[_Rows, _Rows]:
@@ -166,17 +207,23 @@ class MultiBoxLoss(nn.Module):
         rows = positive.flatten().nonzero().squeeze(1)
         image, prior = rows // len(priors), priors[rows % len(priors)]
         face = face.flatten()[rows]
-        boxes = _Rows(rows, encode_boxes(targets.boxes[image, face], prior, variances))
+        scores = targets.scores[image, face]
+        boxes = _Rows(rows, encode_boxes(targets.boxes[image, face], prior, variances), scores)
         known = targets.has_landmarks[image, face]
         points = targets.landmarks[image[known], face[known]]
-        return boxes, _Rows(rows[known], encode_landmarks(points, prior[known], variances))
+        return boxes, _Rows(rows[known], encode_landmarks(points, prior[known], variances), scores[known])
 
 
 class _Rows(NamedTuple):
-    """Values of some rows of a head: rows (P,) int64 in 0..B*N-1, values (P, width) float32."""
+    """Values of some rows of a head: rows (P,) int64 in 0..B*N-1, values (P, width) and scores (P,) float32."""
 
     rows: Tensor
     values: Tensor
+    scores: Tensor
+
+    def certainty(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return rows and scores on a device."""
+        return _to(self.rows, device), _to(self.scores, device)
 
 
 def hardest_negatives(difference: Tensor, positive: Tensor, per_positive: int, extra: int) -> Tensor:
@@ -215,10 +262,49 @@ def encode_landmarks(landmarks: Tensor, priors_cxcywh: Tensor, variances: tuple[
     return ((landmarks - centre) / (variances[0] * size)).flatten(1)
 
 
+def decode_boxes(deltas: Tensor, priors_cxcywh: Tensor, variances: tuple[float, float]) -> Tensor:
+    """Return (..., 4) x1, y1, x2, y2 in pixels from deltas (..., 4) and priors (N, 4), as `facespec.boxes` does.
+
+    Sizes end at e^8 sides of the prior, beyond all images: the square of a larger one might not be finite.
+    """
+    centre = priors_cxcywh[:, :2] + deltas[..., :2] * variances[0] * priors_cxcywh[:, 2:]
+    half = priors_cxcywh[:, 2:] * (deltas[..., 2:] * variances[1]).clamp(max=8).exp() / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def iou_loss(found_xyxy: Tensor, wanted_xyxy: Tensor, complete: bool = False) -> Tensor:
+    """Return (P,) 1 - DIoU of boxes (P, 4) with a positive area, or with `complete` 1 - CIoU.
+
+    Source: Zheng et al., Distance-IoU Loss, AAAI 2020, equations 7 and 10 to 12.
+    """
+    low, high = found_xyxy[:, :2], found_xyxy[:, 2:]
+    low_wanted, high_wanted = wanted_xyxy[:, :2], wanted_xyxy[:, 2:]
+    size, size_wanted = high - low, high_wanted - low_wanted
+    overlap = (torch.minimum(high, high_wanted) - torch.maximum(low, low_wanted)).clamp(min=0).prod(dim=1)
+    iou = overlap / (size.prod(dim=1) + size_wanted.prod(dim=1) - overlap)
+    apart = ((low + high - low_wanted - high_wanted) / 2).square().sum(dim=1)
+    diagonal = (torch.maximum(high, high_wanted) - torch.minimum(low, low_wanted)).square().sum(dim=1)
+    loss = 1 - iou + apart / diagonal
+    if complete:
+        angles = (torch.atan2(each[:, 0], each[:, 1]) for each in (size_wanted, size))
+        shape = 4 / math.pi**2 * torch.sub(*angles).square()
+        with torch.no_grad():  # a factor, as in the paper's equation 11
+            share = shape / (1 - iou + shape).clamp(min=1e-7)
+        loss = loss + share * shape
+    return loss
+
+
+def _difference(logits: Tensor) -> Tensor:
+    """Return (B, N) float32 logit of face minus that of background, from (B, N, 2)."""
+    logits = logits.float()
+    return logits[..., 1] - logits[..., 0]
+
+
 def _smooth_l1(deltas: Tensor, targets: _Rows) -> Tensor:
-    """Return the sum over some rows of (B, N, width) deltas; the other rows cost nothing."""
-    rows, values = (_to(part, deltas.device) for part in targets)
-    return F.smooth_l1_loss(deltas.flatten(0, 1).index_select(0, rows).float(), values, reduction="sum")
+    """Return the sum over some rows of (B, N, width) deltas, by their scores; the other rows cost nothing."""
+    rows, values, scores = (_to(part, deltas.device) for part in targets)
+    loss = F.smooth_l1_loss(deltas.flatten(0, 1).index_select(0, rows).float(), values, reduction="none")
+    return (loss * scores[:, None]).sum()
 
 
 def divisors(counts: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Which prior is trained towards which face.
+"""Which prior is trained towards which face: by fixed thresholds of the IoU, by ATSS, or by SimOTA.
 
-A face overlaps only the few priors near it that have about its size, so only those pairs are visited: an IoU of at
-least t bounds from below the overlap of both boxes and so, along either axis, the distance of their centres. Every IoU
-is rounded as `facespec.boxes.iou_matrix` rounds it, and the result equals that of the full matrix.
+For the thresholds, a face overlaps only the few priors near it that have about its size, so only those pairs are
+visited: an IoU of at least t bounds from below the overlap of both boxes and so, along either axis, the distance of
+their centres. Every IoU is rounded as `facespec.boxes.iou_matrix` rounds it, and the result equals that of the full
+matrix. For the others, a face has as many candidates as any other face, near its centre, so that all go in one tensor.
 """
 
 from __future__ import annotations
@@ -10,9 +11,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from facespec.spec import AnchorSpec
+
+ATSS_CELLS = 9
+"""Cells of each level, nearest to a face, whose priors may be trained towards it: k of ATSS, which is robust to it."""
+
+SIMOTA_REGION = 5
+"""Cells of each level, along each axis around a face, whose priors may be trained towards it (radius 2.5 in YOLOX)."""
+
+SIMOTA_TOP = 10
+"""Predictions whose IoU is added up to tell how many priors a face gets; no face gets more."""
+
+SIMOTA_IOU_COST, OUTSIDE_COST = 3.0, 1e5
+"""What -log(IoU) counts beside the cross-entropy, and what is added where the prior's centre is outside the face."""
 
 _LOW = 0xFFFFFFFF
 """The lower half of a key of `_best`."""
@@ -65,16 +79,190 @@ def match_faces(
         ignore_iou: Faces whose best IoU is less are left out; positive and not over `positive_iou`.
     """
     batch, priors = len(valid), anchors.count(size_hw)
-    size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
-    usable = valid & (size > 0).all(dim=-1) & size.prod(dim=-1).isfinite()
-    image, slot = usable.nonzero(as_tuple=True)
-    boxes = boxes_xyxy[image, slot]
+    image, slot, boxes, dropped = _usable(boxes_xyxy, valid)
     overlaps = overlapping_priors(boxes, anchors, size_hw, ignore_iou)
     # one row of priors for the whole batch, so that an image's faces meet its own priors only
     overlaps = overlaps._replace(prior=overlaps.prior + image[overlaps.face] * priors)
     positive, face, ignored = assign(overlaps, boxes, batch * priors, positive_iou, ignore_iou)
+    return _matches(positive, face, slot, batch, dropped, ignored)
+
+
+@torch.no_grad()
+def match_atss(boxes_xyxy: Tensor, valid: Tensor, anchors: AnchorSpec, size_hw: tuple[int, int]) -> Matches:
+    """Match the faces of a batch with its priors by ATSS: the threshold of each face follows from its own overlaps.
+
+    - The candidates of a face are the priors of the `ATSS_CELLS` cells of each level whose centres are nearest to its
+      own; of equally near ones the lowest index.
+    - Those are trained towards it whose IoU is at least the mean of its candidates' plus their standard deviation, and
+      whose centre lies inside it. A face without such a prior gets the candidate of the highest IoU, of equals the
+      first: in the paper it would go untrained, which many a face smaller than a cell would.
+    - A prior that several faces claim is trained towards the one of highest IoU; of equals the first by x1, y1, x2, y2.
+
+    A face that overlaps none of its candidates is ignored. Arguments are those of `match_faces`, and so is where it
+    should run.
+
+    Source: Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection, CVPR 2020, algorithm 1.
+    """
+    batch, priors = len(valid), anchors.count(size_hw)
+    image, slot, boxes, dropped = _usable(boxes_xyxy, valid)
+    order = _lexicographic(boxes)  # one order for all: the order of the faces does not matter
+    image, slot, boxes = image[order], slot[order], boxes[order]
+    if not len(boxes):
+        none = torch.zeros(batch * priors, dtype=torch.int64, device=valid.device)
+        return _matches(none.bool(), none, slot, batch, dropped, dropped.new_zeros(()))
+    prior, centre, side = _nearest(boxes, anchors, size_hw)
+    iou = _iou_with_squares(boxes, centre, side)
+    threshold = iou.mean(dim=1) + iou.std(dim=1)
+    inside = ((centre > boxes[:, None, :2]) & (centre < boxes[:, None, 2:])).all(dim=2)
+    claimed = (iou >= threshold[:, None]) & inside & (iou > 0)
+    best_iou, best = iou.max(dim=1)
+    alone = ~claimed.any(dim=1) & (best_iou > 0)
+    claimed |= alone[:, None] & (torch.arange(prior.shape[1], device=best.device) == best[:, None])
+    face, place = claimed.nonzero(as_tuple=True)
+    of = prior[face, place] + image[face] * priors
+    face, won_iou = _best(iou[face, place], of=of, count=batch * priors, among=face)
+    return _matches(won_iou > 0, face, slot, batch, dropped, (best_iou <= 0).sum())
+
+
+@torch.no_grad()
+def match_simota(
+    boxes_xyxy: Tensor,
+    valid: Tensor,
+    anchors: AnchorSpec,
+    size_hw: tuple[int, int],
+    predicted_xyxy: Tensor,
+    difference: Tensor,
+) -> Matches:
+    """Match the faces of a batch with its priors by SimOTA: what the network predicts decides.
+
+    - The candidates of a face are the priors of the cells of each level whose centres are at most
+      `SIMOTA_REGION` / 2 cells from its own, along either axis.
+    - A candidate costs its cross-entropy as a face, `SIMOTA_IOU_COST` times -log of the IoU of the box it predicts,
+      and `OUTSIDE_COST` where its centre is outside the face.
+    - A face gets the cheapest k candidates, of equals the first; k is the sum of the `SIMOTA_TOP` highest IoUs among
+      them, rounded down, and at least 1.
+    - A prior that several faces get is trained towards the one for which it is cheapest; of equals the first by x1,
+      y1, x2, y2.
+
+    No face is ignored, but one whose region holds no cell. It runs where the predictions are.
+
+    Args:
+        boxes_xyxy: As in `match_faces`.
+        valid: As in `match_faces`.
+        anchors: As in `match_faces`.
+        size_hw: As in `match_faces`.
+        predicted_xyxy: (B, N, 4) float32 boxes of all priors, in pixels.
+        difference: (B, N) float32 logit of face minus that of background.
+
+    Source: Ge et al., YOLOX, arXiv 2107.08430, section 2.3; the numbers are those of its code.
+    """
+    batch, priors = len(valid), anchors.count(size_hw)
+    image, slot, boxes, dropped = _usable(boxes_xyxy, valid)
+    order = _lexicographic(boxes)
+    image, slot, boxes = image[order], slot[order], boxes[order]
+    if not len(boxes):
+        none = torch.zeros(batch * priors, dtype=torch.int64, device=valid.device)
+        return _matches(none.bool(), none, slot, batch, dropped, dropped.new_zeros(()))
+    prior, centre, there = _region(boxes, anchors, size_hw)
+    row = prior + image[:, None] * priors
+    predicted = predicted_xyxy.reshape(-1, 4)[row]
+    low, high = boxes[:, None, :2], boxes[:, None, 2:]
+    overlap = (torch.minimum(high, predicted[..., 2:]) - torch.maximum(low, predicted[..., :2])).clamp(min=0).prod(2)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)[:, None] + (predicted[..., 2:] - predicted[..., :2]).prod(dim=2)
+    iou = torch.where(there, (overlap / (areas - overlap)).nan_to_num(0), 0)
+    inside = ((centre > low) & (centre < high)).all(dim=2)
+    cost = F.softplus(-difference.reshape(-1)[row]) - SIMOTA_IOU_COST * (iou + 1e-8).log() + OUTSIDE_COST * ~inside
+    cost = torch.where(there, cost.clamp(min=0).nan_to_num(OUTSIDE_COST), torch.inf)
+    # bits of positive floats are in the order of their values; with the place below them no two are equal
+    place = torch.arange(prior.shape[1], device=cost.device)
+    key = (cost.view(torch.int32).long() << 32) | place
+    top = min(SIMOTA_TOP, prior.shape[1])
+    cheapest = key.topk(top, largest=False).values & _LOW
+    wanted = iou.topk(top).values.sum(dim=1).int().clamp(min=1)
+    taken = (torch.arange(top, device=cost.device) < wanted[:, None]) & there.gather(1, cheapest)
+    face, rank = taken.nonzero(as_tuple=True)
+    chosen = cheapest[face, rank]
+    claim = (key[face, chosen] & ~_LOW) | face
+    nobody = torch.iinfo(torch.int64).max
+    winner = claim.new_full((batch * priors,), nobody).scatter_reduce_(0, row[face, chosen], claim, "amin")
+    positive = winner != nobody
+    return _matches(positive, (winner & _LOW) * positive, slot, batch, dropped, (~there.any(dim=1)).sum())
+
+
+def _usable(boxes_xyxy: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return image, place in it and box of each of F faces with a finite area, and the number of those without."""
+    size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
+    usable = valid & (size > 0).all(dim=-1) & size.prod(dim=-1).isfinite()
+    image, slot = usable.nonzero(as_tuple=True)
+    return image, slot, boxes_xyxy[image, slot], (valid & ~usable).sum()
+
+
+def _matches(positive: Tensor, face: Tensor, slot: Tensor, batch: int, dropped: Tensor, ignored: Tensor) -> Matches:
+    """Return the matches of a batch from those of its priors in one row; `slot` is where a face is in its image."""
     index = torch.where(positive, slot[face], 0) if len(slot) else face
-    return Matches(positive.view(batch, priors), index.view(batch, priors), (valid & ~usable).sum(), ignored)
+    return Matches(positive.view(batch, -1), index.view(batch, -1), dropped, ignored)
+
+
+def _nearest(boxes_xyxy: Tensor, anchors: AnchorSpec, size_hw: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the candidates of ATSS: (F, C) index of the prior, (F, C, 2) its centre in pixels, (F, C) its side."""
+    centre = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+    found, first = [], 0
+    for stride, sizes, (rows, columns) in zip(
+        anchors.strides, anchors.min_sizes, anchors.grids_hw(size_hw), strict=True
+    ):
+        x, y = (_around(centre[:, axis], stride, cells, ATSS_CELLS) for axis, cells in ((0, columns), (1, rows)))
+        dx, dy = ((cells + 0.5) * stride - centre[:, axis, None] for axis, cells in ((0, x), (1, y)))
+        distance = (dx.square()[:, None] + dy.square()[:, :, None]).flatten(1)
+        cell = (y[:, :, None] * columns + x[:, None]).flatten(1)
+        key = (distance.view(torch.int32).long() << 32) | cell
+        cell = key.topk(min(ATSS_CELLS, key.shape[1]), largest=False).values & _LOW
+        found.append(_priors_of(cell, stride, sizes, columns, first))
+        first += rows * columns * len(sizes)
+    prior, centres, side = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return prior, centres, side
+
+
+def _region(boxes_xyxy: Tensor, anchors: AnchorSpec, size_hw: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the candidates of SimOTA as `_nearest` does, but instead of sides whether they are there at all."""
+    middle = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+    found, first = [], 0
+    for stride, sizes, (rows, columns) in zip(
+        anchors.strides, anchors.min_sizes, anchors.grids_hw(size_hw), strict=True
+    ):
+        x, y = (_around(middle[:, axis], stride, cells, SIMOTA_REGION + 1) for axis, cells in ((0, columns), (1, rows)))
+        cell = (y[:, :, None] * columns + x[:, None]).flatten(1)
+        prior, centre, _ = _priors_of(cell, stride, sizes, columns, first)
+        there = ((centre - middle[:, None]).abs() <= SIMOTA_REGION / 2 * stride).all(dim=2)
+        found.append((prior, centre, there))
+        first += rows * columns * len(sizes)
+    prior, centre, there = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return prior, centre, there
+
+
+def _around(centre: Tensor, stride: int, cells: int, count: int) -> Tensor:
+    """Return (F, count) consecutive cells of an axis around points of it (F,), all of them if there are fewer."""
+    count = min(count, cells)
+    start = (centre / stride).clamp(-1e6, 1e6).floor().long() - count // 2
+    return start.clamp(0, cells - count)[:, None] + torch.arange(count, device=centre.device)
+
+
+def _priors_of(
+    cell: Tensor, stride: int, sizes: tuple[float, ...], columns: int, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return index, centre and side of the priors of cells (F, C) of a level, those of a cell side by side."""
+    count = len(sizes)
+    prior = (cell[..., None] * count + torch.arange(count, device=cell.device)).flatten(1) + first
+    centre = (torch.stack([cell % columns, cell // columns], dim=2) + 0.5) * stride
+    side = torch.tensor(sizes, dtype=torch.float32, device=cell.device).expand(*cell.shape, count)
+    return prior, centre.repeat_interleave(count, dim=1), side.flatten(1)
+
+
+def _iou_with_squares(boxes_xyxy: Tensor, centre: Tensor, side: Tensor) -> Tensor:
+    """Return (F, C) IoU of each of F boxes with squares of its own."""
+    low, high = centre - side[..., None] / 2, centre + side[..., None] / 2
+    boxes = boxes_xyxy[:, None]
+    overlap = (torch.minimum(boxes[..., 2:], high) - torch.maximum(boxes[..., :2], low)).clamp(min=0).prod(dim=2)
+    return overlap / ((boxes[..., 2:] - boxes[..., :2]).prod(dim=2) + side.square() - overlap)
 
 
 def assign(

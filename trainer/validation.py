@@ -25,7 +25,7 @@ from trainer.evaluate import predict
 from trainer.model import RetinaFace, TorchRetinaFace
 
 MIN_FACE_PX = 16
-"""Smallest side, in the network input, of a face that the simple average precision counts: that of the least prior."""
+"""Smallest side, in the network input, of a face that the simple average precision counts."""
 
 SIMPLE_LEVEL = "ap"
 """Name of the only level of the simple average precision."""
@@ -36,11 +36,16 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class WiderValidation:
-    """Images of WIDER FACE at their own size, by the official protocol; `images` is the folder of those in `truth`."""
+    """Images of WIDER FACE, by the official protocol.
+
+    `images` is the folder of those in `truth`; they are letterboxed to a square of `size` pixels, or with 0 have their
+    own size.
+    """
 
     levels: ClassVar = LEVELS
     images: Path
     truth: dict[ImageKey, ImageTruth]
+    size: int = 0
 
     def samples(self) -> list[FileSample]:
         """Return the images, without faces."""
@@ -54,7 +59,8 @@ class WiderValidation:
     @property
     def what(self) -> str:
         """What is measured."""
-        return f"AP easy/medium/hard of WIDER FACE on {len(self.truth)} images of its val split at their own size"
+        how = f"letterboxed to {self.size}" if self.size else "at their own size"
+        return f"AP easy/medium/hard of WIDER FACE on {len(self.truth)} images of its val split {how}"
 
     def measure(self, model: RetinaFace, world: World) -> Scores:
         """Return the scores of a model in eval mode; levels of which no face counts are left out.
@@ -62,7 +68,8 @@ class WiderValidation:
         Every process takes its share of the images, and gets the scores of all.
         """
         share = dict(list(self.truth.items())[world.rank :: world.size])
-        found = predict(_detector(model), self.images, share, world.leads)[0].by_image if share else {}
+        detector = _detector(model, (self.size, self.size) if self.size else None)
+        found = predict(detector, self.images, share, world.leads)[0].by_image if share else {}
         curves = average_precision(world.gather(found), self.truth)
         return {level: 100 * curves[level].ap for level in LEVELS if curves[level].faces}
 
@@ -120,20 +127,21 @@ Validation = WiderValidation | LabelledValidation
 """What a model is measured on; `levels` are the keys of its scores."""
 
 
-def find_validation(config: DataConfig, trained: Dataset) -> Validation | None:
+def find_validation(config: DataConfig, trained: Dataset, size: int = 0) -> Validation | None:
     """Return what a run is measured on; None if there is nothing but the images it is trained on.
 
-    `val` names a set; otherwise it is the val split of `source`, or with `overfit` the trained images.
+    `val` names a set; otherwise it is the val split of `source`, or with `overfit` the trained images. Images are
+    letterboxed to `size`; with 0, those of WIDER FACE have their own size and others that which is trained.
 
     Raises:
         DataError: The set that `val` names cannot be used.
     """
     if config.overfit:
-        return LabelledValidation(trained, config.size)
+        return LabelledValidation(trained, size or config.size)
     name = config.val or config.source
     folder = config.root or widerface_root() if name == WIDERFACE else name
     if found := _find_wider(Path(folder)):
-        return found
+        return dataclasses.replace(found, size=size)
     try:
         where = {"fallback_images" if config.val else "images": config.images}
         dataset = open_dataset(name, "val", config.root, category=config.category, **where)
@@ -144,7 +152,7 @@ def find_validation(config: DataConfig, trained: Dataset) -> Validation | None:
         return None
     if not config.val and {sample.name for sample in dataset.samples} & {sample.name for sample in trained.samples}:
         return None  # a label file has no splits
-    return LabelledValidation(dataset, config.size)
+    return LabelledValidation(dataset, size or config.size)
 
 
 def _find_wider(root: Path) -> WiderValidation | None:

@@ -22,13 +22,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from facespec.boxes import decode_boxes, decode_landmarks, make_priors
 from facespec.errors import OutputError, WeightsError
 from facespec.images import write_image
 from facespec.letterbox import Frame
-from facespec.spec import DecodeSpec, ModelSpec
+from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
 from tests.trainer.conftest import published
 from trainer import RetinaFace, checkpoint, load_model, save_checkpoint
-from trainer.checkpoint import is_folded, load_pretrained, read_training, unfold
+from trainer.checkpoint import is_folded, load_pretrained, read_training, unfold, weights_sha256
 from trainer.model import BACKBONES, backbone_of
 
 State = dict[str, Tensor]
@@ -613,6 +614,47 @@ def test_a_detector_fills_everything_whatever_its_layout(form: str, state: State
     load_pretrained(model, "mobilenet0.25" if form == "name" else path)
     assert checkpoint.weights_sha256(model.state_dict()) == load_model().spec.weights_sha256
     assert model.spec == ModelSpec()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ((16, 32), (64, 128), (256, 512)),
+        ((10, 28), (64, 128), (256, 512)),
+        ((8, 16), (32, 64), (128, 256)),
+        ((15.5, 100), (128, 130), (200, 4000)),
+    ],
+)
+def test_heads_for_other_priors_find_the_same(
+    sizes: tuple[tuple[float, ...], ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Decoded with its own priors, each output is that of the old prior of its cell that is nearest in size."""
+    old, new = published(), RetinaFace(ModelSpec(anchors=AnchorSpec(min_sizes=sizes))).eval()
+    before = {name: value.clone() for name, value in old.state_dict().items()}
+    save_checkpoint(tmp_path / "old.pth", old)
+    with caplog.at_level("INFO", "retinaface_trt"):
+        load_pretrained(new, tmp_path / "old.pth")
+    same = sizes == AnchorSpec().min_sizes
+    assert ("its heads are expressed for other priors" in caplog.text) == (not same)
+    assert same or f"{sizes[0][0]:g} from 16" in caplog.text
+    pixels = torch.from_numpy(np.random.default_rng(0).normal(0, 60, (1, 3, 64, 96)).astype(np.float32))
+    decoded = []
+    for model in (old, new):
+        with torch.inference_mode():
+            boxes, logits, points = (head[0].numpy() for head in model(pixels))
+        priors = make_priors(model.spec.anchors, (64, 96))
+        decoded.append((decode_boxes(boxes, priors, (0.1, 0.2)), logits, decode_landmarks(points, priors, (0.1, 0.2))))
+    rows = np.arange(len(priors))
+    level = np.searchsorted(np.cumsum([2 * h * w for h, w in AnchorSpec().grids_hw((64, 96))]), rows, side="right")
+    sides = np.array(AnchorSpec().min_sizes)[level]  # (N, 2), the old ones of the cell
+    nearest = np.abs(np.log(priors[:, 2:3] / sides)).argmin(axis=1)
+    source = rows // 2 * 2 + nearest
+    np.testing.assert_array_equal(decoded[1][1], decoded[0][1][source])
+    for kind in (0, 2):
+        np.testing.assert_allclose(decoded[1][kind], decoded[0][kind][source], rtol=1e-4, atol=2e-3)
+    assert all(torch.equal(value, before[name]) for name, value in old.state_dict().items())
+    if same:
+        assert weights_sha256(new.state_dict()) == weights_sha256(before)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from facespec.errors import RetinaFaceError
+from facespec.spec import ModelSpec
 from trainer.config import (
     OVERFIT,
     RECIPES,
@@ -170,7 +171,10 @@ DEFAULTS = {
     "augment.brightness": 32.0, "augment.contrast": [0.5, 1.5], "augment.saturation": [0.5, 1.5], "augment.hue": 18,
     "augment.interpolations": ["nearest", "linear", "cubic", "area", "lanczos"], "augment.pad_bgr": [104, 117, 123],
     "model.backbone": "mobilenet0.25", "model.fpn_channels": 0, "model.pretrained": None,
+    "model.min_sizes": [[16, 32], [64, 128], [256, 512]],
     "model.sync_batch_norm": False, "model.freeze_batch_norm": False,
+    "loss.assign": "match", "loss.box": "smooth_l1",
+    "teacher.weights": None, "teacher.images": None, "teacher.scale": 2.0, "teacher.share": 0.5, "teacher.least": 0.3,
     "loss.box_weight": 2.0, "loss.landmark_weight": 1.0, "loss.pixel_weight": 0.0, "loss.negatives_per_positive": 7,
     "loss.extra_negatives": 200, "loss.positive_iou": 0.35, "loss.ignore_iou": 0.2,
     "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.nesterov": True, "optimizer.weight_decay": 5e-4,
@@ -179,7 +183,8 @@ DEFAULTS = {
     "schedule.milestones": [0.7, 0.9], "schedule.gamma": 0.1,
     "ema.decay": 0.999,
     "run.output": "runs/retinaface", "run.device": "auto", "run.workers": min(8, os.cpu_count() or 1),
-    "run.checkpoint_every": 200, "run.evaluate_every": 1, "run.compile": False,
+    "run.checkpoint_every": 200, "run.evaluate_every": 1, "run.evaluate_size": 0,
+    "run.compile": False,
 }  # fmt: skip
 """As docs/training.md and the papers have them: changing one of them is a decision."""
 
@@ -199,6 +204,12 @@ def test_defaults_and_recipes_are_those_that_are_documented() -> None:
         **{"optimizer.lr": 1e-4, "schedule.epochs": 10},
     }
     assert to_settings(resolve({"recipe": "finetune"})) == {**DEFAULTS, **finetune}
+    deploy640 = {
+        **{"recipe": "deploy640", "loss.box": "diou", "teacher.weights": "mobilenet0.25", "run.evaluate_size": 640},
+        "augment.crop_scales": [0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.0],
+        "model.min_sizes": [[10, 20], [40, 80], [160, 320]],
+    }
+    assert to_settings(resolve({"recipe": "deploy640"})) == {**DEFAULTS, **deploy640}
     overfit = {
         **{"data.overfit": 8, "data.batch": 8, "optimizer.lr": 0.02, "optimizer.weight_decay": 0.0},
         **{"schedule.epochs": 4, "schedule.warmup_epochs": 0.2, "ema.decay": 0.0, "run.evaluate_every": 0},
@@ -227,6 +238,22 @@ BOUNDS = [
     ("run.workers", [0, 64], [-1]),
     ("run.checkpoint_every", [1], [0, -1]),
     ("run.evaluate_every", [0, 1], [-1]),
+    ("run.evaluate_size", [0, 32, 640, 4096], [-32, 33, 4128]),
+    ("loss.assign", ["match", "atss", "simota"], ["ATSS", "", "best"]),
+    ("loss.box", ["smooth_l1", "diou", "ciou"], ["giou", ""]),
+    ("teacher.scale", [0.5, 1.3, 8.0], [0.49, 8.01]),
+    ("teacher.share", [0.0, 1.0], [-0.01, 1.01]),
+    ("teacher.least", [0.01, 0.99], [0.0, 1.0]),
+    (
+        "model.min_sizes",
+        [[[8.0, 16.0], [32.0, 64.0], [128.0, 256.0]], [[1.0, 2.0], [2.0, 3.0], [3.0, 4096.0]]],
+        [
+            *([], [[8, 16], [32, 64]], [[8, 16], [32, 64], [128, 256], [512, 1024]], [[8], [16], [32]]),
+            *([[8, 16, 20], [32, 64, 70], [128, 256, 300]], [[16, 8], [32, 64], [128, 256]]),
+            *([[8, 40], [32, 64], [128, 256]], [[0.9, 2], [3, 4], [5, 6]], [[8, 8], [32, 64], [128, 256]]),
+            *([[1, 2], [3, 4], [5, 4097]], [[8, 16], [32, 64], 128]),
+        ],
+    ),
     ("seed", [0, (1 << 62) - 1], [-1, 1 << 62]),
     ("precision", ["auto", "fp32", "bf16"], ["fp16"]),
     ("model.backbone", ["resnet50"], ["resnet101"]),
@@ -252,6 +279,12 @@ def test_settings_are_possible_up_to_their_bounds(name: str, good: list[object],
         assert "\n" not in str(caught.value)
 
 
+def test_priors_are_written_as_those_of_the_published_model() -> None:
+    assert ModelSpec(anchors=resolve({}).model.anchors).to_json() == ModelSpec().to_json()
+    sizes = [[8, 16.5], [32.0, 64], [128, 256]]
+    assert str(resolve({"model.min_sizes": sizes}).model.anchors.min_sizes) == "((8, 16.5), (32, 64), (128, 256))"
+
+
 def test_nesterov_needs_momentum() -> None:
     assert resolve({"optimizer.momentum": 0.0, "optimizer.nesterov": False}).optimizer.momentum == 0
     first = {
@@ -273,11 +306,14 @@ def test_only_what_changes_nothing_that_is_computed_may_change() -> None:
     special = {
         "recipe": "original", "precision": "fp32", "data.size": 320, "model.backbone": "resnet18", "run.device": "cpu",
         "schedule.kind": "step", "loss.positive_iou": 0.4, "augment.pad_bgr": [1, 2, 3],
-        "augment.contrast": [0.5, 2.0], "augment.saturation": [0.5, 2.0],
+        "augment.contrast": [0.5, 2.0], "augment.saturation": [0.5, 2.0], "run.evaluate_size": 64,
+        "loss.assign": "atss", "loss.box": "diou", "teacher.scale": 1.5,
+        "model.min_sizes": [[8, 16], [32, 64], [128, 256]],
     }  # fmt: skip
-    base = TrainConfig()
-    for name, value in DEFAULTS.items():
-        new = from_settings({**DEFAULTS, name: special.get(name, other[type(value)](value))})
+    taught = DEFAULTS | {"teacher.weights": "t.pth"}  # images without labels need a teacher
+    base = from_settings(taught)
+    for name, value in taught.items():
+        new = from_settings({**taught, name: special.get(name, other[type(value)](value))})
         assert new != base, name
         assert changed(base, new) == ([] if name in may else [name])
         assert changed(base, base) == []

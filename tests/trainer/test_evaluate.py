@@ -107,6 +107,19 @@ def test_detector_to_files_and_back(tiny_widerface: Path, dynamic_onnx: Path, st
         assert [other[level] for level in LEVELS] == pytest.approx([100, 100, 100])
 
 
+def test_several_sizes_in_one_run(tiny_widerface: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--weights", "mobilenet0.25", "--data", str(tiny_widerface), "--size", "32,320,160x320"]
+    assert main([*line, "--json", str(tmp_path / "ap.json")]) == 0
+    found = json.loads((tmp_path / "ap.json").read_text())["sizes"]
+    assert [part["size_hw"] for part in found] == [[32, 32], [320, 320], [160, 320]]
+    assert found[0]["hard"] < 100  # nothing can be seen at that size
+    for part, size_hw in zip(found, [(32, 32), (320, 320), (160, 320)], strict=True):
+        alone = evaluate(_options(tiny_widerface, detector="mobilenet0.25", protocol="letterbox", size_hw=size_hw))
+        assert [part[level] for level in LEVELS] == [alone[level] for level in LEVELS]
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line in ("32x32", "320x320", "160x320")] == ["32x32", "320x320", "160x320"]
+
+
 def test_wrong_use_is_named(
     tiny_widerface: Path, static_onnx: Path, refused_here: Callable[..., str], refused: Callable[..., str]
 ) -> None:
@@ -118,7 +131,8 @@ def test_wrong_use_is_named(
     assert "--data" in refused_here(main, "--weights", "mobilenet0.25")
     assert "--data" in refused_here(main, "--predictions", root)
     assert "required" in refused("trainer.evaluate")
-    assert "letterbox" in refused_here(main, "--weights", "x", "--data", root, "--size", "640x640")
+    line = ["--weights", "x", "--data", root, "--protocol", "original", "--size", "640x640"]
+    assert "letterbox" in refused_here(main, *line)
     assert "no such weights" in refused_here(main, "--weights", "x.pth", "--data", root)
     assert "missing" in refused_here(main, "--predictions", root, "--ground-truth", root / "val")
     assert "no such folder" in refused_here(main, "--predictions", "none", "--data", root)
@@ -431,6 +445,11 @@ def test_options_are_what_the_line_says() -> None:
     assert parse_arguments(["--predictions", "p", "--data", "d", "--subset"]) == EvaluateOptions(
         ground_truth=Path("d/gt"), predictions=Path("p"), data=Path("d"), subset=True
     )
+    assert parse_arguments(["--model", "m", "--data", "d", "--size", "320,64x96,640"]) == EvaluateOptions(
+        ground_truth=Path("d/gt"), detector="m", data=Path("d"), protocol="letterbox", size_hw=(320, 320),
+        more_sizes=((64, 96), (640, 640)),
+    )  # fmt: skip
+    assert parse_arguments(["--model", "m", "--data", "d", "--protocol", "tile", "--size", "64"]).protocol == "tile"
     assert parse_arguments(["--model", "m", "--data", "d"]) == EvaluateOptions(
         ground_truth=Path("d/gt"), detector="m", data=Path("d"), protocol="original", backend="auto", subset=False
     )
@@ -447,7 +466,11 @@ def test_options_are_what_the_line_says() -> None:
         ),
         ("--predictions x --data y --protocol letterbox", "go with --weights and --model"),
         ("--predictions x --data y --save-predictions z", "go with --weights and --model"),
-        ("--weights x --data y --size 32x32", "--size goes with --protocol letterbox"),
+        ("--weights x --data y --protocol original --size 32x32", "--size goes with --protocol letterbox"),
+        ("--weights x --data y --size 320,33", "try 32"),
+        ("--weights x --data y --size 320,", "is not HEIGHTxWIDTH"),
+        ("--weights x --data y --size 320,64,320x320", "names one twice"),
+        ("--weights x --data y --size 320,64 --plot p.png", "--plot and --save-predictions take one --size"),
         ("--weights x --data y --predictions z", "not allowed with"),
         ("--weights x --data y --protocol other", "--protocol"),
         ("--weights x.pth --data none --json none/ap.json", "none/gt/wider_face_val.mat: missing"),

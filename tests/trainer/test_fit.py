@@ -331,7 +331,7 @@ WRONG = [
     (["--data", "synthetic", "--backbone", "resnet18", "--pretrained", "mobilenet0.25"], "--backbone mobilenet0.25"),
     (["--data", "synthetic", "--batch", "41"], "at most 40, the number of images"),
     (["--set", "loss.pixel_weight=-1"], "pixel_weight must be a number from 0 up to a million"),
-    (["--set", "loss.box=1"], "did you mean loss.box_weight?"),
+    (["--set", "loss.box_weigh=1"], "did you mean loss.box_weight?"),
     (["--set", "loss.box_weight"], "--set loss.box_weight: expected NAME=VALUE"),
     (["--set", "seed=[1"], "--set seed: cannot be read"),
     (["--config", "none.yaml"], "none.yaml: cannot be read"),
@@ -356,7 +356,7 @@ def test_wrong_commands_end_in_one_line(
 
 
 def test_a_wrong_command_ends_in_one_line_in_its_own_process(refused: Callable[..., str]) -> None:
-    assert "did you mean loss.box_weight?" in refused("trainer.fit", "--set", "loss.box=1")
+    assert "did you mean loss.box_weight?" in refused("trainer.fit", "--set", "loss.box_weigh=1")
 
 
 @pytest.mark.parametrize("words", ["import trainer", "import trainer.fit", "from trainer.fit import main"])
@@ -393,6 +393,8 @@ def test_flags_are_settings() -> None:
         "--overfit": ("data.overfit", "5", 5),
         "--backbone": ("model.backbone", "resnet34", "resnet34"),
         "--pretrained": ("model.pretrained", "p.pth", "p.pth"),
+        "--teacher": ("teacher.weights", "t.pth", "t.pth"),
+        "--unlabelled": ("teacher.images", "u", "u"),
         "--epochs": ("schedule.epochs", "7", 7),
         "--lr": ("optimizer.lr", "1e-3", 1e-3),
         "--precision": ("precision", "bf16", "bf16"),
@@ -408,7 +410,7 @@ def test_flags_are_settings() -> None:
         options = parse_arguments([flag, text])
         assert options.settings == {name: value}, flag
         assert type(options.settings[name]) is type(value)
-        resolve(options.settings)
+        resolve({"teacher.weights": "t.pth", **options.settings})
     assert vars(parse_arguments([])) == {
         "settings": {},
         "config": None,

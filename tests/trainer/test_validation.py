@@ -22,6 +22,7 @@ from trainer.config import DataConfig
 from trainer.data import Dataset, Report, open_dataset
 from trainer.data.dataset import Faces
 from trainer.distributed import World
+from trainer.model import TorchRetinaFace
 from trainer.validation import LabelledValidation, Validation, WiderValidation, find_validation
 
 CPU = World(torch.device("cpu"))
@@ -145,6 +146,27 @@ def test_the_official_validation_takes_images_at_their_own_size_and_leaves_empty
     assert validation.measure(model, Alone(CPU.device, 2, 3)) == pytest.approx({"easy": 0, "medium": 0})
     assert validation.levels == ("easy", "medium", "hard")
     assert "on 2 images of its val split at their own size" in validation.what
+
+
+def test_the_official_validation_letterboxes_to_the_size_that_is_deployed(
+    portrait: tuple[Frame, np.ndarray], model: RetinaFace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, face = portrait
+    write_image(tmp_path / "e" / "0.jpg", image)
+    box = np.hstack([face[:, :2], face[:, 2:] - face[:, :2]]).astype(np.float64)
+    truth = {("e", "0"): ImageTruth(box, {level: np.array([True]) for level in LEVELS})}
+    seen = []
+    heads = TorchRetinaFace.heads
+
+    def seeing(self: TorchRetinaFace, pixels: Frame) -> object:
+        seen.append(pixels.shape)
+        return heads(self, pixels)
+
+    monkeypatch.setattr(TorchRetinaFace, "heads", seeing)
+    validation = WiderValidation(tmp_path, truth, 96)
+    assert validation.measure(model, CPU) == pytest.approx({"easy": 100, "medium": 100, "hard": 100})
+    assert seen == [(96, 96, 3)]
+    assert "on 1 images of its val split letterboxed to 96" in validation.what
 
 
 def _set(folder: Path, names: str, images: str = "images") -> Path:

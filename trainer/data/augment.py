@@ -186,7 +186,7 @@ def _move(
     factor = (to_high - to_low) / (high - low)
     corners = (np.clip(faces.boxes.reshape(-1, 2, 2), low, high) - low) * factor + to_low
     points = ((faces.landmarks - low) * factor + to_low) * known[:, None, None]
-    return Faces(corners.reshape(-1, 4).astype(np.float32), points.astype(np.float32), known)
+    return Faces(corners.reshape(-1, 4).astype(np.float32), points.astype(np.float32), known, faces.scores)
 
 
 def mirror(image: Frame, faces: Faces) -> tuple[Frame, Faces]:
@@ -197,7 +197,7 @@ def mirror(image: Frame, faces: Faces) -> tuple[Frame, Faces]:
     points = faces.landmarks[:, MIRRORED].copy()
     points[..., 0] = width - points[..., 0]
     points *= faces.has_landmarks[:, None, None]
-    return np.asarray(cv2.flip(image, 1), np.uint8), Faces(boxes, points, faces.has_landmarks)
+    return np.asarray(cv2.flip(image, 1), np.uint8), Faces(boxes, points, faces.has_landmarks, faces.scores)
 
 
 class Colours(NamedTuple):

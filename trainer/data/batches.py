@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,12 +60,14 @@ class Targets(NamedTuple):
         landmarks: (B, G, 5, 2) float32.
         valid: (B, G) bool; False for padding.
         has_landmarks: (B, G) bool.
+        scores: (B, G) float32 in 0..1, what the network should say of the face; see `Faces`.
     """
 
     boxes: Tensor
     landmarks: Tensor
     valid: Tensor
     has_landmarks: Tensor
+    scores: Tensor
 
     def to(self, device: torch.device | str) -> Targets:
         """Return the targets on a device."""
@@ -79,11 +82,13 @@ def collate(samples: Sequence[tuple[NDArray[np.uint8], Faces]]) -> tuple[Tensor,
     landmarks = np.zeros((len(samples), most, 5, 2), np.float32)
     valid = np.zeros((len(samples), most), bool)
     has_landmarks = np.zeros((len(samples), most), bool)
+    scores = np.zeros((len(samples), most), np.float32)
     for row, (_, faces) in enumerate(samples):
         count = len(faces)
         boxes[row, :count], landmarks[row, :count] = faces.boxes, faces.landmarks
         valid[row, :count], has_landmarks[row, :count] = True, faces.has_landmarks
-    return images, Targets(*(torch.from_numpy(part) for part in (boxes, landmarks, valid, has_landmarks)))
+        scores[row, :count] = 1 if faces.scores is None else faces.scores
+    return images, Targets(*(torch.from_numpy(part) for part in (boxes, landmarks, valid, has_landmarks, scores)))
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -122,7 +127,8 @@ class AsTheyAre(torch.utils.data.Dataset):
 
 def place_faces(faces: Faces, box: Letterbox) -> Faces:
     """Return the faces of a frame in pixels of its letterboxed form."""
-    return Faces(box.to_network(faces.boxes), box.to_network(faces.landmarks), faces.has_landmarks)
+    boxes, points = box.to_network(faces.boxes), box.to_network(faces.landmarks)
+    return dataclasses.replace(faces, boxes=boxes, landmarks=points)
 
 
 def start_worker(_: int) -> None:

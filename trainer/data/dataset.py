@@ -38,18 +38,21 @@ class Faces:
         landmarks: (n, 5, 2) float32 left eye, right eye, nose, left and right mouth corner, as seen in the image;
             0 where there are none.
         has_landmarks: (n,) bool, whether the five landmarks are known.
+        scores: (n,) float32 in 0..1, what a network should say of the face, where a teacher had a say; None is 1.
     """
 
     boxes: NDArray[np.float32]
     landmarks: NDArray[np.float32]
     has_landmarks: NDArray[np.bool_]
+    scores: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __getitem__(self, rows: Any) -> Faces:
         """Return some of the faces; `rows` is a slice, a mask or an array of indices."""
-        return Faces(self.boxes[rows], self.landmarks[rows], self.has_landmarks[rows])
+        scores = None if self.scores is None else self.scores[rows]
+        return Faces(self.boxes[rows], self.landmarks[rows], self.has_landmarks[rows], scores)
 
     @staticmethod
     def none() -> Faces:

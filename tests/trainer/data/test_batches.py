@@ -219,22 +219,23 @@ def test_a_batch_pads_each_image_to_the_most_faces() -> None:
     np.testing.assert_array_equal(images.numpy(), np.stack(pixels))
     assert tuple(targets.boxes.shape) == (4, 3, 4)
     assert tuple(targets.landmarks.shape) == (4, 3, 5, 2)
-    assert [part.dtype for part in targets] == [torch.float32, torch.float32, torch.bool, torch.bool]
+    assert [part.dtype for part in targets] == [torch.float32, torch.float32, torch.bool, torch.bool, torch.float32]
     for row, one in enumerate(faces):
         count = len(one)
         assert targets.valid[row].tolist() == [True] * count + [False] * (3 - count)
         np.testing.assert_array_equal(targets.boxes[row, :count].numpy(), one.boxes)
         np.testing.assert_array_equal(targets.landmarks[row, :count].numpy(), one.landmarks)
         np.testing.assert_array_equal(targets.has_landmarks[row, :count].numpy(), one.has_landmarks)
+        assert targets.scores[row, :count].tolist() == [1] * count  # no teacher: a label is certain
         assert not any(part[row, count:].any() for part in targets)
     moved = targets.to("meta")
-    assert [part.device.type for part in moved] == ["meta"] * 4
+    assert [part.device.type for part in moved] == ["meta"] * 5
     assert [part.shape for part in moved] == [part.shape for part in targets]
 
 
 def test_a_batch_without_faces_has_no_columns() -> None:
     _, targets = collate([(np.zeros((1, 1, 3), np.uint8), Faces.none())] * 2)
-    assert [tuple(part.shape) for part in targets] == [(2, 0, 4), (2, 0, 5, 2), (2, 0), (2, 0)]
+    assert [tuple(part.shape) for part in targets] == [(2, 0, 4), (2, 0, 5, 2), (2, 0), (2, 0), (2, 0)]
 
 
 def test_faces_are_chosen_by_slice_mask_and_index() -> None:

@@ -216,6 +216,8 @@ def test_missing_packages_are_named_in_one_line(
         "sys.meta_path.insert(0, Blocker())\n"
     )
     write_image(tmp_path / "a.png", astronaut)
+    write_image(tmp_path / "images" / "a.png", astronaut)
+    (tmp_path / "label.txt").write_text("# a.png\n10 10 50 50\n")
     arguments = {
         "export.to_onnx": [],
         "export.to_trt": [],

@@ -12,6 +12,7 @@ ALSO = {  # what callers who do not know our classes may catch
     "ConfigError": (ValueError,),
     "NonFiniteError": (ArithmeticError,),
     "MissingPackageError": (ImportError,),
+    "NoLabelsError": (errors.DataError,),
     "WeightsError": (errors.ModelFileError,),
     "MissingToolError": (errors.BuildError,),
     "DeviceMemoryError": (errors.GpuError,),

@@ -183,8 +183,8 @@ def test_a_detector_on_tensorrt_finds_the_faces(rig: Rig, plugin_form: Path, fra
 def test_verify_takes_an_engine(rig: Rig, plugin_form: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the sizes of its profile, and only there."""
 
-    def load(name: str, backend: str) -> Any:
-        return rig.detector(size_hw=None) if name.endswith(".engine") else load_detector(name, backend=backend)
+    def load(name: str, **options: Any) -> Any:
+        return rig.detector(size_hw=None) if name.endswith(".engine") else load_detector(name, **options)
 
     monkeypatch.setattr("export.verify.load_detector", load)
     monkeypatch.setattr("export.inspect.is_readable", lambda sidecar: False)

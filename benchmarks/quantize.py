@@ -39,7 +39,7 @@ from trainer.checkpoint import load_model
 
 SIZE_HW = (640, 640)
 DEFAULT = "default"
-FLOATS = (6, 11, 0)
+FLOATS = (11, 6)
 """Numbers of convolutions in float, of the steps of int8_sensitivity.json."""
 
 WHAT = (

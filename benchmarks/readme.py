@@ -81,6 +81,19 @@ def _precisions(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def _quantize(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each share of INT8: what is found again and the landmark error, calibrated and learned."""
+    lines: dict[float, dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault(row["int8_share"], {"share": 100 * row["int8_share"]})
+        line[row["method"]] = f"{row['recall']:.2f} % | {row['landmark_error']:.2f} %"
+    return _table(
+        "| in INT8 | calibrated: faces found again | landmark error | trained: faces found again | landmark error |",
+        "| {share:.1f} % | {calibrated} | {learned} |",
+        [lines[share] for share in sorted(lines)],
+    )
+
+
 def _training(record: dict[str, Any]) -> str:
     """Return a line for each run, and one for what each is to be compared with."""
     by_name = {row["run"]: row["ap"] for row in record["results"]}
@@ -144,6 +157,7 @@ def tables() -> dict[str, str]:
             "| {floats} | {int8:.1f} % | {lost:.2f} % | {landmark_error:.2f} % |",
             [step for step in steps if step["floats"] in SHOWN_STEPS],
         ),
+        "quantize": _quantize(_load("quantize")),
         "training": _training(_document("training")),
         "loss": _table(
             "| faces an image | ours, ms | original, ms | ratio | with backward: ours, ms | original, ms | ratio |",

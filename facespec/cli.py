@@ -43,6 +43,7 @@ COMMANDS = {
     "inspect": ("export.inspect", "show what is inside a model file"),
     "verify": ("export.verify", "compare two models on images"),
     "sensitivity": ("export.sensitivity", "find the layers that INT8 hurts"),
+    "train-int8": ("export.train_int8", "train weights for INT8"),
     "to-triton": ("export.to_triton", "model repository for Triton Inference Server"),
     "build-plugin": ("plugins.build", "compile the CUDA kernels"),
 }

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = [
     *("export.demo", "export.inspect", "export.sensitivity", "export.to_onnx", "export.to_triton", "export.to_trt"),
     *(
+        "export.train_int8",
         "export.verify",
         "plugins.build",
         "trainer.evaluate",

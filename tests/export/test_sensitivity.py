@@ -20,11 +20,11 @@ from export.sensitivity import (
     Sensitivity,
     SensitivityOptions,
     Step,
-    _faces,
-    _held_out,
-    _run,
     _short,
+    faces_of,
+    head_maps,
     main,
+    other_images,
     parse_arguments,
     plot,
     sensitivity,
@@ -120,10 +120,10 @@ def test_a_recipe_holds_what_it_says(measured: Sensitivity, network: tuple[onnx.
         node.name for node in quantised.graph.node if node.op_type == "Conv" and not node.input[0].endswith("_dq")
     ]
     assert sorted(in_float) == sorted(step.float_layers)
-    names, pixels = _held_out(_options(), calibration, model.spec)
+    names, pixels = other_images(_options(), calibration, model.spec)
     assert tuple(names) == measured.held_out_images
     spec = dataclasses.replace(model.spec, decode=dataclasses.replace(model.spec.decode, score_threshold=0.5))
-    faces, found = ([_faces(heads, SIZE, spec) for heads in _run(form, pixels)] for form in (graph, quantised))
+    faces, found = ([faces_of(heads, SIZE, spec) for heads in head_maps(form, pixels)] for form in (graph, quantised))
     again = Agreement.of(faces, found)
     assert again.recall == pytest.approx(step.agreement.recall)
     assert again.landmark_error == pytest.approx(step.agreement.landmark_error, rel=1e-3)
@@ -272,7 +272,7 @@ def test_a_step_holds_a_budget_in_both_ways() -> None:
 def test_the_cost_of_a_layer_by_hand(measured: Sensitivity, network: tuple[onnx.ModelProto, Calibration]) -> None:
     """RMS of all head values at the priors with a face logit over -1, on the first eight images that have any."""
     graph, calibration = network
-    _, pixels = _held_out(_options(), calibration, load_model().spec)
+    _, pixels = other_images(_options(), calibration, load_model().spec)
     layer = measured.layers[3]
     others = tuple(other.name for other in measured.layers if other.name != layer.name)
     alone = to_int8(graph, calibration.ranges, Int8Recipe(float_depthwise=False, float_layers=others))
@@ -280,7 +280,7 @@ def test_the_cost_of_a_layer_by_hand(measured: Sensitivity, network: tuple[onnx.
         layer.name
     ]
     errors, images = [], 0
-    for before, after in zip(_run(graph, pixels), _run(alone, pixels), strict=True):
+    for before, after in zip(head_maps(graph, pixels), head_maps(alone, pixels), strict=True):
         left, right = (rows_from_maps(heads, 2) for heads in (before, after))
         seen = left[:, 5] - left[:, 4] > -1
         if seen.any() and images < 8:
@@ -406,27 +406,27 @@ def test_images_to_measure_on_are_others(tmp_path: Path) -> None:
     Path(paths[29]).write_bytes(b"no picture")
     options = SensitivityOptions("w", CalibrationOptions(str(tmp_path), images=8), held_out=12, size_hw=(32, 64))
     used = Calibration(options.calibration, {}, tuple(paths[:8]), (paths[8],), 1, False)
-    names, pixels = _held_out(options, used, ModelSpec())
+    names, pixels = other_images(options, used, ModelSpec())
     assert len(names) == len(pixels) == 12
     assert not set(names) & {*paths[:9], paths[29]}
     assert pixels[0].shape == (32, 64, 3)
     assert names != sorted(names)
-    everything, _ = _held_out(dataclasses.replace(options, held_out=50), used, ModelSpec())
+    everything, _ = other_images(dataclasses.replace(options, held_out=50), used, ModelSpec())
     assert sorted(everything) == paths[9:29]
     other = dataclasses.replace(options, calibration=CalibrationOptions(str(tmp_path), images=8, seed=1))
-    assert _held_out(other, used, ModelSpec())[0] != names
+    assert other_images(other, used, ModelSpec())[0] != names
     # of the photographs, the crops that come next
     demo = SensitivityOptions("w", CalibrationOptions(DEMO, images=8), held_out=9, size_hw=(32, 64))
-    names, _ = _held_out(demo, Calibration(demo.calibration, {}, ("x",) * 8, (), 1, False), ModelSpec())
+    names, _ = other_images(demo, Calibration(demo.calibration, {}, ("x",) * 8, (), 1, False), ModelSpec())
     assert names == [name for name, _ in sample_crops(17, 0)][8:]
 
 
 def test_numbers_that_are_not_finite_are_no_faces() -> None:
     heads = [np.zeros((1, 32, 64 // stride, 64 // stride), np.float32) for stride in (8, 16, 32)]
-    assert len(_faces(heads, (64, 64), ModelSpec())[0]) > 0
+    assert len(faces_of(heads, (64, 64), ModelSpec())[0]) > 0
     heads[2][0, 9, 0, 0] = np.nan
     with pytest.raises(ModelFileError, match="not finite on a held-out image"):
-        _faces(heads, (64, 64), ModelSpec())
+        faces_of(heads, (64, 64), ModelSpec())
 
 
 def test_a_budget_that_everything_holds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

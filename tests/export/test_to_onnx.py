@@ -313,9 +313,9 @@ def test_an_int8_export_as_a_command(
     with pytest.MonkeyPatch.context() as patch:
         real = export.calibration.with_precision
 
-        def noted(*arguments: Any) -> Any:
+        def noted(*arguments: Any, **more: Any) -> Any:
             sizes.append(arguments[3])
-            return real(*arguments)
+            return real(*arguments, **more)
 
         patch.setattr("export.calibration.with_precision", noted)
         patch.setattr("export.to_onnx.CALIBRATION_HW", (160, 128))

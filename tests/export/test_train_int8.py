@@ -363,6 +363,7 @@ def test_impossible_settings_are_refused(words: list[str], said: str, error_line
 
 def test_outputs_are_looked_at_first(tmp_path: Path, shared_cache: None) -> None:
     options = TrainInt8Options("mobilenet0.25", CalibrationOptions("demo", images=8), tmp_path / "no" / "q.pth")
+    (tmp_path / "file").touch()
     with pytest.raises(OutputError):
-        train_int8.train_int8(dataclasses.replace(options, out=tmp_path / "q.pth" / "q.pth"))
+        train_int8.train_int8(dataclasses.replace(options, out=tmp_path / "file" / "q.pth"))
     assert "calibrated" in str(train_int8.TrainedInt8(0.5, 8, 8, train_int8.Agreement(), train_int8.Agreement()))

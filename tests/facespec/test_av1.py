@@ -48,6 +48,7 @@ def test_the_sizes_are_those_that_were_encoded(size_hw: tuple[int, int]) -> None
         assert _sizes(cv2.imencode(".avif", picture)[1].tobytes()) == [[size]]
 
 
+@pytest.mark.usefixtures("usual_priority")
 @pytest.mark.parametrize("encoder", ["libaom-av1", "libsvtav1", "librav1e"])
 def test_the_frames_of_a_video_are_counted_whatever_its_headers_say(encoder: str) -> None:
     av = pytest.importorskip("av")

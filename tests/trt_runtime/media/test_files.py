@@ -996,6 +996,7 @@ def test_every_container_that_is_promised_is_read(
         assert seconds == pytest.approx(index / 25, abs=1.1 / 25 if suffix == "m1v" and index == 5 else 2e-3)
 
 
+@pytest.mark.usefixtures("usual_priority")
 @pytest.mark.parametrize(
     ("suffix", "codec", "layout"),
     [

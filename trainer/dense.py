@@ -48,6 +48,11 @@ UNITS = (2.0, 3.0, 0.6, 0.3, 0.3, 0.3, 0.3)
 """What a number of the branch is worth. One of each changes the colours by about as much, so none runs ahead."""
 
 
+DARKEST = 0.1
+"""Least light on a vertex: less than none would make the colours of a face negative, and their mean, by which they are
+exposed, zero."""
+
+
 class Meshes(NamedTuple):
     """Faces as they are drawn, V vertices each.
 
@@ -163,7 +168,7 @@ class FaceMesh(nn.Module):
         points = vertices + torch.cat([shift, DISTANCE * distance.exp()], 1)[:, None]
         side_px = boxes_cxcywh[:, 2:].prod(dim=1).sqrt()
         points_px = project(points, side_px * DISTANCE * focal.exp()[:, 0], boxes_cxcywh[:, :2])
-        shade = 1 + (harmonics(normals) * light[:, None]).sum(-1, keepdim=True)
+        shade = (1 + (harmonics(normals) * light[:, None]).sum(-1, keepdim=True)).clamp(min=DARKEST)
         colours = (self.texture_mean + torch.einsum("pk,kvi->pvi", texture, self.texture)) * shade
         return Meshes(points_px, colours, (normals * points).sum(-1) < 0)
 

@@ -355,7 +355,7 @@ def test_the_term_is_that_of_a_loop_over_faces_priors_and_vertices() -> None:
             colours = mesh.texture_mean.numpy() + np.tensordot(
                 values[shapes : shapes + textures], mesh.texture.numpy(), 1
             )
-            colours *= 1 + (harmonics(torch.from_numpy(normals)).numpy() @ light)[:, None]
+            colours *= np.maximum(1 + harmonics(torch.from_numpy(normals)).numpy() @ light, 0.1)[:, None]
             seen, drawn = [], []
             for point, normal, place, colour in zip(points, normals, placed + shift, colours, strict=True):
                 if normal @ place < 0 and 0 < point[0] < HW[1] and 0 < point[1] < HW[0]:
@@ -475,14 +475,17 @@ def test_the_file_of_the_mesh_is_small_and_holds_what_its_name_says() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="within these limits of the camera one epoch from random weights made it worse: 52.6 to 78.7")
 def test_the_command_of_the_document_trains_it(tmp_path: Path) -> None:
-    """On images that it was not trained on, faces are drawn better than the mean face is."""
+    """On images that it was not trained on, faces are drawn better than the mean face is.
+
+    The network normalises by the batch, as in training: its running statistics are still those of other weights.
+    """
     command = "--data synthetic --size 128 --recipe dense --epochs 1 --workers 0"
     fit_command([*command.split(), "--out", str(tmp_path)])
     last = tmp_path / "last.pth"
     model, training = load_model(last), read_training(last)[1]
     model.load_state_dict(training["weights"])
+    model.train()
     fresh, trained = DenseFaces(model.spec), DenseFaces(model.spec)
     trained.load_state_dict(training["pixel_term"])
     batches = [AsTheyAre(open_dataset("synthetic", "val"), 128, 64)[index] for index in range(64)]

@@ -80,10 +80,10 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, prog: str, **options: Any) -> None:
         if sys.argv[0].startswith(f"{PROGRAM} "):
             prog = sys.argv[0]
-        super().__init__(prog=prog, allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+        super().__init__(prog=prog, formatter_class=_HelpFormatter, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Name a mistyped option first: argparse would name another one that is missing because of it."""
+        """Name a mistyped or short option first: argparse would name another one that is missing because of it."""
         for word in takewhile(lambda word: word != "--", sys.argv[1:] if args is None else args):
             if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
                 self.error(f"unrecognized arguments: {word}")

@@ -220,7 +220,7 @@ def read_int8(path_or_name: str | Path) -> dict[str, Any] | None:
         WeightsError: It is not a dictionary.
     """
     path = Path(path_or_name)
-    if not path.exists() or path.suffix.lower() in (".onnx", ".safetensors"):
+    if not path.exists() or path.suffix.lower() == ".safetensors" or _is_onnx(path):
         return None
     content = _read(path)
     found = content.get("int8") if content.get("format") == CHECKPOINT_FORMAT else None

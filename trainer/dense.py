@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facespec.boxes import make_priors
 from facespec.spec import ModelSpec
 from trainer.data.batches import Targets
-from trainer.losses import divisors
+from trainer.losses import decode_boxes, divisors, priors_on
 from trainer.matching import match_faces
 from trainer.model import Features, Heads
 from trainer.step import PixelTerm
@@ -208,11 +207,10 @@ class DenseFaces(PixelTerm):
         values = self.branch(cells.flatten(0, 1).index_select(0, image * cells.shape[1] + cell))
         width = len(self.mesh.limits)
         values = values.unflatten(1, (-1, width)).gather(1, kind[:, None, None].expand(-1, 1, width))[:, 0]
-        priors = torch.from_numpy(make_priors(anchors, size_hw)).to(deltas.device)[prior]
-        deltas = deltas.detach().float().flatten(0, 1)[rows]
-        centre, size = self.spec.decode.variances
-        middle = priors[:, :2] + deltas[:, :2] * centre * priors[:, 2:]
-        boxes = torch.cat([middle, priors[:, 2:] * (deltas[:, 2:] * size).exp()], 1)
+        priors = priors_on(anchors, size_hw, deltas.device)[prior]
+        found = decode_boxes(deltas.detach().float().flatten(0, 1)[rows], priors, self.spec.decode.variances)
+        low, high = found[:, :2], found[:, 2:]
+        boxes = torch.cat([(low + high) / 2, high - low], 1)
         return self.mesh(self.mesh.bounded(values), boxes)
 
     def forward(self, features: Features, heads: Heads, images: Tensor, targets: Targets) -> Tensor:

@@ -181,7 +181,7 @@ class MultiBoxLoss(nn.Module):
             return match_atss(*faces)
         if settings.assign == "simota":
             deltas = heads[0].detach().float()
-            priors = _priors(anchors, size_hw, deltas.device)
+            priors = priors_on(anchors, size_hw, deltas.device)
             return match_simota(
                 *faces, decode_boxes(deltas, priors, self.spec.decode.variances), _difference(heads[1].detach())
             )
@@ -190,7 +190,7 @@ class MultiBoxLoss(nn.Module):
     def _iou_loss(self, deltas: Tensor, targets: _Rows, size_hw: tuple[int, int]) -> Tensor:
         """Return the sum over some rows of what `iou_loss` says of the boxes that (B, N, 4) deltas stand for."""
         rows, values, weights = (_to(part, deltas.device) for part in targets)
-        priors = _priors(self.spec.anchors, size_hw, deltas.device)
+        priors = priors_on(self.spec.anchors, size_hw, deltas.device)
         priors = priors[rows % len(priors)]
         found, wanted = (
             decode_boxes(part, priors, self.spec.decode.variances)
@@ -202,7 +202,7 @@ class MultiBoxLoss(nn.Module):
         self, positive: Tensor, face: Tensor, targets: Targets, size_hw: tuple[int, int]
     ) -> tuple[_Rows, _Rows]:
         """Return the box and the landmark targets, on the device of `targets`."""
-        priors = _priors(self.spec.anchors, size_hw, positive.device)
+        priors = priors_on(self.spec.anchors, size_hw, positive.device)
         variances = self.spec.decode.variances
         rows = positive.flatten().nonzero().squeeze(1)
         image, prior = rows // len(priors), priors[rows % len(priors)]
@@ -325,5 +325,6 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)  # a training has a handful of sizes
-def _priors(anchors: AnchorSpec, size_hw: tuple[int, int], device: torch.device) -> Tensor:
+def priors_on(anchors: AnchorSpec, size_hw: tuple[int, int], device: torch.device) -> Tensor:
+    """Return the priors (N, 4) of `facespec.make_priors` on a device; made once for each size."""
     return torch.from_numpy(make_priors(anchors, size_hw)).to(device)

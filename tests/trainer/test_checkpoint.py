@@ -29,7 +29,7 @@ from facespec.letterbox import Frame
 from facespec.spec import AnchorSpec, DecodeSpec, ModelSpec
 from tests.trainer.conftest import published
 from trainer import RetinaFace, checkpoint, load_model, save_checkpoint
-from trainer.checkpoint import is_folded, load_pretrained, read_training, unfold, weights_sha256
+from trainer.checkpoint import is_folded, load_pretrained, read_int8, read_training, unfold, weights_sha256
 from trainer.model import BACKBONES, backbone_of
 
 State = dict[str, Tensor]
@@ -212,6 +212,7 @@ def test_our_onnx_files_are_weights(
 ) -> None:
     (tmp_path / "weights").write_bytes(static_onnx.read_bytes())
     for path in (static_onnx, plugin_form, tmp_path / "weights"):
+        assert read_int8(path) is None
         found = load_model(path)
         for key, value in load_model().state_dict().items():
             torch.testing.assert_close(found.state_dict()[key], value, atol=1e-5, rtol=1e-5, msg=key)
